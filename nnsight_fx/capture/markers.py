@@ -1,0 +1,276 @@
+"""The marker: the seam at which interventions enter, in captured code and in code that runs live.
+
+While Dynamo traces, a hooked module passes each tensor of its inputs and outputs through `site`, an identity that
+becomes a graph node. Where nothing captures, the same hook asks the active run what to do: that is the hook engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.nn as nn
+from transformers.utils.generic import ModelOutput
+
+from ..tracing import tree
+from ..tracing.encode import Keep
+
+active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
+
+
+class Passing(Protocol):
+    """What the markers ask of a run."""
+
+    owner: Markers
+
+    def pass_site(self, path: str, kind: str, value: Any) -> Any: ...
+
+    def skip(self, path: str, forward: Callable, args: tuple, kwargs: dict) -> Any: ...
+
+
+def site(x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> torch.Tensor:
+    """Tensor leaf `leaf` of a site; `last` on the last one of the value. A graph node; identity."""
+    capture = getattr(active, "capture", None)
+    return x if capture is None else capture.fake_site(x, path, kind, leaf, last)
+
+
+def supply(path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
+    """A tensor that the plan puts where the model had none of this kind. A graph node."""
+    return active.capture.fake_supply(path, kind, call, leaf)
+
+
+class Replacement:
+    """The capture half of a plan at one site: the tree that the model's Python gets to see."""
+
+    def __init__(self, spec: tree.Spec, leaves: list):
+        self.spec, self.leaves = spec, leaves  # a leaf: SUPPLIED, Keep(i), or the object itself
+
+
+class Supplied:
+    """A leaf that the spliced graph computes."""
+
+
+SUPPLIED = Supplied()
+
+
+# -- what Dynamo traces: plain recursion over the container types of `tracing.tree` --------------------------------
+
+
+def _tensors(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return 1
+    n = 0
+    for child in _children(value):
+        n = n + _tensors(child)
+    return n
+
+
+def _children(value: Any) -> Any:
+    if isinstance(value, ModelOutput) or type(value) is dict or type(value) is OrderedDict:
+        return list(value.values())
+    if type(value) is tuple or type(value) is list:
+        return value
+    if isinstance(value, tuple) and (hasattr(type(value), "_fields") or hasattr(type(value), "n_sequence_fields")):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, f.name) for f in dataclasses.fields(value)]
+    return ()
+
+
+def _mark(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, int, int]:
+    """`value` with each tensor passed through `site`; the next leaf index; the tensors left."""
+    if isinstance(value, torch.Tensor):
+        return site(value, path, kind, leaf, left == 1), leaf + 1, left - 1
+    if isinstance(value, ModelOutput):
+        fresh = {}
+        for key, child in value.items():
+            fresh[key], leaf, left = _mark(child, path, kind, leaf, left)
+        return type(value)(**fresh), leaf, left
+    if type(value) is dict or type(value) is OrderedDict:
+        for key in list(value):
+            new, leaf, left = _mark(value[key], path, kind, leaf, left)
+            if new is not value[key]:
+                value[key] = new
+        return value, leaf, left
+    if type(value) is list:
+        for i in range(len(value)):
+            new, leaf, left = _mark(value[i], path, kind, leaf, left)
+            if new is not value[i]:
+                value[i] = new
+        return value, leaf, left
+    if type(value) is tuple or (isinstance(value, tuple) and hasattr(type(value), "n_sequence_fields")):
+        items = []
+        for child in value:
+            new, leaf, left = _mark(child, path, kind, leaf, left)
+            items.append(new)
+        return type(value)(items), leaf, left
+    if isinstance(value, tuple) and hasattr(type(value), "_fields"):
+        items = []
+        for child in value:
+            new, leaf, left = _mark(child, path, kind, leaf, left)
+            items.append(new)
+        return type(value)(*items), leaf, left
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            new, leaf, left = _mark(getattr(value, f.name), path, kind, leaf, left)
+            if isinstance(new, torch.Tensor):
+                setattr(value, f.name, new)
+        return value, leaf, left
+    return value, leaf + 1, left
+
+
+def mark(value: Any, path: str, kind: str) -> Any:
+    """`value` with markers, while Dynamo traces."""
+    left = _tensors(value)
+    return value if left == 0 else _mark(value, path, kind, 0, left)[0]
+
+
+def _leaves(value: Any) -> list:
+    if not isinstance(value, torch.Tensor):
+        kids = _children(value)
+        if len(kids) > 0 or type(value) in (tuple, list, dict, OrderedDict):
+            found = []
+            for child in kids:
+                found.extend(_leaves(child))
+            return found
+    return [value]
+
+
+def _build(spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:
+    if spec is None:
+        return leaves[at], at + 1
+    kind, cls, keys, specs = spec
+    values = []
+    for s in specs:
+        value, at = _build(s, leaves, at)
+        values.append(value)
+    if kind == "tuple":
+        return tuple(values), at
+    if kind == "list":
+        return values, at
+    if kind == "namedtuple":
+        return cls(*values), at
+    if kind == "structseq":
+        return cls(values), at
+    if kind == "dict" and (cls is dict or cls is OrderedDict):
+        return cls(zip(keys, values, strict=True)), at
+    return cls(**dict(zip(keys, values, strict=True))), at
+
+
+def _replaced(value: Any, path: str, kind: str, call: int, half: Replacement) -> Any:
+    """The capture half, as Dynamo traces it."""
+    old = _leaves(value)
+    new = []
+    for i in range(len(half.leaves)):
+        leaf = half.leaves[i]
+        if isinstance(leaf, Keep):
+            leaf = SUPPLIED if isinstance(old[leaf.index], torch.Tensor) else old[leaf.index]
+        new.append(supply(path, kind, call, i) if leaf is SUPPLIED else leaf)
+    return _build(half.spec, new, 0)[0]
+
+
+class Markers:
+    """The hooks of one wrapped model, ready to be put on its modules for the length of a run."""
+
+    def __init__(self, root: nn.Module):
+        self.paths: dict[nn.Module, str] = {m: name for name, m in root.named_modules()}
+        self.hooks = {m: self._hooks(path) for m, path in self.paths.items()}
+        self.half: dict[tuple[str, str, int], Replacement] | None = None  # the capture half of the active run
+        self.stop_at: tuple[str, str, int] | None = None
+        self.calls: dict[tuple[str, str], list[int]] = {}  # counted by Dynamo itself, for modules in the capture half
+
+    def _hooks(self, path: str) -> tuple[Callable, Callable]:
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+            if torch.compiler.is_compiling():
+                return self.traced((args, kwargs), path, "input")
+            run = getattr(active, "run", None)
+            if run is None or run.owner is not self:
+                return None
+            old = (args, kwargs)
+            new = run.pass_site(path, "input", old)
+            return None if new is old else new
+
+        def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return self.traced(output, path, "output")
+            run = getattr(active, "run", None)
+            if run is None or run.owner is not self:
+                return None
+            new = run.pass_site(path, "output", output)
+            return None if new is output else new
+
+        return before, after
+
+    def traced(self, value: Any, path: str, kind: str) -> Any:
+        """A site while Dynamo traces: the graph half is left to splicing, the capture half is applied now."""
+        value = mark(value, path, kind)
+        if self.half is None or (path, kind) not in self.calls:
+            return value
+        cell = self.calls[(path, kind)]
+        call = cell[0]
+        cell[0] = call + 1
+        if (path, kind, call) in self.half:
+            value = _replaced(value, path, kind, call, self.half[(path, kind, call)])
+        if self.stop_at == (path, kind, call):
+            raise Stop
+        return value
+
+    @contextlib.contextmanager
+    def installed(self, modules: list[nn.Module], skips: dict[str, Callable]) -> Iterator[None]:
+        """The hooks on `modules` and `forward` replaced where a plan skips, for the length of a block; nothing stays."""
+        undo: list[Callable[[], None]] = []
+        try:
+            for module in modules:
+                before, after = self.hooks[module]
+                undo.append(_put(module, before, after))
+                if skips and self.paths[module] in skips:
+                    undo.append(_override(module, skips[self.paths[module]]))
+            yield
+        finally:
+            for restore in reversed(undo):
+                restore()
+
+
+class Stop(Exception):
+    """Ends a forward that Dynamo traces; the captured function catches it."""
+
+
+def _put(module: nn.Module, before: Callable, after: Callable) -> Callable[[], None]:
+    """Hook one module: inputs before every other hook; outputs after the user's, before transformers' own collectors."""
+    pre = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    post = module.register_forward_hook(after, with_kwargs=True)
+    hooks = module._forward_hooks
+    for key in list(hooks):
+        if key != post.id and (getattr(hooks[key], "__module__", "") or "").startswith("transformers."):
+            hooks.move_to_end(key)
+
+    def remove() -> None:
+        pre.remove()
+        post.remove()
+
+    return remove
+
+
+def _override(module: nn.Module, forward: Callable) -> Callable[[], None]:
+    """Replace an instance's `forward`; the undo puts back exactly what was there."""
+    had = "forward" in module.__dict__
+    old = module.__dict__.get("forward")
+    original = module.forward
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return forward(original, args, kwargs)
+
+    module.__dict__["forward"] = replaced
+
+    def restore() -> None:
+        if had:
+            module.__dict__["forward"] = old
+        else:
+            module.__dict__.pop("forward", None)
+
+    return restore

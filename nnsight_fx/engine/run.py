@@ -1,0 +1,222 @@
+"""A run: one forward of the model with a plan's interventions in it.
+
+The same object serves the hook engine (every site is live) and the spliced engine (sites inside captured segments are
+spliced, the rest is live). Live sites call `pass_site`; segments take and give values through `env`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..capture.markers import Markers, active
+from ..errors import MissedSiteError, SkipError
+from ..tracing import tree
+from ..tracing.ambient import under
+from ..tracing.encode import Key
+from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
+from ..tracing.lazy import Line
+from ..tracing.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Op
+from .switch import Coroutine, State
+
+
+class Run(TensorInterleaver):
+    """One forward. `call` runs the model and returns its result; `modules` finds a module by path."""
+
+    def __init__(
+        self,
+        plan: InterventionGraph,
+        constants: list,
+        lines: list[Line],
+        owner: Markers,
+        call: Callable[[], Any],
+        modules: Callable[[str], torch.nn.Module],
+        symbols: dict,
+    ):
+        super().__init__(plan, constants)
+        self.lines, self.owner, self.call, self.modules, self.symbols = lines, owner, call, modules, symbols
+        self.coroutine: Coroutine | None = None
+        self.result: Any = None
+        self.everything = False  # hook every module: the plan may still grow
+        self.written: tuple[str, Line] | None = None  # the last write: whom to name when the model cannot use it
+        self.report: list[str] = []  # what ran live, for explain()
+
+    # -- the model -----------------------------------------------------------------------------------------------
+
+    def forward(self) -> None:
+        """Run the model once."""
+        outer = getattr(active, "run", None)
+        active.run = self
+        try:
+            self.work(None)
+            if self.stopping:
+                raise Stopped
+            with live(self, self.everything):
+                self.result = self.pass_site("", "result", self.call())
+        except Stopped:
+            pass
+        except Exception as e:
+            self._blame(e)
+            raise
+        finally:
+            active.run = outer
+
+    def until(self, plan: InterventionGraph, state: State) -> Callable[[Key], Any]:
+        """Run as far as the plan's last operation, a sync, needs; returns the look-up of values."""
+        self.closed = False
+        self.extend(plan)
+        if self.coroutine is None:
+            self.everything = True
+            self.coroutine = Coroutine(self._suspendable, state)
+        if not self.coroutine.ended:
+            self._resume()
+        else:
+            self.work(None)
+        missed = self.unfinished() if self.coroutine.ended else []
+        if missed:
+            raise self.missed_error(missed)
+        return self.lookup
+
+    def _suspendable(self) -> None:
+        active.run = None  # a greenlet shares its thread's locals: the body must not see this run
+        self.forward()
+
+    def _resume(self) -> None:
+        outer = getattr(active, "run", None)
+        active.run = self
+        try:
+            assert self.coroutine is not None
+            self.coroutine.go_on()
+        finally:
+            active.run = outer
+
+    def finish(self, plan: InterventionGraph) -> None:
+        """The body is done: run the model to its end."""
+        self.extend(plan)
+        if self.coroutine is None:
+            self.forward()
+        elif not self.coroutine.ended:
+            self._resume()
+        else:
+            self.work(None)
+
+    def abandon(self) -> None:
+        if self.coroutine is not None:
+            self.coroutine.abandon()
+
+    # -- live sites ----------------------------------------------------------------------------------------------
+
+    def pass_site(self, path: str, kind: str, value: Any) -> Any:
+        """The model passes a site with `value`; what it goes on with is returned."""
+        call = self.count(path, kind)
+        site = (path, kind, call)
+        if self.closed and site not in self.plan.touches and not (kind == "input" and path in self.plan.skips):
+            return value
+        leaves, spec = tree.flatten(value)
+        old = list(leaves)
+        self.fire(Firing(site, leaves, spec))
+        if self.stopping:
+            raise Stopped
+        new_spec = self.restructured.pop(site, spec)
+        if new_spec != spec:
+            return tree.unflatten(leaves, new_spec, value)
+        if any(a is not b for a, b in zip(old, leaves, strict=True)):
+            return tree.replace(value, old, leaves)
+        return value
+
+    def skip_value(self, path: str, call: int) -> tuple[list, tree.Spec] | None:
+        """The output that the plan gives to a skipped call, if it is one."""
+        parts = self.skipped.get((path, "output", call))
+        if parts is None:
+            return None
+        groups = self.plan.groups.rows
+        members = [i for i, rows in enumerate(groups) if rows is not None]
+        if members and set(parts) < set(members):
+            raise SkipError(
+                f"`{path}` is skipped in {len(parts)} of {len(members)} invokes ({self._lines_of(SKIP, path)}); "
+                "one forward cannot both run and skip a module. Skip it in every invoke, or use two traces."
+            )
+        return gather(parts, self.plan.groups)
+
+    def skip(self, path: str) -> Callable:
+        """The `forward` of a module that the plan skips."""
+
+        def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
+            found = self.skip_value(path, self.counts.get((path, "input"), 0) - 1)
+            return original(*args, **kwargs) if found is None else tree.unflatten(*found)
+
+        return forward
+
+    # -- operations ----------------------------------------------------------------------------------------------
+
+    def perform(self, n: int, firing: Firing | None) -> None:
+        if self.plan.ops[n].kind in (WRITE, SKIP):
+            self.written = (".".join(p for p in self.plan.ops[n].target[:2] if p), self.lines[n])
+        super().perform(n, firing)
+
+    def execute(self, n: int, op: Op) -> Any:
+        if op.kind == SYNC:
+            if n == len(self.plan.ops) - 1 and self.coroutine is not None:
+                run, active.run = active.run, None
+                self.coroutine.pause()
+                active.run = run
+            return None
+        args, kwargs = self.arguments(op)
+        try:
+            with under(op.ambient):
+                if op.kind == MODULE:
+                    return self.modules(op.target).forward(*args, **kwargs)
+                return op.target.obj(*args, **kwargs)
+        except Exception as e:
+            e.add_note(f"nnsight_fx: in the intervention at {self.lines[n]}")
+            self.written = None
+            raise
+
+    def constant(self, key: Key) -> Any:
+        return self.symbols_value(key[1]) if key[0] == "s" else self.constants[key[1]]
+
+    def symbols_value(self, expr: Any) -> int:
+        return int(expr.subs(self.symbols))
+
+    # -- errors --------------------------------------------------------------------------------------------------
+
+    def _blame(self, error: Exception) -> None:
+        """Name the write after which the model failed."""
+        if self.written is not None:
+            site, line = self.written
+            error.add_note(f"nnsight_fx: the model failed after `{site}` was written at {line}")
+
+    def _lines_of(self, kind: str, path: str) -> str:
+        return ", ".join(str(self.lines[n]) for n, op in enumerate(self.plan.ops) if op.kind == kind and op.target[0] == path)
+
+    def missed_error(self, missed: list[int]) -> MissedSiteError:
+        for n in missed:
+            op = self.plan.ops[n]
+            if op.kind in (READ, WRITE, SKIP):
+                path, kind, call = op.target
+                what = {READ: "read", WRITE: "written", SKIP: "skipped"}[op.kind]
+                seen = self.counts.get((path, "input" if op.kind == SKIP else kind), 0)
+                why = (
+                    f"its module was called {seen} time(s)" if seen else
+                    "its module was not called as a module in this run (it was skipped, stopped before, on a branch not taken, "
+                    "or its parent uses its weight or `forward` directly: try the parent's `.source`)"
+                )
+                return MissedSiteError(
+                    f"{self.lines[n]}: `{path}.{kind}` (call {call}) was {what}, but the run never reached it: {why}. "
+                    "Everything else that was saved has been delivered."
+                )
+        return MissedSiteError(f"{self.lines[missed[0]]}: the run ended before this operation had what it needs.")
+
+
+@contextlib.contextmanager
+def live(run: Run, everything: bool) -> Any:
+    """The hooks of the hook engine: where the plan needs them, or everywhere when it may still grow."""
+    owner = run.owner
+    paths = {path for path, _ in run.plan.watched}
+    modules = [m for m, path in owner.paths.items() if everything or path in paths or path in run.plan.skips]
+    with owner.installed(modules, {path: run.skip(path) for path in run.plan.skips}):
+        yield
+

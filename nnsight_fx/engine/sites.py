@@ -1,0 +1,270 @@
+"""Where a recording learns the metadata of sites: one scan a signature, on a structural copy of the model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+import torch.nn as nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+from ..capture.scan import PLAIN, Scan, scan, skeleton
+from ..errors import PaddedLengthUnknown
+from ..tracing import ambient, tree
+from ..tracing.ambient import under
+from ..tracing.interleave import TensorInterleaver
+from ..tracing.lazy import user_line
+from ..tracing.plan import MODULE, Groups, Op, Site
+from ..tracing.tape import Missing, SiteMeta, Step, Tape
+
+ROWS, LENGTH = 11, 13  # sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers
+SIGNATURES = 64  # scans kept a model
+
+
+class _Unknown(PaddedLengthUnknown, GuardOnDataDependentSymNode):
+    def __init__(self, message: str):
+        Exception.__init__(self, message)
+        self.cond = None
+
+
+class Shapes(ShapeEnv):
+    """A shape environment whose only unknown is the padded length."""
+
+    def _make_data_dependent_error(self, *args: Any, **kwargs: Any) -> Any:
+        return _Unknown(
+            f"{user_line()}: the padded length of this batch is not known before all its prompts are. Index from the right "
+            "(`h[:, -1]`), give the prompts first (`a, b = tracer.batch(p1, p2)`), or fix the length (`model.trace(pad_to=32)`)."
+        )
+
+
+class Signature:
+    """What all recordings over inputs of one kind share: the tree of steps and the scan."""
+
+    def __init__(self, found: Scan, keep: Any):
+        self.root, self.scan, self.keep = Step(), found, keep
+        self.rescans: OrderedDict[Step, Scan] = OrderedDict()
+        self.symbols: tuple[Any, Any] = (None, None)  # of rows and length, in a scan over unknown sizes
+        self.metas: dict[tuple, SiteMeta | Missing] = {}
+
+
+class Scanner:
+    """The scans of one model."""
+
+    def __init__(self, module: nn.Module):
+        self.module_ = module
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the module tree has changed."""
+        self.shapes = Shapes()
+        self.fakes = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
+        self.length = self.shapes.create_unbacked_symint()
+        torch._check(self.length >= 1)
+        torch._check(self.length <= 2**24)
+        self.signatures: OrderedDict[tuple, Signature] = OrderedDict()
+        self._copy: tuple[tuple, nn.Module | Exception] | None = None
+
+    def skeleton(self) -> nn.Module:
+        """The structural copy, made anew when parameters changed their dtype, device or gradient flag."""
+        tensors = [*self.module_.parameters(), *self.module_.buffers()]
+        state = tuple((id(t), t.dtype, t.device, t.requires_grad, t.shape) for t in tensors)
+        if self._copy is None or self._copy[0] != state:
+            if self._copy is not None:
+                self.signatures.clear()
+            try:
+                self._copy = (state, skeleton(self.module_, self.fakes))
+            except Exception as e:
+                self._copy = (state, e)
+        if isinstance(self._copy[1], Exception):
+            raise self._copy[1]
+        return self._copy[1]
+
+    def signature(self, batch: Any, fn: str | None, unknown: tuple | None) -> Signature:
+        """The signature of an input. `unknown` gives the dims of each tensor leaf that hold rows and length."""
+        leaves, spec = tree.flatten((batch.args, batch.kwargs))
+        described = tuple(
+            (("?" if unknown else tuple(x.shape)), x.dim(), x.dtype, x.device, x.requires_grad) if isinstance(x, torch.Tensor)
+            else (type(x), x) if isinstance(x, PLAIN) else (type(x), id(x))
+            for x in leaves
+        )
+        fixed = _fixed(leaves, unknown) if unknown else None
+        try:
+            copied: Any = self.skeleton()
+        except Exception as e:
+            copied = e
+        modes = tuple(m.training for m in self.module_.modules())
+        key = (spec, described, fixed, unknown, fn, ambient.current(), modes)
+        found = self.signatures.get(key)
+        if found is None:
+            found = self.signatures[key] = self._scan(copied, leaves, spec, fn, unknown)
+            if len(self.signatures) > SIGNATURES:
+                self.signatures.popitem(last=False)
+        self.signatures.move_to_end(key)
+        return found
+
+    def _scan(self, copied: Any, leaves: list, spec: tree.Spec, fn: str | None, unknown: tuple | None) -> Signature:
+        found = Signature(Scan(), leaves)
+        if isinstance(copied, Exception):
+            found.scan.ended = copied
+            return found
+        if unknown:
+            made = [self._unknown(x, unknown[i], found) if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)]
+        else:
+            made = [_faked(self.fakes, x) for x in leaves]
+        args, kwargs = tree.unflatten(made, spec)
+        found.scan = self.run(copied, fn, args, kwargs, found)
+        found.inputs = (args, kwargs)  # type: ignore[attr-defined]
+        return found
+
+    def run(self, copied: nn.Module, fn: str | None, args: tuple, kwargs: dict, of: Signature, plan: Any = None) -> Scan:
+        rows = of.symbols[0]
+
+        def batched(t: torch.Tensor) -> bool:
+            return rows is not None and isinstance(t.shape[0], torch.SymInt) and t.shape[0].node.expr == rows
+
+        def call(m: nn.Module) -> Any:
+            return (m if fn is None else getattr(m, fn))(*args, **kwargs)
+
+        done = scan(copied, call, self.fakes, plan=plan, batched=batched)
+        replaced = self.shapes.replacements
+        if any(s is not None and s in replaced for s in of.symbols):
+            done = Scan()
+            done.ended = RuntimeError("the model's shapes depend on the number of rows or the length themselves")
+        return done
+
+    def _unknown(self, x: torch.Tensor, dims: tuple[int | None, int | None], of: Signature) -> torch.Tensor:
+        """A fake of an input whose rows and length are symbols."""
+        shape, kinds = list(x.shape), [DimDynamic.STATIC] * x.dim()
+        for dim, size in zip(dims, (ROWS, LENGTH), strict=True):
+            if dim is not None:
+                shape[dim], kinds[dim] = size, DimDynamic.DYNAMIC
+        example = torch.zeros(shape, dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)
+        context = StatelessSymbolicContext(kinds)
+        made = self.fakes.from_tensor(example, symbolic_context=context, source=ConstantSource(f"input_{len(self.signatures)}"))
+        found = list(of.symbols)
+        for i, dim in enumerate(dims):
+            if dim is not None and isinstance(made.shape[dim], torch.SymInt):
+                found[i] = made.shape[dim].node.expr
+        of.symbols = (found[0], found[1])
+        return made
+
+
+def _fixed(leaves: list, unknown: tuple) -> tuple:
+    return tuple(
+        tuple(None if d in dims else s for d, s in enumerate(x.shape)) if isinstance(x, torch.Tensor) else None
+        for x, dims in zip(leaves, unknown, strict=True)
+    )
+
+
+def _faked(fakes: FakeTensorMode, x: Any) -> Any:
+    import copy
+
+    from torch._subclasses.fake_tensor import FakeCopyMode
+
+    if isinstance(x, torch.Tensor):
+        return fakes.from_tensor(x, static_shapes=True)
+    if isinstance(x, PLAIN) or callable(x):
+        return x
+    with FakeCopyMode(fakes):
+        return copy.deepcopy(x)
+
+
+class WaveSites:
+    """The sites of one recording: `tracing.tape.Sites`."""
+
+    def __init__(self, scanner: Scanner, signature: Signature, rows_of: Callable[[int], Any], length: Any):
+        self.scanner, self.signature = scanner, signature
+        self.rows_of, self.length = rows_of, length  # an invoke's rows; the padded length, an int or a symbol
+
+    def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing:
+        if tape.reshaped:
+            return self._rescanned(tape).lookup(site)
+        if self.signature.symbols == (None, None):
+            return self.signature.scan.lookup(site)
+        rows = self.rows_of(tape.invoke.index)
+        key = (site, str(rows), str(self.length))
+        found = self.signature.metas.get(key)
+        if found is None:
+            found = self.signature.metas[key] = self._sized(self.signature.scan.lookup(site), rows)
+        return found
+
+    def _rescanned(self, tape: Tape) -> Scan:
+        """The scan with what was recorded so far in it."""
+        scans = self.signature.rescans
+        if tape.step not in scans:
+            if self.signature.symbols != (None, None) or self.signature.scan.ended is not None:
+                scans[tape.step] = Scan()
+                scans[tape.step].ended = RuntimeError("an earlier write changed the shape of what follows")
+            else:
+                scans[tape.step] = self.replay(tape)
+            if len(scans) > SIGNATURES:
+                scans.popitem(last=False)
+        return scans[tape.step]
+
+    def replay(self, tape: Tape) -> Scan:
+        """A scan in which the recorded plan takes effect. It shows the metadata after it, and where it stops the model."""
+        plan = tape.plan(Groups((None,) * (max((op.invoke for op in tape.ops), default=0) + 1), 0))
+        constants = [tape.fake_of(("c", i)) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)]
+        interleaver = FakeInterleaver(plan, constants, self)
+        args, kwargs = self.signature.inputs  # type: ignore[attr-defined]
+        return self.scanner.run(self.scanner.skeleton(), None, args, kwargs, self.signature, interleaver)
+
+    def _sized(self, meta: SiteMeta | Missing, rows: Any) -> SiteMeta | Missing:
+        """A site's metadata for one invoke: the symbols of the scan replaced by what this trace knows."""
+        if isinstance(meta, Missing):
+            return meta
+        known = {s: v.node.expr if isinstance(v, torch.SymInt) else sympy.Integer(v)
+                 for s, v in zip(self.signature.symbols, (rows, self.length), strict=True) if s is not None}
+
+        def size(n: Any) -> Any:
+            if not isinstance(n, torch.SymInt):
+                return n
+            expr = sympy.sympify(n.node.expr).xreplace(known)
+            return int(expr) if expr.is_number else self.symbol(expr)
+
+        leaves = []
+        for leaf in meta.leaves:
+            if isinstance(leaf, torch.SymInt):
+                leaf = size(leaf)
+            elif isinstance(leaf, torch.Tensor):
+                with self.scanner.fakes, torch.no_grad():
+                    leaf = torch.empty_strided(
+                        [size(n) for n in leaf.shape], [size(n) for n in leaf.stride()], dtype=leaf.dtype, device=leaf.device
+                    ).requires_grad_(leaf.requires_grad)
+            leaves.append(leaf)
+        return meta._replace(leaves=tuple(leaves))
+
+    def symbol(self, expr: Any) -> Any:
+        """The size that an expression over the padded length stands for."""
+        return self.scanner.shapes.create_symintnode(expr, hint=None)
+
+    def module(self, path: str) -> Callable:
+        """A module's forward, on fakes."""
+        return self.scanner.skeleton().get_submodule(path).forward
+
+
+class FakeInterleaver(TensorInterleaver):
+    """A plan's operations on fakes."""
+
+    def __init__(self, plan: Any, constants: list, sites: WaveSites):
+        super().__init__(plan, constants)
+        self.sites = sites
+
+    def execute(self, n: int, op: Op) -> Any:
+        if op.kind not in ("call", MODULE):
+            return None
+        args, kwargs = self.arguments(op)
+        fn = self.sites.module(op.target) if op.kind == MODULE else op.target.obj
+        with under(op.ambient):
+            return fn(*args, **kwargs)
+

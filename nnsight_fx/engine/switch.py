@@ -1,0 +1,102 @@
+"""One switch between a body and the run it waits for.
+
+Both live on one thread, each with its own idea of grad mode, autocast, mode stacks and the rest. Every change of sides
+goes through `Side.switch`, which puts away the state of the side that stops and puts back that of the side that goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+import greenlet
+import torch
+
+from ..capture import _torch
+from ..tracing import ambient
+
+SDPA = ("flash", "mem_efficient", "math", "cudnn")
+
+
+class State:
+    """The thread state of one side: looked at, or taken off the thread (`take`)."""
+
+    def __init__(self, take: bool = False):
+        self.functions = _torch.function_modes(take)
+        self.dispatch = _torch.dispatch_modes(take)
+        self.ambient = ambient.current()
+        self.autocast_cache = torch.is_autocast_cache_enabled()
+        self.dtype = torch.get_default_dtype()
+        self.sdpa = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in SDPA}
+        self.deterministic = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+        self.stance = _torch.stance()
+        self.frames = _torch.frame_callback() if take else None
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self.cuda = (torch.cuda.current_device(), torch.cuda.current_stream()) if cuda else None
+
+    def restore(self) -> contextlib.ExitStack:
+        """Put it back. Closing what this returns, at the next switch, undoes the inference mode it may have entered."""
+        guard = contextlib.ExitStack()
+        if self.ambient.inference != torch.is_inference_mode_enabled():
+            guard.enter_context(torch.inference_mode(self.ambient.inference))
+        torch._C._set_grad_enabled(self.ambient.grad)
+        for device, enabled, dtype in self.ambient.autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self.autocast_cache)
+        torch.set_default_dtype(self.dtype)
+        for name, enabled in self.sdpa.items():
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
+        torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
+        if self.cuda is not None:
+            torch.cuda.set_device(self.cuda[0])
+            torch.cuda.set_stream(self.cuda[1])
+        _torch.set_stance(self.stance)
+        _torch.push_dispatch_modes(self.dispatch)
+        _torch.push_function_modes(self.functions)
+        _torch.frame_callback(self.frames)
+        return guard
+
+
+class Coroutine:
+    """A run in a greenlet of its own, so that it can stop in the middle of a forward and go on later."""
+
+    def __init__(self, run: Callable[[], Any], state: State):
+        self.model = greenlet.greenlet(run)
+        self.model.gr_context = contextvars.copy_context()
+        self.body = greenlet.getcurrent()
+        self.states: dict[Any, State] = {self.model: state}
+        self.guard = contextlib.ExitStack()
+
+    def _switch(self, to: Any, throw: tuple = ()) -> None:
+        mine = self.states[greenlet.getcurrent()] = State(take=True)
+        self.guard.close()
+        self.guard = self.states[to].restore()
+        try:
+            _ = to.throw(*throw) if throw else to.switch()
+        finally:
+            if to is self.model and self.model.dead:  # it ended, by itself or by an exception, and put nothing away
+                _torch.function_modes(take=True)
+                _torch.dispatch_modes(take=True)
+                self.guard.close()
+                self.guard = mine.restore()
+
+    def go_on(self) -> None:
+        """From the body: let the run go on until it stops or ends. Its exceptions are raised here."""
+        self._switch(self.model)
+
+    def pause(self) -> None:
+        """From the run: let the body go on."""
+        self._switch(self.body)
+
+    @property
+    def ended(self) -> bool:
+        return self.model.dead
+
+    def abandon(self) -> None:
+        """End a suspended run: its `finally` blocks run."""
+        if not self.model.dead:
+            with contextlib.suppress(greenlet.GreenletExit):
+                self._switch(self.model, (greenlet.GreenletExit,))

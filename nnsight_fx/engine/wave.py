@@ -1,0 +1,108 @@
+"""A wave: one forward of a trace, from its recording to its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..tracing.contexts import Invoker, Tracer
+from ..tracing.encode import Key
+from ..tracing.plan import Groups
+from ..tracing.tape import Tape
+from .deliver import deliver
+from .run import Run
+from .sites import WaveSites
+
+
+class Wave:
+    """Invokes that run together. `alone` is a trace with one direct input."""
+
+    def __init__(self, host: Any, tracer: Tracer, first: Any, alone: bool):
+        self.host, self.tracer, self.alone = host, tracer, alone
+        self.members: list[Invoker | None] = []
+        self.batches: list[Any] = [first] if alone else []
+        self.run: Run | None = None
+        scanner = host._scanner
+        self.fixed: int | None = tracer.pad_to  # the padded length, once it is known
+        if alone:
+            batch = self.batch = host._collate([first], pad_to=tracer.pad_to)
+            signature = scanner.signature(batch, tracer.fn, None)
+        else:
+            signature = scanner.signature(first, tracer.fn, host._unknown_dims(first))
+        length = tracer.pad_to if tracer.pad_to is not None else scanner.length
+        sites = WaveSites(scanner, signature, self.rows_of, length)
+        self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
+
+    # -- members -------------------------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        """Has a sync point begun the forward? Then no further input can join."""
+        return self.run is not None
+
+    def add(self, invoker: Invoker) -> None:
+        if invoker not in self.members:
+            self.members.append(invoker)
+            if invoker.batch is not None:
+                self.batches.append(invoker.batch)
+
+    def index_of(self, invoker: Invoker) -> int:
+        return self.members.index(invoker)
+
+    def rows_of(self, index: int) -> Any:
+        """The rows of an invoke; of the whole batch so far for one without input."""
+        batch = self.members[index].batch if index < len(self.members) and self.members[index] is not None else None  # type: ignore[union-attr]
+        return batch.rows if batch is not None else sum(b.rows for b in self.batches)
+
+    def groups(self) -> Groups:
+        if self.alone:
+            return Groups((None,), 0)
+        rows, start = [], 0
+        for member in self.members:
+            batch = member.batch if member is not None else None
+            rows.append((start, batch.rows) if batch is not None else None)
+            start += batch.rows if batch is not None else 0
+        return Groups(tuple(rows), start)
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def _start(self) -> Run:
+        if self.run is None:
+            if not self.alone:
+                self.batch = self.host._collate(self.batches, pad_to=self.tracer.pad_to)
+            groups = self.groups()
+            self.run = self.host._run(self, self.tape.plan(groups))
+            self._groups = groups
+        return self.run
+
+    def _until(self, tape: Tape) -> Callable[[Key], Any]:
+        if self.run is not None and tape is not self.tracer.waves[-1].tape:
+            return self.run.lookup  # a later wave asks for a value of this one
+        run = self._start()
+        return run.until(tape.plan(self._groups), self.tracer.state)
+
+    def finish(self) -> None:
+        run = self._start()
+        plan = self.tape.plan(self._groups)
+        run.finish(plan)
+        missed = run.unfinished()
+        if missed and not run.stopping:
+            raise run.missed_error(missed)
+
+    def abandon(self) -> None:
+        if self.run is not None:
+            self.run.abandon()
+
+    def deliver(self) -> None:
+        if self.run is not None:
+            deliver(self.tape, self.run.lookup)
+
+    @property
+    def symbols(self) -> dict:
+        """What the sizes that were unknown turned out to be."""
+        if self.alone:
+            return {}
+        symbol = self.host._scanner.length.node.expr
+        length = self.host._length(self.batch)
+        return {} if length is None else {symbol: length}
+

@@ -1,0 +1,222 @@
+"""`Envoy`: the mirror of a module, through which its values are read, written and skipped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .errors import OutsideTraceError, UnknownModuleError, nearest
+from .tracing import tree
+from .tracing.encode import Keep
+from .tracing.lazy import LazyTensor, user_line
+from .tracing.tape import SiteMeta, Tape
+
+_TAKEN = ("input", "inputs", "output")  # a child module of such a name is reached by it, the value by `nns_<name>`
+
+
+class Envoy:
+    """One module of a wrapped model.
+
+    `.output` is what the module returns, `.inputs` is `(args, kwargs)`, `.input` the first of them; each can be read,
+    assigned, and changed in place inside a trace. Children are attributes (`model.transformer.h[3].mlp`).
+    """
+
+    def __init__(self, module: nn.Module, path: str, root: Any, aliases: dict[str, str] | None = None):
+        self._module, self._path, self._root = module, path, root
+        self._children: dict[str, Envoy] = {}
+        self._aliases = aliases or {}
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def _tape(self, what: str) -> Tape:
+        tracer = self._root.tracer
+        if tracer is None:
+            raise OutsideTraceError(
+                f"{user_line()}: cannot access `{self.path}.{what}` outside of a trace: values exist only while the model "
+                "runs. Open one: `with model.trace(...):`."
+            )
+        return tracer.tape
+
+    @property
+    def nns_output(self) -> Any:
+        """What the module returned: the model's own structure, with tensors that are recorded."""
+        return self._tape("output").read((self._path, "output", 0))
+
+    @nns_output.setter
+    def nns_output(self, value: Any) -> None:
+        self._tape("output").write((self._path, "output", 0), value)
+
+    @property
+    def nns_inputs(self) -> Any:
+        """`(args, kwargs)` of the module's call."""
+        return self._tape("inputs").read((self._path, "input", 0))
+
+    @nns_inputs.setter
+    def nns_inputs(self, value: Any) -> None:
+        self._tape("inputs").write((self._path, "input", 0), value)
+
+    @property
+    def nns_input(self) -> Any:
+        """The first argument of the module's call: positional, else by keyword."""
+        args, kwargs = self._tape("input").read((self._path, "input", 0))
+        return args[0] if args else next(iter(kwargs.values()), None)
+
+    @nns_input.setter
+    def nns_input(self, value: Any) -> None:
+        tape, site = self._tape("input"), (self._path, "input", 0)
+        meta = tape.meta(site)
+        if isinstance(meta, SiteMeta):
+            kept = [Keep(i) for i in range(len(meta.leaves))]
+            args, kwargs = tree.unflatten(kept, meta.spec)
+        else:
+            args, kwargs = tape.read(site)
+        if args:
+            args = (value, *args[1:])
+        elif kwargs:
+            kwargs = {**kwargs, next(iter(kwargs)): value}
+        else:
+            raise ValueError(f"{user_line()}: `{self.path}` is called without arguments: there is no input to write")
+        tape.write(site, (args, kwargs))
+
+    def skip(self, value: Any) -> None:
+        """Do not run the module: its output is `value`. Its input can be read before, its output after."""
+        self._tape("skip").skip(self._path, 0, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Inside a trace: the module applied to values, unobserved. Outside: the module itself."""
+        tracer = self._root.tracer
+        if tracer is None:
+            return self._module(*args, **kwargs)
+        return tracer.tape.module(self._path, args, kwargs)
+
+    # -- the tree ------------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """The module's path, from `model` on."""
+        return ".".join(p for p in ("model", self._path) if p)
+
+    def _child(self, name: str) -> Envoy:
+        name = self._aliases.get(name, name)
+        child = self._module._modules.get(name)
+        if child is None:
+            raise KeyError(name)
+        return self._root._envoy_of(child)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_module" not in self.__dict__:
+            raise AttributeError(name)
+        try:
+            return self._child(name)
+        except KeyError:
+            pass
+        if hasattr(self._module, name):
+            return getattr(self._module, name)
+        known = [*self._module._modules, "output", "input", "inputs", "skip"]
+        raise UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and not name.startswith("_"):
+            setattr(self._module, name, value)
+            self._root._module_changed()
+            return
+        super().__setattr__(name, value)
+
+    def __getitem__(self, index: int | slice | str) -> Any:
+        if isinstance(index, str):
+            return self._child(index)
+        names = list(self._module._modules)
+        if isinstance(index, slice):
+            return [self._child(n) for n in names[index]]
+        if not names:
+            raise IndexError(f"{user_line()}: `{self.path}` has no children to index")
+        if not -len(names) <= index < len(names):
+            raise IndexError(f"{user_line()}: `{self.path}` has {len(names)} children; there is no [{index}]")
+        return self._child(names[index])
+
+    def __len__(self) -> int:
+        return len(self._module._modules)
+
+    def __iter__(self) -> Iterator[Envoy]:
+        return iter(self[:])
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get(self, path: str) -> Any:
+        """What a dotted path leads to, from here: `model.get("transformer.h.3.output")`."""
+        here: Any = self
+        for part in path.split(".") if path else ():
+            try:
+                here = here._child(part) if isinstance(here, Envoy) else getattr(here, part)
+            except KeyError:
+                here = getattr(here, part)
+        return here
+
+    def modules(self, include_fn: Callable[[Envoy], bool] | None = None, names: bool = False) -> list:
+        """This envoy and all below it, children first; with `names`, as `(path, envoy)`."""
+        found: list[Envoy] = []
+
+        def walk(module: nn.Module) -> None:
+            for child in module._modules.values():
+                if child is not None:
+                    walk(child)
+            envoy = self._root._envoy_of(module)
+            if envoy not in found:
+                found.append(envoy)
+
+        walk(self._module)
+        kept = [e for e in found if include_fn is None or include_fn(e)]
+        return [(e.path, e) for e in kept] if names else kept
+
+    def named_modules(self) -> list[tuple[str, Envoy]]:
+        """`(path, envoy)` of this envoy and all below it, children first."""
+        return self.modules(names=True)
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the first parameter."""
+        return next((p.device for p in self._module.parameters()), None)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        return {p.device for p in self._module.parameters()}
+
+    def to(self, *args: Any, **kwargs: Any) -> Envoy:
+        """`nn.Module.to`, in place."""
+        self._module.to(*args, **kwargs)
+        return self
+
+    def cpu(self) -> Envoy:
+        return self.to("cpu")
+
+    def cuda(self, *args: Any) -> Envoy:
+        self._module.cuda(*args)
+        return self
+
+    def __repr__(self) -> str:
+        return re.sub(r"^\w+", lambda m: m.group(0), repr(self._module), count=1)
+
+
+def _value(name: str) -> property:
+    """A value under its short name, unless a child module has that name (BERT's `output`): the child wins."""
+
+    def get(self: Envoy) -> Any:
+        return self._child(name) if name in self._module._modules else getattr(self, f"nns_{name}")
+
+    def put(self: Envoy, value: Any) -> None:
+        if name in self._module._modules:
+            raise AttributeError(f"{user_line()}: `{self.path}.{name}` is a module; its value is `.nns_{name}`")
+        setattr(self, f"nns_{name}", value)
+
+    return property(get, put, doc=getattr(Envoy, f"nns_{name}").__doc__)
+
+
+for _name in _TAKEN:
+    setattr(Envoy, _name, _value(_name))
+
+__all__ = ["Envoy", "LazyTensor"]

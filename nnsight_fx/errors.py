@@ -1,0 +1,79 @@
+"""Every error that nnsight_fx raises on its own account.
+
+Each says what was written (file and line), what exists, and what to do. Each also inherits the builtin that nnsight
+0.8.1 or eager torch raises in its place, so that code which catches that one goes on working.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NNsightFXError(Exception):
+    """The parent of all errors of this package."""
+
+
+class OutOfOrderError(NNsightFXError):
+    """A site was read or written after the model had passed it."""
+
+
+class MissedSiteError(OutOfOrderError):
+    """A site that the run never reached: its module was not called, or not that often."""
+
+
+MissedProviderError = MissedSiteError  # nnsight's name
+
+
+class UnknownModuleError(NNsightFXError, AttributeError):
+    """A module path that the wrapped model does not have."""
+
+
+class OutsideTraceError(NNsightFXError, ValueError):
+    """A site, `save` or `stop` used where no trace of the model is open."""
+
+
+class NestedTraceError(NNsightFXError, ValueError):
+    """A trace opened while another one of the same model is open."""
+
+
+class InvokeError(NNsightFXError, ValueError):
+    """An invoke where none can be opened, or a trace without any input."""
+
+
+class UnsavedValueError(NNsightFXError, ValueError):
+    """A recorded value used after its trace, without `.save()`."""
+
+
+class NotRecordableError(NNsightFXError, TypeError):
+    """Something a recorded value cannot do, because it has no data until the model runs."""
+
+
+class PaddedLengthUnknown(NNsightFXError, RuntimeError):
+    """Python asked for the padded length of a batch whose prompts are not all known yet."""
+
+
+class SkipError(NNsightFXError, ValueError):
+    """A module skipped in some invokes of a batch and not in others."""
+
+
+class PlanMismatchError(NNsightFXError, RuntimeError):
+    """A write that the captured model cannot take, and that came too late to capture it anew."""
+
+
+class FallbackError(NNsightFXError, AssertionError):
+    """Something ran outside captured code under `assert_no_fallback()`."""
+
+
+class RecompileError(NNsightFXError, AssertionError):
+    """More compiles than `assert_max_compiles(n)` allows."""
+
+
+def nearest(wrong: str, known: Iterable[str], n: int = 3) -> str:
+    """`did you mean` text with the closest known names, or all of them when there are few."""
+    known = list(known)
+    close = difflib.get_close_matches(wrong, known, n=n, cutoff=0.4)
+    if close:
+        return "did you mean " + ", ".join(f"`{c}`" for c in close) + "?"
+    shown = ", ".join(f"`{k}`" for k in known[:8]) + (", ..." if len(known) > 8 else "")
+    return f"there is {shown}" if known else "there is none"

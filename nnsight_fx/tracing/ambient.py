@@ -1,0 +1,47 @@
+"""The modes of a thread that change what an operation means: grad mode, inference mode, autocast.
+
+An operation recorded under other modes than those its trace was opened under is replayed under its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Ambient(NamedTuple):
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+
+def devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def current() -> Ambient:
+    """The modes that hold now."""
+    return Ambient(
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices()),
+    )
+
+
+@contextlib.contextmanager
+def under(ambient: Any) -> Iterator[None]:
+    """Run a block under recorded modes; `None` means those that hold."""
+    if ambient is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        if ambient.inference != torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(ambient.inference))
+        stack.enter_context(torch.set_grad_enabled(ambient.grad))
+        for device, enabled, dtype in ambient.autocast:
+            if (enabled, dtype) != (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)):
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        yield

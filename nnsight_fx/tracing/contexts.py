@@ -1,0 +1,254 @@
+"""The contexts a user opens: a trace, and the invokes inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError
+from . import saving
+from .lazy import user_line
+from .plan import Groups, InterventionGraph
+from .recorder import Recorder
+from .tape import Invoke, Tape
+
+
+class Wave(Protocol):
+    """One forward in the making, as a trace sees it."""
+
+    tape: Tape
+
+    def finish(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
+    def deliver(self) -> None: ...
+
+
+class Host(Protocol):
+    """What a trace needs of its model."""
+
+    tracer: Tracer | None
+
+    def _prepare(self, args: tuple, kwargs: dict) -> Any: ...
+
+    def _wave(self, tracer: Tracer, first: Any, alone: bool) -> Any: ...
+
+    def _suspend(self) -> Callable[[], None]: ...
+
+
+class Tracer:
+    """An open trace: `with model.trace(...) as tracer`."""
+
+    def __init__(self, host: Any, args: tuple, kwargs: dict, *, compile: Any, fn: str | None, pad_to: int | None, scan_only: bool = False):
+        self.host, self.args, self.kwargs = host, args, kwargs
+        self.compile, self.fn, self.pad_to, self.scan_only = compile, fn, pad_to, scan_only
+        self.waves: list[Any] = []
+        self.invoker: Invoker | None = None
+        self.given: list[Invoker] = []
+        self.recorder = Recorder()
+        self.line = user_line()
+        self.called = 0
+
+    # -- the context ---------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Tracer:
+        if self.host.tracer is not None:
+            raise NestedTraceError(
+                f"{user_line()}: this model already has an open trace, from {self.host.tracer.line}. "
+                "Leave it first, or open an invoke in it (`with tracer.invoke(...)`)."
+            )
+        self.host.tracer = self
+        try:
+            self.line = user_line()
+            self.state = self.host._state()
+            if self.args or self.host._has_input(self.kwargs):
+                self._begin(self.host._prepare(self.args, self.kwargs), alone=True)
+            self.resume_body = self.host._suspend()
+            self.recorder.__enter__()
+        except BaseException:
+            self.host.tracer = None
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self.recorder.__exit__(None, None, None)
+        self.resume_body()
+        try:
+            if error is not None and not isinstance(error, Stopping):
+                self._abort()
+                if isinstance(error, MissedSiteError):
+                    self._deliver()
+                return False
+            if not self.waves and not self.given:
+                raise InvokeError(
+                    f"{self.line}: `trace()` has neither an input nor an invoke. Give it one: `model.trace(prompt)`, or "
+                    "`with model.trace() as tracer:` and in it `with tracer.invoke(prompt):`."
+                )
+            try:
+                self._finish()
+            except BaseException:
+                self._abort()
+                raise
+        finally:
+            for wave in self.waves:
+                wave.tape.open = False
+                saving.closed(wave.tape)
+            self.host.tracer = None
+        return isinstance(error, Stopping)
+
+    def _begin(self, first: Any, alone: bool) -> None:
+        wave = self.host._wave(self, first, alone)
+        self.waves.append(wave)
+        self.recorder.tape = wave.tape
+        saving.opened(wave.tape)
+
+    def _finish(self) -> None:
+        wave = self.waves[-1]
+        wave.tape.settle()
+        for each in self.waves:
+            saving.collect(each.tape)
+        missed = None
+        try:
+            wave.finish()
+        except MissedSiteError as e:
+            missed = e
+        self._deliver()
+        if missed is not None:
+            raise missed
+
+    def _deliver(self) -> None:
+        for wave in self.waves:
+            wave.deliver()
+
+    def _abort(self) -> None:
+        for wave in self.waves:
+            wave.abandon()
+
+    # -- invokes -------------------------------------------------------------------------------------------------
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
+        """An input of the batch, with interventions of its own on its own rows; without input: the whole batch."""
+        return Invoker(self, args, kwargs)
+
+    @property
+    def tape(self) -> Tape:
+        """The open recording."""
+        if not self.waves or (self.given and self.invoker is None):
+            raise OutsideTraceError(
+                f"{user_line()}: no input is open here: this trace takes its inputs by invoke. Move the line into a "
+                "`with tracer.invoke(...):` block."
+            )
+        return self.waves[-1].tape
+
+    # -- verbs ---------------------------------------------------------------------------------------------------
+
+    @property
+    def result(self) -> Any:
+        """What the traced function returns, after every intervention."""
+        return self.tape.read(("", "result", 0))
+
+    def stop(self) -> None:
+        """End the model's forward here: nothing after the latest site runs, no buffer moves, no cache fills."""
+        self.tape.stop()
+        raise Stopping
+
+    def barrier(self, n: int) -> Callable[[], None]:
+        """A point that `n` invokes share. Values flow between invokes anyway; it only asserts the order."""
+        reached = [0]
+
+        def barrier() -> None:
+            reached[0] += 1
+            self.tape.barrier()
+
+        self.barriers = [*getattr(self, "barriers", []), (n, reached, user_line())]
+        return barrier
+
+    def apply(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
+        """`fn(*args, **kwargs)` on the real values, when the model gets there; a sync point."""
+        return self.tape.apply(fn, args, kwargs)
+
+    def log(self, *values: Any) -> None:
+        """Print values when the model gets there."""
+        self.tape.apply(print, values, {})
+
+    @property
+    def plan(self) -> InterventionGraph:
+        """What is recorded so far."""
+        return self.waves[-1].tape.plan(Groups((None,), 0))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "host" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.host, name)
+
+
+class Stopping(BaseException):
+    """Leaves the body at `tracer.stop()`; never leaves the `with` block."""
+
+
+class Invoker:
+    """An open invoke."""
+
+    def __init__(self, tracer: Tracer, args: tuple, kwargs: dict):
+        self.tracer, self.args, self.kwargs = tracer, args, kwargs
+        self.batch: Any = None
+        self.prepared = False
+
+    @property
+    def inputs(self) -> Any:
+        """The prepared input: `(args, kwargs)`."""
+        return (self.batch.args, self.batch.kwargs) if self.batch is not None else None
+
+    def __enter__(self) -> Invoker:
+        tracer = self.tracer
+        if tracer.host.tracer is not tracer:
+            raise InvokeError(f"{user_line()}: this trace is not open. Use `invoke` inside `with model.trace() as tracer:`.")
+        if tracer.args or tracer.host._has_input(tracer.kwargs):
+            raise InvokeError(
+                f"{user_line()}: the trace at {tracer.line} already has an input, so it takes no invokes. Give every input by "
+                "invoke: `with model.trace() as tracer:`."
+            )
+        if tracer.invoker is not None:
+            raise InvokeError(f"{user_line()}: cannot open an invoke with one already open. Leave the other `with` block first.")
+        if self.batch is None and (self.args or self.kwargs):
+            with _paused(tracer.recorder):
+                self.batch = tracer.host._prepare(self.args, self.kwargs)
+        if not tracer.waves or (tracer.waves[-1].started and not self.prepared):
+            if tracer.waves:
+                tracer.waves[-1].tape.settle()
+                saving.collect(tracer.waves[-1].tape)
+                tracer.waves[-1].finish()
+            if self.batch is None:
+                raise InvokeError(
+                    f"{user_line()}: an invoke without input works on the whole batch, and there is none yet"
+                    + (" (a sync point has closed the last one)" if tracer.waves else "")
+                    + ". Open an invoke with an input first."
+                )
+            tracer._begin(self.batch, alone=False)
+        wave = tracer.waves[-1]
+        wave.add(self)
+        wave.tape.invoke = Invoke(wave.index_of(self))
+        tracer.given.append(self)
+        tracer.invoker = self
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self.tracer.invoker = None
+        if error is None or isinstance(error, Stopping):
+            self.tracer.waves[-1].tape.settle()
+        return isinstance(error, Stopping)
+
+
+class _paused:
+    """The recorder off: a host prepares inputs with real work on real tensors."""
+
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
+
+    def __enter__(self) -> None:
+        self.tape, self.recorder.tape = self.recorder.tape, None
+
+    def __exit__(self, *_: Any) -> None:
+        self.recorder.tape = self.tape

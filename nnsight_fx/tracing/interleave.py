@@ -1,0 +1,224 @@
+"""The ordering contract, once, for every engine.
+
+An `Interleaver` steps through a plan while something walks past the model's sites: the running model (values are
+tensors), a scan (fakes), or the splice pass (values are `fx` nodes). A recorded operation takes effect at the latest
+site its invoke has touched so far; at one site invokes act in the order in which they were opened.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from . import tree
+from .encode import Keep, Key, decode
+from .plan import AT_SITE, BARRIER, LIVE, READ, SAVE, SKIP, STOP, SYNC, WRITE, InterventionGraph, Op, Site
+
+Value = tuple[int, int]  # (operation, leaf)
+
+
+class Stopped(Exception):
+    """Ends the model's forward: `tracer.stop()`. Never reaches the user."""
+
+
+class Cut(Exception):
+    """The next operation needs real values, and this interleaver has none."""
+
+
+class Firing(NamedTuple):
+    """A site that the model is passing: its leaves may be replaced in place."""
+
+    site: Site
+    leaves: list
+    spec: tree.Spec
+
+
+class Interleaver:
+    """One pass over a plan. Subclasses say what a value is."""
+
+    def __init__(self, plan: InterventionGraph):
+        self.plan = plan
+        self.env: dict[Value, Any] = {}
+        self.done: set[int] = set()
+        self.at: list[int] = [0] * len(plan.workers)  # how far each invoke has come
+        self.counts: dict[tuple[str, str], int] = {}
+        self.skipped: dict[Site, dict[int, tuple]] = {}  # site -> invoke -> (spec, leaves, batched)
+        self.stopping = False
+
+    # What a subclass gives.
+    def constant(self, key: Key) -> Any:
+        raise NotImplementedError
+
+    def execute(self, n: int, op: Op) -> Any:
+        """Run one `call`, `module`, `apply` or `sync` operation and return its result."""
+        raise NotImplementedError
+
+    def rows(self, leaf: Any, invoke: int, batched: bool | None) -> Any:
+        """An invoke's rows of a leaf."""
+        raise NotImplementedError
+
+    def put_rows(self, leaf: Any, new: Any, invoke: int, batched: bool | None) -> Any:
+        """A leaf with an invoke's rows replaced."""
+        raise NotImplementedError
+
+    # The schedule.
+    def fire(self, firing: Firing) -> None:
+        """The model passes a site: everything that can happen here happens."""
+        self.work(firing)
+        for n in self.plan.touches.get(firing.site, ()):
+            # behind an operation that waits for a later site: what needs nothing of it is served now
+            if n not in self.done and self.ready(n) and self.plan.ops[n].kind in (READ, WRITE):
+                self.perform(n, firing)
+
+    def work(self, firing: Firing | None) -> None:
+        """Advance every invoke as far as it can go."""
+        for worker in range(len(self.plan.workers)):
+            while self.at[worker] < len(self.plan.workers[worker]):
+                n = self.plan.workers[worker][self.at[worker]]
+                if n not in self.done:
+                    op = self.plan.ops[n]
+                    if op.kind in AT_SITE and not self._here(op, firing):
+                        break
+                    if not self.ready(n):
+                        break
+                    self.perform(n, firing)
+                self.at[worker] += 1
+
+    @staticmethod
+    def _here(op: Op, firing: Firing | None) -> bool:
+        if firing is None:
+            return False
+        path, kind, call = op.target
+        return firing.site == ((path, "input", call) if op.kind == SKIP else op.target)
+
+    def ready(self, n: int) -> bool:
+        """Are all values that operation `n` needs there?"""
+        return all(v in self.env for v in self.plan.needs[n])
+
+    def perform(self, n: int, firing: Firing | None) -> None:
+        op = self.plan.ops[n]
+        if op.kind == READ:
+            assert firing is not None
+            leaves = [self.rows(x, op.invoke, op.extra[i] if op.extra else None) for i, x in enumerate(firing.leaves)]
+            self._keep(n, leaves, firing.spec)
+        elif op.kind == WRITE:
+            self._write(op, firing)
+        elif op.kind == SKIP:
+            spec, batched = op.extra
+            self.skipped.setdefault(op.target, {})[op.invoke] = (spec, list(self.arguments(op)[0][0]), batched)
+        elif op.kind == STOP:
+            self.stopping = True
+        elif op.kind not in (SAVE, BARRIER):
+            if op.kind in LIVE and not self.live:
+                raise Cut
+            self._store(n, op, self.execute(n, op))
+        self.done.add(n)
+        self._release(n)
+
+    live = True  # can this interleaver run Python on real values?
+    closed = True  # is the plan whole? Not while a sync point may still add to it
+
+    def _store(self, n: int, op: Op, result: Any) -> None:
+        if op.kind == SYNC:
+            return
+        self._keep(n, *self.split(result))
+
+    def _keep(self, n: int, leaves: list, spec: tree.Spec) -> None:
+        """Hold what a later operation uses, and nothing else."""
+        for j, leaf in enumerate(leaves):
+            if (n, j) in self.plan.last_use or not self.closed:
+                self.env[(n, j)] = leaf
+        if (n, -1) in self.plan.last_use:
+            self.env[(n, -1)] = (leaves, spec)
+
+    def split(self, result: Any) -> tuple[list, tree.Spec]:
+        return tree.flatten(result)
+
+    def _write(self, op: Op, firing: Firing | None) -> None:
+        assert firing is not None
+        spec, batched, _ = op.extra
+        new = list(self.arguments(op)[0][0])
+        if spec == firing.spec:
+            for i, value in enumerate(new):
+                if not (isinstance(value, Keep) and value.index == i):
+                    value = firing.leaves[value.index] if isinstance(value, Keep) else value
+                    firing.leaves[i] = self.put_rows(firing.leaves[i], value, op.invoke, batched[i] if batched else None)
+        else:
+            old = list(firing.leaves)
+            firing.leaves[:] = [old[v.index] if isinstance(v, Keep) else v for v in new]
+            self.restructured[firing.site] = spec
+
+    @property
+    def restructured(self) -> dict[Site, tree.Spec]:
+        return self.__dict__.setdefault("_restructured", {})
+
+    def arguments(self, op: Op) -> tuple[tuple, dict]:
+        return decode(op.args, self.lookup), decode(op.kwargs, self.lookup)
+
+    def lookup(self, key: Key) -> Any:
+        if key[0] != "v":
+            return self.constant(key)
+        value = self.env[(key[1], key[2])]
+        return value if key[2] >= 0 else tree.unflatten(*value)
+
+    def _release(self, n: int) -> None:
+        """Free what nothing will use any more."""
+        if not self.closed:
+            return
+        for value in self.plan.needs[n]:
+            if self.plan.last_use[value] == n and value not in self.plan.saved:
+                self.env.pop(value, None)
+
+    def count(self, path: str, kind: str) -> int:
+        """The call index of a site that is passed now."""
+        n = self.counts.get((path, kind), 0)
+        self.counts[(path, kind)] = n + 1
+        return n
+
+    def unfinished(self) -> list[int]:
+        """The operations that the run did not get to."""
+        return [n for worker, at in zip(self.plan.workers, self.at, strict=True) for n in worker[at:] if n not in self.done]
+
+    def extend(self, plan: InterventionGraph) -> None:
+        """Go on with a plan that this one is the beginning of."""
+        self.plan = plan
+        self.at += [0] * (len(plan.workers) - len(self.at))
+
+
+class TensorInterleaver(Interleaver):
+    """Values are tensors: the running model's, or a scan's fakes."""
+
+    def __init__(self, plan: InterventionGraph, constants: list):
+        super().__init__(plan)
+        self.constants = constants
+
+    def constant(self, key: Key) -> Any:
+        return self.constants[key[1]]
+
+    def _batched(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:
+        groups = self.plan.groups
+        group = groups.rows[invoke] if invoke < len(groups.rows) else None
+        if group is None or not isinstance(leaf, torch.Tensor) or leaf.dim() == 0 or batched is False:
+            return None
+        return group if leaf.shape[0] == groups.total else None
+
+    def rows(self, leaf: Any, invoke: int, batched: bool | None) -> Any:
+        group = self._batched(leaf, invoke, batched)
+        return leaf if group is None else leaf.narrow(0, *group)
+
+    def put_rows(self, leaf: Any, new: Any, invoke: int, batched: bool | None) -> Any:
+        group = self._batched(leaf, invoke, batched)
+        if group is None:
+            return new
+        start, size = group
+        return torch.cat([leaf.narrow(0, 0, start), new, leaf.narrow(0, start + size, leaf.shape[0] - start - size)])
+
+
+def gather(parts: dict[int, tuple], groups: Any) -> tuple[list, tree.Spec]:
+    """The output of a skipped module from what each invoke gave: rows concatenated leaf by leaf."""
+    ordered = [parts[i] for i in sorted(parts)]
+    if len(ordered) == 1:
+        return ordered[0][1], ordered[0][0]
+    leaves = [torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0] for column in zip(*(p[1] for p in ordered), strict=True)]
+    return leaves, ordered[0][0]

@@ -1,0 +1,152 @@
+"""`LazyTensor`: a tensor without data that stands for a value of the coming run.
+
+It is a `torch.Tensor` (einops, `nn.functional`, whole modules take it), every operation on it is recorded, and nothing
+can compute on it in silence: below the Python API it always raises.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
+
+from ..errors import NotRecordableError
+
+if TYPE_CHECKING:
+    from .tape import Tape
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_INTERNAL = (_PACKAGE, os.path.dirname(torch.__file__), os.path.realpath(os.path.join(_PACKAGE, "passes")))
+
+
+class Line(NamedTuple):
+    """A line of the user's code."""
+
+    filename: str
+    lineno: int
+
+    def __str__(self) -> str:
+        return f"{self.filename}:{self.lineno}"
+
+
+def user_line() -> Line:
+    """The innermost line that is neither this package's nor torch's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
+        frame = frame.f_back
+    return Line(frame.f_code.co_filename, frame.f_lineno)
+
+
+class LazyTensor(torch.Tensor):
+    """A recorded value. After the trace a saved one *is* the real `torch.Tensor`, wherever it is held."""
+
+    _tape: Tape
+    _key: tuple  # its key in the recording: ("v", op, leaf)
+    _fake: torch.Tensor  # shape, dtype, device: all that is known of it
+    _line: Line  # where it was made
+
+    @staticmethod
+    def __new__(cls, tape: Tape, key: tuple, fake: torch.Tensor, line: Line) -> LazyTensor:
+        made = torch.Tensor._make_wrapper_subclass(cls, (0,))  # type: ignore[attr-defined]
+        made._tape, made._key, made._fake, made._line = tape, key, fake, line
+        return made
+
+    def __init__(self, *_: Any):
+        pass
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        lazy = _first(args, kwargs or {})
+        if lazy is None:
+            return NotImplemented
+        return lazy._tape.call(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> NoReturn:
+        raise NotRecordableError(
+            f"{user_line()}: `{func}` reached a recorded value below the Python API, where it cannot be recorded "
+            "(torch.func transforms, reentrant checkpoints and C++ extensions go that way). "
+            "Call the function on real values instead: `tracer.apply(fn, value)`."
+        )
+
+    def save(self) -> LazyTensor:
+        """Keep this value: after the trace this very object is a plain `torch.Tensor`."""
+        self._tape.save(self)
+        return self
+
+    # Sync points: Python needs the numbers, so the model runs up to here, once, and the body goes on.
+    def _real(self) -> torch.Tensor:
+        return self._tape.sync([self])[0]
+
+    def __bool__(self) -> bool:
+        return bool(self._real())
+
+    def __int__(self) -> int:
+        return int(self._real())
+
+    def __float__(self) -> float:
+        return float(self._real())
+
+    def __complex__(self) -> complex:
+        return complex(self._real())
+
+    def __index__(self) -> int:
+        return self._real().__index__()
+
+    def __str__(self) -> str:
+        return str(self._real())
+
+    def __format__(self, spec: str) -> str:
+        return format(self._real(), spec)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._real().__array__(*args, **kwargs)
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self._real()
+
+    # Python protocols that torch would send around `__torch_function__`.
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        shape = tuple(self._fake.shape)
+        return f"LazyTensor({self._tape.describe(self._key)}, shape={shape}, dtype={self._fake.dtype}, made at {self._line})"
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __len__(self) -> int:
+        if self._fake.dim() == 0:
+            raise TypeError("len() of a 0-d tensor")
+        return int(self._fake.shape[0])
+
+    def __iter__(self) -> Any:
+        if self._fake.dim() == 0:
+            raise TypeError("iteration over a 0-d tensor")
+        return iter(self.unbind(0))
+
+    def __copy__(self) -> Any:
+        return self.view_as(self)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return memo.setdefault(id(self), self.clone())
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise NotRecordableError(
+            f"{user_line()}: a recorded value cannot be pickled, it has no data until the model runs. "
+            "`.save()` it and pickle it after the trace."
+        )
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._real().__dlpack__(*args, **kwargs)
+
+
+def _first(args: Any, kwargs: dict) -> LazyTensor | None:
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, LazyTensor):
+            return a
+        if isinstance(a, list | tuple):
+            found = _first(a, {})
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,78 @@
+"""Which numbers of a recorded operation are lifted: what a sweep varies must not make a new plan.
+
+Integers that index a tensor (`h[:, 3]`, `select(h, 1, 3)`) and floats that are an operand of simple arithmetic with a
+floating tensor are lifted. Everything else (dims, sizes, exponents, eps, p) is structure.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from .encode import Lifted
+
+INDEXED = {"__getitem__", "__setitem__"}
+SELECTS = {"select"}
+FLOAT_OPERANDS = {
+    *("add", "sub", "mul", "div", "true_divide", "rsub", "lerp", "where", "fill", "masked_fill"),
+    *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__"),
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__"),
+}
+
+
+def _size_at(shape: Any, index: tuple, at: int) -> Any:
+    """The size of the dimension that entry `at` of an index takes, or `None` when the index is not plain."""
+    if any(isinstance(i, torch.Tensor | list | bool) for i in index):
+        return None
+    if Ellipsis in index and index.index(Ellipsis) < at:
+        dim = -sum(i is not None for i in index[at:])
+    else:
+        dim = sum(i is not None for i in index[:at])
+    return shape[dim] if -len(shape) <= dim < len(shape) else None
+
+
+def _position(value: int, size: Any) -> Any:
+    """A lifted, non-negative position, or the number as it is where its range cannot be told."""
+    if not isinstance(size, int) or not -size <= value < size:
+        return value  # an unknown size: structure; out of range: torch raises at the user's line
+    return Lifted("int", value % size)
+
+
+def _lift_index(index: Any, shape: Any) -> Any:
+    if type(index) is int:
+        return _position(index, _size_at(shape, (index,), 0))
+    if type(index) is not tuple:
+        return index
+    return tuple(_position(v, _size_at(shape, index, at)) if type(v) is int else v for at, v in enumerate(index))
+
+
+def lift(name: str, args: tuple, kwargs: dict, shape_of: Any) -> tuple[tuple, dict]:
+    """`args` and `kwargs` with the numbers that are lifted wrapped as `Lifted`.
+
+    `shape_of(tensor)` gives shape and dtype of a tensor argument without running anything.
+    """
+    base = name.rstrip("_") if not name.startswith("__") else name
+    if name in INDEXED and isinstance(args[0], torch.Tensor):
+        shape, dtype = shape_of(args[0])
+        rest = args[2:]
+        if rest and type(rest[0]) is float and dtype.is_floating_point:
+            rest = (Lifted("float", rest[0]),)
+        return (args[0], _lift_index(args[1], shape), *rest), kwargs
+    if base in SELECTS and len(args) == 3 and type(args[1]) is int and type(args[2]) is int:
+        shape, _ = shape_of(args[0])
+        if -len(shape) <= args[1] < len(shape):
+            return (args[0], args[1], _position(args[2], shape[args[1]])), kwargs
+    if base in FLOAT_OPERANDS and any(type(a) is float for a in args):
+        floating = [shape_of(a)[1].is_floating_point for a in args if isinstance(a, torch.Tensor)]
+        if any(floating) or base == "where":
+            return tuple(Lifted("float", a) if type(a) is float else a for a in args), kwargs
+    return args, kwargs
+
+
+def name_of(func: Any) -> str:
+    """The name by which torch documents a function that reached `__torch_function__`."""
+    if func is operator.getitem:
+        return "__getitem__"
+    return getattr(func, "__name__", type(func).__name__)

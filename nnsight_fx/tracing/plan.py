@@ -1,0 +1,201 @@
+"""The interventions of a trace as data: plain torch calls and a small dialect, in the user's order.
+
+An `InterventionGraph` (the *plan*) is compared by structure: two recordings that differ only in lifted values, or in the
+lines they were written on, share one, and with it everything compiled for it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx as fx
+
+from .encode import Identity, Key, decode, references
+
+Site = tuple[str, str, int]  # module path, "input" | "output" | "result", call index
+
+# The dialect: operations that are not torch calls. Everything else is `call`.
+READ, WRITE, SKIP, STOP, SAVE, CALL, MODULE, APPLY, SYNC, BARRIER = (
+    *("read", "write", "skip", "stop", "save", "call", "module", "apply", "sync", "barrier"),
+)
+AT_SITE = {READ, WRITE, SKIP}  # take effect at a site of their own
+LIVE = {APPLY, SYNC}  # need real values and Python: nothing compiled can hold them
+
+
+class Op(NamedTuple):
+    """One recorded operation. Hashes and compares by structure."""
+
+    kind: str
+    invoke: int
+    target: Any  # a Site (read, write, skip), a module path (module), an Identity of a function (call)
+    args: Key
+    kwargs: Key
+    ambient: tuple | None  # grad mode, autocast ... where they differ from those the trace was opened under
+    effect: str  # "" pure, "inplace" changes an argument, "random" draws numbers
+    extra: Any = None  # write, skip: the spec of the written tree; read: which leaves hold the batch in their rows
+
+
+class Groups(NamedTuple):
+    """Each invoke's rows `(start, size)` of the batch; `None` for an invoke over the whole batch."""
+
+    rows: tuple[tuple[int, int] | None, ...]
+    total: int
+
+
+class InterventionGraph:
+    """All operations of one forward, with what can be asked of them without running anything."""
+
+    _interned: weakref.WeakValueDictionary[tuple, InterventionGraph] = weakref.WeakValueDictionary()
+
+    def __init__(self, ops: tuple[Op, ...], groups: Groups, recapture: bool):
+        self.ops, self.groups, self.recapture = ops, groups, recapture
+
+    @classmethod
+    def of(cls, ops: tuple[Op, ...], groups: Groups, recapture: bool) -> InterventionGraph:
+        """The one plan with this structure."""
+        key = (ops, groups, recapture)
+        plan = cls._interned.get(key)
+        if plan is None:
+            plan = cls._interned[key] = cls(*key)
+        return plan
+
+    @cached_property
+    def workers(self) -> list[list[int]]:
+        """The operations of each invoke, in program order."""
+        found: list[list[int]] = [[] for _ in range(max((op.invoke for op in self.ops), default=0) + 1)]
+        for n, op in enumerate(self.ops):
+            found[op.invoke].append(n)
+        return found
+
+    @cached_property
+    def touches(self) -> dict[Site, list[int]]:
+        """The operations that belong to each site."""
+        found: dict[Site, list[int]] = {}
+        for n, op in enumerate(self.ops):
+            if op.kind in AT_SITE:
+                found.setdefault(op.target, []).append(n)
+        return found
+
+    @cached_property
+    def watched(self) -> frozenset[tuple[str, str]]:
+        """`(path, kind)` of every site that is read, written or skipped."""
+        return frozenset((path, "input" if self.ops[ns[0]].kind == SKIP else kind) for (path, kind, _), ns in self.touches.items())
+
+    @cached_property
+    def skips(self) -> dict[str, set[int]]:
+        """The calls of each module that are skipped."""
+        found: dict[str, set[int]] = {}
+        for op in self.ops:
+            if op.kind == SKIP:
+                found.setdefault(op.target[0], set()).add(op.target[2])
+        return found
+
+    @cached_property
+    def stops(self) -> bool:
+        return any(op.kind == STOP for op in self.ops)
+
+    @cached_property
+    def needs(self) -> list[set[tuple[int, int]]]:
+        """The values that each operation uses."""
+        return [references((op.args, op.kwargs)) for op in self.ops]
+
+    @cached_property
+    def last_use(self) -> dict[tuple[int, int], int]:
+        """The last operation that uses each value; saved values have none."""
+        found = {value: n for n, needed in enumerate(self.needs) for value in needed}
+        for n, op in enumerate(self.ops):
+            if op.kind in (SAVE, SYNC):
+                for value in self.needs[n]:
+                    found[value] = len(self.ops)
+        return found
+
+    @cached_property
+    def saved(self) -> frozenset[tuple[int, int]]:
+        """The values that leave the run."""
+        return frozenset(v for n, op in enumerate(self.ops) if op.kind in (SAVE, SYNC) for v in self.needs[n])
+
+    @cached_property
+    def fx(self) -> fx.Graph:
+        """The plan as a `torch.fx.Graph`, to print and to draw."""
+        graph = fx.Graph()
+        made: dict[Any, fx.Node] = {}
+        root = fx.GraphModule({}, graph)
+
+        def lookup(key: Key) -> Any:
+            if key[0] == "s":
+                return str(key[1])
+            if key[0] == "v":
+                node = made[key[1]]
+                return node if self.ops[key[1]].kind != READ else graph.call_function(_leaf, (node, key[2]))
+            at = key[:2]
+            if at not in made:
+                made[at] = graph.placeholder(f"constant_{key[1]}")
+            return made[at]
+
+        for n, op in enumerate(self.ops):
+            args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
+            target: Callable = op.target.obj if isinstance(op.target, Identity) else DIALECT[op.kind]
+            lead = (op.target,) if op.kind in AT_SITE or op.kind == MODULE else ()
+            node = graph.create_node("call_function", target, (*lead, *args), kwargs, name=None)
+            node.meta["invoke"] = op.invoke
+            made[n] = node
+        graph.output(None)
+        root.graph = graph
+        return graph
+
+    def __repr__(self) -> str:
+        return "\n".join(_line(n, op) for n, op in enumerate(self.ops))
+
+
+def _line(n: int, op: Op) -> str:
+    def show(key: Key) -> str:
+        tag = key[0]
+        if tag == "v":
+            return f"%{key[1]}" + (f".{key[2]}" if key[2] else "")
+        if tag == "c" or tag == "n":
+            return f"${key[1]}"
+        if tag == "t":
+            return "(" + ", ".join(show(k) for k in key[2]) + ")"
+        if tag == "k":
+            return ":".join("" if k[2] is None else show(k) for k in key[1:])
+        return str(key[-1])
+
+    site = ".".join(str(t) for t in op.target) if isinstance(op.target, tuple) else str(op.target or "")
+    args = ", ".join(show(k) for k in op.args[2]) if op.args[0] == "t" else ""
+    return f"%{n} = [{op.invoke}] {op.kind} {site}({args})"
+
+
+def _dialect(name: str) -> Callable:
+    def op(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"`{name}` is a dialect operation: it is spliced or interpreted, never called")
+
+    op.__name__ = op.__qualname__ = name
+    return op
+
+
+DIALECT: dict[str, Callable] = {
+    name: _dialect(name) for name in (READ, WRITE, SKIP, STOP, SAVE, MODULE, APPLY, SYNC, BARRIER, "leaf")
+}
+_leaf = DIALECT["leaf"]
+
+
+def fx_target(func: Any) -> tuple[str, Any, tuple]:
+    """`(op, target, leading args)` by which `torch.fx` calls a function that reached `__torch_function__`.
+
+    Method descriptors become `call_method`, property getters `getattr`.
+    """
+    import operator
+
+    name = getattr(func, "__name__", "")
+    operators = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
+    if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+        return "call_function", operators[name], ()
+    if name == "__get__" and hasattr(func, "__self__"):
+        return "call_function", getattr, (func.__self__.__name__,)
+    if getattr(torch.Tensor, name, None) is func:
+        return "call_method", name, ()
+    return "call_function", func, ()

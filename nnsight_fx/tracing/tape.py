@@ -1,0 +1,587 @@
+"""The tape: what a body does, recorded as it runs.
+
+Every operation is one step down a tree of steps that all recordings of one signature share. A step is found by the
+operation's structure and remembers the fake result, so that a body recorded again costs look-ups: no fake tensors, no
+graph. Sizes and dtypes are known at once, and what torch would refuse is refused at the user's line.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from ..errors import NotRecordableError, OutOfOrderError, PaddedLengthUnknown, UnsavedValueError
+from . import ambient, tree
+from .encode import Identity, Keep, Key, decode, encode, facts, references
+from .functions import custom_function
+from .lazy import LazyTensor, Line, user_line
+from .lifting import lift, name_of
+from .plan import APPLY, BARRIER, CALL, MODULE, READ, SAVE, SKIP, STOP, SYNC, WRITE, Groups, InterventionGraph, Op, Site
+
+IN_PLACE_DUNDERS = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
+NEEDS_DATA = {"item", "tolist", "numpy", "data_ptr", "untyped_storage", "storage", "equal", "allclose", "is_nonzero", "__array__", "cpu_numpy"}
+ASKS_NOTHING = {
+    *("size", "dim", "ndimension", "stride", "numel", "nelement", "is_floating_point", "is_complex", "is_contiguous", "is_signed"),
+    *("element_size", "get_device", "storage_offset", "type", "is_same_size", "is_inference", "is_pinned", "dense_dim", "is_conj", "is_neg"),
+}
+LIVE_CALLS = {"backward", "register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
+RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "rand_like", "randn_like", "randint_like", "dropout", "feature_dropout", "alpha_dropout"}
+RANDOM_IN_PLACE = {"uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_", "dropout_"}
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode, UnsupportedOperatorException)
+
+
+class Missing(NamedTuple):
+    """Why the metadata of a site is not known before the run: its reads are sync points."""
+
+    reason: str
+
+
+class SiteMeta(NamedTuple):
+    """What is known of a site before the run: the tree, with a fake for each tensor leaf."""
+
+    spec: tree.Spec
+    leaves: tuple  # fakes; anything else as it is (an `Opaque` where it holds data)
+    batched: tuple[bool, ...]  # leaf by leaf: does dimension 0 hold the batch
+    order: int  # its place among all sites of a run
+
+
+class Opaque(NamedTuple):
+    """A leaf that is an object with data of its own (a KV cache): read by a sync point."""
+
+    type: type
+
+
+class Sites(Protocol):
+    """Where the metadata of sites comes from (the scan)."""
+
+    def symbol(self, expr: Any) -> Any: ...
+
+    def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing: ...
+
+    def module(self, path: str) -> Callable: ...
+
+
+class Step:
+    """One operation after others: its fake results, and the steps that followed it so far."""
+
+    __slots__ = ("children", "leaves", "op", "parent", "rebound", "spec")
+
+    def __init__(self, parent: Step | None = None, op: Op | None = None):
+        self.parent, self.op = parent, op
+        self.children: dict[Op, Step] = {}
+        self.spec: tree.Spec = None
+        self.leaves: list = []  # FakeTensor: a new value; Key: an argument itself; else a literal
+        self.rebound: list[tuple[Key, torch.Tensor]] = []  # what an in-place operation made of its argument
+
+
+class Invoke:
+    """What one invoke has read and written so far."""
+
+    def __init__(self, index: int):
+        self.index = index
+        self.values: dict[Site, Any] = {}
+        self.metas: dict[Site, SiteMeta] = {}
+        self.containers: dict[Site, tuple[Any, list, tree.Spec]] = {}
+        self.order = -1  # the latest site touched, in model order
+        self.latest: Site | None = None
+
+
+class Tape:
+    """One recording: the body of one trace, or of one wave of it."""
+
+    def __init__(self, root: Step, fakes: FakeTensorMode, sites: Sites, run_until: Callable[[Tape], Callable[[Key], Any]]):
+        self.step, self.fakes, self.sites, self.run_until = root, fakes, sites, run_until
+        self.ops: list[Op] = []
+        self.lines: list[Line] = []
+        self.constants: list[Any] = []  # real tensors and lifted numbers, by slot
+        self.slots: dict[int, Key] = {}  # id of a real tensor -> its key
+        self.const_fakes: dict[int, torch.Tensor] = {}
+        self.changed: dict[int, torch.Tensor] = {}  # real tensors that a recorded operation changes in place
+        self.values: weakref.WeakValueDictionary[Key, LazyTensor] = weakref.WeakValueDictionary()
+        self.order: dict[tuple[int, int], tuple[int, Site]] = {}  # the latest site that a value depends on
+        self.saved: dict[int, LazyTensor] = {}
+        self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
+        self.recapture = False  # does the plan change what the model's Python sees
+        self.reshaped = False  # does it change the metadata of later sites
+        self.open = True
+        self.base = ambient.current()
+        self.invoke = Invoke(0)
+        self.passed: tuple[Site, Line] | None = None  # how far a sync point has run the model
+        self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
+        self.scope: Any = None  # the custom autograd function whose forward is running
+
+    # -- operations ---------------------------------------------------------------------------------------------
+
+    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Record `func(*args, **kwargs)`, or answer it where it needs no data, or sync where it needs Python numbers."""
+        self.check_open(args, kwargs)
+        name = name_of(func)
+        if name in ("__get__", "__set__"):
+            return self._attribute(func, name, args)
+        if name in ASKS_NOTHING:
+            return func(*_fake_args(self, args), **_fake_args(self, kwargs))
+        if name in NEEDS_DATA:
+            return func(*self.real_args(args), **self.real_args(kwargs))
+        if name == "__len__":
+            return len(args[0])
+        if name in LIVE_CALLS:
+            return self.add(APPLY, Identity(func), args, kwargs, effect="inplace")
+        inside = custom_function(self, func, args, kwargs)
+        if inside is not None:
+            return inside.value
+        effect = self._effect(name, func, kwargs)
+        args, kwargs = lift(name, args, kwargs, lambda t: (self.fake(t).shape, self.fake(t).dtype))
+        try:
+            return self.add(CALL, Identity(func), args, kwargs, effect=effect)
+        except PaddedLengthUnknown:
+            raise
+        except DATA_DEPENDENT:
+            return func(*self.real_args(args), **self.real_args(kwargs))
+
+    @staticmethod
+    def _effect(name: str, func: Any, kwargs: dict) -> str:
+        if name in RANDOM_IN_PLACE or (name in RANDOM and kwargs.get("out") is None):
+            return "inplace" if name in RANDOM_IN_PLACE else "random"
+        in_place = name in IN_PLACE_DUNDERS or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        return "inplace" if in_place or kwargs.get("out") is not None or kwargs.get("inplace") else ""
+
+    def _attribute(self, func: Any, name: str, args: tuple) -> Any:
+        attr = func.__self__.__name__
+        if name == "__set__":
+            if attr == "requires_grad":
+                return args[0].requires_grad_(args[1])
+            raise NotRecordableError(
+                f"{user_line()}: `.{attr} = ...` on a recorded value cannot be recorded. Write the site (`module.output = ...`) "
+                "or change the value in place (`value[:] = ...`)."
+            )
+        if attr in ("grad", "grad_fn", "_grad_fn"):
+            raise NotRecordableError(
+                f"{user_line()}: `.{attr}` of a recorded value is not known before the run. `.save()` the value and use "
+                "`torch.autograd.grad` after the trace."
+            )
+        got = func(self.fake(args[0]))
+        return self.add(CALL, Identity(func), args, {}) if isinstance(got, torch.Tensor) else got
+
+    def add(self, kind: str, target: Any, args: tuple, kwargs: dict, *, effect: str = "", extra: Any = None, result: Any = None) -> Any:
+        """Record one operation and return its result with lazy tensors for new values.
+
+        `result()` computes the fake result where calling the function on fakes does not.
+        """
+        self.settle()
+        marks = len(self.constants)
+        op = Op(kind, self.invoke.index, target, self.encode(args), self.encode(kwargs), self.modes(), effect, extra)
+        step = self.step.children.get(op)
+        if step is None:
+            try:
+                step = self._evaluate(op, result)
+            except BaseException:
+                self._forget(marks)
+                raise
+            if kind == CALL and not effect and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves):
+                self._forget(marks)
+                return tree.unflatten(step.leaves, step.spec)
+            self.step.children[op] = step
+        return self._advance(step, op)
+
+    def _forget(self, marks: int) -> None:
+        for slot in range(marks, len(self.constants)):
+            if isinstance(self.constants[slot], torch.Tensor):
+                self.slots.pop(id(self.constants[slot]), None)
+            self.const_fakes.pop(slot, None)
+        del self.constants[marks:]
+
+    def _evaluate(self, op: Op, result: Any) -> Step:
+        """Run an operation on fakes."""
+        step = Step(self.step, op)
+        aliases: dict[int, Key] = {}
+        fresh: dict[Key, torch.Tensor] = {}
+        target = _changed_key(op) if op.effect == "inplace" and op.kind == CALL else None
+
+        def lookup(key: Key) -> Any:
+            if key[0] == "s":
+                return self.sites.symbol(key[1])
+            if key[0] == "n":
+                return self.constants[key[1]]
+            fake = self.fake_of(key)
+            if key == target:  # another recording shares this fake: let it keep its own
+                fake = fresh.setdefault(key, fake.clone() if fake.dim() or not fake.requires_grad else fake.clone())
+            aliases[id(fake)] = key
+            return fake
+
+        with self.fakes:
+            args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
+            got = result() if result is not None else None if op.kind != CALL else op.target.obj(*args, **kwargs)
+        leaves, step.spec = tree.flatten(got)
+        step.leaves = [aliases.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        step.rebound = list(fresh.items())
+        return step
+
+    def _advance(self, step: Step, op: Op) -> Any:
+        """Go on to `step`: number the operation, make its lazy tensors."""
+        n, line = len(self.ops), user_line()
+        self.ops.append(op)
+        self.lines.append(line)
+        self.step = step
+        for key, fake in step.rebound:
+            grew = fake.requires_grad and not self.fake_of(key).requires_grad
+            if grew and op.effect == "inplace":
+                self.recapture = True  # from here on the model's own values require grad
+            self._rebind(key, fake)
+        self._order(n, op)
+        values = [self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)]
+        return tree.unflatten(values, step.spec)
+
+    def _value(self, leaf: Any, key: Key, line: Line) -> Any:
+        if isinstance(leaf, tuple) and leaf and leaf[0] in ("v", "c") and not isinstance(leaf, torch.Size):
+            if leaf[0] == "c":
+                return self.changed.setdefault(id(self.constants[leaf[1]]), self.constants[leaf[1]])
+            return self.values[leaf] if leaf in self.values else self._lazy(leaf, self.fake_of(leaf), line)
+        return self._lazy(key, leaf, line) if isinstance(leaf, FakeTensor) else leaf
+
+    def _lazy(self, key: Key, fake: torch.Tensor, line: Line) -> LazyTensor:
+        made = self.values[key] = LazyTensor(self, key, fake, line)
+        return made
+
+    def _rebind(self, key: Key, fake: torch.Tensor) -> None:
+        if key[0] == "c":
+            self.const_fakes[key[1]] = fake
+            self.changed[id(self.constants[key[1]])] = self.constants[key[1]]
+        elif key in self.values:
+            self.values[key]._fake = fake
+
+    def _order(self, n: int, op: Op) -> None:
+        """Where in the model's order the results of an operation exist."""
+        found = [self.order[v] for v in references((op.args, op.kwargs)) if v in self.order]
+        if op.kind == READ:
+            found.append((self.invoke.metas[op.target].order if op.target in self.invoke.metas else -1, op.target))
+        if found:
+            at = max(found, key=lambda f: f[0])
+            for j in range(-1, max(1, len(self.step.leaves))):
+                self.order[(n, j)] = at
+
+    # -- arguments ----------------------------------------------------------------------------------------------
+
+    def encode(self, value: Any) -> Key:
+        return encode(value, self._tensor_key, self._number_key)
+
+    def _tensor_key(self, tensor: torch.Tensor) -> Key:
+        if isinstance(tensor, LazyTensor):
+            if tensor._tape is self:
+                return tensor._key
+            tensor = tensor._tape.earlier(tensor)
+        key = self.slots.get(id(tensor))
+        if key is None:
+            key = self.slots[id(tensor)] = ("c", len(self.constants), facts(tensor))
+            self.constants.append(tensor)
+        return key
+
+    def _number_key(self, kind: str, value: Any) -> Key:
+        self.constants.append(value)
+        return ("n", len(self.constants) - 1, kind)
+
+    def fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The fake of a tensor, recorded or real."""
+        if isinstance(tensor, LazyTensor):
+            return tensor._fake
+        key = self.slots.get(id(tensor))
+        return self.fake_of(key) if key is not None else tensor
+
+    def fake_of(self, key: Key) -> torch.Tensor:
+        if key[0] == "v":
+            lazy = self.values.get(key)
+            return lazy._fake if lazy is not None else self._fake_in_history(key)
+        slot = key[1]
+        if slot not in self.const_fakes:
+            self.const_fakes[slot] = self.fakes.from_tensor(self.constants[slot], static_shapes=True)
+        return self.const_fakes[slot]
+
+    def _fake_in_history(self, key: Key) -> torch.Tensor:
+        """The fake of a value whose lazy tensor is gone."""
+        step: Step | None = self.step
+        for _ in range(len(self.ops) - 1 - key[1]):
+            step = step.parent if step is not None else None
+        leaf = step.leaves[key[2]] if step is not None else None
+        return self.fake_of(leaf) if isinstance(leaf, tuple) else leaf  # type: ignore[return-value]
+
+    def earlier(self, lazy: LazyTensor) -> torch.Tensor:
+        """The real tensor of a value of an earlier wave of the same trace."""
+        self.check_open((lazy,), {})
+        key = lazy._key
+        if key not in self.reals:
+            self.reals[key] = self.run_until(self)(key)
+        return self.reals[key]
+
+    def modes(self) -> ambient.Ambient | None:
+        now = ambient.current()
+        return None if now == self.base else now
+
+    def check_open(self, args: Any, kwargs: dict) -> None:
+        if self.open:
+            return
+        from .lazy import _first
+
+        lazy = _first(args, kwargs)
+        made = f"`{self.describe(lazy._key)}`, made at {lazy._line}," if lazy is not None else "a value"
+        raise UnsavedValueError(
+            f"{user_line()}: {made} was used after its trace, but not saved: it has no data. "
+            "Add `.save()` to it inside the trace (or `nnsight_fx.save(container)`)."
+        )
+
+    def describe(self, key: Key) -> str:
+        op = self.ops[key[1]] if key[0] == "v" and key[1] < len(self.ops) else None
+        if op is None:
+            return "value"
+        if op.kind == READ:
+            return ".".join(p for p in op.target[:2] if p) + (f"[{key[2]}]" if key[2] else "")
+        return repr(op.target) if isinstance(op.target, Identity) else f"{op.kind} {op.target}"
+
+    # -- sites --------------------------------------------------------------------------------------------------
+
+    def meta(self, site: Site) -> SiteMeta | Missing:
+        """What is known of a site, given what was recorded so far."""
+        if site not in self.invoke.metas:
+            found = self.sites.lookup(self, site)
+            if isinstance(found, Missing):
+                return found
+            self.invoke.metas[site] = found
+        return self.invoke.metas[site]
+
+    def read(self, site: Site) -> Any:
+        """The value of a site: its tree, with lazy tensors."""
+        self.settle()
+        if site in self.invoke.values:
+            self._touch(site)
+            return self.invoke.values[site]
+        self._check_passed(site, "read")
+        meta = self.meta(site)
+        if isinstance(meta, Missing) or any(isinstance(x, Opaque) for x in meta.leaves):
+            value = self._read_live(site)
+        else:
+            leaves = list(meta.leaves)
+            value = self.add(READ, site, (), {}, extra=meta.batched, result=lambda: tree.unflatten(leaves, meta.spec))
+        self._touch(site)
+        self.invoke.values[site] = value
+        self._watch(site, value)
+        return value
+
+    def _read_live(self, site: Site) -> Any:
+        """A read whose value must be looked at: the model runs up to it."""
+        n = len(self.ops)
+        self.add(READ, site, (), {}, extra=None, result=lambda: None)
+        real = self._sync([("v", n, -1)])[0]
+        leaves, spec = tree.flatten(real)
+        fakes = [self.fakes.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in leaves]
+        line = user_line()
+        values = [self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else x for j, x in enumerate(fakes)]
+        self.invoke.metas[site] = SiteMeta(spec, tuple(fakes), (False,) * len(fakes), -1)
+        return tree.unflatten(values, spec, real)
+
+    def write(self, site: Site, value: Any) -> None:
+        """Set a site to `value`, a tree that may hold `Keep(i)` for what stays."""
+        self.settle()
+        meta = self.meta(site)
+        leaves, spec = tree.flatten(value)
+        order = self._written_order(leaves)
+        known = isinstance(meta, SiteMeta)
+        if order is not None and known and meta.order >= 0 and order[0] > meta.order:
+            raise OutOfOrderError(
+                f"{user_line()}: `{_name(site)}` is written with a value that depends on `{_name(order[1])}`, which the model "
+                "computes later. Write it to a later site, or run two traces."
+            )
+        self._check_passed(site, "written")
+        if known:
+            leaves = [self._to_device(x, meta, i) for i, x in enumerate(leaves)]
+        fits = known and self._fits(site, leaves, spec, meta)
+        self.recapture = self.recapture or not fits
+        self.reshaped = self.reshaped or not fits
+        batched = meta.batched if known else None
+        self.add(WRITE, site, (tuple(leaves),), {}, effect="inplace", extra=(spec, batched, fits), result=lambda: None)
+        self._touch(site)
+        tree_value = tree.unflatten(leaves, spec, value)
+        self.invoke.values.pop(site, None)
+        self.invoke.containers.pop(site, None)
+        if not any(isinstance(x, Keep) for x in leaves):
+            self.invoke.values[site] = tree_value
+            self._watch(site, tree_value)
+        self.invoke.metas = {s: m for s, m in self.invoke.metas.items() if not self.reshaped or m.order <= getattr(meta, "order", -1)}
+        self.invoke.metas.pop(site, None)
+
+    def _written_order(self, leaves: list) -> tuple[int, Site] | None:
+        found = [self.order[x._key[1:]] for x in leaves if isinstance(x, LazyTensor) and x._key[1:] in self.order]
+        return max(found, key=lambda f: f[0]) if found else None
+
+    def _to_device(self, leaf: Any, meta: SiteMeta, i: int) -> Any:
+        if isinstance(leaf, torch.Tensor) and i < len(meta.leaves) and isinstance(meta.leaves[i], torch.Tensor):
+            device = meta.leaves[i].device
+            if self.device_of(leaf) != device:
+                return leaf.to(device)
+        return leaf
+
+    def device_of(self, tensor: torch.Tensor) -> torch.device:
+        return self.fake(tensor).device
+
+    def _fits(self, site: Site, leaves: list, spec: tree.Spec, meta: SiteMeta) -> bool:
+        """Can the written tree take the place of the old one with nothing in the model's Python noticing?"""
+        if spec != meta.spec:
+            return False
+        for i, (new, old) in enumerate(zip(leaves, meta.leaves, strict=True)):
+            if isinstance(new, Keep) and new.index == i:
+                continue
+            if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor):
+                if not isinstance(new, LazyTensor):
+                    self._tensor_key(new)
+                fake = self.fake(new)
+                if meta.batched[i] and fake.shape[1:] != old.shape[1:]:
+                    raise RuntimeError(
+                        f"{user_line()}: `{_name(site)}` holds the rows of several invokes: the written rows have shape "
+                        f"{tuple(fake.shape)}, the site {tuple(old.shape)}. Only dimension 0 may differ."
+                    )
+                if _meta_of(fake) != _meta_of(old):
+                    return False
+            elif type(new) is not type(old) or (new is not old and new != old):
+                return False
+        return True
+
+    def skip(self, path: str, call: int, value: Any) -> None:
+        """The module's `forward` is not run; its output is `value`."""
+        site = (path, "input", call)
+        self._check_passed(site, "skipped")
+        leaves, spec = tree.flatten(value)
+        out = self.meta((path, "output", call))
+        batched = out.batched if isinstance(out, SiteMeta) and len(out.batched) == len(leaves) else None
+        self.recapture = True
+        self.reshaped = self.reshaped or not (isinstance(out, SiteMeta) and self._fits((path, "output", call), leaves, spec, out))
+        self.add(SKIP, (path, "output", call), (tuple(leaves),), {}, effect="inplace", extra=(spec, batched), result=lambda: None)
+        self._touch(site)
+        if self.reshaped:
+            self.invoke.metas = {s: m for s, m in self.invoke.metas.items() if m.order <= self.invoke.order}
+
+    def stop(self) -> None:
+        self.recapture = True
+        self.add(STOP, None, (), {}, effect="inplace", result=lambda: None)
+
+    def barrier(self) -> None:
+        self.add(BARRIER, None, (), {}, effect="inplace", result=lambda: None)
+
+    def module(self, path: str, args: tuple, kwargs: dict) -> Any:
+        """Call a module of the model on values, unobserved."""
+        fn = self.sites.module(path)
+
+        def result() -> Any:
+            return fn(*_fake_args(self, args), **_fake_args(self, kwargs))
+
+        return self.add(MODULE, path, args, kwargs, effect="random", result=result)
+
+    def apply(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call `fn` on the real values when the model gets there; what it returns is looked at, so this syncs."""
+        n = len(self.ops)
+        self.add(APPLY, Identity(fn), args, kwargs, effect="inplace", result=lambda: None)
+        got = self._sync([("v", n, -1)])[0]
+        leaves, spec = tree.flatten(got)
+        return tree.unflatten(leaves, spec, got)
+
+    def _touch(self, site: Site) -> None:
+        meta = self.invoke.metas.get(site)
+        if meta is not None and meta.order > self.invoke.order:
+            self.invoke.order, self.invoke.latest = meta.order, site
+
+    def _watch(self, site: Site, value: Any) -> None:
+        """Remember a container that the user can change in place."""
+        leaves, spec = tree.flatten(value)
+        if _mutable(spec):
+            self.invoke.containers[site] = (value, leaves, spec)
+
+    def settle(self) -> None:
+        """Record as writes what the user did to the containers he was given."""
+        for site, (value, leaves, spec) in list(self.invoke.containers.items()):
+            now, now_spec = tree.flatten(value)
+            if now_spec != spec or any(a is not b for a, b in zip(now, leaves, strict=True)):
+                del self.invoke.containers[site]
+                self.write(site, value)
+
+    def _check_passed(self, site: Site, done: str) -> None:
+        if self.passed is None:
+            return
+        at, line = self.passed
+        meta, here = self.invoke.metas.get(at), self.meta(site)
+        if isinstance(here, SiteMeta) and meta is not None and -1 < here.order < meta.order:
+            raise OutOfOrderError(
+                f"{user_line()}: `{_name(site)}` was passed when {line} ran the model to `{_name(at)}`; it can only be "
+                f"{done} before that line."
+            )
+
+    # -- leaving the recording ----------------------------------------------------------------------------------
+
+    def save(self, lazy: LazyTensor) -> None:
+        if lazy._tape is not self:
+            lazy._tape.check_open((lazy,), {})
+        if id(lazy) not in self.saved:
+            self.saved[id(lazy)] = lazy
+            self.add(SAVE, None, (lazy,), {}, result=lambda: None)
+
+    def sync(self, lazies: list[LazyTensor]) -> list[torch.Tensor]:
+        """The real tensors of recorded values; the model runs as far as they need."""
+        self.check_open(lazies, {})
+        return self._sync([x._key for x in lazies])
+
+    def _sync(self, keys: list[Key]) -> list[Any]:
+        self.settle()
+        for key in keys:
+            op = Op(SYNC, self.invoke.index, None, ("t", tuple, (key,)), ("d", (), ()), None, "inplace")
+            self.ops.append(op)
+            self.lines.append(user_line())
+            step = self.step.children.get(op)
+            if step is None:
+                step = self.step.children[op] = Step(self.step, op)
+            self.step = step
+        line = user_line()
+        value = self.run_until(self)
+        if self.invoke.latest is not None:
+            self.passed = (self.invoke.latest, line)
+        return [value(k) for k in keys]
+
+    def real_args(self, args: Any) -> Any:
+        """Arguments with every recorded value replaced by the real one."""
+        lazies = [x for x in tree.flatten(args)[0] if isinstance(x, LazyTensor) or id(x) in self.changed]
+        real = dict(zip(map(id, lazies), self._sync([self._tensor_key(x) for x in lazies]), strict=True))
+        return tree.tree_map(lambda x: real.get(id(x), getattr(x, "value", x) if type(x).__name__ == "Lifted" else x), args)
+
+    def plan(self, groups: Groups) -> InterventionGraph:
+        """The recorded plan, shared by all recordings of this structure."""
+        return InterventionGraph.of(tuple(self.ops), groups, self.recapture)
+
+
+def _fake_args(tape: Tape, args: Any) -> Any:
+    return tree.tree_map(lambda x: tape.fake(x) if isinstance(x, torch.Tensor) else x, args)
+
+
+def _changed_key(op: Op) -> Key | None:
+    """The argument that an in-place call changes."""
+    if op.kwargs[0] == "d" and "out" in op.kwargs[1]:
+        return op.kwargs[2][op.kwargs[1].index("out")]
+    first = op.args[2][0] if op.args[0] == "t" and op.args[2] else None
+    return first if first is not None and first[0] in ("v", "c") else None
+
+
+def _meta_of(t: torch.Tensor) -> tuple:
+    return (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad)
+
+
+def _mutable(spec: tree.Spec) -> bool:
+    return spec is not None and (spec[0] in ("list", "dict", "dataclass") or any(_mutable(s) for s in spec[3]))
+
+
+def _name(site: Site) -> str:
+    path, kind, call = site
+    return ".".join(p for p in (path, kind) if p) + (f" (call {call})" if call else "")

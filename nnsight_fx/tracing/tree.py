@@ -1,0 +1,124 @@
+"""Site values as trees: tuples, lists, dicts and dataclasses are containers, everything else is a leaf.
+
+Not `torch.utils._pytree`: there a registered class (a KV cache, say) is taken apart and rebuilt, and here its identity
+matters, while plain dataclasses are leaves there and must be containers here.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from transformers.utils.generic import ModelOutput
+
+Spec = Any  # a hashable description of a tree: None for a leaf, else (kind, type, keys, child specs)
+
+
+def children(value: Any) -> tuple[str, tuple, list] | None:
+    """`(kind, keys, values)` of a container, or `None` for a leaf."""
+    cls = type(value)
+    if cls is tuple or cls is list:
+        return cls.__name__, (), list(value)
+    if isinstance(value, tuple):
+        if hasattr(cls, "_fields"):
+            return "namedtuple", (), list(value)
+        return ("structseq", (), list(value)) if hasattr(cls, "n_sequence_fields") else None
+    if cls is dict or cls is OrderedDict or isinstance(value, ModelOutput):
+        return "dict", tuple(value.keys()), list(value.values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        keys = tuple(f.name for f in dataclasses.fields(value) if hasattr(value, f.name))
+        return "dataclass", keys, [getattr(value, k) for k in keys]
+    return None
+
+
+def flatten(value: Any) -> tuple[list, Spec]:
+    """The leaves of `value`, left to right, and the spec that `unflatten` takes."""
+    leaves: list = []
+
+    def walk(v: Any) -> Spec:
+        parts = children(v)
+        if parts is None:
+            leaves.append(v)
+            return None
+        kind, keys, values = parts
+        return (kind, type(v), keys, tuple(walk(x) for x in values))
+
+    return leaves, walk(value)
+
+
+def unflatten(leaves: list, spec: Spec, like: Any = None) -> Any:
+    """A new tree of `spec` holding `leaves`. `like` gives a dataclass its fields that are not part of the tree."""
+    iterator = iter(leaves)
+
+    def build(s: Spec, old: Any) -> Any:
+        if s is None:
+            return next(iterator)
+        kind, cls, keys, specs = s
+        olds = children(old)
+        old_values = olds[2] if olds is not None and len(olds[2]) == len(specs) else [None] * len(specs)
+        values = [build(x, o) for x, o in zip(specs, old_values, strict=True)]
+        return construct(kind, cls, keys, values, old)
+
+    return build(spec, like)
+
+
+def construct(kind: str, cls: type, keys: tuple, values: list, like: Any = None) -> Any:
+    """One container of type `cls` from its children."""
+    if kind in ("tuple", "list", "structseq"):
+        return cls(values)
+    if kind == "namedtuple":
+        return cls(*values)
+    if kind == "dict":
+        return cls(**dict(zip(keys, values, strict=True))) if issubclass(cls, ModelOutput) else cls(zip(keys, values, strict=True))
+    made = copy.copy(like) if isinstance(like, cls) else cls.__new__(cls)
+    for key, value in zip(keys, values, strict=True):
+        object.__setattr__(made, key, value)
+    return made
+
+
+def leaf_count(spec: Spec) -> int:
+    return 1 if spec is None else sum(leaf_count(s) for s in spec[3])
+
+
+def tree_map(fn: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `fn` applied to each leaf; containers are new."""
+    leaves, spec = flatten(value)
+    return unflatten([fn(x) for x in leaves], spec, value)
+
+
+def replace(value: Any, old: list, new: list) -> Any:
+    """`value` with leaf `old[i]` replaced by `new[i]` where they differ.
+
+    A container in which nothing changed stays the object it was; lists, dicts and dataclasses are changed in place,
+    since their owner holds them; tuples are rebuilt.
+    """
+    index = -1
+
+    def walk(v: Any) -> Any:
+        nonlocal index
+        parts = children(v)
+        if parts is None:
+            index += 1
+            return v if new[index] is old[index] else new[index]
+        kind, keys, values = parts
+        fresh = [walk(x) for x in values]
+        changed = [i for i, (a, b) in enumerate(zip(values, fresh, strict=True)) if a is not b]
+        if not changed:
+            return v
+        if kind == "list":
+            for i in changed:
+                v[i] = fresh[i]
+        elif kind == "dict":
+            for i in changed:
+                v[keys[i]] = fresh[i]
+        elif kind == "dataclass":
+            for i in changed:
+                object.__setattr__(v, keys[i], fresh[i])
+        else:
+            return construct(kind, type(v), keys, fresh)
+        return v
+
+    return walk(value)

@@ -1,0 +1,24 @@
+"""Every test starts from one seed, with its share of the cores, no network and a Dynamo without a past."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+# Read when huggingface_hub and Inductor are imported, which conftest.py comes before.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compile processes under each worker
+
+
+def pytest_configure() -> None:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+@pytest.fixture(autouse=True)
+def _same_start_for_every_test():
+    torch.manual_seed(0)
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):  # importing it takes a second, so only where it was used
+        dynamo.reset()
