@@ -1,5 +1,6 @@
 """nnsight_fx: interventions on neural networks, spliced into the model's own compiled graph."""
 
+from .engine.spliced import assert_max_compiles, assert_no_fallback
 from .envoy import Envoy
 from .errors import (
     FallbackError,
@@ -22,7 +23,7 @@ from .model import NNsight
 from .tracing.saving import save
 
 __all__ = [
-    *("Envoy", "NNsight", "save"),
+    *("Envoy", "NNsight", "assert_max_compiles", "assert_no_fallback", "save"),
     *("FallbackError", "InvokeError", "MissedProviderError", "MissedSiteError", "NNsightFXError", "NestedTraceError"),
     *("NotRecordableError", "OutOfOrderError", "OutsideTraceError", "PaddedLengthUnknown", "PlanMismatchError"),
     *("RecompileError", "SkipError", "UnknownModuleError", "UnsavedValueError"),

@@ -13,6 +13,7 @@ from .capture import _torch
 from .capture.markers import Markers
 from .engine.run import Run, live
 from .engine.sites import Scanner
+from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
 from .engine.wave import Wave
 from .envoy import Envoy
@@ -45,7 +46,8 @@ class NNsight(Envoy):
         self._rename = rename or {}
         super().__init__(module, "", self, self._names_of(""))
         self.tracer: Tracer | None = None
-        self._compiled: Any = None
+        self._compiled: Capture | None = None
+        self._captures: dict[Options, Capture] = {}
         self._module_changed()
 
     def _module_changed(self) -> None:
@@ -53,8 +55,9 @@ class NNsight(Envoy):
         self._markers = Markers(self._module)
         self._scanner = Scanner(self._module)
         self._envoys = {id(self._module): self}
-        if self._compiled is not None:
-            self._compiled.reset()
+        for capture in self._captures.values():
+            capture.markers = self._markers
+            capture.reset()
 
     def _envoy_of(self, module: nn.Module) -> Envoy:
         if id(module) not in self._envoys:
@@ -162,5 +165,40 @@ class NNsight(Envoy):
         def call() -> Any:
             return (self._module if fn is None else getattr(self._module, fn))(*batch.args, **batch.kwargs)
 
-        modules = self._module.get_submodule
-        return Run(plan, wave.tape.constants, wave.tape.lines, self._markers, call, modules, wave.symbols)
+        capture = self._capture_for(wave.tracer.compile)
+        cls = Run if capture is None else SplicedRun
+        run = cls(plan, wave.tape.constants, wave.tape.lines, self._markers, call, self._module.get_submodule, wave.symbols)
+        if isinstance(run, SplicedRun):
+            sites = wave.tape.sites
+            stop_at = sites.replay(wave.tape).stop_site if plan.stops else None
+
+            def entry() -> Any:
+                return capture.entry(self._module, fn, plan)(batch.args, batch.kwargs)
+
+            run.start(capture, stop_at, sites, entry)
+        return run
+
+    def _capture_for(self, compile: bool | dict | None) -> Capture | None:
+        """The capture that a trace runs on, or `None` for the hook engine."""
+        if compile is False or (compile is None and self._compiled is None):
+            return None
+        if compile is None or (compile is True and self._compiled is not None):
+            return self._compiled
+        return self._captured(**(compile if isinstance(compile, dict) else {}))
+
+    def _captured(self, backend: Any = "inductor", mode: Any = None, dynamic: Any = None, fullgraph: bool = False, options: Any = None) -> Capture:
+        chosen = Options(backend, mode, dynamic, fullgraph, tuple(sorted((options or {}).items())))
+        if chosen not in self._captures:
+            self._captures[chosen] = Capture(self._markers, chosen)
+        return self._captures[chosen]
+
+    def compile(
+        self,
+        backend: Any = "inductor",
+        mode: str | None = None,
+        dynamic: bool | None = None,
+        fullgraph: bool = False,
+        options: dict | None = None,
+    ) -> None:
+        """Run traces on captured, compiled graphs from now on; the arguments are `nn.Module.compile`'s."""
+        self._compiled = self._captured(backend, mode, dynamic, fullgraph, options)

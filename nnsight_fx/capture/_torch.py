@@ -85,3 +85,70 @@ def never_compile(function: Callable) -> None:
     from torch._dynamo.eval_frame import skip_code
 
     skip_code(function.__code__)
+
+
+def register(*functions: Callable) -> None:
+    """Make functions graph nodes of their own when Dynamo traces a call of them."""
+    for function in functions:
+        torch.compiler.allow_in_graph(function)
+
+
+def backend(name: Any, mode: str | None, options: dict | None, dynamic: bool | None) -> Callable:
+    """The compiler that `torch.compile(backend=name, ...)` would use: `(gm, inputs) -> callable`."""
+    if name == "inductor":
+        return torch._TorchCompileInductorWrapper(mode, options, dynamic)
+    if not isinstance(name, str):
+        return name
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)
+
+
+def tracing_context() -> Any:
+    return torch._guards.TracingContext.try_get()
+
+
+def tracing(context: Any) -> Any:
+    return torch._guards.tracing(context)
+
+
+def placeholder_fakes(gm: torch.fx.GraphModule) -> list:
+    """The fake inputs that Dynamo left on a graph's placeholders."""
+    return [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def guard_count(context: Any) -> int:
+    env = context.fake_mode.shape_env
+    return 0 if env is None else len(env.guards)
+
+
+def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool]:
+    """The check of all guards on sizes that were added since `since`, over the values of a call's inputs."""
+    env = context.fake_mode.shape_env
+    new = [] if env is None else env.guards[since:]
+    if not new:
+        return lambda values: True
+    where = [i for i, fake in enumerate(fakes) if isinstance(fake, torch.SymInt) and fake.node.expr.is_symbol]
+    if not where:
+        return lambda values: True
+    code = env.produce_guards_expression([fakes[i] for i in where], guards=new)
+    if not code:
+        return lambda values: True
+    return lambda values: env.evaluate_guards_expression(code, [values[i] for i in where])
+
+
+def fake_like(context: Any, facts: tuple) -> torch.Tensor:
+    """A fake input of a variant, from what a plan knows of a real tensor."""
+    shape, stride, dtype, device, requires_grad = facts
+    with context.fake_mode, torch.no_grad():
+        made = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return made.requires_grad_(requires_grad)
+
+
+def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, fullgraph: bool) -> Callable:
+    return torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+
+
+def undisturbed(function: Callable) -> Callable:
+    """`function` run as it is, also when compiled code calls it."""
+    return torch._dynamo.disable(function)

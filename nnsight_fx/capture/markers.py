@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
+from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from ..tracing import tree
@@ -182,6 +183,8 @@ class Markers:
         self.hooks = {m: self._hooks(path) for m, path in self.paths.items()}
         self.half: dict[tuple[str, str, int], Replacement] | None = None  # the capture half of the active run
         self.stop_at: tuple[str, str, int] | None = None
+        self.skippers: dict[nn.Module, Callable] = {}
+        self.skip_live: dict[nn.Module, Callable] = {}
         self.calls: dict[tuple[str, str], list[int]] = {}  # counted by Dynamo itself, for modules in the capture half
 
     def _hooks(self, path: str) -> tuple[Callable, Callable]:
@@ -220,52 +223,84 @@ class Markers:
             raise Stop
         return value
 
+    def skipper(self, module: nn.Module, skip: Callable) -> Callable:
+        """The `forward` that a skipped module has for the length of a run; one function a module, as Dynamo guards on it."""
+        self.skip_live[module] = skip
+        if module not in self.skippers:
+            path, original = self.paths[module], module.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if torch.compiler.is_compiling():
+                    cell = self.calls[(path, "skip")]
+                    call = cell[0]
+                    cell[0] = call + 1
+                    if self.half is not None and (path, "skip", call) in self.half:
+                        half = self.half[(path, "skip", call)]
+                        return _build(half.spec, _supplied(path, call, half), 0)[0]
+                    return original(*args, **kwargs)
+                return self.skip_live[module](original, args, kwargs)
+
+            self.skippers[module] = forward
+        return self.skippers[module]
+
     @contextlib.contextmanager
     def installed(self, modules: list[nn.Module], skips: dict[str, Callable]) -> Iterator[None]:
         """The hooks on `modules` and `forward` replaced where a plan skips, for the length of a block; nothing stays."""
         undo: list[Callable[[], None]] = []
         try:
             for module in modules:
-                before, after = self.hooks[module]
-                undo.append(_put(module, before, after))
+                undo.append(put(module, *self.hooks[module]))
                 if skips and self.paths[module] in skips:
-                    undo.append(_override(module, skips[self.paths[module]]))
+                    undo.append(override(module, self.skipper(module, skips[self.paths[module]])))
             yield
         finally:
             for restore in reversed(undo):
                 restore()
 
 
+def _supplied(path: str, call: int, half: Replacement) -> list:
+    """The leaves of a skipped module's output, while Dynamo traces."""
+    new = []
+    for i in range(len(half.leaves)):
+        leaf = half.leaves[i]
+        new.append(supply(path, "output", call, i) if leaf is SUPPLIED else leaf)
+    return new
+
+
 class Stop(Exception):
     """Ends a forward that Dynamo traces; the captured function catches it."""
 
 
-def _put(module: nn.Module, before: Callable, after: Callable) -> Callable[[], None]:
+KEY = RemovableHandle(OrderedDict()).id  # the key of our hooks in every table: Dynamo guards on it, so it never changes
+
+
+def put(module: nn.Module, before: Callable, after: Callable) -> Callable[[], None]:
     """Hook one module: inputs before every other hook; outputs after the user's, before transformers' own collectors."""
-    pre = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-    post = module.register_forward_hook(after, with_kwargs=True)
-    hooks = module._forward_hooks
-    for key in list(hooks):
-        if key != post.id and (getattr(hooks[key], "__module__", "") or "").startswith("transformers."):
-            hooks.move_to_end(key)
+    module._forward_pre_hooks[KEY] = before
+    module._forward_pre_hooks_with_kwargs[KEY] = True
+    module._forward_hooks[KEY] = after
+    module._forward_hooks_with_kwargs[KEY] = True
+    if len(module._forward_pre_hooks) > 1:
+        module._forward_pre_hooks.move_to_end(KEY, last=False)
+    if len(module._forward_hooks) > 1:
+        for key, hook in list(module._forward_hooks.items()):
+            if key != KEY and (getattr(hook, "__module__", "") or "").startswith("transformers."):
+                module._forward_hooks.move_to_end(key)
 
     def remove() -> None:
-        pre.remove()
-        post.remove()
+        for table in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+            table.pop(KEY, None)
+        for table in (module._forward_hooks, module._forward_hooks_with_kwargs):
+            table.pop(KEY, None)
 
     return remove
 
 
-def _override(module: nn.Module, forward: Callable) -> Callable[[], None]:
+def override(module: nn.Module, forward: Callable) -> Callable[[], None]:
     """Replace an instance's `forward`; the undo puts back exactly what was there."""
     had = "forward" in module.__dict__
     old = module.__dict__.get("forward")
-    original = module.forward
-
-    def replaced(*args: Any, **kwargs: Any) -> Any:
-        return forward(original, args, kwargs)
-
-    module.__dict__["forward"] = replaced
+    module.__dict__["forward"] = forward
 
     def restore() -> None:
         if had:

@@ -17,7 +17,7 @@ from ..tracing import tree
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.plan import Site
 from ..tracing.tape import Missing, Opaque, SiteMeta
-from .markers import _override, _put
+from .markers import override, put
 
 PLAIN: tuple = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.memory_format, type)
 
@@ -89,16 +89,16 @@ def scan(
         def after(m: nn.Module, args: tuple, kwargs: dict, out: Any, path: str = path) -> Any:
             return note(path, "output", out)
 
-        undo.append(_put(module, before, after))
+        undo.append(put(module, before, after))
         if plan is not None and path in plan.plan.skips:
-            def forward(original: Callable, args: tuple, kwargs: dict, path: str = path) -> Any:
+            def forward(*args: Any, path: str = path, original: Callable = module.forward, **kwargs: Any) -> Any:
                 parts = plan.skipped.get((path, "output", counts[(path, "input")] - 1))
                 if parts is None:
                     return original(*args, **kwargs)
-                leaves, spec = gather({i: p for i, p in parts.items()}, plan.plan.groups)
+                leaves, spec = gather(parts, plan.plan.groups)
                 return tree.unflatten(leaves, spec)
 
-            undo.append(_override(module, forward))
+            undo.append(override(module, forward))
     try:
         with fakes:
             if plan is not None:

@@ -16,7 +16,7 @@ from .encode import Lifted
 INDEXED = {"__getitem__", "__setitem__"}
 SELECTS = {"select"}
 FLOAT_OPERANDS = {
-    *("add", "sub", "mul", "div", "true_divide", "rsub", "lerp", "where", "fill", "masked_fill"),
+    *("add", "sub", "mul", "div", "true_divide", "rsub", "where", "fill", "masked_fill"),
     *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__"),
     *("__iadd__", "__isub__", "__imul__", "__itruediv__"),
 }
@@ -66,7 +66,7 @@ def lift(name: str, args: tuple, kwargs: dict, shape_of: Any) -> tuple[tuple, di
             return (args[0], args[1], _position(args[2], shape[args[1]])), kwargs
     if base in FLOAT_OPERANDS and any(type(a) is float for a in args):
         floating = [shape_of(a)[1].is_floating_point for a in args if isinstance(a, torch.Tensor)]
-        if any(floating) or base == "where":
+        if any(floating):
             return tuple(Lifted("float", a) if type(a) is float else a for a in args), kwargs
     return args, kwargs
 

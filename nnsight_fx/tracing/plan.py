@@ -51,16 +51,17 @@ class InterventionGraph:
 
     _interned: weakref.WeakValueDictionary[tuple, InterventionGraph] = weakref.WeakValueDictionary()
 
-    def __init__(self, ops: tuple[Op, ...], groups: Groups, recapture: bool):
+    def __init__(self, ops: tuple[Op, ...], groups: Groups, recapture: bool, specs: tuple):
         self.ops, self.groups, self.recapture = ops, groups, recapture
+        self.specs = specs  # the structure of each operation's result
 
     @classmethod
-    def of(cls, ops: tuple[Op, ...], groups: Groups, recapture: bool) -> InterventionGraph:
+    def of(cls, ops: tuple[Op, ...], groups: Groups, recapture: bool, specs: tuple) -> InterventionGraph:
         """The one plan with this structure."""
         key = (ops, groups, recapture)
         plan = cls._interned.get(key)
         if plan is None:
-            plan = cls._interned[key] = cls(*key)
+            plan = cls._interned[key] = cls(*key, specs)
         return plan
 
     @cached_property
@@ -117,6 +118,11 @@ class InterventionGraph:
     def saved(self) -> frozenset[tuple[int, int]]:
         """The values that leave the run."""
         return frozenset(v for n, op in enumerate(self.ops) if op.kind in (SAVE, SYNC) for v in self.needs[n])
+
+    @cached_property
+    def sees_objects(self) -> bool:
+        """Does it read leaves that only a live site has: objects, or a structure that no scan could tell?"""
+        return any(op.kind == READ and op.extra is None for op in self.ops)
 
     @cached_property
     def fx(self) -> fx.Graph:

@@ -103,6 +103,7 @@ class Tape:
     def __init__(self, root: Step, fakes: FakeTensorMode, sites: Sites, run_until: Callable[[Tape], Callable[[Key], Any]]):
         self.step, self.fakes, self.sites, self.run_until = root, fakes, sites, run_until
         self.ops: list[Op] = []
+        self.specs: list[tree.Spec] = []
         self.lines: list[Line] = []
         self.constants: list[Any] = []  # real tensors and lifted numbers, by slot
         self.slots: dict[int, Key] = {}  # id of a real tensor -> its key
@@ -231,6 +232,7 @@ class Tape:
         """Go on to `step`: number the operation, make its lazy tensors."""
         n, line = len(self.ops), user_line()
         self.ops.append(op)
+        self.specs.append(step.spec)
         self.lines.append(line)
         self.step = step
         for key, fake in step.rebound:
@@ -540,6 +542,7 @@ class Tape:
         for key in keys:
             op = Op(SYNC, self.invoke.index, None, ("t", tuple, (key,)), ("d", (), ()), None, "inplace")
             self.ops.append(op)
+            self.specs.append(None)
             self.lines.append(user_line())
             step = self.step.children.get(op)
             if step is None:
@@ -559,7 +562,7 @@ class Tape:
 
     def plan(self, groups: Groups) -> InterventionGraph:
         """The recorded plan, shared by all recordings of this structure."""
-        return InterventionGraph.of(tuple(self.ops), groups, self.recapture)
+        return InterventionGraph.of(tuple(self.ops), groups, self.recapture, tuple(self.specs))
 
 
 def _fake_args(tape: Tape, args: Any) -> Any:

@@ -1,0 +1,75 @@
+"""A segment: one graph that Dynamo captured, kept pristine with all it takes to compile variants of it later."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch.fx as fx
+
+from . import _torch
+from .markers import site, supply
+
+
+class Segment:
+    """A captured graph with its markers, fake inputs and tracing context. It holds no model and no run."""
+
+    def __init__(self, gm: fx.GraphModule, fakes: list, context: Any, guards: int):
+        self.gm, self.fakes, self.context, self.guards = gm, fakes, context, guards
+        self.variants: dict[tuple, list[Any]] = {}
+        self.tails: dict[int, tuple[Segment, list[int], list[int]]] = {}
+
+    @classmethod
+    def captured(cls, gm: fx.GraphModule) -> Segment:
+        """Made inside Dynamo's callback: afterwards the fakes are gone from the graph."""
+        context = _torch.tracing_context()
+        kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        for old, new in zip(gm.graph.nodes, kept.graph.nodes, strict=True):
+            new.meta = dict(old.meta)
+        return cls(kept, _torch.placeholder_fakes(gm), context, _torch.guard_count(context))
+
+    def copy(self) -> fx.GraphModule:
+        """The graph, to be rewritten."""
+        made = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))
+        for old, new in zip(self.gm.graph.nodes, made.graph.nodes, strict=True):
+            new.meta = dict(old.meta)
+        return made
+
+    @property
+    def sites(self) -> list[tuple[str, str]]:
+        """`(path, kind)` of its sites, in order."""
+        return list(dict.fromkeys((n.args[1], n.args[2]) for n in self.gm.graph.nodes if n.target in (site, supply)))  # type: ignore[misc]
+
+    def tail(self, last: int) -> tuple[Segment, list[int], list[int]]:
+        """What comes after node `last`: a segment of its own; the nodes (by index) whose values it takes; which of its inputs are what.
+
+        Returns `(segment, taken, moved)`: `taken` are indices of pristine nodes that become the tail's inputs, in order;
+        `moved` are getters behind `last` that belong to the head, since their containers are made there.
+        """
+        if last not in self.tails:
+            self.tails[last] = self._cut(last)
+        return self.tails[last]
+
+    def _cut(self, last: int) -> tuple[Segment, list[int], list[int]]:
+        nodes = list(self.gm.graph.nodes)
+        head = set(nodes[: last + 1])
+        moved = []
+        for index in range(last + 1, len(nodes)):
+            node = nodes[index]
+            if node.op == "call_function" and node.target is operator.getitem and node.args[0] in head:
+                head.add(node)
+                moved.append(index)
+        rest = [n for n in nodes[last + 1 :] if n not in head]
+        used = {a for n in rest for a in n.all_input_nodes if a in head}
+        taken = [i for i, n in enumerate(nodes) if n in used]
+        graph = fx.Graph()
+        mapped: dict[fx.Node, fx.Node] = {}
+        for i in taken:
+            mapped[nodes[i]] = graph.placeholder(nodes[i].name)
+            mapped[nodes[i]].meta = {"example_value": nodes[i].meta.get("example_value")}
+        for node in rest:
+            mapped[node] = graph.node_copy(node, lambda n: mapped[n])
+        gm = fx.GraphModule(self.gm, graph)
+        fakes = [nodes[i].meta.get("example_value") for i in taken]
+        return Segment(gm, fakes, self.context, self.guards), taken, moved

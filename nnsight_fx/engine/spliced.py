@@ -1,0 +1,330 @@
+"""The spliced engine: the model is captured once, and every plan runs in its graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import passes
+from ..capture import _torch
+from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, mark, site, supply
+from ..capture.segment import Segment
+from ..tracing.encode import Keep, facts
+from ..tracing.interleave import Firing, Stopped, gather
+from ..tracing.plan import READ, SKIP, WRITE, InterventionGraph, Op, Site
+from .run import Run
+from .sites import FakeInterleaver
+from .variants import extras, variant
+
+_serial = itertools.count()
+
+
+@dataclass(frozen=True)
+class Options:
+    """`model.compile`'s arguments, as `nn.Module.compile` has them."""
+
+    backend: Any = "inductor"
+    mode: str | None = None
+    dynamic: bool | None = None
+    fullgraph: bool = False
+    options: tuple = ()
+
+
+@dataclass
+class Capture:
+    """What was captured of one wrapped model, under one set of options."""
+
+    markers: Markers
+    options: Options
+    pipeline: tuple = passes.PIPELINE
+    disable: frozenset = frozenset()
+    captures: int = 0
+    compiles: int = 0
+    hits: int = 0
+    segments: list[Segment] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    entries: dict[tuple, tuple[Callable, Any]] = field(default_factory=dict)
+    last: list = field(default_factory=list)  # the pass reports of the latest compiles
+
+    def __post_init__(self):
+        _torch.register(site, supply)
+        self.compiler = _torch.backend(self.options.backend, self.options.mode, dict(self.options.options) or None, self.options.dynamic)
+        for hook in (*next(iter(self.markers.hooks.values())), mark):
+            _torch.never_compile(hook)
+
+    def reset(self) -> None:
+        self.entries.clear()
+        self.segments.clear()
+
+    def entry(self, module: torch.nn.Module, fn: str | None, plan: InterventionGraph) -> Callable:
+        """The captured function that runs a plan: one for all plans that leave the model's Python alone, else one a plan."""
+        key = (fn, plan if plan.recapture else None)
+        if key not in self.entries:
+            inner = _renamed(_inner(module, fn))
+            compiled = _torch.dynamo_compile(inner, self.backend, self.options.dynamic, self.options.fullgraph)
+            self.entries[key] = (compiled, inner)
+        return self.entries[key][0]
+
+    def backend(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
+        """What Dynamo calls with each graph it captured."""
+        segment = Segment.captured(gm)
+        self.segments.append(segment)
+        self.captures += 1
+
+        @_torch.undisturbed
+        def run_segment(*args: Any) -> Any:
+            return active.run.run_segment(segment, args)
+
+        return run_segment
+
+    def note_compile(self, segment: Segment, job: Any) -> None:
+        self.compiles += 1
+        watch.compiles += 1
+        self.last = [*self.last[-9:], job.report]
+
+    def fall_back(self, why: str) -> None:
+        if why not in self.fallbacks:
+            self.fallbacks.append(why)
+        watch.fallbacks.append(why)
+
+
+class Watch:
+    """Counters over all models, for `assert_max_compiles` and `assert_no_fallback`."""
+
+    def __init__(self):
+        self.compiles = 0
+        self.fallbacks: list[str] = []
+
+
+watch = Watch()
+
+
+def _inner(module: torch.nn.Module, fn: str | None) -> Callable:
+    def inner(args: tuple, kwargs: dict) -> Any:
+        try:
+            out = module(*args, **kwargs) if fn is None else getattr(module, fn)(*args, **kwargs)
+        except Stop:
+            return None
+        return mark(out, "", "result") if torch.compiler.is_compiling() else out
+
+    return inner
+
+
+def _renamed(inner: Callable) -> Callable:
+    """A code object of its own: Dynamo's cache and its recompile limit belong to the code."""
+    code = inner.__code__.replace(co_name=f"inner_{next(_serial)}")
+    return types.FunctionType(code, inner.__globals__, code.co_name, inner.__defaults__, inner.__closure__)
+
+
+class SplicedRun(Run):
+    """A run through captured segments; what Dynamo left out of them runs live, as in the hook engine."""
+
+    capture: Capture
+    skeleton: Callable[[str], Any]
+    everything: bool = True
+
+    def start(self, capture: Capture, stop_at: Site | None, sites: Any, entry: Callable[[], Any]) -> SplicedRun:
+        self.capture, self.sites, self.stop_at, self.everything = capture, sites, stop_at, True
+        self.skeleton = lambda path: sites.scanner.skeleton().get_submodule(path)
+        self.segments_run = 0
+        self.live_sites: set[str] = set()
+        self.result_marked = False
+        plan = self.plan
+        captured = capture.entry
+
+        def call() -> Any:
+            with self.half(plan):
+                return entry()
+
+        del captured
+        self.call = call
+        return self
+
+    @contextlib.contextmanager
+    def half(self, plan: InterventionGraph) -> Iterator[None]:
+        """The capture half of the plan in force, for the markers that Dynamo traces."""
+        markers, outer = self.owner, getattr(active, "capture", None)
+        old = (markers.half, markers.stop_at, markers.calls)
+        if plan.recapture:
+            markers.half = _half(plan)
+            markers.stop_at = self.stop_at
+            markers.calls = {(path, kind): [0] for path, kind, _ in [*markers.half, *([self.stop_at] if self.stop_at else [])]}
+            active.capture = FakeCapture(self)
+        try:
+            yield
+        finally:
+            markers.half, markers.stop_at, markers.calls = old
+            active.capture = outer
+
+    # -- segments ------------------------------------------------------------------------------------------------
+
+    def entry_key(self) -> tuple:
+        """Where the plan stands: what a variant is compiled for."""
+        if not self.counts and not self.env and not self.done:
+            return (self.plan, self.closed)
+        known = tuple(sorted((v, facts(x) if isinstance(x, torch.Tensor) else None) for v, x in self.env.items() if v[1] >= 0))
+        return (self.plan, self.closed, tuple(self.at), frozenset(self.done), frozenset(self.counts.items()), known)
+
+    def run_segment(self, segment: Segment, args: tuple) -> Any:
+        """One captured segment: its variant for this plan; cut where the plan needs real values."""
+        self.segments_run += 1
+        while True:
+            found = variant(segment, self, args)
+            outputs = found.call(*args, *extras(self, found))
+            self._go_past(found, outputs)
+            if found.cut is None:
+                return outputs[: found.own] if len(outputs) != found.own else outputs
+            leaves = [outputs[i] if i is not None else None for i in found.leaves]
+            self.fire(Firing(found.cut.site, leaves, None))
+            if self.stopping:
+                raise Stopped
+            args = tuple(leaves[r[1]] if isinstance(r, tuple) else outputs[r] for r in found.resumed)
+            assert found.tail is not None
+            segment = found.tail
+
+    def _go_past(self, found: Any, outputs: Any) -> None:
+        """Take over where the plan stands after a segment, and the values it gave."""
+        for value, real in zip(found.gives, outputs[found.own :], strict=True):
+            self.env[value] = real
+        self.at, self.done, self.counts = list(found.exit.at), set(found.exit.done), dict(found.exit.counts)
+        self.skipped = {s: dict(parts) for s, parts in found.exit.skipped.items()}
+        self.stopping = found.exit.stopping
+
+    # -- live parts ----------------------------------------------------------------------------------------------
+
+    def pass_site(self, path: str, kind: str, value: Any) -> Any:
+        if (path, kind) == ("", "result") and self.counts.get(("", "result")):
+            return value  # its marker is in a segment
+        if self.stopping:
+            return value
+        before = len(self.done)
+        value = super().pass_site(path, kind, value)
+        if len(self.done) > before and kind != "result":
+            self.live_sites.add(".".join(p for p in (path, kind) if p))
+        return value
+
+    def forward(self) -> None:
+        super().forward()
+        if self.live_sites:
+            self.capture.fall_back(f"live sites, outside captured code: {', '.join(sorted(self.live_sites))}")
+        if not self.segments_run and not self.stopping:
+            self.capture.fall_back("nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)")
+            warnings.warn(
+                "nnsight_fx: nothing of the model ran captured in this trace (Dynamo's recompile limit, or compilation is "
+                "disabled); the hook engine did the work. `model.explain()` has the details.",
+                stacklevel=2,
+            )
+
+
+def _half(plan: InterventionGraph) -> dict[tuple[str, str, int], Replacement]:
+    """The capture half: what the model's Python sees replaced."""
+    found: dict[tuple[str, str, int], Replacement] = {}
+    for op in plan.ops:
+        if op.kind == WRITE and not op.extra[2]:
+            found[op.target] = Replacement(op.extra[0], _described(op))
+        elif op.kind == SKIP:
+            path, _, call = op.target
+            found[(path, "skip", call)] = Replacement(op.extra[0], [SUPPLIED if x is SUPPLIED else x for x in _described(op)])
+    return found
+
+
+def _described(op: Op) -> list:
+    """Each leaf of a written tree: supplied by the graph, kept, or an object."""
+    described = []
+    for key in op.args[2][0][2]:
+        if key[0] in ("v", "c"):
+            described.append(SUPPLIED)
+        elif key[0] == "l":
+            described.append(float.fromhex(key[2]) if key[1] is float else key[2])
+        else:
+            described.append(key[1].obj if key[0] == "o" else Keep(0))
+    return described
+
+
+class FakeCapture:
+    """A plan run on Dynamo's own fakes while it traces: what its Python gets to see of writes and skips."""
+
+    def __init__(self, run: SplicedRun):
+        self.run = run
+        self.states: dict[Any, DynamoInterleaver] = {}
+
+    def _state(self, mode: Any) -> DynamoInterleaver:
+        if mode not in self.states:
+            self.states[mode] = DynamoInterleaver(self.run, mode)
+        return self.states[mode]
+
+    def fake_site(self, x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> torch.Tensor:
+        if isinstance(x, FakeTensor):
+            self._state(x.fake_mode).leaf(x, path, kind, leaf, last)
+        return x
+
+    def fake_supply(self, path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
+        mode = torch._guards.detect_fake_mode()
+        return self._state(mode).supply((path, kind, call), leaf)
+
+
+class DynamoInterleaver(FakeInterleaver):
+    """A plan's operations on the fakes of one of Dynamo's tracings, from where the run stands."""
+
+    def __init__(self, run: SplicedRun, mode: Any):
+        constants = [mode.from_tensor(c, static_shapes=True) if isinstance(c, torch.Tensor) else c for c in run.constants]
+        super().__init__(run.plan, constants, run.sites)
+        self.at, self.done, self.counts = list(run.at), set(run.done), dict(run.counts)
+        self.env = {k: mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for k, v in run.env.items()}
+        self.group: dict[int, torch.Tensor] = {}
+        self.supplied: dict[Site, list] = {}
+
+    def leaf(self, x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> None:
+        self.group[leaf] = x
+        if last:
+            leaves: list[Any] = [self.group.get(i) for i in range(leaf + 1)]
+            self.group = {}
+            self.fire(Firing((path, kind, self.count(path, kind)), leaves, None))
+
+    def _write(self, op: Op, firing: Firing | None) -> None:
+        assert firing is not None
+        spec, batched, fits = op.extra
+        if fits:
+            super()._write(op, firing._replace(spec=spec))
+        else:
+            old, new = list(firing.leaves), list(self.arguments(op)[0][0])
+            firing.leaves[:] = [(old[v.index] if v.index < len(old) else None) if isinstance(v, Keep) else v for v in new]
+            self.supplied[firing.site] = firing.leaves
+
+    def supply(self, at: Site, leaf: int) -> torch.Tensor:
+        if at not in self.supplied:
+            self.supplied[at] = gather(self.skipped[at], self.plan.groups)[0]
+        return self.supplied[at][leaf]
+
+
+@contextlib.contextmanager
+def assert_max_compiles(n: int) -> Iterator[None]:
+    """Raise `RecompileError` when more than `n` graph variants are compiled in the block, over all models."""
+    from ..errors import RecompileError
+
+    before = watch.compiles
+    yield
+    if watch.compiles - before > n:
+        raise RecompileError(f"{watch.compiles - before} graphs were compiled in this block, at most {n} were expected")
+
+
+@contextlib.contextmanager
+def assert_no_fallback() -> Iterator[None]:
+    """Raise `FallbackError` when anything that a plan touches ran outside captured code in the block."""
+    from ..errors import FallbackError
+
+    before = len(watch.fallbacks)
+    yield
+    if len(watch.fallbacks) > before:
+        raise FallbackError("ran outside captured code: " + "; ".join(watch.fallbacks[before:]))
+
+
+__all__ = ["READ", "Capture", "Options", "SplicedRun", "assert_max_compiles", "assert_no_fallback"]

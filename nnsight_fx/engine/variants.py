@@ -1,0 +1,157 @@
+"""Variants: what a segment becomes under a plan, compiled as Dynamo would have compiled it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx as fx
+
+from .. import passes
+from ..capture import _torch
+from ..capture.segment import Segment
+from ..passes.job import Cut, Entry, Job
+from ..tracing import ambient
+
+if TYPE_CHECKING:
+    from .spliced import SplicedRun
+
+
+@dataclass
+class Variant:
+    """A compiled segment: what it takes and gives beside its own inputs and outputs, and where the plan stands after it."""
+
+    call: Callable[..., Any]
+    guards: Callable[[list], bool]
+    takes: list[tuple]
+    gives: list[tuple[int, int]]
+    own: int
+    exit: Any
+    cut: Cut | None = None
+    tail: Segment | None = None
+    leaves: list[int | None] = field(default_factory=list)  # for each leaf of the cut site, its place in the outputs
+    resumed: list[int | tuple] = field(default_factory=list)  # the tail's inputs: a place in the outputs, or ("leaf", i)
+    report: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
+    """The variant of a segment for where a run's plan stands: found, or compiled now."""
+    key = run.entry_key()
+    found = segment.variants.setdefault(key, [])
+    for each in found:
+        if each.guards(list(args)):
+            run.capture.hits += 1
+            return each
+    made = _compile(segment, run, args)
+    found.append(made)
+    return made
+
+
+def _compile(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
+    gm = segment.copy()
+    pristine = list(gm.graph.nodes)
+    job = Job(
+        plan=run.plan,
+        entry=Entry(list(run.at), set(run.done), dict(run.counts), set(run.env), dict(run.skipped)),
+        closed=run.closed,
+        raw_numbers=run.capture.options.backend == "eager",
+        skeleton=lambda path: run.skeleton(path),
+        modes=ambient.current(),
+    )
+    state = {"leaves": [], "resumed": [], "tail": None}
+    cut_after_splice = _head(segment, pristine, state)
+    pipeline = [passes.splice, cut_after_splice, *run.capture.pipeline[1:]]
+    passes.run(gm, job, pipeline, run.capture.disable)
+    fakes = [*segment.fakes, *(_fake(segment, run, take) for take in job.takes)]
+    with _torch.tracing(segment.context):
+        call = run.capture.compiler(gm, fakes)
+    guards = _torch.added_guards(segment.context, segment.guards, segment.fakes)
+    run.capture.note_compile(segment, job)
+    return Variant(
+        call, guards, job.takes, job.gives, job.own, job.exit, job.cut, state["tail"], state["leaves"], state["resumed"], job.report
+    )
+
+
+def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[fx.GraphModule, Job], int]:
+    """The pass that, where splicing met something that needs real values, keeps the graph's head only."""
+
+    def cut(gm: fx.GraphModule, job: Job) -> int:
+        if job.cut is None:
+            return 0
+        tail, taken, moved = segment.tail(job.cut.last)
+        kept = {*pristine[: job.cut.last + 1], *(pristine[i] for i in moved), *job.emitted}
+        group = _group(pristine, job.cut)
+        output = gm.graph.output_node()
+        for i in moved:  # behind the last marker, in front of everything that goes
+            output.prepend(pristine[i])
+        outputs: list[Any] = []
+
+        def place(node: Any) -> int:
+            if node not in outputs:
+                outputs.append(node)
+            return outputs.index(node)
+
+        state["leaves"] = [place(leaf) if isinstance(leaf, fx.Node) else None for leaf in job.cut.leaves]
+        for i in taken:
+            node = pristine[i]
+            state["resumed"].append(("leaf", group[node]) if node in group else place(node))
+        state["tail"] = tail
+        output.args = (tuple(outputs),)
+        dropped = [n for n in gm.graph.nodes if n not in kept and n is not output]
+        for node in reversed(dropped):
+            gm.graph.erase_node(node)
+        return len(dropped)
+
+    return cut
+
+
+def _group(pristine: list[fx.Node], cut: Cut) -> dict[fx.Node, int]:
+    """The markers of the cut site, by leaf."""
+    path, kind, _ = cut.site
+    found: dict[fx.Node, int] = {}
+    for node in reversed(pristine[: cut.last + 1]):
+        if node.op != "call_function" or len(node.args) != 5 or node.args[1:3] != (path, kind) or (found and node.args[4]):
+            break
+        found[node] = node.args[3]  # type: ignore[assignment]
+    return found
+
+
+def _fake(segment: Segment, run: SplicedRun, take: tuple) -> Any:
+    """The fake of an extra input."""
+    value = source(run, take)
+    if take[0] == "constant" and take[2] != "tensor":
+        if run.capture.options.backend == "eager":
+            return value
+        value = number(take, value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    facts = (tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
+    return _torch.fake_like(segment.context, facts)
+
+
+def source(run: SplicedRun, take: tuple) -> Any:
+    """The value of an extra input."""
+    if take[0] == "constant":
+        return run.constants[take[1]]
+    if take[0] == "fetch":
+        return run.env[take[1]]
+    module = run.modules(take[1])
+    owner, _, name = take[2].rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def number(take: tuple, value: Any) -> torch.Tensor:
+    """A lifted number as the 0-d tensor that the graph takes."""
+    return torch.tensor(value, dtype=torch.int64 if take[2] == "int" else torch.float64)
+
+
+def extras(run: SplicedRun, found: Variant) -> list:
+    """The extra inputs of a call."""
+    raw = run.capture.options.backend == "eager"
+    values = []
+    for take in found.takes:
+        value = source(run, take)
+        values.append(number(take, value) if take[0] == "constant" and take[2] != "tensor" and not raw else value)
+    return values

@@ -1,0 +1,36 @@
+"""Compile passes over captured segments: each a plain function in a file of its own, in a visible tuple.
+
+A pass is `def name(gm, job) -> int`: it changes `gm` in place and returns how many rewrites it made, 0 for none. Only
+`run` lints and recompiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch.fx as fx
+
+from .erase import erase
+from .expose import expose
+from .job import Cut, Entry, Job
+from .lift_constants import lift_constants
+from .narrow import narrow
+from .splice import splice
+
+Pass = Callable[[fx.GraphModule, Job], int]
+
+PIPELINE: tuple[Pass, ...] = (splice, narrow, lift_constants, expose, erase)
+
+
+def run(gm: fx.GraphModule, job: Job, pipeline: Sequence[Pass] = PIPELINE, disable: Collection[str] = ()) -> list[tuple[str, int, int]]:
+    """Run `pipeline` over `gm` and return `(pass, rewrites, nodes after)` for each."""
+    for step in pipeline:
+        name = getattr(step, "__name__", None) or step.func.__name__  # type: ignore[attr-defined]
+        if name not in disable:
+            job.report.append((name, step(gm, job), len(gm.graph.nodes)))
+    gm.graph.lint()
+    gm.recompile()
+    return job.report
+
+
+__all__ = ["PIPELINE", "Cut", "Entry", "Job", "Pass", "erase", "expose", "lift_constants", "narrow", "run", "splice"]

@@ -1,0 +1,78 @@
+"""What the passes of one variant share: the plan, where it stands at the segment's start, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.fx as fx
+
+from nnsight_fx.tracing.plan import InterventionGraph, Site
+
+Value = tuple[int, int]  # (operation, leaf)
+
+
+@dataclass
+class Entry:
+    """How far a plan has come when a segment starts."""
+
+    at: list[int]
+    done: set[int]
+    counts: dict[tuple[str, str], int]
+    known: set[Value]  # values that earlier segments or live sites have made
+    skipped: dict[Site, dict[int, tuple]] = field(default_factory=dict)
+
+
+@dataclass
+class Cut:
+    """A site at which a segment is cut in two, because the plan needs real values there."""
+
+    site: Site
+    last: int  # index, in the pristine graph, of the site's last marker
+    leaves: list  # the values of the site's leaves so far (`None` where a leaf is no tensor)
+
+
+@dataclass
+class Job:
+    """The compile job of one variant of a segment."""
+
+    plan: InterventionGraph
+    entry: Entry
+    closed: bool = True  # is the plan whole
+    raw_numbers: bool = False  # give lifted numbers as Python numbers (a backend that runs the graph as it is)
+    skeleton: Callable[[str], Any] | None = None  # the structure of a module, to call it on values
+    modes: Any = None  # the modes that the trace was opened under
+    emitted: set[fx.Node] = field(default_factory=set)
+    takes: list[tuple] = field(default_factory=list)  # extra inputs: ("constant", slot) | ("fetch", value) | ("parameter", path, name)
+    gives: list[Value] = field(default_factory=list)  # extra outputs
+    exports: dict[Value, fx.Node] = field(default_factory=dict)
+    exit: Any = None  # the interleaver after the segment
+    cut: Cut | None = None
+    own: int = 0  # how many outputs are the segment's own
+    report: list[tuple[str, int, int]] = field(default_factory=list)  # pass, rewrites, nodes after
+
+
+def constant(slot: int, kind: str) -> Any:
+    """A lifted constant of the recording, before `lift_constants`."""
+    raise RuntimeError("lowered by lift_constants")
+
+
+def fetch(op: int, leaf: int) -> Any:
+    """A value from outside the segment, before `lift_constants`."""
+    raise RuntimeError("lowered by lift_constants")
+
+
+def parameter(path: str, name: str) -> Any:
+    """A parameter or buffer of the model that the segment does not hold, before `lift_constants`."""
+    raise RuntimeError("lowered by lift_constants")
+
+
+def rows(x: Any, start: int, size: int, total: int, batched: bool | None) -> Any:
+    """An invoke's rows of a leaf, before `narrow`."""
+    raise RuntimeError("lowered by narrow")
+
+
+def put_rows(x: Any, new: Any, start: int, size: int, total: int, batched: bool | None) -> Any:
+    """A leaf with an invoke's rows replaced, before `narrow`."""
+    raise RuntimeError("lowered by narrow")

@@ -1,0 +1,49 @@
+"""What changes from run to run becomes a graph input, so that it never recompiles."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.fx as fx
+
+from .job import Job, constant, fetch, parameter
+
+
+def lift_constants(gm: fx.GraphModule, job: Job) -> int:
+    """Turn `constant`, `fetch` and `parameter` nodes into placeholders behind the segment's own.
+
+    ```
+    c = constant(0, "tensor")        ->  %c : placeholder
+    i = constant(1, "int")           ->  %i : placeholder (0-d int64);  n = i.item();  check(n >= 0)
+    f = constant(2, "float")         ->  %f : placeholder (0-d float64)
+    v = fetch(3, 0)                  ->  %v : placeholder
+    ```
+
+    Numbers are 0-d tensors on the CPU: an integer read from one is unbacked, so neither its value nor 0 or 1 are
+    special, and views at a lifted position stay views. `job.takes` lists what to give, in order.
+
+    Does not fire when: the segment needs nothing from outside. With `job.raw_numbers` numbers stay Python numbers.
+    """
+    made = 0
+    sources = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in (constant, fetch, parameter)]
+    last = next((n for n in reversed(gm.graph.nodes) if n.op == "placeholder"), None)
+    for node in sources:
+        where = gm.graph.inserting_after(last) if last is not None else gm.graph.inserting_before(next(iter(gm.graph.nodes)))
+        with where:
+            last = value = gm.graph.placeholder(f"{node.target.__name__}_{made}")
+        kind = node.args[1] if node.target is constant else "tensor"
+        if kind == "int" and not job.raw_numbers:
+            with gm.graph.inserting_before(node):
+                value = gm.graph.call_method("item", (value,))
+                check = gm.graph.call_function(operator.ge, (value, 0))
+                gm.graph.call_function(torch._check, (check,))
+        args = (node.args,) if node.target is fetch else node.args
+        job.takes.append((node.target.__name__, *args))
+        node.replace_all_uses_with(value)
+        job.exports.update({v: value for v, n in job.exports.items() if n is node})
+        if job.cut is not None:
+            job.cut.leaves[:] = [value if leaf is node else leaf for leaf in job.cut.leaves]
+        gm.graph.erase_node(node)
+        made += 1
+    return made
