@@ -25,7 +25,7 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
 
     Does not fire when: the segment needs nothing from outside. With `job.raw_numbers` numbers stay Python numbers.
     """
-    made = 0
+    made, lifted = 0, set()
     sources = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in (constant, fetch, parameter)]
     last = next((n for n in reversed(gm.graph.nodes) if n.op == "placeholder"), None)
     for node in sources:
@@ -38,6 +38,7 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
                 value = gm.graph.call_method("item", (value,))
                 check = gm.graph.call_function(operator.ge, (value, 0))
                 gm.graph.call_function(torch._check, (check,))
+            lifted.add(value)
         args = (node.args,) if node.target is fetch else node.args
         job.takes.append((node.target.__name__, *args))
         node.replace_all_uses_with(value)
@@ -46,4 +47,33 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
             job.cut.leaves[:] = [value if leaf is node else leaf for leaf in job.cut.leaves]
         gm.graph.erase_node(node)
         made += 1
+    for node in [user for value in lifted for user in value.users]:
+        if node.op == "call_function" and node.target in (operator.getitem, operator.setitem):
+            _select(gm, job, node, lifted)
     return made
+
+
+def _select(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node]) -> None:
+    """`x[:, n]` with a lifted `n`, which indexing does not take, as `x.select(1, n)`: the same view."""
+    x, index = node.args[0], node.args[1]
+    index = index if isinstance(index, tuple) else (index,)
+    at = {i for i, entry in enumerate(index) if isinstance(entry, fx.Node) and entry in lifted}
+    if not at:
+        return  # lowered already, through another of its positions
+    ellipsis = next((i for i, entry in enumerate(index) if entry is Ellipsis), len(index))
+    left = [(i, sum(e is not None for e in index[:i])) for i in range(ellipsis) if i in at]
+    right = [(i, -sum(e is not None for e in index[i:])) for i in range(ellipsis, len(index)) if i in at]
+    with gm.graph.inserting_before(node):
+        for i, dim in [*reversed(left), *right]:  # the innermost first: no dim shifts another
+            x = gm.graph.call_method("select", (x, dim, index[i]))
+        rest = tuple(entry for i, entry in enumerate(index) if i not in at)
+        if node.target is operator.setitem:
+            gm.graph.call_function(operator.setitem, (x, rest or Ellipsis, node.args[2]))
+        else:
+            plain = all(entry is Ellipsis or entry == slice(None) for entry in rest)
+            x = x if plain else gm.graph.call_function(operator.getitem, (x, rest))
+            node.replace_all_uses_with(x)
+            job.exports.update({v: x for v, n in job.exports.items() if n is node})
+            if job.cut is not None:
+                job.cut.leaves[:] = [x if leaf is node else leaf for leaf in job.cut.leaves]
+    gm.graph.erase_node(node)

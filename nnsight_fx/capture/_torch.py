@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -108,8 +110,19 @@ def tracing_context() -> Any:
     return torch._guards.TracingContext.try_get()
 
 
-def tracing(context: Any) -> Any:
-    return torch._guards.tracing(context)
+@contextlib.contextmanager
+def tracing(context: Any) -> Iterator[None]:
+    """Compile under a captured graph's context. Integers may be read from tensors there: that is how positions are lifted."""
+    env = context.fake_mode.shape_env
+    old = env.settings if env is not None else None
+    if env is not None:
+        env.settings = dataclasses.replace(old, allow_scalar_outputs=True)
+    try:
+        with torch._guards.tracing(context):
+            yield
+    finally:
+        if env is not None:
+            env.settings = old
 
 
 def placeholder_fakes(gm: torch.fx.GraphModule) -> list:
