@@ -13,7 +13,7 @@ from .errors import OutsideTraceError, UnknownModuleError, nearest
 from .tracing import tree
 from .tracing.encode import Keep
 from .tracing.lazy import LazyTensor, user_line
-from .tracing.tape import SiteMeta, Tape
+from .tracing.tape import Opaque, SiteMeta, Tape
 
 _TAKEN = ("input", "inputs", "output")  # a child module of such a name is reached by it, the value by `nns_<name>`
 
@@ -62,8 +62,13 @@ class Envoy:
     @property
     def nns_input(self) -> Any:
         """The first argument of the module's call: positional, else by keyword."""
-        args, kwargs = self._tape("input").read((self._path, "input", 0))
-        return args[0] if args else next(iter(kwargs.values()), None)
+        tape, site = self._tape("input"), (self._path, "input", 0)
+        args, kwargs = tape.read(site, whole=False)
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if any(isinstance(x, Opaque) for x in tree.flatten(first)[0]):
+            args, kwargs = tape.read(site)
+            first = args[0] if args else next(iter(kwargs.values()))
+        return first
 
     @nns_input.setter
     def nns_input(self, value: Any) -> None:

@@ -57,8 +57,9 @@ class Capture:
     def __post_init__(self):
         _torch.register(site, supply)
         self.compiler = _torch.backend(self.options.backend, self.options.mode, dict(self.options.options) or None, self.options.dynamic)
-        for hook in (*next(iter(self.markers.hooks.values())), mark):
-            _torch.never_compile(hook)
+        self.passing = _torch.undisturbed(SplicedRun.live_site)
+        for function in (*next(iter(self.markers.hooks.values())), SplicedRun.pass_site, Run.skip, mark):
+            _torch.never_compile(function)
 
     def reset(self) -> None:
         self.entries.clear()
@@ -201,6 +202,10 @@ class SplicedRun(Run):
     # -- live parts ----------------------------------------------------------------------------------------------
 
     def pass_site(self, path: str, kind: str, value: Any) -> Any:
+        return self.capture.passing(self, path, kind, value)  # compiled code may be calling: Dynamo stays out of this
+
+    def live_site(self, path: str, kind: str, value: Any) -> Any:
+        """A site outside captured code."""
         if (path, kind) == ("", "result") and self.counts.get(("", "result")):
             return value  # its marker is in a segment
         if self.stopping:

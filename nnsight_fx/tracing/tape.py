@@ -91,6 +91,7 @@ class Invoke:
     def __init__(self, index: int):
         self.index = index
         self.values: dict[Site, Any] = {}
+        self.partial: dict[Site, Any] = {}  # read without their objects
         self.metas: dict[Site, SiteMeta] = {}
         self.containers: dict[Site, tuple[Any, list, tree.Spec]] = {}
         self.order = -1  # the latest site touched, in model order
@@ -359,20 +360,29 @@ class Tape:
             self.invoke.metas[site] = found
         return self.invoke.metas[site]
 
-    def read(self, site: Site) -> Any:
-        """The value of a site: its tree, with lazy tensors."""
+    def read(self, site: Site, whole: bool = True) -> Any:
+        """The value of a site: its tree, with lazy tensors.
+
+        Objects in it (a KV cache) need a sync point; without `whole` they stay `Opaque`.
+        """
         self.settle()
         if site in self.invoke.values:
             self._touch(site)
             return self.invoke.values[site]
+        if not whole and site in self.invoke.partial:
+            return self.invoke.partial[site]
         self._check_passed(site, "read")
         meta = self.meta(site)
-        if isinstance(meta, Missing) or any(isinstance(x, Opaque) for x in meta.leaves):
+        opaque = isinstance(meta, SiteMeta) and any(isinstance(x, Opaque) for x in meta.leaves)
+        if isinstance(meta, Missing) or (opaque and whole):
             value = self._read_live(site)
         else:
             leaves = list(meta.leaves)
             value = self.add(READ, site, (), {}, extra=meta.batched, result=lambda: tree.unflatten(leaves, meta.spec))
         self._touch(site)
+        if opaque and not whole:
+            self.invoke.partial[site] = value
+            return value
         self.invoke.values[site] = value
         self._watch(site, value)
         return value
@@ -412,6 +422,7 @@ class Tape:
         self._touch(site)
         tree_value = tree.unflatten(leaves, spec, value)
         self.invoke.values.pop(site, None)
+        self.invoke.partial.pop(site, None)
         self.invoke.containers.pop(site, None)
         if not any(isinstance(x, Keep) for x in leaves):
             self.invoke.values[site] = tree_value
