@@ -1,8 +1,8 @@
 """Prompts as tensors of one length, and several of them as one input.
 
-    >>> sequences("input_ids", [[5, 6, 7], [8]], fill=0, left=True)
-    (tensor([[5, 6, 7],
-             [0, 0, 8]]), [3, 1])
+>>> sequences("input_ids", [[5, 6, 7], [8]], fill=0, left=True)
+(tensor([[5, 6, 7],
+         [0, 0, 8]]), [3, 1])
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -42,11 +43,11 @@ class PromptError(NNsightFXError, ValueError):
 
 
 def named(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """An input by the model's names: what is given by position holds the `input_ids`, or is a dict of inputs."""
+    """An input by the model's names. What is given by position is the `input_ids`, or a dict of inputs."""
     if len(args) > 1:
         raise PromptError(
-            f"{len(args)} inputs given by position; a model takes one, {FORMS}. Put several prompts in a list, "
-            "and give every other input by keyword."
+            f"{len(args)} inputs given by position; a model takes one, {FORMS}. Put several prompts in a "
+            "list and give every other input by keyword."
         )
     first = {} if not args else dict(args[0]) if isinstance(args[0], Mapping) else {"input_ids": args[0]}
     if twice := first.keys() & kwargs.keys():
@@ -57,68 +58,73 @@ def named(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_text(value: Any) -> bool:
     """A string, or a list with one in it?"""
-    return isinstance(value, str) or (
-        isinstance(value, (list, tuple)) and any(isinstance(v, str) for v in value)
-    )
+    several = isinstance(value, (list, tuple)) and any(isinstance(v, str) for v in value)
+    return isinstance(value, str) or several
 
 
 def sequences(
     name: str, value: Any, fill: float, left: bool, dims: int = 1
 ) -> tuple[torch.Tensor, list[int]]:
-    """Return `value` as one tensor (rows, longest, ...) and the rows' own lengths.
+    """Return `value` as one tensor (rows, longest, ...), and the length of each row.
 
-    One row has `dims` dimensions; a single one gains that of the rows. A list of rows is padded with `fill`, at
-    the left or right. A tensor that has its rows comes back as it is. Floats of no given meaning are an error.
+    One row has `dims` dimensions; a single one gains that of the rows. A list of rows is padded with `fill`,
+    at the left or right; a tensor that has its rows comes back as it is. No row or an empty one is an error.
     """
-    if not _is_list_of_rows(value):
+    if _is_list_of_rows(value):
+        rows = [_tensor(name, row) for row in value]
+        if wrong := [tuple(row.shape) for row in rows if row.dim() != dims]:
+            raise PromptError(
+                f"a row of `{name}` has shape {wrong[0]}, not {dims} dimension(s). Give {FORMS}."
+            )
+    else:
         tensor = _tensor(name, value)
-        tensor = tensor if tensor.dim() > dims else tensor[None]
-        return tensor, [tensor.shape[1]] * tensor.shape[0] if tensor.dim() > 1 else []
-    rows = [_tensor(name, row) for row in value]
-    if shapes := [tuple(row.shape) for row in rows if row.dim() != dims]:
-        raise PromptError(f"a row of `{name}` has shape {shapes[0]}, not {dims} dimension(s). Give {FORMS}.")
+        if tensor.dim() < dims:
+            raise PromptError(f"`{name}` cannot be {_shown(value)}. Give {FORMS}.")
+        rows = tensor if tensor.dim() > dims else tensor[None]
     lengths = [len(row) for row in rows]
-    rows = [row for row in rows if len(row)] or rows  # as_tensor([]) is of floats
-    if len(rows) < len(lengths):
-        return rows[0][None], lengths
-    return torch.cat([pad(row[None], max(lengths), fill, left) for row in rows]), lengths
-
-
-def check_ids(ids: torch.Tensor, lengths: list[int]) -> None:
-    """Raise `PromptError` unless `ids` are whole numbers in rows, each of at least one token."""
     if not lengths or 0 in lengths:
-        which = f"prompt {lengths.index(0)} has no tokens" if lengths else "there is no prompt"
-        raise PromptError(
-            f"{which} in the input. Give at least one token, for example the tokenizer's bos token."
-        )
+        empty = f"prompt {lengths.index(0)} has no tokens" if lengths else "there is no prompt"
+        raise PromptError(f"{empty} in `{name}`. Give at least one, for example the tokenizer's bos token.")
+    if isinstance(rows, list):
+        rows = torch.cat([pad(row[None], max(lengths), fill, left) for row in rows])
+    return rows, lengths
+
+
+def token_ids(value: Any, fill: float, left: bool) -> tuple[torch.Tensor, list[int]]:
+    """`sequences` of whole numbers: ids of shape (rows, longest), int64."""
+    ids, lengths = sequences("input_ids", value, fill, left)
     if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise PromptError(
             f"token ids are whole numbers of shape (rows, tokens), and `input_ids` is {ids.dtype} of shape "
             f"{tuple(ids.shape)}. Give {FORMS}; embeddings go by keyword, `inputs_embeds=`."
         )
+    return ids.long(), lengths
 
 
 def companion(name: str, value: Any, lengths: list[int], left: bool) -> Any:
-    """Another input that runs along the tokens (one of `FILL`), given as `value`, in the rows of the prompts.
+    """Another input along the tokens (one of `FILL`), in the rows of the prompts and padded like them.
 
-    Padded like them; one row of `token_type_ids` or `position_ids` serves all prompts.
+    One row of `token_type_ids` or `position_ids` serves all prompts.
     """
-    if isinstance(value, (list, tuple)) or type(value).__module__ == "numpy":
-        if not _is_list_of_rows(value):
-            value = _tensor(name, value)
-        else:
-            value, own = sequences(name, value, FILL[name], left)
-            _check_lengths(name, own, lengths)
+    if _is_list_of_rows(value):
+        value, own = sequences(name, value, FILL[name], left)
+        if own != lengths:
+            raise PromptError(
+                f"the rows of `{name}` have {own} tokens and those of the prompts {lengths}. "
+                "Give one value for each token."
+            )
+    elif isinstance(value, (list, tuple, np.ndarray)):
+        value = _tensor(name, value)
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
-    width, rows = max(lengths), len(lengths)
-    if value.dim() == 1 and rows == 1 and len(value) == width:
+    rows = len(lengths)
+    if value.dim() == rows == 1 and len(value) == lengths[0]:
         value = value[None]
     if value.dim() == 2 and len(value) == 1 and name in ("token_type_ids", "position_ids"):
-        value = value.expand(rows, -1)
+        value = value.repeat(rows, 1)
     if len(value) != rows:
         raise PromptError(
-            f"`{name}` has {len(value)} rows and the prompts are {rows}. Give one row for each prompt."
+            f"`{name}` has {len(value)} rows and the prompts are {rows}. Give one for each prompt."
         )
     return value.long() if name == "attention_mask" and value.dim() == 2 else value
 
@@ -132,10 +138,10 @@ def pad(tensor: torch.Tensor, width: int, fill: float, left: bool) -> torch.Tens
 
 
 def positions(mask: torch.Tensor, length: int) -> torch.Tensor | None:
-    """The positions of the last `length` tokens of `mask` (rows, tokens), or None if no padding is on the left.
+    """The positions of the last `length` tokens of `mask` (rows, tokens); None without padding on the left.
 
-    Each row counts from its first real token, which equals `(mask.cumsum(-1) - 1).clamp(min=0)` on left padding
-    and, unlike it, counts on over a gap that the user masked, as the model does with the row alone.
+    Each row counts from its first real token. On left padding that is `(mask.cumsum(-1) - 1).clamp(min=0)`;
+    over a gap that the user masked it counts on, as the model does with the row alone.
     """
     if bool(mask[:, 0].all()):
         return None
@@ -144,7 +150,7 @@ def positions(mask: torch.Tensor, length: int) -> torch.Tensor | None:
 
 
 def merge(name: str, values: list, rows: list[int]) -> Any:
-    """One input of several invokes: tensors with their rows are concatenated, equal values stay as they are."""
+    """One input of several invokes: their rows are concatenated, a value that is the same in all stays."""
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
     if tensors and len(values) < len(rows):
         raise PromptError(
@@ -160,7 +166,7 @@ def merge(name: str, values: list, rows: list[int]) -> Any:
         )
     if all(_same(values[0], v) for v in values[1:]):
         return values[0]
-    shown = ", ".join(tree.describe(v) if hasattr(tree, "describe") else _shown(v) for v in values)
+    shown = ", ".join(_shown(v) for v in values)
     raise PromptError(
         f"`{name}` differs between the invokes: {shown}. They run in one forward, so give the same to all."
     )
@@ -180,28 +186,16 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
         raise PromptError(f"`{name}` cannot be {_shown(value)} ({error}). Give {FORMS}.") from None
 
 
-def _check_lengths(name: str, own: list[int], lengths: list[int]) -> None:
-    if own != lengths:
-        raise PromptError(
-            f"the rows of `{name}` have {own} tokens and those of the prompts {lengths}. "
-            "Give it one value for each token."
-        )
-
-
 def _has_rows(value: torch.Tensor, rows: int) -> bool:
     return value.dim() > 0 and len(value) == rows
 
 
 def _same(a: Any, b: Any) -> bool:
+    def equal(x: Any, y: Any) -> bool:
+        return type(x) is type(y) and bool(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y)
+
     (one, spec), (two, other) = tree.flatten(a), tree.flatten(b)
-    return spec == other and all(
-        x is y or (torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else _equal(x, y))
-        for x, y in zip(one, two, strict=True)
-    )
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and bool(a == b)
+    return spec == other and all(x is y or equal(x, y) for x, y in zip(one, two, strict=True))
 
 
 def _shown(value: Any) -> str:

@@ -191,6 +191,7 @@ class Weaver(Interleaver):
         else:
             fn = op.target.obj if isinstance(op.target, Identity) else op.target
             kind, target, lead = fx_target(fn)
+            target = target if kind == "call_method" or _printable(target) else FunctionCall(target)
             node = self._emit(kind, target, (*args, *lead), kwargs)
         leave()
         return n, node
@@ -259,6 +260,26 @@ def _paths(spec: Any) -> list[tuple]:
     kind, _, keys, specs = spec
     steps = keys if kind in ("dict", "dataclass") else range(len(specs))
     return [(step, *rest) for step, s in zip(steps, specs, strict=True) for rest in _paths(s)]
+
+
+def _printable(fn: Callable) -> bool:
+    """Does `fx`'s generated code find this function by its name?"""
+    import sys
+
+    module = sys.modules.get(getattr(fn, "__module__", None) or "")
+    return module is None or getattr(module, getattr(fn, "__name__", ""), None) is fn
+
+
+class FunctionCall:
+    """A function that has no importable name: a bound method, a local function."""
+
+    def __init__(self, fn: Callable):
+        self.fn = fn
+        self.__name__ = self.__qualname__ = f"call_{getattr(fn, '__name__', 'function')}"
+        self.__module__ = __name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(*args, **kwargs)
 
 
 class ModuleCall:

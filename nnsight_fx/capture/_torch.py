@@ -158,6 +158,26 @@ def fake_like(context: Any, facts: tuple) -> torch.Tensor:
     return made.requires_grad_(requires_grad)
 
 
+def as_input(context: Any, fake: Any) -> Any:
+    """A fake from inside a graph as the input of another: a leaf."""
+    if not isinstance(fake, torch.Tensor) or fake.is_leaf:
+        return fake
+    return fake_like(context, (fake.shape, fake.stride(), fake.dtype, fake.device, fake.requires_grad))
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Dynamo's settings while it captures for us: floats of the model are structure, since variants compile too late to ask
+    Dynamo to look again; a model with many graph breaks has many variants of one frame."""
+    config = torch._dynamo.config
+    old = config.specialize_float, config.recompile_limit
+    config.specialize_float, config.recompile_limit = True, max(64, old[1])
+    try:
+        yield
+    finally:
+        config.specialize_float, config.recompile_limit = old
+
+
 def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, fullgraph: bool) -> Callable:
     return torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
 

@@ -71,5 +71,5 @@ class Segment:
         for node in rest:
             mapped[node] = graph.node_copy(node, lambda n: mapped[n])
         gm = fx.GraphModule(self.gm, graph)
-        fakes = [nodes[i].meta.get("example_value") for i in taken]
+        fakes = [_torch.as_input(self.context, nodes[i].meta.get("example_value")) for i in taken]
         return Segment(gm, fakes, self.context, self.guards), taken, moved

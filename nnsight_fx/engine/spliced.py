@@ -51,6 +51,7 @@ class Capture:
     hits: int = 0
     segments: list[Segment] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
+    live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
     entries: dict[tuple, tuple[Callable, Any]] = field(default_factory=dict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
 
@@ -139,13 +140,11 @@ class SplicedRun(Run):
         self.live_sites: set[str] = set()
         self.result_marked = False
         plan = self.plan
-        captured = capture.entry
 
         def call() -> Any:
-            with self.half(plan):
+            with self.half(plan), _torch.capturing():
                 return entry()
 
-        del captured
         self.call = call
         return self
 
@@ -218,8 +217,7 @@ class SplicedRun(Run):
 
     def forward(self) -> None:
         super().forward()
-        if self.live_sites:
-            self.capture.fall_back(f"live sites, outside captured code: {', '.join(sorted(self.live_sites))}")
+        self.capture.live_sites.update(self.live_sites)
         if not self.segments_run and not self.stopping:
             self.capture.fall_back("nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)")
             warnings.warn(

@@ -568,6 +568,8 @@ class Tape:
     def real_args(self, args: Any) -> Any:
         """Arguments with every recorded value replaced by the real one."""
         lazies = [x for x in tree.flatten(args)[0] if isinstance(x, LazyTensor) or id(x) in self.changed]
+        if not lazies:
+            return args
         real = dict(zip(map(id, lazies), self._sync([self._tensor_key(x) for x in lazies]), strict=True))
         return tree.tree_map(lambda x: real.get(id(x), getattr(x, "value", x) if type(x).__name__ == "Lifted" else x), args)
 
