@@ -19,11 +19,12 @@ from .errors import (
     UnknownModuleError,
     UnsavedValueError,
 )
+from .language import LanguageModel
 from .model import NNsight
 from .tracing.saving import save
 
 __all__ = [
-    *("Envoy", "NNsight", "assert_max_compiles", "assert_no_fallback", "save"),
+    *("Envoy", "LanguageModel", "NNsight", "assert_max_compiles", "assert_no_fallback", "save"),
     *("FallbackError", "InvokeError", "MissedProviderError", "MissedSiteError", "NNsightFXError", "NestedTraceError"),
     *("NotRecordableError", "OutOfOrderError", "OutsideTraceError", "PaddedLengthUnknown", "PlanMismatchError"),
     *("RecompileError", "SkipError", "UnknownModuleError", "UnsavedValueError"),

@@ -148,7 +148,7 @@ class LanguageModel(NNsight):
         return next((i for i in known if isinstance(i, int) and i >= 0), 0)
 
     def _ids_of(self, value: Any) -> Any:
-        """Token ids of a string or of a list of strings; whatever else comes stays as it is."""
+        """Token ids of a string, or of the strings in a list; whatever else comes stays as it is."""
         if not tokens.is_text(value):
             return value
         if self._tokenizer is None:
@@ -156,10 +156,9 @@ class LanguageModel(NNsight):
                 "the prompt is text, and this model has no tokenizer. Give it one, "
                 "`LanguageModel(module, tokenizer=tok)`, or a prompt of token ids."
             )
-        texts = [value] if isinstance(value, str) else list(value)
-        if strange := [v for v in texts if not isinstance(v, str)]:
-            raise PromptError(f"the prompts are strings and also {strange[0]!r}. Give {tokens.FORMS}.")
-        return self._tokenizer(texts)["input_ids"]
+        prompts = [value] if isinstance(value, str) else value
+        ids = iter(self._tokenizer([p for p in prompts if isinstance(p, str)])["input_ids"])
+        return [next(ids) if isinstance(p, str) else p for p in prompts]
 
     def _along_tokens(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The inputs of a batch with a row for each prompt and a place for each token."""
@@ -177,8 +176,8 @@ class LanguageModel(NNsight):
         along = self._along_tokens(batch)
         if "attention_mask" not in along:
             raise PromptError(
-                f"a prompt of {self._length(batch)} tokens must be padded to {width}, and has no "
-                "`attention_mask` of shape (rows, tokens) to mark that in. Give one, or prompts of one length."
+                f"a prompt of {self._length(batch)} tokens must be padded to {width} and has no "
+                "`attention_mask` of shape (rows, tokens) to mark it. Give one, or prompts of one length."
             )
         fill = {**tokens.FILL, "input_ids": self._pad_id}
         return batch.kwargs | {n: tokens.pad(x, width, fill[n], self._left) for n, x in along.items()}

@@ -33,6 +33,7 @@ FILL: dict[str, float] = {
     "special_tokens_mask": 1,
     "labels": -100,  # what the losses of torch and transformers leave out
 }
+SHARED = ("token_type_ids", "position_ids")
 
 
 class PromptError(NNsightFXError, ValueError):
@@ -104,11 +105,12 @@ def token_ids(value: Any, fill: float, left: bool) -> tuple[torch.Tensor, list[i
 def companion(name: str, value: Any, lengths: list[int], left: bool) -> Any:
     """Another input along the tokens (one of `FILL`), in the rows of the prompts and padded like them.
 
-    One row of `token_type_ids` or `position_ids` serves all prompts.
+    One row of `SHARED` inputs serves all prompts.
     """
+    rows = len(lengths)
     if _is_list_of_rows(value):
         value, own = sequences(name, value, FILL[name], left)
-        if own != lengths:
+        if own != lengths and not (name in SHARED and own * rows == lengths):
             raise PromptError(
                 f"the rows of `{name}` have {own} tokens and those of the prompts {lengths}. "
                 "Give one value for each token."
@@ -117,15 +119,12 @@ def companion(name: str, value: Any, lengths: list[int], left: bool) -> Any:
         value = _tensor(name, value)
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
-    rows = len(lengths)
-    if value.dim() == rows == 1 and len(value) == lengths[0]:
+    if value.dim() == 1 and (name in SHARED or lengths == [len(value)]):
         value = value[None]
-    if value.dim() == 2 and len(value) == 1 and name in ("token_type_ids", "position_ids"):
+    if len(value) == 1 and name in SHARED:
         value = value.repeat(rows, 1)
     if len(value) != rows:
-        raise PromptError(
-            f"`{name}` has {len(value)} rows and the prompts are {rows}. Give one for each prompt."
-        )
+        raise PromptError(f"`{name}` has {len(value)} rows, the prompts are {rows}. Give one for each.")
     return value.long() if name == "attention_mask" and value.dim() == 2 else value
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx.capture.markers import site, supply
+from nnsight_fx.errors import PlanMismatchError
 from nnsight_fx.tracing.encode import Identity, Keep, Key
 from nnsight_fx.tracing.interleave import Cut as CutHere
 from nnsight_fx.tracing.interleave import Firing, Interleaver, gather
@@ -93,6 +94,13 @@ class Weaver(Interleaver):
                 self.fire(Firing(here, leaves, None))
             except CutHere:
                 self.job.cut = Cut(here, index, leaves)
+        if here in self.supplied and here not in self.job.half:
+            n = next(n for n in self.plan.touches[here] if self.plan.ops[n].kind == "write")
+            raise PlanMismatchError(
+                f"{self.job.lines[n] if n < len(self.job.lines) else 'a write'}: `{'.'.join(p for p in here[:2] if p)}` is written with "
+                "another shape, dtype or structure after a sync point has begun the captured run, which cannot take it any more. "
+                "Write it before the sync point, or trace with `compile=False`."
+            )
         if here not in self.supplied and self.job.cut is None:
             for old, new in zip(before, leaves, strict=True):
                 if new is not old:
@@ -177,6 +185,12 @@ class Weaver(Interleaver):
         return groups[invoke] if invoke < len(groups) and isinstance(leaf, fx.Node) and batched is not False else None
 
     # -- operations ----------------------------------------------------------------------------------------------
+
+    def check(self, n: int, leaves: list, expected: tuple) -> None:
+        for leaf, want in zip(leaves, expected, strict=False):
+            fake = leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else None
+            if fake is not None and want is not None and (fake.dtype != want[1] or fake.dim() != len(want[0])):
+                raise CutHere  # not what was guessed: the live read says so
 
     def perform(self, n: int, firing: Firing | None) -> None:
         if self.plan.ops[n].kind == "read" and (n, -1) in self.plan.last_use:

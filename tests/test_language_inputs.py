@@ -46,7 +46,8 @@ def make_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<eos>", unk_token="<unk>", **({"padding_side": "left"} | options)
+        tokenizer_object=words,
+        **({"eos_token": "<eos>", "unk_token": "<unk>", "padding_side": "left"} | options),
     )
 
 
@@ -279,11 +280,12 @@ def test_keywords_pass_through_and_merge(model, given, expected):
 def test_ragged_labels_are_padded_with_what_losses_ignore(model):
     batch = one(model, [A, B], labels=[A, B])
     assert batch.kwargs["labels"].tolist() == [[-100, -100, *A], B]
-    assert values(model, batch).isfinite()  # the loss comes first
+    assert values(model, batch).item() > 0  # the loss comes first
 
 
-def test_one_row_of_positions_serves_all_prompts(model):
-    assert one(model, [A, A], position_ids=[[1, 2, 3]]).kwargs["position_ids"].tolist() == [[1, 2, 3]] * 2
+@pytest.mark.parametrize("given", [[1, 2, 3], [[1, 2, 3]], torch.tensor([[1, 2, 3]])])
+def test_one_row_of_positions_serves_all_prompts(model, given):
+    assert one(model, [A] * 3, position_ids=given).kwargs["position_ids"].tolist() == [[1, 2, 3]] * 3
 
 
 def test_a_keyword_of_one_invoke_is_for_the_forward(model):
@@ -321,7 +323,7 @@ def test_keywords_that_conflict_are_named(model, first, second, text):
 
 def test_embeddings_are_padded_too():
     model = make("llama")
-    table = model._module.get_input_embeddings().weight.detach()
+    table = model._module.get_parameter("model.embed_tokens.weight").detach()
     by_id = values(model, several(model, A, B))
     a, b = (model._prepare((), {"inputs_embeds": table[torch.tensor(x)]}) for x in (A, B))
     batch = model._collate([a, b])
@@ -339,7 +341,7 @@ def test_a_cache_with_tokens_gets_no_mask_of_the_new_ones_alone(model):
     assert batch.kwargs["attention_mask"] is None
     whole = values(model, one(model, [*A, 5]))
     torch.testing.assert_close(values(model, batch)[0, -1], whole[0, -1])
-    with pytest.raises(PromptError, match="padded to 4, and has no `attention_mask`"):
+    with pytest.raises(PromptError, match="padded to 4 and has no `attention_mask`"):
         one(model, [5], past_key_values=cache, pad_to=4)
 
 
@@ -417,7 +419,7 @@ def test_inputs_come_on_the_model_device(model):
         (([True],), {}, "whole numbers .* torch.bool"),
         ((torch.ones(1, 2, 3).long(),), {}, r"whole numbers .* shape \(1, 2, 3\)"),
         (([[[1, 2]]],), {}, r"a row of `input_ids` has shape \(1, 2\)"),
-        ((["a", 5],), {}, "strings and also 5"),
+        ((["a", 5],), {}, r"a row of `input_ids` has shape \(\)"),
         (([{"role": "user", "content": "a"}],), {}, "`input_ids` cannot be {'role': 'user'"),
         ((object(),), {}, "`input_ids` cannot be <object"),
         ((A, B), {}, "2 inputs given by position; a model takes one"),
@@ -428,7 +430,7 @@ def test_inputs_come_on_the_model_device(model):
             {},
             r"`attention_mask` have \[1, 1\] tokens",
         ),
-        (([A, A],), {"labels": torch.ones(3, 3)}, "`labels` has 3 rows and the prompts are 2"),
+        (([A, A],), {"labels": torch.ones(3, 3)}, "`labels` has 3 rows, the prompts are 2"),
         ((A,), {"attention_mask": "x"}, None),  # the model's own matter
     ],
 )
@@ -496,7 +498,7 @@ def test_a_folder_without_weights_or_config(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no config.json; it has nothing"):
         LanguageModel(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="has no config.json; it has llama"):
+    with pytest.raises(FileNotFoundError, match="has no config.json; it has empty, llama"):
         LanguageModel(tmp_path)
 
 

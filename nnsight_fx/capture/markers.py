@@ -94,14 +94,16 @@ def _mark(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, 
         return type(value)(**fresh), leaf, left
     if type(value) is dict or type(value) is OrderedDict:
         for key in list(value):
+            tensors = _tensors(value[key])
             new, leaf, left = _mark(value[key], path, kind, leaf, left)
-            if new is not value[key]:
+            if tensors > 0:
                 value[key] = new
         return value, leaf, left
     if type(value) is list:
         for i in range(len(value)):
+            tensors = _tensors(value[i])
             new, leaf, left = _mark(value[i], path, kind, leaf, left)
-            if new is not value[i]:
+            if tensors > 0:
                 value[i] = new
         return value, leaf, left
     if type(value) is tuple or (isinstance(value, tuple) and hasattr(type(value), "n_sequence_fields")):
@@ -118,8 +120,9 @@ def _mark(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, 
         return type(value)(*items), leaf, left
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for f in dataclasses.fields(value):
+            tensors = _tensors(getattr(value, f.name))
             new, leaf, left = _mark(getattr(value, f.name), path, kind, leaf, left)
-            if isinstance(new, torch.Tensor):
+            if tensors > 0:
                 setattr(value, f.name, new)
         return value, leaf, left
     return value, leaf + 1, left

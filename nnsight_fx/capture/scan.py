@@ -61,6 +61,7 @@ def scan(
     *,
     plan: TensorInterleaver | None = None,
     batched: Callable[[torch.Tensor], bool] = lambda t: False,
+    unsure: Callable[[], bool] = lambda: False,
 ) -> Scan:
     """Run `call(copied)` on fakes and note every site; with `plan`, its interventions take effect on the way."""
     found = Scan()
@@ -75,7 +76,7 @@ def scan(
             value, leaves, spec = _fire(plan, site, value, leaves, spec)
         described = tuple(x if isinstance(x, (torch.Tensor, *PLAIN)) else Opaque(type(x)) for x in leaves)
         rows = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and batched(x) for x in leaves)
-        found.sites[site] = SiteMeta(spec, described, rows, len(found.sites))
+        found.sites[site] = SiteMeta(spec, described, rows, len(found.sites), unsure())
         if plan is not None and plan.stopping:
             found.stop_site = site
             raise Stopped

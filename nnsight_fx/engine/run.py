@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..capture.markers import Markers, active
-from ..errors import MissedSiteError, SkipError
+from ..errors import MissedSiteError, PlanMismatchError, SkipError
 from ..tracing import tree
 from ..tracing.ambient import under
 from ..tracing.encode import Key
@@ -180,6 +180,17 @@ class Run(TensorInterleaver):
 
     def symbols_value(self, expr: Any) -> int:
         return int(expr.subs(self.symbols))
+
+    def check(self, n: int, leaves: list, expected: tuple) -> None:
+        for leaf, want in zip(leaves, expected, strict=False):
+            got = (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else None
+            if got is not None and want is not None and got != want:
+                site = ".".join(p for p in self.plan.ops[n].target[:2] if p)
+                raise PlanMismatchError(
+                    f"{self.lines[n]}: `{site}` has shape {got[0]} and dtype {got[1]}, but the body was recorded for {want[0]} and "
+                    f"{want[1]}: the model takes another way on this input. Look at the value first (`tracer.apply(lambda h: h, "
+                    "value)` or `print(value)` syncs), so that the body follows the model."
+                )
 
     # -- errors --------------------------------------------------------------------------------------------------
 

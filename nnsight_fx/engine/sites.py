@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     ShapeEnv,
     StatelessSymbolicContext,
+    free_unbacked_symbols,
 )
 
 from ..capture.scan import PLAIN, Scan, scan, skeleton
@@ -38,7 +39,30 @@ class _Unknown(PaddedLengthUnknown, GuardOnDataDependentSymNode):
 
 
 class Shapes(ShapeEnv):
-    """A shape environment whose only unknown is the padded length."""
+    """A shape environment whose only unknown is the padded length.
+
+    During a scan it guesses what depends on data (a branch of the model, an expert's rows), so that the scan goes on; the
+    metadata of all sites from there on is checked when they are read.
+    """
+
+    guessing = guessed = False
+
+    @property
+    def allow_scalar_outputs(self) -> bool:
+        return self.guessing
+
+    @property
+    def allow_dynamic_output_shape_ops(self) -> bool:
+        return self.guessing
+
+    def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().evaluate_expr(orig_expr, *args, **kwargs)
+        except GuardOnDataDependentSymNode:
+            if not self.guessing:
+                raise
+            self.guessed = True
+            return orig_expr.xreplace({s: sympy.Integer(1) for s in free_unbacked_symbols(orig_expr)})
 
     def _make_data_dependent_error(self, *args: Any, **kwargs: Any) -> Any:
         return _Unknown(
@@ -135,7 +159,11 @@ class Scanner:
         def call(m: nn.Module) -> Any:
             return (m if fn is None else getattr(m, fn))(*args, **kwargs)
 
-        done = scan(copied, call, self.fakes, plan=plan, batched=batched)
+        self.shapes.guessing, self.shapes.guessed = True, False
+        try:
+            done = scan(copied, call, self.fakes, plan=plan, batched=batched, unsure=lambda: self.shapes.guessed)
+        finally:
+            self.shapes.guessing = False
         replaced = self.shapes.replacements
         if any(s is not None and s in replaced for s in of.symbols):
             done = Scan()
@@ -188,14 +216,14 @@ class WaveSites:
 
     def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing:
         if tape.reshaped:
-            return self._rescanned(tape).lookup(site)
+            return _known(self._rescanned(tape).lookup(site))
         if self.signature.symbols == (None, None):
-            return self.signature.scan.lookup(site)
+            return _known(self.signature.scan.lookup(site))
         rows = self.rows_of(tape.invoke.index)
         key = (site, str(rows), str(self.length))
         found = self.signature.metas.get(key)
         if found is None:
-            found = self.signature.metas[key] = self._sized(self.signature.scan.lookup(site), rows)
+            found = self.signature.metas[key] = _known(self._sized(self.signature.scan.lookup(site), rows), self.length)
         return found
 
     def _rescanned(self, tape: Tape) -> Scan:
@@ -251,6 +279,17 @@ class WaveSites:
     def module(self, path: str) -> Callable:
         """A module's forward, on fakes."""
         return self.scanner.skeleton().get_submodule(path).forward
+
+
+def _known(meta: SiteMeta | Missing, length: Any = None) -> SiteMeta | Missing:
+    """`meta`, unless a size in it depends on data: such a site must be looked at."""
+    if isinstance(meta, Missing):
+        return meta
+    sizes = [n for leaf in meta.leaves if isinstance(leaf, torch.Tensor) for n in leaf.shape if isinstance(n, torch.SymInt)]
+    known = {length.node.expr} if isinstance(length, torch.SymInt) else set()
+    if any(free_unbacked_symbols(n) - known for n in sizes):
+        return Missing("its size depends on data")
+    return meta
 
 
 class FakeInterleaver(TensorInterleaver):

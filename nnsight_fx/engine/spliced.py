@@ -282,6 +282,13 @@ class DynamoInterleaver(FakeInterleaver):
         super().__init__(run.plan, constants, run.sites)
         self.at, self.done, self.counts = list(run.at), set(run.done), dict(run.counts)
         self.env = {k: mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for k, v in run.env.items()}
+        def fake(x: Any) -> Any:
+            return mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x
+
+        self.skipped = {
+            at: {i: (spec, [fake(x) for x in leaves], batched) for i, (spec, leaves, batched) in parts.items()}
+            for at, parts in run.skipped.items()
+        }
         self.group: dict[int, torch.Tensor] = {}
         self.supplied: dict[Site, list] = {}
 

@@ -58,6 +58,8 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
         closed=run.closed,
         raw_numbers=run.capture.options.backend == "eager",
         skeleton=lambda path: run.skeleton(path),
+        half=frozenset(run.owner.half or ()),
+        lines=run.lines,
         modes=ambient.current(),
     )
     state = {"leaves": [], "resumed": [], "tail": None}

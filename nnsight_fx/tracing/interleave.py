@@ -62,6 +62,9 @@ class Interleaver:
         """A leaf with an invoke's rows replaced."""
         raise NotImplementedError
 
+    def check(self, n: int, leaves: list, expected: tuple) -> None:
+        """Is a site what the scan guessed it to be?"""
+
     # The schedule.
     def fire(self, firing: Firing) -> None:
         """The model passes a site: everything that can happen here happens."""
@@ -100,7 +103,10 @@ class Interleaver:
         op = self.plan.ops[n]
         if op.kind == READ:
             assert firing is not None
-            leaves = [self.rows(x, op.invoke, op.extra[i] if op.extra else None) for i, x in enumerate(firing.leaves)]
+            batched, expected = op.extra or (None, None)
+            if expected is not None:
+                self.check(n, firing.leaves, expected)
+            leaves = [self.rows(x, op.invoke, batched[i] if batched else None) for i, x in enumerate(firing.leaves)]
             self._keep(n, leaves, firing.spec)
         elif op.kind == WRITE:
             self._write(op, firing)

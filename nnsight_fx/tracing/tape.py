@@ -54,6 +54,7 @@ class SiteMeta(NamedTuple):
     leaves: tuple  # fakes; anything else as it is (an `Opaque` where it holds data)
     batched: tuple[bool, ...]  # leaf by leaf: does dimension 0 hold the batch
     order: int  # its place among all sites of a run
+    unsure: bool = False  # did the scan guess, so that a read must look whether it was right
 
 
 class Opaque(NamedTuple):
@@ -378,7 +379,7 @@ class Tape:
             value = self._read_live(site)
         else:
             leaves = list(meta.leaves)
-            value = self.add(READ, site, (), {}, extra=meta.batched, result=lambda: tree.unflatten(leaves, meta.spec))
+            value = self.add(READ, site, (), {}, extra=(meta.batched, _expected(meta)), result=lambda: tree.unflatten(leaves, meta.spec))
         self._touch(site)
         if opaque and not whole:
             self.invoke.partial[site] = value
@@ -592,6 +593,13 @@ def _changed_key(op: Op) -> Key | None:
 
 def _meta_of(t: torch.Tensor) -> tuple:
     return (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad)
+
+
+def _expected(meta: SiteMeta) -> tuple | None:
+    """What a read must find at a site whose metadata is a guess."""
+    if not meta.unsure:
+        return None
+    return tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else None for x in meta.leaves)
 
 
 def _mutable(spec: tree.Spec) -> bool:
