@@ -166,6 +166,9 @@ class NNsight(Envoy):
             return (self._module if fn is None else getattr(self._module, fn))(*batch.args, **batch.kwargs)
 
         capture = self._capture_for(wave.tracer.compile)
+        if capture is not None and plan.sees_objects:
+            capture.fall_back("hook engine: the body looks at objects, or at a site that no scan could tell")
+            capture = None
         cls = Run if capture is None else SplicedRun
         run = cls(plan, wave.tape.constants, wave.tape.lines, self._markers, call, self._module.get_submodule, wave.symbols)
         if isinstance(run, SplicedRun):

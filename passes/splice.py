@@ -126,7 +126,7 @@ class Weaver(Interleaver):
         here = (path, kind, call)
         if here not in self.supplied:
             with self.graph.inserting_before(node):
-                self.supplied[here] = self._gathered(self.skipped[here])  # type: ignore[index]
+                self.supplied[here] = self._gathered(self.skipped[(path, 'output', call)])  # type: ignore[index]
         value = self.supplied[here][leaf]  # type: ignore[index]
         return value
 

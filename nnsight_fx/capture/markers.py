@@ -266,7 +266,7 @@ def _supplied(path: str, call: int, half: Replacement) -> list:
     new = []
     for i in range(len(half.leaves)):
         leaf = half.leaves[i]
-        new.append(supply(path, "output", call, i) if leaf is SUPPLIED else leaf)
+        new.append(supply(path, "skip", call, i) if leaf is SUPPLIED else leaf)
     return new
 
 
@@ -279,16 +279,10 @@ KEY = RemovableHandle(OrderedDict()).id  # the key of our hooks in every table: 
 
 def put(module: nn.Module, before: Callable, after: Callable) -> Callable[[], None]:
     """Hook one module: inputs before every other hook; outputs after the user's, before transformers' own collectors."""
-    module._forward_pre_hooks[KEY] = before
+    _insert(module._forward_pre_hooks, before, lambda hook: True)
     module._forward_pre_hooks_with_kwargs[KEY] = True
-    module._forward_hooks[KEY] = after
+    _insert(module._forward_hooks, after, lambda hook: (getattr(hook, "__module__", "") or "").startswith("transformers."))
     module._forward_hooks_with_kwargs[KEY] = True
-    if len(module._forward_pre_hooks) > 1:
-        module._forward_pre_hooks.move_to_end(KEY, last=False)
-    if len(module._forward_hooks) > 1:
-        for key, hook in list(module._forward_hooks.items()):
-            if key != KEY and (getattr(hook, "__module__", "") or "").startswith("transformers."):
-                module._forward_hooks.move_to_end(key)
 
     def remove() -> None:
         for table in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
@@ -297,6 +291,16 @@ def put(module: nn.Module, before: Callable, after: Callable) -> Callable[[], No
             table.pop(KEY, None)
 
     return remove
+
+
+def _insert(table: dict, hook: Callable, comes_after: Callable[[Any], bool]) -> None:
+    """Insert `hook` in front of those that come after it. By taking them out and in again: Dynamo guards on the order of
+    insertion, which `move_to_end` leaves as it is."""
+    later = [(key, other) for key, other in table.items() if comes_after(other)] if table else []
+    for key, _ in later:
+        del table[key]
+    table[KEY] = hook
+    table.update(later)
 
 
 def override(module: nn.Module, forward: Callable) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,17 @@ import torch
 from ..capture import _torch
 from ..tracing.encode import Key
 from ..tracing.lazy import LazyTensor
+from ..tracing.saving import put_objects
 from ..tracing.tape import Tape
 
 
 def deliver(tape: Tape, value: Callable[[Key], Any]) -> None:
     """Turn every saved value that was computed into the real tensor."""
+    for lazy, key in tape.objects.values():
+        with contextlib.suppress(KeyError):
+            lazy.__dict__["_real"] = value(key)
+    for container in tape.containers:
+        put_objects(container)
     for lazy in tape.saved.values():
         if type(lazy) is not LazyTensor:
             continue

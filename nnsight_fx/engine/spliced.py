@@ -15,11 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import passes
 from ..capture import _torch
+from ..capture._transformers import settle
 from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, mark, site, supply
 from ..capture.segment import Segment
+from ..errors import PlanMismatchError
+from ..tracing import tree
 from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
-from ..tracing.plan import READ, SKIP, WRITE, InterventionGraph, Op, Site
+from ..tracing.plan import OBJECT, READ, SKIP, WRITE, InterventionGraph, Op, Site
 from .run import Run
 from .sites import FakeInterleaver
 from .variants import extras, variant
@@ -70,6 +73,7 @@ class Capture:
         """The captured function that runs a plan: one for all plans that leave the model's Python alone, else one a plan."""
         key = (fn, plan if plan.recapture else None)
         if key not in self.entries:
+            settle(module)
             inner = _renamed(_inner(module, fn))
             compiled = _torch.dynamo_compile(inner, self.backend, self.options.dynamic, self.options.fullgraph)
             self.entries[key] = (compiled, inner)
@@ -198,6 +202,15 @@ class SplicedRun(Run):
         self.skipped = {s: dict(parts) for s, parts in found.exit.skipped.items()}
         self.stopping = found.exit.stopping
 
+    def perform(self, n: int, firing: Firing | None) -> None:
+        op = self.plan.ops[n]
+        if op.kind == READ and firing is not None and firing.spec is None and (n, -1) in self.plan.last_use:
+            raise PlanMismatchError(
+                f"{self.lines[n]}: `{'.'.join(p for p in op.target[:2] if p)}` holds objects that captured code does not have, and "
+                "an earlier sync point has begun the captured run. Trace with `compile=False`."
+            )
+        super().perform(n, firing)
+
     # -- live parts ----------------------------------------------------------------------------------------------
 
     def pass_site(self, path: str, kind: str, value: Any) -> Any:
@@ -217,6 +230,7 @@ class SplicedRun(Run):
 
     def forward(self) -> None:
         super().forward()
+        self._root_objects()
         self.capture.live_sites.update(self.live_sites)
         if not self.segments_run and not self.stopping:
             self.capture.fall_back("nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)")
@@ -225,6 +239,14 @@ class SplicedRun(Run):
                 "disabled); the hook engine did the work. `model.explain()` has the details.",
                 stacklevel=2,
             )
+
+
+    def _root_objects(self) -> None:
+        """Objects that the root returned: captured code does not have them, its caller does."""
+        wanted = [n for n, op in enumerate(self.plan.ops) if op.kind == OBJECT and not op.target[0]]
+        if wanted:
+            leaves = tree.flatten(self.result)[0]
+            self.env.update({(n, 0): leaves[self.plan.ops[n].extra] for n in wanted})
 
 
 def _half(plan: InterventionGraph) -> dict[tuple[str, str, int], Replacement]:
@@ -311,7 +333,7 @@ class DynamoInterleaver(FakeInterleaver):
 
     def supply(self, at: Site, leaf: int) -> torch.Tensor:
         if at not in self.supplied:
-            self.supplied[at] = gather(self.skipped[at], self.plan.groups)[0]
+            self.supplied[at] = gather(self.skipped[(at[0], "output", at[2])], self.plan.groups)[0]
         return self.supplied[at][leaf]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from . import tree
 from .encode import Keep, Key, decode
-from .plan import AT_SITE, BARRIER, LIVE, READ, SAVE, SKIP, STOP, SYNC, WRITE, InterventionGraph, Op, Site
+from .plan import AT_SITE, BARRIER, LIVE, OBJECT, READ, SAVE, SKIP, STOP, SYNC, WRITE, InterventionGraph, Op, Site
 
 Value = tuple[int, int]  # (operation, leaf)
 
@@ -71,7 +71,7 @@ class Interleaver:
         self.work(firing)
         for n in self.plan.touches.get(firing.site, ()):
             # behind an operation that waits for a later site: what needs nothing of it is served now
-            if n not in self.done and self.ready(n) and self.plan.ops[n].kind in (READ, WRITE):
+            if n not in self.done and self.ready(n) and self.plan.ops[n].kind in (READ, WRITE, OBJECT):
                 self.perform(n, firing)
 
     def work(self, firing: Firing | None) -> None:
@@ -108,6 +108,9 @@ class Interleaver:
                 self.check(n, firing.leaves, expected)
             leaves = [self.rows(x, op.invoke, batched[i] if batched else None) for i, x in enumerate(firing.leaves)]
             self._keep(n, leaves, firing.spec)
+        elif op.kind == OBJECT:
+            assert firing is not None
+            self.env[(n, 0)] = firing.leaves[op.extra] if op.extra < len(firing.leaves) else None
         elif op.kind == WRITE:
             self._write(op, firing)
         elif op.kind == SKIP:

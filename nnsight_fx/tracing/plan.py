@@ -19,10 +19,10 @@ from .encode import Identity, Key, decode, references
 Site = tuple[str, str, int]  # module path, "input" | "output" | "result", call index
 
 # The dialect: operations that are not torch calls. Everything else is `call`.
-READ, WRITE, SKIP, STOP, SAVE, CALL, MODULE, APPLY, SYNC, BARRIER = (
-    *("read", "write", "skip", "stop", "save", "call", "module", "apply", "sync", "barrier"),
+READ, WRITE, SKIP, OBJECT, STOP, SAVE, CALL, MODULE, APPLY, SYNC, BARRIER = (
+    *("read", "write", "skip", "object", "stop", "save", "call", "module", "apply", "sync", "barrier"),
 )
-AT_SITE = {READ, WRITE, SKIP}  # take effect at a site of their own
+AT_SITE = {READ, WRITE, SKIP, OBJECT}  # take effect at a site of their own
 LIVE = {APPLY, SYNC}  # need real values and Python: nothing compiled can hold them
 
 
@@ -122,7 +122,7 @@ class InterventionGraph:
     @cached_property
     def sees_objects(self) -> bool:
         """Does it read leaves that only a live site has: objects, or a structure that no scan could tell?"""
-        return any(op.kind == READ and op.extra is None for op in self.ops)
+        return any((op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops)
 
     @cached_property
     def fx(self) -> fx.Graph:
@@ -184,7 +184,7 @@ def _dialect(name: str) -> Callable:
 
 
 DIALECT: dict[str, Callable] = {
-    name: _dialect(name) for name in (READ, WRITE, SKIP, STOP, SAVE, MODULE, APPLY, SYNC, BARRIER, "leaf")
+    name: _dialect(name) for name in (READ, WRITE, SKIP, OBJECT, STOP, SAVE, MODULE, APPLY, SYNC, BARRIER, "leaf")
 }
 _leaf = DIALECT["leaf"]
 

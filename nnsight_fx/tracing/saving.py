@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from ..errors import OutsideTraceError
 from . import tree
-from .lazy import LazyTensor, user_line
+from .lazy import LazyObject, LazyTensor, user_line
 from .tape import Tape
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def save(value: T) -> T:
     return value
 
 
-def lazies(value: Any) -> list[LazyTensor]:
+def lazies(value: Any) -> list:
     """The recorded values in a container, nested ones too."""
     found, seen = [], set()
 
@@ -57,7 +57,7 @@ def lazies(value: Any) -> list[LazyTensor]:
         if id(v) in seen:
             return
         seen.add(id(v))
-        if isinstance(v, LazyTensor):
+        if type(v) in (LazyTensor, LazyObject):
             found.append(v)
             return
         parts = tree.children(v)
@@ -73,4 +73,20 @@ def collect(tape: Tape) -> None:
     """Save what the saved containers hold now."""
     for container in tape.containers:
         for lazy in lazies(container):
-            lazy.save()
+            if isinstance(lazy, LazyTensor):
+                lazy.save()
+            else:
+                tape.keep_object(lazy)
+
+
+def put_objects(value: Any) -> None:
+    """Put the real objects where a saved container holds what stood for them."""
+    parts = tree.children(value)
+    for key, child in zip(parts[1] or range(len(parts[2])), parts[2], strict=True) if parts is not None else ():
+        if type(child) is LazyObject and "_real" in child.__dict__:
+            if parts[0] == "dataclass":  # type: ignore[index]
+                object.__setattr__(value, key, child._look())
+            elif parts[0] in ("dict", "list"):  # type: ignore[index]
+                value[key] = child._look()
+        else:
+            put_objects(child)

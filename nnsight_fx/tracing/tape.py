@@ -25,9 +25,9 @@ from ..errors import NotRecordableError, OutOfOrderError, PaddedLengthUnknown, U
 from . import ambient, tree
 from .encode import Identity, Keep, Key, decode, encode, facts, references
 from .functions import custom_function
-from .lazy import LazyTensor, Line, user_line
+from .lazy import LazyObject, LazyTensor, Line, user_line
 from .lifting import lift, name_of
-from .plan import APPLY, BARRIER, CALL, MODULE, READ, SAVE, SKIP, STOP, SYNC, WRITE, Groups, InterventionGraph, Op, Site
+from .plan import APPLY, BARRIER, CALL, MODULE, OBJECT, READ, SAVE, SKIP, STOP, SYNC, WRITE, Groups, InterventionGraph, Op, Site
 
 IN_PLACE_DUNDERS = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
 NEEDS_DATA = {"item", "tolist", "numpy", "data_ptr", "untyped_storage", "storage", "equal", "allclose", "is_nonzero", "__array__", "cpu_numpy"}
@@ -114,6 +114,7 @@ class Tape:
         self.values: weakref.WeakValueDictionary[Key, LazyTensor] = weakref.WeakValueDictionary()
         self.order: dict[tuple[int, int], tuple[int, Site]] = {}  # the latest site that a value depends on
         self.saved: dict[int, LazyTensor] = {}
+        self.objects: dict[int, tuple[LazyObject, Key]] = {}  # objects in saved containers
         self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
         self.recapture = False  # does the plan change what the model's Python sees
         self.reshaped = False  # does it change the metadata of later sites
@@ -375,13 +376,13 @@ class Tape:
         self._check_passed(site, "read")
         meta = self.meta(site)
         opaque = isinstance(meta, SiteMeta) and any(isinstance(x, Opaque) for x in meta.leaves)
-        if isinstance(meta, Missing) or (opaque and whole):
+        if isinstance(meta, Missing) or (opaque and whole and not _replaceable(meta)):
             value = self._read_live(site)
         else:
-            leaves = list(meta.leaves)
+            leaves = [LazyObject(self, site, i, x.type) if isinstance(x, Opaque) else x for i, x in enumerate(meta.leaves)]
             value = self.add(READ, site, (), {}, extra=(meta.batched, _expected(meta)), result=lambda: tree.unflatten(leaves, meta.spec))
         self._touch(site)
-        if opaque and not whole:
+        if opaque and not whole and not _replaceable(meta):
             self.invoke.partial[site] = value
             return value
         self.invoke.values[site] = value
@@ -399,6 +400,19 @@ class Tape:
         values = [self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else x for j, x in enumerate(fakes)]
         self.invoke.metas[site] = SiteMeta(spec, tuple(fakes), (False,) * len(fakes), -1)
         return tree.unflatten(values, spec, real)
+
+    def look(self, site: Site, leaf: int) -> Any:
+        """The real object at a leaf of a site, by a sync point."""
+        n = len(self.ops)
+        self.add(READ, site, (), {}, extra=None, result=lambda: None)
+        return tree.flatten(self._sync([("v", n, -1)])[0])[0][leaf]
+
+    def keep_object(self, lazy: LazyObject) -> None:
+        """A saved container holds an object: the run shall give it."""
+        if "_real" not in lazy.__dict__ and id(lazy) not in self.objects:
+            n = len(self.ops)
+            self.add(OBJECT, lazy._site, (), {}, extra=lazy._leaf, result=lambda: None)
+            self.objects[id(lazy)] = (lazy, ("v", n, 0))
 
     def write(self, site: Site, value: Any) -> None:
         """Set a site to `value`, a tree that may hold `Keep(i)` for what stays."""
@@ -600,6 +614,23 @@ def _expected(meta: SiteMeta) -> tuple | None:
     if not meta.unsure:
         return None
     return tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else None for x in meta.leaves)
+
+
+def _replaceable(meta: SiteMeta) -> bool:
+    """Is every object leaf in a container in which the real one can be put later?"""
+
+    def walk(spec: tree.Spec, at: int) -> tuple[bool, int]:
+        fine = True
+        for child in spec[3]:
+            if child is None:
+                fine = fine and not (isinstance(meta.leaves[at], Opaque) and spec[0] not in ("list", "dict", "dataclass"))
+                at += 1
+            else:
+                ok, at = walk(child, at)
+                fine = fine and ok
+        return fine, at
+
+    return meta.spec is not None and walk(meta.spec, 0)[0]
 
 
 def _mutable(spec: tree.Spec) -> bool:
