@@ -11,12 +11,14 @@ import torch.nn as nn
 
 from .capture import _torch
 from .capture.markers import Markers
+from .capture.scan import PLAIN
 from .engine.run import Run, live
 from .engine.sites import Scanner
 from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
 from .engine.wave import Wave
 from .envoy import Envoy
+from .explain import Explanation
 from .tracing import tree
 from .tracing.contexts import Tracer
 
@@ -99,6 +101,17 @@ class NNsight(Envoy):
             return (self._module if fn is None else getattr(self._module, fn))(*batch.args, **batch.kwargs)
         return Tracer(self, args, kwargs, compile=compile, fn=fn, pad_to=pad_to)
 
+    def scan(self, *args: Any, **kwargs: Any) -> Tracer:
+        """A trace that runs nothing: the body sees shapes and dtypes, and is refused what a trace would refuse.
+
+        Saved values become tensors on the `meta` device. Nothing of the model moves.
+        """
+        return Tracer(self, args, kwargs, compile=False, fn=kwargs.pop("fn", None), pad_to=kwargs.pop("pad_to", None), scan_only=True)
+
+    def explain(self) -> Explanation:
+        """What ran how: engine, segments, compiles and cache hits, passes, and everything that ran outside captured code."""
+        return Explanation(self._module, list(self._captures.values()), self._compiled)
+
     def _has_input(self, kwargs: dict) -> bool:
         """Do keywords alone make an input of this model?"""
         return bool(kwargs)
@@ -139,6 +152,15 @@ class NNsight(Envoy):
             (0 if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == batch.rows else None, None)
             for x in tree.flatten((batch.args, batch.kwargs))[0]
         )
+
+    def _moves_state(self, wave: Wave) -> str | None:
+        """Why a second forward in one trace would move state twice, if it would."""
+        kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+        active = next((p for m, p in self._markers.paths.items() if m.training and isinstance(m, kinds)), None)
+        if active is not None:
+            return f"`{active}` is in train mode"
+        objects = [x for b in wave.batches for x in tree.flatten((b.args, b.kwargs))[0] if not isinstance(x, (torch.Tensor, *PLAIN))]
+        return f"a {type(objects[0]).__name__} was given" if objects else None
 
     def _length(self, batch: Batch) -> int | None:
         """The padded length of a batch, for models that have one."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from ..errors import NotRecordableError
 from ..tracing.contexts import Invoker, Tracer
 from ..tracing.encode import Key
+from ..tracing.lazy import user_line
 from ..tracing.plan import Groups
 from ..tracing.tape import Tape
 from .deliver import deliver
@@ -18,6 +22,7 @@ class Wave:
     """Invokes that run together. `alone` is a trace with one direct input."""
 
     def __init__(self, host: Any, tracer: Tracer, first: Any, alone: bool):
+        """`first` is the first input; a list of them when all are given first."""
         self.host, self.tracer, self.alone = host, tracer, alone
         self.members: list[Invoker | None] = []
         self.batches: list[Any] = [first] if alone else []
@@ -28,8 +33,12 @@ class Wave:
             batch = self.batch = host._collate([first], pad_to=tracer.pad_to)
             signature = scanner.signature(batch, tracer.fn, None)
         else:
-            signature = scanner.signature(first, tracer.fn, host._unknown_dims(first))
+            given = first if isinstance(first, list) else [first]
+            signature = scanner.signature(given[0], tracer.fn, host._unknown_dims(given[0]))
         length = tracer.pad_to if tracer.pad_to is not None else scanner.length
+        if isinstance(first, list):
+            self.batch = host._collate(first, pad_to=tracer.pad_to)
+            length = host._length(self.batch) or length
         sites = WaveSites(scanner, signature, self.rows_of, length)
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
 
@@ -75,13 +84,25 @@ class Wave:
             self._groups = groups
         return self.run
 
+    def _scan(self) -> None:
+        """Nothing runs: what the model would refuse on these shapes is raised."""
+        sites = self.tape.sites
+        assert isinstance(sites, WaveSites)
+        ended = sites.replay(self.tape).ended if self.alone and self.tape.reshaped else None
+        if ended is not None:
+            raise ended
+
     def _until(self, tape: Tape) -> Callable[[Key], Any]:
+        if self.tracer.scan_only:
+            raise NotRecordableError(f"{user_line()}: a scan has no values, only shapes; this line needs a number. Use `model.trace`.")
         if self.run is not None and tape is not self.tracer.waves[-1].tape:
             return self.run.lookup  # a later wave asks for a value of this one
         run = self._start()
         return run.until(tape.plan(self._groups), self.tracer.state)
 
     def finish(self) -> None:
+        if self.tracer.scan_only:
+            return self._scan()
         run = self._start()
         plan = self.tape.plan(self._groups)
         run.finish(plan)
@@ -94,8 +115,16 @@ class Wave:
             self.run.abandon()
 
     def deliver(self) -> None:
+        if self.tracer.scan_only:
+            deliver(self.tape, self._meta)
         if self.run is not None:
             deliver(self.tape, self.run.lookup)
+
+    def _meta(self, key: Key) -> torch.Tensor:
+        """What a scan gives for a value: a tensor without data."""
+        fake = self.tape.fake_of(key)
+        sizes = [n if isinstance(n, int) else 0 for n in fake.shape]
+        return torch.empty(sizes, dtype=fake.dtype, device="meta")
 
     @property
     def symbols(self) -> dict:

@@ -132,6 +132,30 @@ class Tracer:
         """An input of the batch, with interventions of its own on its own rows; without input: the whole batch."""
         return Invoker(self, args, kwargs)
 
+    def batch(self, *prompts: Any) -> list[Invoker]:
+        """The invokes of one batch, all inputs given first, so that shapes are plain numbers and bodies can sync in one forward.
+
+        ```python
+        with model.trace() as tracer:
+            a, b = tracer.batch("one prompt", "another, longer one")
+            with a:
+                h = model.transformer.h[3].output   # h.shape[1] is an int
+            with b:
+                ...
+        ```
+        """
+        if self.waves or self.args:
+            raise InvokeError(f"{user_line()}: `tracer.batch` comes first in a trace without input, before any invoke.")
+        invokers = [Invoker(self, (p,), {}) for p in prompts]
+        with _paused(self.recorder):
+            for invoker in invokers:
+                invoker.batch, invoker.prepared = self.host._prepare(invoker.args, {}), True
+            self._begin([i.batch for i in invokers], alone=False)
+        for invoker in invokers:
+            self.waves[-1].add(invoker)
+            self.given.append(invoker)
+        return invokers
+
     @property
     def tape(self) -> Tape:
         """The open recording."""
@@ -217,6 +241,7 @@ class Invoker:
                 self.batch = tracer.host._prepare(self.args, self.kwargs)
         if not tracer.waves or (tracer.waves[-1].started and not self.prepared):
             if tracer.waves:
+                self._check_second_wave()
                 tracer.waves[-1].tape.settle()
                 saving.collect(tracer.waves[-1].tape)
                 tracer.waves[-1].finish()
@@ -230,9 +255,20 @@ class Invoker:
         wave = tracer.waves[-1]
         wave.add(self)
         wave.tape.invoke = Invoke(wave.index_of(self))
-        tracer.given.append(self)
+        if not self.prepared:
+            tracer.given.append(self)
         tracer.invoker = self
         return self
+
+    def _check_second_wave(self) -> None:
+        """A second forward that would move state twice is an error (SEMANTICS D12)."""
+        why = self.tracer.host._moves_state(self.tracer.waves[-1])
+        if why:
+            raise InvokeError(
+                f"{user_line()}: an earlier invoke looked at a value, which ran the model, so this invoke would be a second forward; "
+                f"{why}, which a second forward would move twice. Give the prompts first: `a, b = tracer.batch(p1, p2)`, then "
+                "`with a: ...`."
+            )
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         self.tracer.invoker = None
