@@ -179,7 +179,12 @@ def capturing() -> Iterator[None]:
 
 
 def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, fullgraph: bool) -> Callable:
-    return torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    """`torch.compile`, without the guards on what our hooks are made of: they never change."""
+
+    def keep(guards: Any) -> list[bool]:
+        return [not any(table in guard.name for table in ("_forward_hooks[", "_forward_pre_hooks[")) for guard in guards]
+
+    return torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)(function)
 
 
 def undisturbed(function: Callable) -> Callable:

@@ -252,13 +252,15 @@ class Markers:
         undo: list[Callable[[], None]] = []
         try:
             for module in modules:
-                undo.append(put(module, *self.hooks[module]))
+                put(module, *self.hooks[module])
                 if skips and self.paths[module] in skips:
                     undo.append(override(module, self.skipper(module, skips[self.paths[module]])))
             yield
         finally:
             for restore in reversed(undo):
                 restore()
+            for module in modules:
+                take(module)
 
 
 def _supplied(path: str, call: int, half: Replacement) -> list:
@@ -277,20 +279,24 @@ class Stop(Exception):
 KEY = RemovableHandle(OrderedDict()).id  # the key of our hooks in every table: Dynamo guards on it, so it never changes
 
 
-def put(module: nn.Module, before: Callable, after: Callable) -> Callable[[], None]:
+def put(module: nn.Module, before: Callable, after: Callable) -> None:
     """Hook one module: inputs before every other hook; outputs after the user's, before transformers' own collectors."""
-    _insert(module._forward_pre_hooks, before, lambda hook: True)
+    if module._forward_pre_hooks or module._forward_hooks:
+        _insert(module._forward_pre_hooks, before, lambda hook: True)
+        _insert(module._forward_hooks, after, lambda hook: (getattr(hook, "__module__", "") or "").startswith("transformers."))
+    else:
+        module._forward_pre_hooks[KEY] = before
+        module._forward_hooks[KEY] = after
     module._forward_pre_hooks_with_kwargs[KEY] = True
-    _insert(module._forward_hooks, after, lambda hook: (getattr(hook, "__module__", "") or "").startswith("transformers."))
     module._forward_hooks_with_kwargs[KEY] = True
 
-    def remove() -> None:
-        for table in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
-            table.pop(KEY, None)
-        for table in (module._forward_hooks, module._forward_hooks_with_kwargs):
-            table.pop(KEY, None)
 
-    return remove
+def take(module: nn.Module) -> None:
+    """Take the hooks off again."""
+    module._forward_pre_hooks.pop(KEY, None)
+    module._forward_hooks.pop(KEY, None)
+    module._forward_pre_hooks_with_kwargs.pop(KEY, None)
+    module._forward_hooks_with_kwargs.pop(KEY, None)
 
 
 def _insert(table: dict, hook: Callable, comes_after: Callable[[Any], bool]) -> None:

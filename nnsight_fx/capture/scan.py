@@ -17,7 +17,7 @@ from ..tracing import tree
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.plan import Site
 from ..tracing.tape import Missing, Opaque, SiteMeta
-from .markers import override, put
+from .markers import override, put, take
 
 PLAIN: tuple = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.memory_format, type)
 
@@ -90,7 +90,7 @@ def scan(
         def after(m: nn.Module, args: tuple, kwargs: dict, out: Any, path: str = path) -> Any:
             return note(path, "output", out)
 
-        undo.append(put(module, before, after))
+        put(module, before, after)
         if plan is not None and path in plan.plan.skips:
             def forward(*args: Any, path: str = path, original: Callable = module.forward, **kwargs: Any) -> Any:
                 parts = plan.skipped.get((path, "output", counts[(path, "input")] - 1))
@@ -112,6 +112,8 @@ def scan(
     finally:
         for restore in reversed(undo):
             restore()
+        for module in copied.modules():
+            take(module)
     return found
 
 

@@ -226,8 +226,8 @@ class Run(TensorInterleaver):
 def live(run: Run, everything: bool) -> Any:
     """The hooks of the hook engine: where the plan needs them, or everywhere when it may still grow."""
     owner = run.owner
-    paths = {path for path, _ in run.plan.watched}
-    modules = [m for m, path in owner.paths.items() if everything or path in paths or path in run.plan.skips]
+    paths = {path for path, _ in run.plan.watched} if not everything else ()
+    modules = [m for m, path in owner.paths.items() if path in paths or path in run.plan.skips] if not everything else list(owner.paths)
     with owner.installed(modules, {path: run.skip(path) for path in run.plan.skips}):
         yield
 

@@ -90,6 +90,7 @@ class Scanner:
 
     def reset(self) -> None:
         """Forget everything: the module tree has changed."""
+        self.modules = list(self.module_.modules())
         self.shapes = Shapes()
         self.fakes = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         self.length = self.shapes.create_unbacked_symint()
@@ -100,8 +101,13 @@ class Scanner:
 
     def skeleton(self) -> nn.Module:
         """The structural copy, made anew when parameters changed their dtype, device or gradient flag."""
-        tensors = [*self.module_.parameters(), *self.module_.buffers()]
-        state = tuple((id(t), t.dtype, t.device, t.requires_grad, t.shape) for t in tensors)
+        state = tuple(
+            (id(t), t.dtype, t.device, t.requires_grad)
+            for m in self.modules
+            for table in (m._parameters, m._buffers)
+            for t in table.values()
+            if t is not None
+        )
         if self._copy is None or self._copy[0] != state:
             if self._copy is not None:
                 self.signatures.clear()
@@ -126,7 +132,7 @@ class Scanner:
             copied: Any = self.skeleton()
         except Exception as e:
             copied = e
-        modes = tuple(m.training for m in self.module_.modules())
+        modes = tuple([m.training for m in self.modules])
         key = (spec, described, fixed, unknown, fn, ambient.current(), modes)
         found = self.signatures.get(key)
         if found is None:
@@ -175,7 +181,7 @@ class Scanner:
         shape, kinds = list(x.shape), [DimDynamic.STATIC] * x.dim()
         for dim, size in zip(dims, (ROWS, LENGTH), strict=True):
             if dim is not None:
-                shape[dim], kinds[dim] = size, DimDynamic.DYNAMIC
+                shape[dim], kinds[dim] = size, DimDynamic.DUCK
         example = torch.zeros(shape, dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)
         context = StatelessSymbolicContext(kinds)
         made = self.fakes.from_tensor(example, symbolic_context=context, source=ConstantSource(f"input_{len(self.signatures)}"))

@@ -76,11 +76,13 @@ class Sites(Protocol):
 class Step:
     """One operation after others: its fake results, and the steps that followed it so far."""
 
-    __slots__ = ("children", "leaves", "op", "parent", "rebound", "spec")
+    __slots__ = ("children", "leaves", "needs", "op", "parent", "plans", "rebound", "spec")
 
     def __init__(self, parent: Step | None = None, op: Op | None = None):
         self.parent, self.op = parent, op
         self.children: dict[Op, Step] = {}
+        self.plans: dict[tuple, InterventionGraph] = {}
+        self.needs = references((op.args, op.kwargs)) if op is not None else frozenset()
         self.spec: tree.Spec = None
         self.leaves: list = []  # FakeTensor: a new value; Key: an argument itself; else a literal
         self.rebound: list[tuple[Key, torch.Tensor]] = []  # what an in-place operation made of its argument
@@ -267,7 +269,7 @@ class Tape:
 
     def _order(self, n: int, op: Op) -> None:
         """Where in the model's order the results of an operation exist."""
-        found = [self.order[v] for v in references((op.args, op.kwargs)) if v in self.order]
+        found = [self.order[v] for v in self.step.needs if v in self.order]
         if op.kind == READ:
             found.append((self.invoke.metas[op.target].order if op.target in self.invoke.metas else -1, op.target))
         if found:
@@ -590,7 +592,11 @@ class Tape:
 
     def plan(self, groups: Groups) -> InterventionGraph:
         """The recorded plan, shared by all recordings of this structure."""
-        return InterventionGraph.of(tuple(self.ops), groups, self.recapture, tuple(self.specs))
+        known = self.step.plans.get((groups, self.recapture))
+        if known is None:
+            known = InterventionGraph.of(tuple(self.ops), groups, self.recapture, tuple(self.specs))
+            self.step.plans[(groups, self.recapture)] = known
+        return known
 
 
 def _fake_args(tape: Tape, args: Any) -> Any:
