@@ -25,7 +25,20 @@ from .tracing.saving import save
 
 __all__ = [
     *("Envoy", "LanguageModel", "NNsight", "assert_max_compiles", "assert_no_fallback", "save"),
-    *("FallbackError", "InvokeError", "MissedProviderError", "MissedSiteError", "NNsightFXError", "NestedTraceError"),
-    *("NotRecordableError", "OutOfOrderError", "OutsideTraceError", "PaddedLengthUnknown", "PlanMismatchError"),
+    *(
+        "FallbackError",
+        "InvokeError",
+        "MissedProviderError",
+        "MissedSiteError",
+        "NNsightFXError",
+        "NestedTraceError",
+    ),
+    *(
+        "NotRecordableError",
+        "OutOfOrderError",
+        "OutsideTraceError",
+        "PaddedLengthUnknown",
+        "PlanMismatchError",
+    ),
     *("RecompileError", "SkipError", "UnknownModuleError", "UnsavedValueError"),
 ]

@@ -28,7 +28,11 @@ class Explanation:
         return {
             "options": {k: v for k, v in vars(capture.options).items() if v not in (None, (), False)},
             "segments": [
-                {"sites": len(s.sites), "first": ".".join(s.sites[0]) if s.sites else "", "variants": sum(map(len, s.variants.values()))}
+                {
+                    "sites": len(s.sites),
+                    "first": ".".join(s.sites[0]) if s.sites else "",
+                    "variants": sum(map(len, s.variants.values())),
+                }
                 for s in capture.segments
             ],
             "captures": capture.captures,
@@ -36,7 +40,10 @@ class Explanation:
             "hits": capture.hits,
             "live": sorted(capture.live_sites),
             "fallbacks": list(capture.fallbacks),
-            "passes": [{"pass": name, "rewrites": rewrites, "nodes": nodes} for name, rewrites, nodes in (capture.last or [[]])[-1]],
+            "passes": [
+                {"pass": name, "rewrites": rewrites, "nodes": nodes}
+                for name, rewrites, nodes in (capture.last or [[]])[-1]
+            ],
         }
 
     def __str__(self) -> str:
@@ -44,11 +51,17 @@ class Explanation:
         lines = [f"{facts['model']}: {facts['engine']}"]
         for each in facts["captures"]:
             lines.append(f"  {', '.join(f'{k}={v}' for k, v in each['options'].items())}")
-            lines.append(f"    {each['captures']} segments captured, {each['compiles']} compiles, {each['hits']} cache hits")
+            lines.append(
+                f"    {each['captures']} segments captured, {each['compiles']} compiles, {each['hits']} cache hits"
+            )
             for i, segment in enumerate(each["segments"]):
-                lines.append(f"    segment {i}: {segment['sites']} sites from {segment['first']}, {segment['variants']} variants")
+                lines.append(
+                    f"    segment {i}: {segment['sites']} sites from {segment['first']}, {segment['variants']} variants"
+                )
             for n, step in enumerate(each["passes"], 1):
-                lines.append(f"    pass {n} {step['pass']}: {step['rewrites']} rewrites, {step['nodes']} nodes after")
+                lines.append(
+                    f"    pass {n} {step['pass']}: {step['rewrites']} rewrites, {step['nodes']} nodes after"
+                )
             for name in each["live"]:
                 lines.append(f"    live, between segments: {name}")
             for why in each["fallbacks"]:

@@ -106,7 +106,15 @@ class NNsight(Envoy):
 
         Saved values become tensors on the `meta` device. Nothing of the model moves.
         """
-        return Tracer(self, args, kwargs, compile=False, fn=kwargs.pop("fn", None), pad_to=kwargs.pop("pad_to", None), scan_only=True)
+        return Tracer(
+            self,
+            args,
+            kwargs,
+            compile=False,
+            fn=kwargs.pop("fn", None),
+            pad_to=kwargs.pop("pad_to", None),
+            scan_only=True,
+        )
 
     def explain(self) -> Explanation:
         """What ran how: engine, segments, compiles and cache hits, passes, and everything that ran outside captured code."""
@@ -119,7 +127,10 @@ class NNsight(Envoy):
     def _prepare(self, args: tuple, kwargs: dict) -> Batch:
         """One invoke's input, on the model's device."""
         device = self.device
-        moved = tree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) and device is not None else x, (args, kwargs))
+        moved = tree.tree_map(
+            lambda x: x.to(device) if isinstance(x, torch.Tensor) and device is not None else x,
+            (args, kwargs),
+        )
         tensors = [x for x in tree.flatten(moved)[0] if isinstance(x, torch.Tensor) and x.dim() > 0]
         return Batch(*moved, rows=tensors[0].shape[0] if tensors else 1)
 
@@ -129,8 +140,13 @@ class NNsight(Envoy):
             return batches[0]
         flat = [tree.flatten((b.args, b.kwargs)) for b in batches]
         if any(spec != flat[0][1] for _, spec in flat):
-            raise ValueError("the invokes of one batch must be called with the same arguments; their structures differ")
-        joined = [self._join(i, list(column)) for i, column in enumerate(zip(*(leaves for leaves, _ in flat), strict=True))]
+            raise ValueError(
+                "the invokes of one batch must be called with the same arguments; their structures differ"
+            )
+        joined = [
+            self._join(i, list(column))
+            for i, column in enumerate(zip(*(leaves for leaves, _ in flat), strict=True))
+        ]
         args, kwargs = tree.unflatten(joined, flat[0][1])
         return Batch(args, kwargs, sum(b.rows for b in batches))
 
@@ -140,7 +156,9 @@ class NNsight(Envoy):
         if isinstance(first, torch.Tensor) and first.dim() > 0:
             if any(x.shape[1:] != first.shape[1:] for x in column):
                 shapes = ", ".join(str(tuple(x.shape)) for x in column)
-                raise ValueError(f"argument {index} of the invokes cannot be batched: shapes {shapes} differ behind dimension 0")
+                raise ValueError(
+                    f"argument {index} of the invokes cannot be batched: shapes {shapes} differ behind dimension 0"
+                )
             return torch.cat(column)
         if any(x is not first and x != first for x in column):
             raise ValueError(f"argument {index} of the invokes cannot be batched: {column} are not equal")
@@ -156,10 +174,17 @@ class NNsight(Envoy):
     def _moves_state(self, wave: Wave) -> str | None:
         """Why a second forward in one trace would move state twice, if it would."""
         kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-        active = next((p for m, p in self._markers.paths.items() if m.training and isinstance(m, kinds)), None)
+        active = next(
+            (p for m, p in self._markers.paths.items() if m.training and isinstance(m, kinds)), None
+        )
         if active is not None:
             return f"`{active}` is in train mode"
-        objects = [x for b in wave.batches for x in tree.flatten((b.args, b.kwargs))[0] if not isinstance(x, (torch.Tensor, *PLAIN))]
+        objects = [
+            x
+            for b in wave.batches
+            for x in tree.flatten((b.args, b.kwargs))[0]
+            if not isinstance(x, (torch.Tensor, *PLAIN))
+        ]
         return f"a {type(objects[0]).__name__} was given" if objects else None
 
     def _length(self, batch: Batch) -> int | None:
@@ -192,7 +217,15 @@ class NNsight(Envoy):
             capture.fall_back("hook engine: the body looks at objects, or at a site that no scan could tell")
             capture = None
         cls = Run if capture is None else SplicedRun
-        run = cls(plan, wave.tape.constants, wave.tape.lines, self._markers, call, self._module.get_submodule, wave.symbols)
+        run = cls(
+            plan,
+            wave.tape.constants,
+            wave.tape.lines,
+            self._markers,
+            call,
+            self._module.get_submodule,
+            wave.symbols,
+        )
         if isinstance(run, SplicedRun):
             sites = wave.tape.sites
             stop_at = sites.replay(wave.tape).stop_site if plan.stops else None
@@ -211,7 +244,14 @@ class NNsight(Envoy):
             return self._compiled
         return self._captured(**(compile if isinstance(compile, dict) else {}))
 
-    def _captured(self, backend: Any = "inductor", mode: Any = None, dynamic: Any = None, fullgraph: bool = False, options: Any = None) -> Capture:
+    def _captured(
+        self,
+        backend: Any = "inductor",
+        mode: Any = None,
+        dynamic: Any = None,
+        fullgraph: bool = False,
+        options: Any = None,
+    ) -> Capture:
         chosen = Options(backend, mode, dynamic, fullgraph, tuple(sorted((options or {}).items())))
         if chosen not in self._captures:
             self._captures[chosen] = Capture(self._markers, chosen)

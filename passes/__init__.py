@@ -22,7 +22,9 @@ Pass = Callable[[fx.GraphModule, Job], int]
 PIPELINE: tuple[Pass, ...] = (splice, narrow, lift_constants, expose, erase)
 
 
-def run(gm: fx.GraphModule, job: Job, pipeline: Sequence[Pass] = PIPELINE, disable: Collection[str] = ()) -> list[tuple[str, int, int]]:
+def run(
+    gm: fx.GraphModule, job: Job, pipeline: Sequence[Pass] = PIPELINE, disable: Collection[str] = ()
+) -> list[tuple[str, int, int]]:
     """Run `pipeline` over `gm` and return `(pass, rewrites, nodes after)` for each."""
     for step in pipeline:
         name = getattr(step, "__name__", None) or step.func.__name__  # type: ignore[attr-defined]
@@ -33,4 +35,16 @@ def run(gm: fx.GraphModule, job: Job, pipeline: Sequence[Pass] = PIPELINE, disab
     return job.report
 
 
-__all__ = ["PIPELINE", "Cut", "Entry", "Job", "Pass", "erase", "expose", "lift_constants", "narrow", "run", "splice"]
+__all__ = [
+    "PIPELINE",
+    "Cut",
+    "Entry",
+    "Job",
+    "Pass",
+    "erase",
+    "expose",
+    "lift_constants",
+    "narrow",
+    "run",
+    "splice",
+]

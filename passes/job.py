@@ -40,13 +40,17 @@ class Job:
     plan: InterventionGraph
     entry: Entry
     closed: bool = True  # is the plan whole
-    raw_numbers: bool = False  # give lifted numbers as Python numbers (a backend that runs the graph as it is)
+    raw_numbers: bool = (
+        False  # give lifted numbers as Python numbers (a backend that runs the graph as it is)
+    )
     skeleton: Callable[[str], Any] | None = None  # the structure of a module, to call it on values
     half: frozenset = frozenset()  # the sites whose replaced values the model's Python has seen
     lines: Sequence = ()  # where each operation was written
     modes: Any = None  # the modes that the trace was opened under
     emitted: set[fx.Node] = field(default_factory=set)
-    takes: list[tuple] = field(default_factory=list)  # extra inputs: ("constant", slot) | ("fetch", value) | ("parameter", path, name)
+    takes: list[tuple] = field(
+        default_factory=list
+    )  # extra inputs: ("constant", slot) | ("fetch", value) | ("parameter", path, name)
     gives: list[Value] = field(default_factory=list)  # extra outputs
     exports: dict[Value, fx.Node] = field(default_factory=dict)
     exit: Any = None  # the interleaver after the segment

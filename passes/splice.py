@@ -114,10 +114,14 @@ class Weaver(Interleaver):
         if fits:
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
-                    firing.leaves[i] = self.put_rows(firing.leaves[i], value, op.invoke, batched[i] if batched else None)
+                    firing.leaves[i] = self.put_rows(
+                        firing.leaves[i], value, op.invoke, batched[i] if batched else None
+                    )
         else:
             old = list(firing.leaves)
-            firing.leaves[:] = [(old[v.index] if v.index < len(old) else None) if isinstance(v, Keep) else v for v in new]
+            firing.leaves[:] = [
+                (old[v.index] if v.index < len(old) else None) if isinstance(v, Keep) else v for v in new
+            ]
             self.supplied[firing.site] = firing.leaves
 
     def supplied_leaf(self, node: fx.Node) -> Any:
@@ -126,7 +130,7 @@ class Weaver(Interleaver):
         here = (path, kind, call)
         if here not in self.supplied:
             with self.graph.inserting_before(node):
-                self.supplied[here] = self._gathered(self.skipped[(path, 'output', call)])  # type: ignore[index]
+                self.supplied[here] = self._gathered(self.skipped[(path, "output", call)])  # type: ignore[index]
         value = self.supplied[here][leaf]  # type: ignore[index]
         return value
 
@@ -136,7 +140,10 @@ class Weaver(Interleaver):
         if len(ordered) == 1:
             return ordered[0][1]
         columns = zip(*(p[1] for p in ordered), strict=True)
-        return [self._emit("call_function", torch.cat, (list(c),)) if isinstance(c[0], fx.Node) else c[0] for c in columns]
+        return [
+            self._emit("call_function", torch.cat, (list(c),)) if isinstance(c[0], fx.Node) else c[0]
+            for c in columns
+        ]
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -172,7 +179,11 @@ class Weaver(Interleaver):
 
     def rows(self, leaf: Any, invoke: int, batched: bool | None) -> Any:
         group = self._group(leaf, invoke, batched)
-        return leaf if group is None else self._emit("call_function", rows, (leaf, *group, self.plan.groups.total, batched))
+        return (
+            leaf
+            if group is None
+            else self._emit("call_function", rows, (leaf, *group, self.plan.groups.total, batched))
+        )
 
     def put_rows(self, leaf: Any, new: Any, invoke: int, batched: bool | None) -> Any:
         group = self._group(leaf, invoke, batched)
@@ -182,14 +193,22 @@ class Weaver(Interleaver):
 
     def _group(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:
         groups = self.plan.groups.rows
-        return groups[invoke] if invoke < len(groups) and isinstance(leaf, fx.Node) and batched is not False else None
+        return (
+            groups[invoke]
+            if invoke < len(groups) and isinstance(leaf, fx.Node) and batched is not False
+            else None
+        )
 
     # -- operations ----------------------------------------------------------------------------------------------
 
     def check(self, n: int, leaves: list, expected: tuple) -> None:
         for leaf, want in zip(leaves, expected, strict=False):
             fake = leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else None
-            if fake is not None and want is not None and (fake.dtype != want[1] or fake.dim() != len(want[0])):
+            if (
+                fake is not None
+                and want is not None
+                and (fake.dtype != want[1] or fake.dim() != len(want[0]))
+            ):
                 raise CutHere  # not what was guessed: the live read says so
 
     def perform(self, n: int, firing: Firing | None) -> None:
@@ -221,8 +240,12 @@ class Weaver(Interleaver):
             undo.append(lambda: self._emit("call_function", torch._C._set_grad_enabled, (base.grad,)))
         for (device, enabled, dtype), was in zip(ambient.autocast, base.autocast, strict=True):
             if (device, enabled, dtype) != was:
-                token = self._emit("call_function", torch.amp.autocast_mode._enter_autocast, (device, dtype, enabled, True))
-                undo.append(lambda t=token: self._emit("call_function", torch.amp.autocast_mode._exit_autocast, (t,)))
+                token = self._emit(
+                    "call_function", torch.amp.autocast_mode._enter_autocast, (device, dtype, enabled, True)
+                )
+                undo.append(
+                    lambda t=token: self._emit("call_function", torch.amp.autocast_mode._exit_autocast, (t,))
+                )
         return lambda: [step() for step in reversed(undo)] and None
 
     def _module(self, path: str, args: tuple, kwargs: dict) -> fx.Node:

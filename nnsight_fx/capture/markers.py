@@ -21,7 +21,9 @@ from transformers.utils.generic import ModelOutput
 from ..tracing import tree
 from ..tracing.encode import Keep
 
-active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
+active = (
+    threading.local()
+)  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
 
 
 class Passing(Protocol):
@@ -76,7 +78,9 @@ def _children(value: Any) -> Any:
         return list(value.values())
     if type(value) is tuple or type(value) is list:
         return value
-    if isinstance(value, tuple) and (hasattr(type(value), "_fields") or hasattr(type(value), "n_sequence_fields")):
+    if isinstance(value, tuple) and (
+        hasattr(type(value), "_fields") or hasattr(type(value), "n_sequence_fields")
+    ):
         return list(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, f.name) for f in dataclasses.fields(value)]
@@ -188,7 +192,9 @@ class Markers:
         self.stop_at: tuple[str, str, int] | None = None
         self.skippers: dict[nn.Module, Callable] = {}
         self.skip_live: dict[nn.Module, Callable] = {}
-        self.calls: dict[tuple[str, str], list[int]] = {}  # counted by Dynamo itself, for modules in the capture half
+        self.calls: dict[
+            tuple[str, str], list[int]
+        ] = {}  # counted by Dynamo itself, for modules in the capture half
 
     def _hooks(self, path: str) -> tuple[Callable, Callable]:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -276,14 +282,20 @@ class Stop(Exception):
     """Ends a forward that Dynamo traces; the captured function catches it."""
 
 
-KEY = RemovableHandle(OrderedDict()).id  # the key of our hooks in every table: Dynamo guards on it, so it never changes
+KEY = RemovableHandle(
+    OrderedDict()
+).id  # the key of our hooks in every table: Dynamo guards on it, so it never changes
 
 
 def put(module: nn.Module, before: Callable, after: Callable) -> None:
     """Hook one module: inputs before every other hook; outputs after the user's, before transformers' own collectors."""
     if module._forward_pre_hooks or module._forward_hooks:
         _insert(module._forward_pre_hooks, before, lambda hook: True)
-        _insert(module._forward_hooks, after, lambda hook: (getattr(hook, "__module__", "") or "").startswith("transformers."))
+        _insert(
+            module._forward_hooks,
+            after,
+            lambda hook: (getattr(hook, "__module__", "") or "").startswith("transformers."),
+        )
     else:
         module._forward_pre_hooks[KEY] = before
         module._forward_hooks[KEY] = after

@@ -19,7 +19,23 @@ from ..tracing.plan import Site
 from ..tracing.tape import Missing, Opaque, SiteMeta
 from .markers import override, put, take
 
-PLAIN: tuple = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.memory_format, type)
+PLAIN: tuple = (
+    torch.SymInt,
+    torch.SymFloat,
+    torch.SymBool,
+    int,
+    float,
+    bool,
+    str,
+    bytes,
+    complex,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.memory_format,
+    type,
+)
 
 
 def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
@@ -31,9 +47,15 @@ def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
         for table in ("_forward_hooks", "_forward_pre_hooks"):
             hooks = getattr(m, table)
             for key in list(hooks):
-                if not (getattr(hooks[key], "__module__", "") or "").startswith(("transformers.", "accelerate.")):
+                if not (getattr(hooks[key], "__module__", "") or "").startswith(
+                    ("transformers.", "accelerate.")
+                ):
                     del hooks[key]
-                    for flags in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+                    for flags in (
+                        "_forward_hooks_with_kwargs",
+                        "_forward_pre_hooks_with_kwargs",
+                        "_forward_hooks_always_called",
+                    ):
                         getattr(m, flags).pop(key, None)
     return made
 
@@ -84,6 +106,7 @@ def scan(
 
     undo = []
     for path, module in copied.named_modules():
+
         def before(m: nn.Module, args: tuple, kwargs: dict, path: str = path) -> Any:
             return note(path, "input", (args, kwargs))
 
@@ -92,7 +115,10 @@ def scan(
 
         put(module, before, after)
         if plan is not None and path in plan.plan.skips:
-            def forward(*args: Any, path: str = path, original: Callable = module.forward, **kwargs: Any) -> Any:
+
+            def forward(
+                *args: Any, path: str = path, original: Callable = module.forward, **kwargs: Any
+            ) -> Any:
                 parts = plan.skipped.get((path, "output", counts[(path, "input")] - 1))
                 if parts is None:
                     return original(*args, **kwargs)
@@ -117,7 +143,9 @@ def scan(
     return found
 
 
-def _fire(plan: TensorInterleaver, site: Site, value: Any, leaves: list, spec: tree.Spec) -> tuple[Any, list, tree.Spec]:
+def _fire(
+    plan: TensorInterleaver, site: Site, value: Any, leaves: list, spec: tree.Spec
+) -> tuple[Any, list, tree.Spec]:
     old = list(leaves)
     firing = Firing(site, leaves, spec)
     plan.fire(firing)

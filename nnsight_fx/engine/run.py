@@ -41,7 +41,9 @@ class Run(TensorInterleaver):
         self.coroutine: Coroutine | None = None
         self.result: Any = None
         self.everything = False  # hook every module: the plan may still grow
-        self.written: tuple[str, Line] | None = None  # the last write: whom to name when the model cannot use it
+        self.written: tuple[str, Line] | None = (
+            None  # the last write: whom to name when the model cannot use it
+        )
         self.report: list[str] = []  # what ran live, for explain()
 
     # -- the model -----------------------------------------------------------------------------------------------
@@ -113,7 +115,11 @@ class Run(TensorInterleaver):
         """The model passes a site with `value`; what it goes on with is returned."""
         call = self.count(path, kind)
         site = (path, kind, call)
-        if self.closed and site not in self.plan.touches and not (kind == "input" and path in self.plan.skips):
+        if (
+            self.closed
+            and site not in self.plan.touches
+            and not (kind == "input" and path in self.plan.skips)
+        ):
             return value
         leaves, spec = tree.flatten(value)
         old = list(leaves)
@@ -201,7 +207,11 @@ class Run(TensorInterleaver):
             error.add_note(f"nnsight_fx: the model failed after `{site}` was written at {line}")
 
     def _lines_of(self, kind: str, path: str) -> str:
-        return ", ".join(str(self.lines[n]) for n, op in enumerate(self.plan.ops) if op.kind == kind and op.target[0] == path)
+        return ", ".join(
+            str(self.lines[n])
+            for n, op in enumerate(self.plan.ops)
+            if op.kind == kind and op.target[0] == path
+        )
 
     def missed_error(self, missed: list[int]) -> MissedSiteError:
         for n in missed:
@@ -211,15 +221,18 @@ class Run(TensorInterleaver):
                 what = {READ: "read", WRITE: "written", SKIP: "skipped"}[op.kind]
                 seen = self.counts.get((path, "input" if op.kind == SKIP else kind), 0)
                 why = (
-                    f"its module was called {seen} time(s)" if seen else
-                    "its module was not called as a module in this run (it was skipped, stopped before, on a branch not taken, "
+                    f"its module was called {seen} time(s)"
+                    if seen
+                    else "its module was not called as a module in this run (it was skipped, stopped before, on a branch not taken, "
                     "or its parent uses its weight or `forward` directly: try the parent's `.source`)"
                 )
                 return MissedSiteError(
                     f"{self.lines[n]}: `{path}.{kind}` (call {call}) was {what}, but the run never reached it: {why}. "
                     "Everything else that was saved has been delivered."
                 )
-        return MissedSiteError(f"{self.lines[missed[0]]}: the run ended before this operation had what it needs.")
+        return MissedSiteError(
+            f"{self.lines[missed[0]]}: the run ended before this operation had what it needs."
+        )
 
 
 @contextlib.contextmanager
@@ -227,7 +240,10 @@ def live(run: Run, everything: bool) -> Any:
     """The hooks of the hook engine: where the plan needs them, or everywhere when it may still grow."""
     owner = run.owner
     paths = {path for path, _ in run.plan.watched} if not everything else ()
-    modules = [m for m, path in owner.paths.items() if path in paths or path in run.plan.skips] if not everything else list(owner.paths)
+    modules = (
+        [m for m, path in owner.paths.items() if path in paths or path in run.plan.skips]
+        if not everything
+        else list(owner.paths)
+    )
     with owner.installed(modules, {path: run.skip(path) for path in run.plan.skips}):
         yield
-

@@ -28,7 +28,10 @@ from ..tracing.lazy import user_line
 from ..tracing.plan import MODULE, Groups, Op, Site
 from ..tracing.tape import Missing, SiteMeta, Step, Tape
 
-ROWS, LENGTH = 11, 13  # sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers
+ROWS, LENGTH = (
+    11,
+    13,
+)  # sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers
 SIGNATURES = 64  # scans kept a model
 
 
@@ -123,8 +126,11 @@ class Scanner:
         """The signature of an input. `unknown` gives the dims of each tensor leaf that hold rows and length."""
         leaves, spec = tree.flatten((batch.args, batch.kwargs))
         described = tuple(
-            (("?" if unknown else tuple(x.shape)), x.dim(), x.dtype, x.device, x.requires_grad) if isinstance(x, torch.Tensor)
-            else (type(x), x) if isinstance(x, PLAIN) else (type(x), id(x))
+            (("?" if unknown else tuple(x.shape)), x.dim(), x.dtype, x.device, x.requires_grad)
+            if isinstance(x, torch.Tensor)
+            else (type(x), x)
+            if isinstance(x, PLAIN)
+            else (type(x), id(x))
             for x in leaves
         )
         fixed = _fixed(leaves, unknown) if unknown else None
@@ -142,13 +148,18 @@ class Scanner:
         self.signatures.move_to_end(key)
         return found
 
-    def _scan(self, copied: Any, leaves: list, spec: tree.Spec, fn: str | None, unknown: tuple | None) -> Signature:
+    def _scan(
+        self, copied: Any, leaves: list, spec: tree.Spec, fn: str | None, unknown: tuple | None
+    ) -> Signature:
         found = Signature(Scan(), leaves)
         if isinstance(copied, Exception):
             found.scan.ended = copied
             return found
         if unknown:
-            made = [self._unknown(x, unknown[i], found) if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)]
+            made = [
+                self._unknown(x, unknown[i], found) if isinstance(x, torch.Tensor) else x
+                for i, x in enumerate(leaves)
+            ]
         else:
             made = [_faked(self.fakes, x) for x in leaves]
         args, kwargs = tree.unflatten(made, spec)
@@ -156,7 +167,9 @@ class Scanner:
         found.inputs = (args, kwargs)  # type: ignore[attr-defined]
         return found
 
-    def run(self, copied: nn.Module, fn: str | None, args: tuple, kwargs: dict, of: Signature, plan: Any = None) -> Scan:
+    def run(
+        self, copied: nn.Module, fn: str | None, args: tuple, kwargs: dict, of: Signature, plan: Any = None
+    ) -> Scan:
         rows = of.symbols[0]
 
         def batched(t: torch.Tensor) -> bool:
@@ -167,13 +180,17 @@ class Scanner:
 
         self.shapes.guessing, self.shapes.guessed = True, False
         try:
-            done = scan(copied, call, self.fakes, plan=plan, batched=batched, unsure=lambda: self.shapes.guessed)
+            done = scan(
+                copied, call, self.fakes, plan=plan, batched=batched, unsure=lambda: self.shapes.guessed
+            )
         finally:
             self.shapes.guessing = False
         replaced = self.shapes.replacements
         if any(s is not None and s in replaced for s in of.symbols):
             done = Scan()
-            done.ended = RuntimeError("the model's shapes depend on the number of rows or the length themselves")
+            done.ended = RuntimeError(
+                "the model's shapes depend on the number of rows or the length themselves"
+            )
         return done
 
     def _unknown(self, x: torch.Tensor, dims: tuple[int | None, int | None], of: Signature) -> torch.Tensor:
@@ -184,7 +201,9 @@ class Scanner:
                 shape[dim], kinds[dim] = size, DimDynamic.DUCK
         example = torch.zeros(shape, dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)
         context = StatelessSymbolicContext(kinds)
-        made = self.fakes.from_tensor(example, symbolic_context=context, source=ConstantSource(f"input_{len(self.signatures)}"))
+        made = self.fakes.from_tensor(
+            example, symbolic_context=context, source=ConstantSource(f"input_{len(self.signatures)}")
+        )
         found = list(of.symbols)
         for i, dim in enumerate(dims):
             if dim is not None and isinstance(made.shape[dim], torch.SymInt):
@@ -195,7 +214,9 @@ class Scanner:
 
 def _fixed(leaves: list, unknown: tuple) -> tuple:
     return tuple(
-        tuple(None if d in dims else s for d, s in enumerate(x.shape)) if isinstance(x, torch.Tensor) else None
+        tuple(None if d in dims else s for d, s in enumerate(x.shape))
+        if isinstance(x, torch.Tensor)
+        else None
         for x, dims in zip(leaves, unknown, strict=True)
     )
 
@@ -229,7 +250,9 @@ class WaveSites:
         key = (site, str(rows), str(self.length))
         found = self.signature.metas.get(key)
         if found is None:
-            found = self.signature.metas[key] = _known(self._sized(self.signature.scan.lookup(site), rows), self.length)
+            found = self.signature.metas[key] = _known(
+                self._sized(self.signature.scan.lookup(site), rows), self.length
+            )
         return found
 
     def _rescanned(self, tape: Tape) -> Scan:
@@ -248,7 +271,9 @@ class WaveSites:
     def replay(self, tape: Tape) -> Scan:
         """A scan in which the recorded plan takes effect. It shows the metadata after it, and where it stops the model."""
         plan = tape.plan(Groups((None,) * (max((op.invoke for op in tape.ops), default=0) + 1), 0))
-        constants = [tape.fake_of(("c", i)) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)]
+        constants = [
+            tape.fake_of(("c", i)) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)
+        ]
         interleaver = FakeInterleaver(plan, constants, self)
         args, kwargs = self.signature.inputs  # type: ignore[attr-defined]
         return self.scanner.run(self.scanner.skeleton(), None, args, kwargs, self.signature, interleaver)
@@ -257,8 +282,11 @@ class WaveSites:
         """A site's metadata for one invoke: the symbols of the scan replaced by what this trace knows."""
         if isinstance(meta, Missing):
             return meta
-        known = {s: v.node.expr if isinstance(v, torch.SymInt) else sympy.Integer(v)
-                 for s, v in zip(self.signature.symbols, (rows, self.length), strict=True) if s is not None}
+        known = {
+            s: v.node.expr if isinstance(v, torch.SymInt) else sympy.Integer(v)
+            for s, v in zip(self.signature.symbols, (rows, self.length), strict=True)
+            if s is not None
+        }
 
         def size(n: Any) -> Any:
             if not isinstance(n, torch.SymInt):
@@ -273,7 +301,10 @@ class WaveSites:
             elif isinstance(leaf, torch.Tensor):
                 with self.scanner.fakes, torch.no_grad():
                     leaf = torch.empty_strided(
-                        [size(n) for n in leaf.shape], [size(n) for n in leaf.stride()], dtype=leaf.dtype, device=leaf.device
+                        [size(n) for n in leaf.shape],
+                        [size(n) for n in leaf.stride()],
+                        dtype=leaf.dtype,
+                        device=leaf.device,
                     ).requires_grad_(leaf.requires_grad)
             leaves.append(leaf)
         return meta._replace(leaves=tuple(leaves))
@@ -291,7 +322,13 @@ def _known(meta: SiteMeta | Missing, length: Any = None) -> SiteMeta | Missing:
     """`meta`, unless a size in it depends on data: such a site must be looked at."""
     if isinstance(meta, Missing):
         return meta
-    sizes = [n for leaf in meta.leaves if isinstance(leaf, torch.Tensor) for n in leaf.shape if isinstance(n, torch.SymInt)]
+    sizes = [
+        n
+        for leaf in meta.leaves
+        if isinstance(leaf, torch.Tensor)
+        for n in leaf.shape
+        if isinstance(n, torch.SymInt)
+    ]
     known = {length.node.expr} if isinstance(length, torch.SymInt) else set()
     if any(free_unbacked_symbols(n) - known for n in sizes):
         return Missing("its size depends on data")
@@ -312,4 +349,3 @@ class FakeInterleaver(TensorInterleaver):
         fn = self.sites.module(op.target) if op.kind == MODULE else op.target.obj
         with under(op.ambient):
             return fn(*args, **kwargs)
-

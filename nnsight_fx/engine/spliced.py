@@ -54,13 +54,17 @@ class Capture:
     hits: int = 0
     segments: list[Segment] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
-    live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
+    live_sites: set[str] = field(
+        default_factory=set
+    )  # touched by a plan between segments, behind a graph break
     entries: dict[tuple, tuple[Callable, Any]] = field(default_factory=dict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
 
     def __post_init__(self):
         _torch.register(site, supply)
-        self.compiler = _torch.backend(self.options.backend, self.options.mode, dict(self.options.options) or None, self.options.dynamic)
+        self.compiler = _torch.backend(
+            self.options.backend, self.options.mode, dict(self.options.options) or None, self.options.dynamic
+        )
         self.passing = _torch.undisturbed(SplicedRun.live_site)
         for function in (*next(iter(self.markers.hooks.values())), SplicedRun.pass_site, Run.skip, mark):
             _torch.never_compile(function)
@@ -75,7 +79,9 @@ class Capture:
         if key not in self.entries:
             settle(module)
             inner = _renamed(_inner(module, fn))
-            compiled = _torch.dynamo_compile(inner, self.backend, self.options.dynamic, self.options.fullgraph)
+            compiled = _torch.dynamo_compile(
+                inner, self.backend, self.options.dynamic, self.options.fullgraph
+            )
             self.entries[key] = (compiled, inner)
         return self.entries[key][0]
 
@@ -137,7 +143,9 @@ class SplicedRun(Run):
     skeleton: Callable[[str], Any]
     everything: bool = True
 
-    def start(self, capture: Capture, stop_at: Site | None, sites: Any, entry: Callable[[], Any]) -> SplicedRun:
+    def start(
+        self, capture: Capture, stop_at: Site | None, sites: Any, entry: Callable[[], Any]
+    ) -> SplicedRun:
         self.capture, self.sites, self.stop_at, self.everything = capture, sites, stop_at, True
         self.skeleton = lambda path: sites.scanner.skeleton().get_submodule(path)
         self.segments_run = 0
@@ -160,7 +168,10 @@ class SplicedRun(Run):
         if plan.recapture:
             markers.half = _half(plan)
             markers.stop_at = self.stop_at
-            markers.calls = {(path, kind): [0] for path, kind, _ in [*markers.half, *([self.stop_at] if self.stop_at else [])]}
+            markers.calls = {
+                (path, kind): [0]
+                for path, kind, _ in [*markers.half, *([self.stop_at] if self.stop_at else [])]
+            }
             active.capture = FakeCapture(self)
         try:
             yield
@@ -174,8 +185,21 @@ class SplicedRun(Run):
         """Where the plan stands: what a variant is compiled for."""
         if not self.counts and not self.env and not self.done:
             return (self.plan, self.closed)
-        known = tuple(sorted((v, facts(x) if isinstance(x, torch.Tensor) else None) for v, x in self.env.items() if v[1] >= 0))
-        return (self.plan, self.closed, tuple(self.at), frozenset(self.done), frozenset(self.counts.items()), known)
+        known = tuple(
+            sorted(
+                (v, facts(x) if isinstance(x, torch.Tensor) else None)
+                for v, x in self.env.items()
+                if v[1] >= 0
+            )
+        )
+        return (
+            self.plan,
+            self.closed,
+            tuple(self.at),
+            frozenset(self.done),
+            frozenset(self.counts.items()),
+            known,
+        )
 
     def run_segment(self, segment: Segment, args: tuple) -> Any:
         """One captured segment: its variant for this plan; cut where the plan needs real values."""
@@ -214,7 +238,9 @@ class SplicedRun(Run):
     # -- live parts ----------------------------------------------------------------------------------------------
 
     def pass_site(self, path: str, kind: str, value: Any) -> Any:
-        return self.capture.passing(self, path, kind, value)  # compiled code may be calling: Dynamo stays out of this
+        return self.capture.passing(
+            self, path, kind, value
+        )  # compiled code may be calling: Dynamo stays out of this
 
     def live_site(self, path: str, kind: str, value: Any) -> Any:
         """A site outside captured code."""
@@ -233,13 +259,14 @@ class SplicedRun(Run):
         self._root_objects()
         self.capture.live_sites.update(self.live_sites)
         if not self.segments_run and not self.stopping:
-            self.capture.fall_back("nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)")
+            self.capture.fall_back(
+                "nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)"
+            )
             warnings.warn(
                 "nnsight_fx: nothing of the model ran captured in this trace (Dynamo's recompile limit, or compilation is "
                 "disabled); the hook engine did the work. `model.explain()` has the details.",
                 stacklevel=2,
             )
-
 
     def _root_objects(self) -> None:
         """Objects that the root returned: captured code does not have them, its caller does."""
@@ -257,7 +284,9 @@ def _half(plan: InterventionGraph) -> dict[tuple[str, str, int], Replacement]:
             found[op.target] = Replacement(op.extra[0], _described(op))
         elif op.kind == SKIP:
             path, _, call = op.target
-            found[(path, "skip", call)] = Replacement(op.extra[0], [SUPPLIED if x is SUPPLIED else x for x in _described(op)])
+            found[(path, "skip", call)] = Replacement(
+                op.extra[0], [SUPPLIED if x is SUPPLIED else x for x in _described(op)]
+            )
     return found
 
 
@@ -300,15 +329,24 @@ class DynamoInterleaver(FakeInterleaver):
     """A plan's operations on the fakes of one of Dynamo's tracings, from where the run stands."""
 
     def __init__(self, run: SplicedRun, mode: Any):
-        constants = [mode.from_tensor(c, static_shapes=True) if isinstance(c, torch.Tensor) else c for c in run.constants]
+        constants = [
+            mode.from_tensor(c, static_shapes=True) if isinstance(c, torch.Tensor) else c
+            for c in run.constants
+        ]
         super().__init__(run.plan, constants, run.sites)
         self.at, self.done, self.counts = list(run.at), set(run.done), dict(run.counts)
-        self.env = {k: mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for k, v in run.env.items()}
+        self.env = {
+            k: mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v
+            for k, v in run.env.items()
+        }
+
         def fake(x: Any) -> Any:
             return mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x
 
         self.skipped = {
-            at: {i: (spec, [fake(x) for x in leaves], batched) for i, (spec, leaves, batched) in parts.items()}
+            at: {
+                i: (spec, [fake(x) for x in leaves], batched) for i, (spec, leaves, batched) in parts.items()
+            }
             for at, parts in run.skipped.items()
         }
         self.group: dict[int, torch.Tensor] = {}
@@ -328,7 +366,9 @@ class DynamoInterleaver(FakeInterleaver):
             super()._write(op, firing._replace(spec=spec))
         else:
             old, new = list(firing.leaves), list(self.arguments(op)[0][0])
-            firing.leaves[:] = [(old[v.index] if v.index < len(old) else None) if isinstance(v, Keep) else v for v in new]
+            firing.leaves[:] = [
+                (old[v.index] if v.index < len(old) else None) if isinstance(v, Keep) else v for v in new
+            ]
             self.supplied[firing.site] = firing.leaves
 
     def supply(self, at: Site, leaf: int) -> torch.Tensor:
@@ -345,7 +385,9 @@ def assert_max_compiles(n: int) -> Iterator[None]:
     before = watch.compiles
     yield
     if watch.compiles - before > n:
-        raise RecompileError(f"{watch.compiles - before} graphs were compiled in this block, at most {n} were expected")
+        raise RecompileError(
+            f"{watch.compiles - before} graphs were compiled in this block, at most {n} were expected"
+        )
 
 
 @contextlib.contextmanager

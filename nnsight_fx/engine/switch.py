@@ -30,7 +30,10 @@ class State:
         self.autocast_cache = torch.is_autocast_cache_enabled()
         self.dtype = torch.get_default_dtype()
         self.sdpa = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in SDPA}
-        self.deterministic = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+        self.deterministic = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
         self.stance = _torch.stance()
         self.frames = _torch.frame_callback() if take else None
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
@@ -77,7 +80,9 @@ class Coroutine:
         try:
             _ = to.throw(*throw) if throw else to.switch()
         finally:
-            if to is self.model and self.model.dead:  # it ended, by itself or by an exception, and put nothing away
+            if (
+                to is self.model and self.model.dead
+            ):  # it ended, by itself or by an exception, and put nothing away
                 _torch.function_modes(take=True)
                 _torch.dispatch_modes(take=True)
                 self.guard.close()

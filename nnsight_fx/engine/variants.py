@@ -31,8 +31,12 @@ class Variant:
     exit: Any
     cut: Cut | None = None
     tail: Segment | None = None
-    leaves: list[int | None] = field(default_factory=list)  # for each leaf of the cut site, its place in the outputs
-    resumed: list[int | tuple] = field(default_factory=list)  # the tail's inputs: a place in the outputs, or ("leaf", i)
+    leaves: list[int | None] = field(
+        default_factory=list
+    )  # for each leaf of the cut site, its place in the outputs
+    resumed: list[int | tuple] = field(
+        default_factory=list
+    )  # the tail's inputs: a place in the outputs, or ("leaf", i)
     report: list[tuple[str, int, int]] = field(default_factory=list)
 
 
@@ -72,7 +76,17 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     guards = _torch.added_guards(segment.context, segment.guards, segment.fakes)
     run.capture.note_compile(segment, job)
     return Variant(
-        call, guards, job.takes, job.gives, job.own, job.exit, job.cut, state["tail"], state["leaves"], state["resumed"], job.report
+        call,
+        guards,
+        job.takes,
+        job.gives,
+        job.own,
+        job.exit,
+        job.cut,
+        state["tail"],
+        state["leaves"],
+        state["resumed"],
+        job.report,
     )
 
 
@@ -114,7 +128,12 @@ def _group(pristine: list[fx.Node], cut: Cut) -> dict[fx.Node, int]:
     path, kind, _ = cut.site
     found: dict[fx.Node, int] = {}
     for node in reversed(pristine[: cut.last + 1]):
-        if node.op != "call_function" or len(node.args) != 5 or node.args[1:3] != (path, kind) or (found and node.args[4]):
+        if (
+            node.op != "call_function"
+            or len(node.args) != 5
+            or node.args[1:3] != (path, kind)
+            or (found and node.args[4])
+        ):
             break
         found[node] = node.args[3]  # type: ignore[assignment]
     return found
@@ -155,5 +174,7 @@ def extras(run: SplicedRun, found: Variant) -> list:
     values = []
     for take in found.takes:
         value = source(run, take)
-        values.append(number(take, value) if take[0] == "constant" and take[2] != "tensor" and not raw else value)
+        values.append(
+            number(take, value) if take[0] == "constant" and take[2] != "tensor" and not raw else value
+        )
     return values

@@ -60,7 +60,11 @@ class Wave:
 
     def rows_of(self, index: int) -> Any:
         """The rows of an invoke; of the whole batch so far for one without input."""
-        batch = self.members[index].batch if index < len(self.members) and self.members[index] is not None else None  # type: ignore[union-attr]
+        batch = (
+            self.members[index].batch
+            if index < len(self.members) and self.members[index] is not None
+            else None
+        )  # type: ignore[union-attr]
         return batch.rows if batch is not None else sum(b.rows for b in self.batches)
 
     def groups(self) -> Groups:
@@ -94,7 +98,9 @@ class Wave:
 
     def _until(self, tape: Tape) -> Callable[[Key], Any]:
         if self.tracer.scan_only:
-            raise NotRecordableError(f"{user_line()}: a scan has no values, only shapes; this line needs a number. Use `model.trace`.")
+            raise NotRecordableError(
+                f"{user_line()}: a scan has no values, only shapes; this line needs a number. Use `model.trace`."
+            )
         if self.run is not None and tape is not self.tracer.waves[-1].tape:
             return self.run.lookup  # a later wave asks for a value of this one
         run = self._start()
@@ -134,4 +140,3 @@ class Wave:
         symbol = self.host._scanner.length.node.expr
         length = self.host._length(self.batch)
         return {} if length is None else {symbol: length}
-

@@ -41,7 +41,17 @@ class Host(Protocol):
 class Tracer:
     """An open trace: `with model.trace(...) as tracer`."""
 
-    def __init__(self, host: Any, args: tuple, kwargs: dict, *, compile: Any, fn: str | None, pad_to: int | None, scan_only: bool = False):
+    def __init__(
+        self,
+        host: Any,
+        args: tuple,
+        kwargs: dict,
+        *,
+        compile: Any,
+        fn: str | None,
+        pad_to: int | None,
+        scan_only: bool = False,
+    ):
         self.host, self.args, self.kwargs = host, args, kwargs
         self.compile, self.fn, self.pad_to, self.scan_only = compile, fn, pad_to, scan_only
         self.waves: list[Any] = []
@@ -145,7 +155,9 @@ class Tracer:
         ```
         """
         if self.waves or self.args:
-            raise InvokeError(f"{user_line()}: `tracer.batch` comes first in a trace without input, before any invoke.")
+            raise InvokeError(
+                f"{user_line()}: `tracer.batch` comes first in a trace without input, before any invoke."
+            )
         invokers = [Invoker(self, (p,), {}) for p in prompts]
         with _paused(self.recorder):
             for invoker in invokers:
@@ -228,14 +240,18 @@ class Invoker:
     def __enter__(self) -> Invoker:
         tracer = self.tracer
         if tracer.host.tracer is not tracer:
-            raise InvokeError(f"{user_line()}: this trace is not open. Use `invoke` inside `with model.trace() as tracer:`.")
+            raise InvokeError(
+                f"{user_line()}: this trace is not open. Use `invoke` inside `with model.trace() as tracer:`."
+            )
         if tracer.args or tracer.host._has_input(tracer.kwargs):
             raise InvokeError(
                 f"{user_line()}: the trace at {tracer.line} already has an input, so it takes no invokes. Give every input by "
                 "invoke: `with model.trace() as tracer:`."
             )
         if tracer.invoker is not None:
-            raise InvokeError(f"{user_line()}: cannot open an invoke with one already open. Leave the other `with` block first.")
+            raise InvokeError(
+                f"{user_line()}: cannot open an invoke with one already open. Leave the other `with` block first."
+            )
         if self.batch is None and (self.args or self.kwargs):
             with _paused(tracer.recorder):
                 self.batch = tracer.host._prepare(self.args, self.kwargs)

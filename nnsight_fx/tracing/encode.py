@@ -57,7 +57,18 @@ class Lifted:
         self.kind, self.value = kind, value
 
 
-LITERALS = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis), Keep)
+LITERALS = (
+    int,
+    bool,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    type(Ellipsis),
+    Keep,
+)
 
 
 def facts(tensor: torch.Tensor) -> tuple:

@@ -86,7 +86,11 @@ class Scope:
         if not isinstance(out, torch.Tensor):
             return Inside(out)
         self.at += 1
-        return Inside(self.results[self.at] if self.at in self.results else LazyTensor(tape, ("v", -1, self.at), out, user_line()))
+        return Inside(
+            self.results[self.at]
+            if self.at in self.results
+            else LazyTensor(tape, ("v", -1, self.at), out, user_line())
+        )
 
 
 def custom_function(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Inside | None:

@@ -13,7 +13,21 @@ import torch
 
 from . import tree
 from .encode import Keep, Key, decode
-from .plan import AT_SITE, BARRIER, LIVE, OBJECT, READ, SAVE, SKIP, STOP, SYNC, WRITE, InterventionGraph, Op, Site
+from .plan import (
+    AT_SITE,
+    BARRIER,
+    LIVE,
+    OBJECT,
+    READ,
+    SAVE,
+    SKIP,
+    STOP,
+    SYNC,
+    WRITE,
+    InterventionGraph,
+    Op,
+    Site,
+)
 
 Value = tuple[int, int]  # (operation, leaf)
 
@@ -106,7 +120,9 @@ class Interleaver:
             batched, expected = op.extra or (None, None)
             if expected is not None:
                 self.check(n, firing.leaves, expected)
-            leaves = [self.rows(x, op.invoke, batched[i] if batched else None) for i, x in enumerate(firing.leaves)]
+            leaves = [
+                self.rows(x, op.invoke, batched[i] if batched else None) for i, x in enumerate(firing.leaves)
+            ]
             self._keep(n, leaves, firing.spec)
         elif op.kind == OBJECT:
             assert firing is not None
@@ -115,7 +131,11 @@ class Interleaver:
             self._write(op, firing)
         elif op.kind == SKIP:
             spec, batched = op.extra
-            self.skipped.setdefault(op.target, {})[op.invoke] = (spec, list(self.arguments(op)[0][0]), batched)
+            self.skipped.setdefault(op.target, {})[op.invoke] = (
+                spec,
+                list(self.arguments(op)[0][0]),
+                batched,
+            )
         elif op.kind == STOP:
             self.stopping = True
         elif op.kind not in (SAVE, BARRIER):
@@ -152,7 +172,9 @@ class Interleaver:
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
                     value = firing.leaves[value.index] if isinstance(value, Keep) else value
-                    firing.leaves[i] = self.put_rows(firing.leaves[i], value, op.invoke, batched[i] if batched else None)
+                    firing.leaves[i] = self.put_rows(
+                        firing.leaves[i], value, op.invoke, batched[i] if batched else None
+                    )
         else:
             old = list(firing.leaves)
             firing.leaves[:] = [old[v.index] if isinstance(v, Keep) else v for v in new]
@@ -187,7 +209,12 @@ class Interleaver:
 
     def unfinished(self) -> list[int]:
         """The operations that the run did not get to."""
-        return [n for worker, at in zip(self.plan.workers, self.at, strict=True) for n in worker[at:] if n not in self.done]
+        return [
+            n
+            for worker, at in zip(self.plan.workers, self.at, strict=True)
+            for n in worker[at:]
+            if n not in self.done
+        ]
 
     def extend(self, plan: InterventionGraph) -> None:
         """Go on with a plan that this one is the beginning of."""
@@ -221,7 +248,9 @@ class TensorInterleaver(Interleaver):
         if group is None:
             return new
         start, size = group
-        return torch.cat([leaf.narrow(0, 0, start), new, leaf.narrow(0, start + size, leaf.shape[0] - start - size)])
+        return torch.cat(
+            [leaf.narrow(0, 0, start), new, leaf.narrow(0, start + size, leaf.shape[0] - start - size)]
+        )
 
 
 def gather(parts: dict[int, tuple], groups: Any) -> tuple[list, tree.Spec]:
@@ -229,5 +258,8 @@ def gather(parts: dict[int, tuple], groups: Any) -> tuple[list, tree.Spec]:
     ordered = [parts[i] for i in sorted(parts)]
     if len(ordered) == 1:
         return ordered[0][1], ordered[0][0]
-    leaves = [torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0] for column in zip(*(p[1] for p in ordered), strict=True)]
+    leaves = [
+        torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0]
+        for column in zip(*(p[1] for p in ordered), strict=True)
+    ]
     return leaves, ordered[0][0]

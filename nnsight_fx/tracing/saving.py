@@ -40,7 +40,9 @@ def save(value: T) -> T:
         OutsideTraceError: no trace is open.
     """
     if not _open:
-        raise OutsideTraceError(f"{user_line()}: `save` was called where no trace is open. Call it inside `with model.trace(...)`.")
+        raise OutsideTraceError(
+            f"{user_line()}: `save` was called where no trace is open. Call it inside `with model.trace(...)`."
+        )
     tape = _open[-1]
     if isinstance(value, LazyTensor):
         value.save()
@@ -61,7 +63,15 @@ def lazies(value: Any) -> list:
             found.append(v)
             return
         parts = tree.children(v)
-        children = parts[2] if parts is not None else list(v.values()) if isinstance(v, dict) else list(v) if isinstance(v, set | frozenset) else ()
+        children = (
+            parts[2]
+            if parts is not None
+            else list(v.values())
+            if isinstance(v, dict)
+            else list(v)
+            if isinstance(v, set | frozenset)
+            else ()
+        )
         for child in children:
             walk(child)
 
@@ -82,7 +92,9 @@ def collect(tape: Tape) -> None:
 def put_objects(value: Any) -> None:
     """Put the real objects where a saved container holds what stood for them."""
     parts = tree.children(value)
-    for key, child in zip(parts[1] or range(len(parts[2])), parts[2], strict=True) if parts is not None else ():
+    for key, child in (
+        zip(parts[1] or range(len(parts[2])), parts[2], strict=True) if parts is not None else ()
+    ):
         if type(child) is LazyObject and "_real" in child.__dict__:
             if parts[0] == "dataclass":  # type: ignore[index]
                 object.__setattr__(value, key, child._look())

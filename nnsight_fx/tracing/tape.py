@@ -27,18 +27,114 @@ from .encode import Identity, Keep, Key, decode, encode, facts, references
 from .functions import custom_function
 from .lazy import LazyObject, LazyTensor, Line, user_line
 from .lifting import lift, name_of
-from .plan import APPLY, BARRIER, CALL, MODULE, OBJECT, READ, SAVE, SKIP, STOP, SYNC, WRITE, Groups, InterventionGraph, Op, Site
+from .plan import (
+    APPLY,
+    BARRIER,
+    CALL,
+    MODULE,
+    OBJECT,
+    READ,
+    SAVE,
+    SKIP,
+    STOP,
+    SYNC,
+    WRITE,
+    Groups,
+    InterventionGraph,
+    Op,
+    Site,
+)
 
-IN_PLACE_DUNDERS = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
-NEEDS_DATA = {"item", "tolist", "numpy", "data_ptr", "untyped_storage", "storage", "equal", "allclose", "is_nonzero", "__array__", "cpu_numpy"}
+IN_PLACE_DUNDERS = {
+    f"__i{op}__"
+    for op in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
+}
+NEEDS_DATA = {
+    "item",
+    "tolist",
+    "numpy",
+    "data_ptr",
+    "untyped_storage",
+    "storage",
+    "equal",
+    "allclose",
+    "is_nonzero",
+    "__array__",
+    "cpu_numpy",
+}
 ASKS_NOTHING = {
-    *("size", "dim", "ndimension", "stride", "numel", "nelement", "is_floating_point", "is_complex", "is_contiguous", "is_signed"),
-    *("element_size", "get_device", "storage_offset", "type", "is_same_size", "is_inference", "is_pinned", "dense_dim", "is_conj", "is_neg"),
+    *(
+        "size",
+        "dim",
+        "ndimension",
+        "stride",
+        "numel",
+        "nelement",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "is_signed",
+    ),
+    *(
+        "element_size",
+        "get_device",
+        "storage_offset",
+        "type",
+        "is_same_size",
+        "is_inference",
+        "is_pinned",
+        "dense_dim",
+        "is_conj",
+        "is_neg",
+    ),
 }
 LIVE_CALLS = {"backward", "register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
-RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "rand_like", "randn_like", "randint_like", "dropout", "feature_dropout", "alpha_dropout"}
-RANDOM_IN_PLACE = {"uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_", "dropout_"}
-DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode, UnsupportedOperatorException)
+RANDOM = {
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "normal",
+    "bernoulli",
+    "multinomial",
+    "poisson",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+}
+RANDOM_IN_PLACE = {
+    "uniform_",
+    "normal_",
+    "bernoulli_",
+    "random_",
+    "exponential_",
+    "geometric_",
+    "cauchy_",
+    "log_normal_",
+    "dropout_",
+}
+DATA_DEPENDENT = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    UnsupportedOperatorException,
+)
 
 
 class Missing(NamedTuple):
@@ -104,7 +200,13 @@ class Invoke:
 class Tape:
     """One recording: the body of one trace, or of one wave of it."""
 
-    def __init__(self, root: Step, fakes: FakeTensorMode, sites: Sites, run_until: Callable[[Tape], Callable[[Key], Any]]):
+    def __init__(
+        self,
+        root: Step,
+        fakes: FakeTensorMode,
+        sites: Sites,
+        run_until: Callable[[Tape], Callable[[Key], Any]],
+    ):
         self.step, self.fakes, self.sites, self.run_until = root, fakes, sites, run_until
         self.ops: list[Op] = []
         self.specs: list[tree.Spec] = []
@@ -159,7 +261,11 @@ class Tape:
     def _effect(name: str, func: Any, kwargs: dict) -> str:
         if name in RANDOM_IN_PLACE or (name in RANDOM and kwargs.get("out") is None):
             return "inplace" if name in RANDOM_IN_PLACE else "random"
-        in_place = name in IN_PLACE_DUNDERS or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        in_place = (
+            name in IN_PLACE_DUNDERS
+            or name == "__setitem__"
+            or (name.endswith("_") and not name.endswith("__"))
+        )
         return "inplace" if in_place or kwargs.get("out") is not None or kwargs.get("inplace") else ""
 
     def _attribute(self, func: Any, name: str, args: tuple) -> Any:
@@ -179,14 +285,33 @@ class Tape:
         got = func(self.fake(args[0]))
         return self.add(CALL, Identity(func), args, {}) if isinstance(got, torch.Tensor) else got
 
-    def add(self, kind: str, target: Any, args: tuple, kwargs: dict, *, effect: str = "", extra: Any = None, result: Any = None) -> Any:
+    def add(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple,
+        kwargs: dict,
+        *,
+        effect: str = "",
+        extra: Any = None,
+        result: Any = None,
+    ) -> Any:
         """Record one operation and return its result with lazy tensors for new values.
 
         `result()` computes the fake result where calling the function on fakes does not.
         """
         self.settle()
         marks = len(self.constants)
-        op = Op(kind, self.invoke.index, target, self.encode(args), self.encode(kwargs), self.modes(), effect, extra)
+        op = Op(
+            kind,
+            self.invoke.index,
+            target,
+            self.encode(args),
+            self.encode(kwargs),
+            self.modes(),
+            effect,
+            extra,
+        )
         step = self.step.children.get(op)
         if step is None:
             try:
@@ -194,7 +319,11 @@ class Tape:
             except BaseException:
                 self._forget(marks)
                 raise
-            if kind == CALL and not effect and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves):
+            if (
+                kind == CALL
+                and not effect
+                and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves)
+            ):
                 self._forget(marks)
                 return tree.unflatten(step.leaves, step.spec)
             self.step.children[op] = step
@@ -221,13 +350,21 @@ class Tape:
                 return self.constants[key[1]]
             fake = self.fake_of(key)
             if key == target:  # another recording shares this fake: let it keep its own
-                fake = fresh.setdefault(key, fake.clone() if fake.dim() or not fake.requires_grad else fake.clone())
+                fake = fresh.setdefault(
+                    key, fake.clone() if fake.dim() or not fake.requires_grad else fake.clone()
+                )
             aliases[id(fake)] = key
             return fake
 
         with self.fakes:
             args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
-            got = result() if result is not None else None if op.kind != CALL else op.target.obj(*args, **kwargs)
+            got = (
+                result()
+                if result is not None
+                else None
+                if op.kind != CALL
+                else op.target.obj(*args, **kwargs)
+            )
         leaves, step.spec = tree.flatten(got)
         step.leaves = [aliases.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in leaves]
         step.rebound = list(fresh.items())
@@ -271,7 +408,9 @@ class Tape:
         """Where in the model's order the results of an operation exist."""
         found = [self.order[v] for v in self.step.needs if v in self.order]
         if op.kind == READ:
-            found.append((self.invoke.metas[op.target].order if op.target in self.invoke.metas else -1, op.target))
+            found.append(
+                (self.invoke.metas[op.target].order if op.target in self.invoke.metas else -1, op.target)
+            )
         if found:
             at = max(found, key=lambda f: f[0])
             for j in range(-1, max(1, len(self.step.leaves))):
@@ -381,8 +520,18 @@ class Tape:
         if isinstance(meta, Missing) or (opaque and whole and not _replaceable(meta)):
             value = self._read_live(site)
         else:
-            leaves = [LazyObject(self, site, i, x.type) if isinstance(x, Opaque) else x for i, x in enumerate(meta.leaves)]
-            value = self.add(READ, site, (), {}, extra=(meta.batched, _expected(meta)), result=lambda: tree.unflatten(leaves, meta.spec))
+            leaves = [
+                LazyObject(self, site, i, x.type) if isinstance(x, Opaque) else x
+                for i, x in enumerate(meta.leaves)
+            ]
+            value = self.add(
+                READ,
+                site,
+                (),
+                {},
+                extra=(meta.batched, _expected(meta)),
+                result=lambda: tree.unflatten(leaves, meta.spec),
+            )
         self._touch(site)
         if opaque and not whole and not _replaceable(meta):
             self.invoke.partial[site] = value
@@ -397,9 +546,14 @@ class Tape:
         self.add(READ, site, (), {}, extra=None, result=lambda: None)
         real = self._sync([("v", n, -1)])[0]
         leaves, spec = tree.flatten(real)
-        fakes = [self.fakes.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in leaves]
+        fakes = [
+            self.fakes.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x
+            for x in leaves
+        ]
         line = user_line()
-        values = [self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else x for j, x in enumerate(fakes)]
+        values = [
+            self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else x for j, x in enumerate(fakes)
+        ]
         self.invoke.metas[site] = SiteMeta(spec, tuple(fakes), (False,) * len(fakes), -1)
         return tree.unflatten(values, spec, real)
 
@@ -435,7 +589,15 @@ class Tape:
         self.recapture = self.recapture or not fits
         self.reshaped = self.reshaped or not fits
         batched = meta.batched if known else None
-        self.add(WRITE, site, (tuple(leaves),), {}, effect="inplace", extra=(spec, batched, fits), result=lambda: None)
+        self.add(
+            WRITE,
+            site,
+            (tuple(leaves),),
+            {},
+            effect="inplace",
+            extra=(spec, batched, fits),
+            result=lambda: None,
+        )
         self._touch(site)
         tree_value = tree.unflatten(leaves, spec, value)
         self.invoke.values.pop(site, None)
@@ -444,15 +606,25 @@ class Tape:
         if not any(isinstance(x, Keep) for x in leaves):
             self.invoke.values[site] = tree_value
             self._watch(site, tree_value)
-        self.invoke.metas = {s: m for s, m in self.invoke.metas.items() if not self.reshaped or m.order <= getattr(meta, "order", -1)}
+        self.invoke.metas = {
+            s: m
+            for s, m in self.invoke.metas.items()
+            if not self.reshaped or m.order <= getattr(meta, "order", -1)
+        }
         self.invoke.metas.pop(site, None)
 
     def _written_order(self, leaves: list) -> tuple[int, Site] | None:
-        found = [self.order[x._key[1:]] for x in leaves if isinstance(x, LazyTensor) and x._key[1:] in self.order]
+        found = [
+            self.order[x._key[1:]] for x in leaves if isinstance(x, LazyTensor) and x._key[1:] in self.order
+        ]
         return max(found, key=lambda f: f[0]) if found else None
 
     def _to_device(self, leaf: Any, meta: SiteMeta, i: int) -> Any:
-        if isinstance(leaf, torch.Tensor) and i < len(meta.leaves) and isinstance(meta.leaves[i], torch.Tensor):
+        if (
+            isinstance(leaf, torch.Tensor)
+            and i < len(meta.leaves)
+            and isinstance(meta.leaves[i], torch.Tensor)
+        ):
             device = meta.leaves[i].device
             if self.device_of(leaf) != device:
                 return leaf.to(device)
@@ -491,8 +663,18 @@ class Tape:
         out = self.meta((path, "output", call))
         batched = out.batched if isinstance(out, SiteMeta) and len(out.batched) == len(leaves) else None
         self.recapture = True
-        self.reshaped = self.reshaped or not (isinstance(out, SiteMeta) and self._fits((path, "output", call), leaves, spec, out))
-        self.add(SKIP, (path, "output", call), (tuple(leaves),), {}, effect="inplace", extra=(spec, batched), result=lambda: None)
+        self.reshaped = self.reshaped or not (
+            isinstance(out, SiteMeta) and self._fits((path, "output", call), leaves, spec, out)
+        )
+        self.add(
+            SKIP,
+            (path, "output", call),
+            (tuple(leaves),),
+            {},
+            effect="inplace",
+            extra=(spec, batched),
+            result=lambda: None,
+        )
         self._touch(site)
         if self.reshaped:
             self.invoke.metas = {s: m for s, m in self.invoke.metas.items() if m.order <= self.invoke.order}
@@ -588,7 +770,9 @@ class Tape:
         if not lazies:
             return args
         real = dict(zip(map(id, lazies), self._sync([self._tensor_key(x) for x in lazies]), strict=True))
-        return tree.tree_map(lambda x: real.get(id(x), getattr(x, "value", x) if type(x).__name__ == "Lifted" else x), args)
+        return tree.tree_map(
+            lambda x: real.get(id(x), getattr(x, "value", x) if type(x).__name__ == "Lifted" else x), args
+        )
 
     def plan(self, groups: Groups) -> InterventionGraph:
         """The recorded plan, shared by all recordings of this structure."""
@@ -629,7 +813,9 @@ def _replaceable(meta: SiteMeta) -> bool:
         fine = True
         for child in spec[3]:
             if child is None:
-                fine = fine and not (isinstance(meta.leaves[at], Opaque) and spec[0] not in ("list", "dict", "dataclass"))
+                fine = fine and not (
+                    isinstance(meta.leaves[at], Opaque) and spec[0] not in ("list", "dict", "dataclass")
+                )
                 at += 1
             else:
                 ok, at = walk(child, at)
@@ -640,7 +826,9 @@ def _replaceable(meta: SiteMeta) -> bool:
 
 
 def _mutable(spec: tree.Spec) -> bool:
-    return spec is not None and (spec[0] in ("list", "dict", "dataclass") or any(_mutable(s) for s in spec[3]))
+    return spec is not None and (
+        spec[0] in ("list", "dict", "dataclass") or any(_mutable(s) for s in spec[3])
+    )
 
 
 def _name(site: Site) -> str:

@@ -72,7 +72,11 @@ def construct(kind: str, cls: type, keys: tuple, values: list, like: Any = None)
     if kind == "namedtuple":
         return cls(*values)
     if kind == "dict":
-        return cls(**dict(zip(keys, values, strict=True))) if issubclass(cls, ModelOutput) else cls(zip(keys, values, strict=True))
+        return (
+            cls(**dict(zip(keys, values, strict=True)))
+            if issubclass(cls, ModelOutput)
+            else cls(zip(keys, values, strict=True))
+        )
     made = copy.copy(like) if isinstance(like, cls) else cls.__new__(cls)
     for key, value in zip(keys, values, strict=True):
         object.__setattr__(made, key, value)

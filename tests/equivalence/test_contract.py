@@ -24,14 +24,21 @@ ALL = ["hooks", *SPLICED]
 def llama(layers: int = 3, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        num_hidden_layers=layers, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=100
+        num_hidden_layers=layers,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False).to(dtype)
 
 
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=100, n_positions=64, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        n_layer=2, n_embd=32, n_head=4, vocab_size=100, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
     return GPT2LMHeadModel(config).eval().requires_grad_(False)
 
 
@@ -281,7 +288,11 @@ def test_modes_around_a_sync_point(engine, mode, leave):
                 out = model.output.save()
         except KeyError:
             assert leave == "exception"
-    assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")) == before
+    assert (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+    ) == before
     assert total == module[0](x).sum().item() or engine == "aot_eager"
     if leave == "normally":
         same(out, module(x), engine)
@@ -367,7 +378,11 @@ def test_an_edit_shows_in_output_hidden_states_every_time(engine):
     model = wrap(llama(), engine)
     for _ in range(2):
         for replace in (False, True):
-            with assert_no_fallback(), torch.no_grad(), model.trace(ids(), output_hidden_states=True) as tracer:
+            with (
+                assert_no_fallback(),
+                torch.no_grad(),
+                model.trace(ids(), output_hidden_states=True) as tracer,
+            ):
                 if replace:
                     model.model.layers[1].output = torch.zeros(2, 7, 32)
                 else:
