@@ -19,26 +19,33 @@ from .errors import (
     UnknownModuleError,
     UnsavedValueError,
 )
-from .language import LanguageModel
+from .language import LanguageModel, ModelNotFoundError
 from .model import NNsight
+from .tokens import PromptError
 from .tracing.saving import save
 
 __all__ = [
-    *("Envoy", "LanguageModel", "NNsight", "assert_max_compiles", "assert_no_fallback", "save"),
-    *(
-        "FallbackError",
-        "InvokeError",
-        "MissedProviderError",
-        "MissedSiteError",
-        "NNsightFXError",
-        "NestedTraceError",
-    ),
-    *(
-        "NotRecordableError",
-        "OutOfOrderError",
-        "OutsideTraceError",
-        "PaddedLengthUnknown",
-        "PlanMismatchError",
-    ),
-    *("RecompileError", "SkipError", "UnknownModuleError", "UnsavedValueError"),
+    "Envoy",
+    "FallbackError",
+    "InvokeError",
+    "LanguageModel",
+    "MissedProviderError",
+    "MissedSiteError",
+    "ModelNotFoundError",
+    "NNsight",
+    "NNsightFXError",
+    "NestedTraceError",
+    "NotRecordableError",
+    "OutOfOrderError",
+    "OutsideTraceError",
+    "PaddedLengthUnknown",
+    "PlanMismatchError",
+    "PromptError",
+    "RecompileError",
+    "SkipError",
+    "UnknownModuleError",
+    "UnsavedValueError",
+    "assert_max_compiles",
+    "assert_no_fallback",
+    "save",
 ]

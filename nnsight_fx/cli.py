@@ -38,9 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = patch.add_argument
-    option(
-        "--model", metavar="FOLDER_OR_ID", help="a causal language model; None is SmolLM2-135M from a wheel"
-    )
+    option("--model", metavar="FOLDER_OR_ID", help="a causal language model; None is SmolLM2-135M from a wheel")
     option("--clean", default=demo.IOI.clean, help="the prompt that the answer follows")
     option("--corrupt", default=demo.IOI.corrupt, help="a prompt of as many tokens that it does not follow")
     option("--answer", default=demo.IOI.answer, help="one token, with its space")

@@ -178,9 +178,7 @@ def _load(model: str | LanguageModel | None) -> tuple[LanguageModel, str]:
     return LanguageModel(str(weights.smollm2()), dtype=torch.float32), weights.NOTE
 
 
-def _against_hooks(
-    p: Patching, scores: torch.Tensor, rows: int, sample: int, seconds: dict
-) -> dict[str, Any]:
+def _against_hooks(p: Patching, scores: torch.Tensor, rows: int, sample: int, seconds: dict) -> dict[str, Any]:
     """Time and score some cells with the hook engine: one at a time, and in the compiled plan's batches."""
     cells = _sampled(p.cells, min(sample, rows))
     p.one(*cells[0])  # once untimed, as the compiled plan was
@@ -261,9 +259,7 @@ def _write(p: Patching, name: str, scores: torch.Tensor, report: dict[str, Any],
         bar=f"recovered logit({p.task.answer!r}) - logit({p.task.wrong!r})",
     )
     figure.savefig(out / "heatmap.png", dpi=150)
-    (out / "scores.json").write_text(
-        json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (out / "scores.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"\nwrote {out / 'heatmap.png'} and {out / 'scores.json'}")
 
 

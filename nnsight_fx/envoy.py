@@ -88,9 +88,7 @@ class Envoy:
         elif kwargs:
             kwargs = {**kwargs, next(iter(kwargs)): value}
         else:
-            raise ValueError(
-                f"{user_line()}: `{self.path}` is called without arguments: there is no input to write"
-            )
+            raise ValueError(f"{user_line()}: `{self.path}` is called without arguments: there is no input to write")
         tape.write(site, (args, kwargs))
 
     def skip(self, value: Any) -> None:
@@ -128,9 +126,7 @@ class Envoy:
         if hasattr(self._module, name):
             return getattr(self._module, name)
         known = [*self._module._modules, "output", "input", "inputs", "skip"]
-        raise UnknownModuleError(
-            f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}"
-        )
+        raise UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and not name.startswith("_"):
@@ -223,9 +219,7 @@ def _value(name: str) -> property:
 
     def put(self: Envoy, value: Any) -> None:
         if name in self._module._modules:
-            raise AttributeError(
-                f"{user_line()}: `{self.path}.{name}` is a module; its value is `.nns_{name}`"
-            )
+            raise AttributeError(f"{user_line()}: `{self.path}.{name}` is a module; its value is `.nns_{name}`")
         setattr(self, f"nns_{name}", value)
 
     return property(get, put, doc=getattr(Envoy, f"nns_{name}").__doc__)

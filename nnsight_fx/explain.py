@@ -59,9 +59,7 @@ class Explanation:
                     f"    segment {i}: {segment['sites']} sites from {segment['first']}, {segment['variants']} variants"
                 )
             for n, step in enumerate(each["passes"], 1):
-                lines.append(
-                    f"    pass {n} {step['pass']}: {step['rewrites']} rewrites, {step['nodes']} nodes after"
-                )
+                lines.append(f"    pass {n} {step['pass']}: {step['rewrites']} rewrites, {step['nodes']} nodes after")
             for name in each["live"]:
                 lines.append(f"    live, between segments: {name}")
             for why in each["fallbacks"]:

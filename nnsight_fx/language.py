@@ -226,9 +226,7 @@ def _load(name: str | os.PathLike, tokenizer: Any, options: dict[str, Any]) -> t
         ) from error
     if tokenizer is None:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                where, **{k: v for k, v in options.items() if k in WHERE}
-            )
+            tokenizer = AutoTokenizer.from_pretrained(where, **{k: v for k, v in options.items() if k in WHERE})
         except (OSError, ValueError) as error:
             raise ModelNotFoundError(
                 f"`{where}` has a model and no tokenizer that loads ({_first_line(error)}). "
@@ -254,9 +252,7 @@ def _folder(name: str | os.PathLike, options: dict[str, Any]) -> str | None:
         )
     if isinstance(name, str) and len(path.parts) <= 2 and not name.startswith(("/", ".", "~")):
         return None
-    raise ModelNotFoundError(
-        f"there is no folder `{path}`. Give one that holds a model, or a hub id.{_get(path)}"
-    )
+    raise ModelNotFoundError(f"there is no folder `{path}`. Give one that holds a model, or a hub id.{_get(path)}")
 
 
 def _get(folder: object, hub_id: str | None = None) -> str:

@@ -12,7 +12,7 @@ import torch.nn as nn
 from .capture import _torch
 from .capture.markers import Markers
 from .capture.scan import PLAIN
-from .engine.run import Run, live
+from .engine.run import Run
 from .engine.sites import Scanner
 from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
@@ -140,12 +140,9 @@ class NNsight(Envoy):
             return batches[0]
         flat = [tree.flatten((b.args, b.kwargs)) for b in batches]
         if any(spec != flat[0][1] for _, spec in flat):
-            raise ValueError(
-                "the invokes of one batch must be called with the same arguments; their structures differ"
-            )
+            raise ValueError("the invokes of one batch must be called with the same arguments; their structures differ")
         joined = [
-            self._join(i, list(column))
-            for i, column in enumerate(zip(*(leaves for leaves, _ in flat), strict=True))
+            self._join(i, list(column)) for i, column in enumerate(zip(*(leaves for leaves, _ in flat), strict=True))
         ]
         args, kwargs = tree.unflatten(joined, flat[0][1])
         return Batch(args, kwargs, sum(b.rows for b in batches))
@@ -174,9 +171,7 @@ class NNsight(Envoy):
     def _moves_state(self, wave: Wave) -> str | None:
         """Why a second forward in one trace would move state twice, if it would."""
         kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-        active = next(
-            (p for m, p in self._markers.paths.items() if m.training and isinstance(m, kinds)), None
-        )
+        active = next((p for m, p in self._markers.paths.items() if m.training and isinstance(m, kinds)), None)
         if active is not None:
             return f"`{active}` is in train mode"
         objects = [

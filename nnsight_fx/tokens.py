@@ -63,9 +63,7 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) or several
 
 
-def sequences(
-    name: str, value: Any, fill: float, left: bool, dims: int = 1
-) -> tuple[torch.Tensor, list[int]]:
+def sequences(name: str, value: Any, fill: float, left: bool, dims: int = 1) -> tuple[torch.Tensor, list[int]]:
     """Return `value` as one tensor (rows, longest, ...), and the length of each row.
 
     One row has `dims` dimensions; a single one gains that of the rows. A list of rows is padded with `fill`,
@@ -74,9 +72,7 @@ def sequences(
     if _is_list_of_rows(value):
         rows = [_tensor(name, row) for row in value]
         if wrong := [tuple(row.shape) for row in rows if row.dim() != dims]:
-            raise PromptError(
-                f"a row of `{name}` has shape {wrong[0]}, not {dims} dimension(s). Give {FORMS}."
-            )
+            raise PromptError(f"a row of `{name}` has shape {wrong[0]}, not {dims} dimension(s). Give {FORMS}.")
     else:
         tensor = _tensor(name, value)
         if tensor.dim() < dims:

@@ -40,9 +40,7 @@ class Job:
     plan: InterventionGraph
     entry: Entry
     closed: bool = True  # is the plan whole
-    raw_numbers: bool = (
-        False  # give lifted numbers as Python numbers (a backend that runs the graph as it is)
-    )
+    raw_numbers: bool = False  # give lifted numbers as Python numbers (a backend that runs the graph as it is)
     skeleton: Callable[[str], Any] | None = None  # the structure of a module, to call it on values
     half: frozenset = frozenset()  # the sites whose replaced values the model's Python has seen
     lines: Sequence = ()  # where each operation was written

@@ -26,9 +26,7 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
     Does not fire when: the segment needs nothing from outside. With `job.raw_numbers` numbers stay Python numbers.
     """
     made, lifted = 0, set()
-    sources = [
-        n for n in gm.graph.nodes if n.op == "call_function" and n.target in (constant, fetch, parameter)
-    ]
+    sources = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in (constant, fetch, parameter)]
     last = next((n for n in reversed(gm.graph.nodes) if n.op == "placeholder"), None)
     for node in sources:
         where = (

@@ -37,9 +37,7 @@ def narrow(gm: fx.GraphModule, job: Job) -> int:
                 parts = [gm.graph.call_function(torch.narrow, (x, 0, 0, start))] if start else []
                 parts.append(new)
                 if start + size < total:
-                    parts.append(
-                        gm.graph.call_function(torch.narrow, (x, 0, start + size, total - start - size))
-                    )
+                    parts.append(gm.graph.call_function(torch.narrow, (x, 0, start + size, total - start - size)))
                 result = gm.graph.call_function(torch.cat, (parts,))
         node.replace_all_uses_with(result)
         _rename(job, node, result)

@@ -141,8 +141,7 @@ class Weaver(Interleaver):
             return ordered[0][1]
         columns = zip(*(p[1] for p in ordered), strict=True)
         return [
-            self._emit("call_function", torch.cat, (list(c),)) if isinstance(c[0], fx.Node) else c[0]
-            for c in columns
+            self._emit("call_function", torch.cat, (list(c),)) if isinstance(c[0], fx.Node) else c[0] for c in columns
         ]
 
     # -- values --------------------------------------------------------------------------------------------------
@@ -193,22 +192,14 @@ class Weaver(Interleaver):
 
     def _group(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:
         groups = self.plan.groups.rows
-        return (
-            groups[invoke]
-            if invoke < len(groups) and isinstance(leaf, fx.Node) and batched is not False
-            else None
-        )
+        return groups[invoke] if invoke < len(groups) and isinstance(leaf, fx.Node) and batched is not False else None
 
     # -- operations ----------------------------------------------------------------------------------------------
 
     def check(self, n: int, leaves: list, expected: tuple) -> None:
         for leaf, want in zip(leaves, expected, strict=False):
             fake = leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else None
-            if (
-                fake is not None
-                and want is not None
-                and (fake.dtype != want[1] or fake.dim() != len(want[0]))
-            ):
+            if fake is not None and want is not None and (fake.dtype != want[1] or fake.dim() != len(want[0])):
                 raise CutHere  # not what was guessed: the live read says so
 
     def perform(self, n: int, firing: Firing | None) -> None:
@@ -243,9 +234,7 @@ class Weaver(Interleaver):
                 token = self._emit(
                     "call_function", torch.amp.autocast_mode._enter_autocast, (device, dtype, enabled, True)
                 )
-                undo.append(
-                    lambda t=token: self._emit("call_function", torch.amp.autocast_mode._exit_autocast, (t,))
-                )
+                undo.append(lambda t=token: self._emit("call_function", torch.amp.autocast_mode._exit_autocast, (t,)))
         return lambda: [step() for step in reversed(undo)] and None
 
     def _module(self, path: str, args: tuple, kwargs: dict) -> fx.Node:

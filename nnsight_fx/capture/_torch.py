@@ -183,13 +183,10 @@ def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, 
 
     def keep(guards: Any) -> list[bool]:
         return [
-            not any(table in guard.name for table in ("_forward_hooks[", "_forward_pre_hooks["))
-            for guard in guards
+            not any(table in guard.name for table in ("_forward_hooks[", "_forward_pre_hooks[")) for guard in guards
         ]
 
-    return torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)(
-        function
-    )
+    return torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)(function)
 
 
 def undisturbed(function: Callable) -> Callable:

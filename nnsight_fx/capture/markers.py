@@ -21,9 +21,7 @@ from transformers.utils.generic import ModelOutput
 from ..tracing import tree
 from ..tracing.encode import Keep
 
-active = (
-    threading.local()
-)  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
+active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
 
 
 class Passing(Protocol):
@@ -78,9 +76,7 @@ def _children(value: Any) -> Any:
         return list(value.values())
     if type(value) is tuple or type(value) is list:
         return value
-    if isinstance(value, tuple) and (
-        hasattr(type(value), "_fields") or hasattr(type(value), "n_sequence_fields")
-    ):
+    if isinstance(value, tuple) and (hasattr(type(value), "_fields") or hasattr(type(value), "n_sequence_fields")):
         return list(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, f.name) for f in dataclasses.fields(value)]
@@ -192,9 +188,7 @@ class Markers:
         self.stop_at: tuple[str, str, int] | None = None
         self.skippers: dict[nn.Module, Callable] = {}
         self.skip_live: dict[nn.Module, Callable] = {}
-        self.calls: dict[
-            tuple[str, str], list[int]
-        ] = {}  # counted by Dynamo itself, for modules in the capture half
+        self.calls: dict[tuple[str, str], list[int]] = {}  # counted by Dynamo itself, for modules in the capture half
 
     def _hooks(self, path: str) -> tuple[Callable, Callable]:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -282,9 +276,7 @@ class Stop(Exception):
     """Ends a forward that Dynamo traces; the captured function catches it."""
 
 
-KEY = RemovableHandle(
-    OrderedDict()
-).id  # the key of our hooks in every table: Dynamo guards on it, so it never changes
+KEY = RemovableHandle(OrderedDict()).id  # the key of our hooks in every table: Dynamo guards on it, so it never changes
 
 
 def put(module: nn.Module, before: Callable, after: Callable) -> None:

@@ -47,9 +47,7 @@ def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
         for table in ("_forward_hooks", "_forward_pre_hooks"):
             hooks = getattr(m, table)
             for key in list(hooks):
-                if not (getattr(hooks[key], "__module__", "") or "").startswith(
-                    ("transformers.", "accelerate.")
-                ):
+                if not (getattr(hooks[key], "__module__", "") or "").startswith(("transformers.", "accelerate.")):
                     del hooks[key]
                     for flags in (
                         "_forward_hooks_with_kwargs",
@@ -116,9 +114,7 @@ def scan(
         put(module, before, after)
         if plan is not None and path in plan.plan.skips:
 
-            def forward(
-                *args: Any, path: str = path, original: Callable = module.forward, **kwargs: Any
-            ) -> Any:
+            def forward(*args: Any, path: str = path, original: Callable = module.forward, **kwargs: Any) -> Any:
                 parts = plan.skipped.get((path, "output", counts[(path, "input")] - 1))
                 if parts is None:
                     return original(*args, **kwargs)

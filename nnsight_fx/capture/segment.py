@@ -39,9 +39,7 @@ class Segment:
     @property
     def sites(self) -> list[tuple[str, str]]:
         """`(path, kind)` of its sites, in order."""
-        return list(
-            dict.fromkeys((n.args[1], n.args[2]) for n in self.gm.graph.nodes if n.target in (site, supply))
-        )  # type: ignore[misc]
+        return list(dict.fromkeys((n.args[1], n.args[2]) for n in self.gm.graph.nodes if n.target in (site, supply)))  # type: ignore[misc]
 
     def tail(self, last: int) -> tuple[Segment, list[int], list[int]]:
         """What comes after node `last`: a segment of its own; the nodes (by index) whose values it takes; which of its inputs are what.

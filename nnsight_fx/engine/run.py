@@ -41,9 +41,7 @@ class Run(TensorInterleaver):
         self.coroutine: Coroutine | None = None
         self.result: Any = None
         self.everything = False  # hook every module: the plan may still grow
-        self.written: tuple[str, Line] | None = (
-            None  # the last write: whom to name when the model cannot use it
-        )
+        self.written: tuple[str, Line] | None = None  # the last write: whom to name when the model cannot use it
         self.report: list[str] = []  # what ran live, for explain()
 
     # -- the model -----------------------------------------------------------------------------------------------
@@ -115,11 +113,7 @@ class Run(TensorInterleaver):
         """The model passes a site with `value`; what it goes on with is returned."""
         call = self.count(path, kind)
         site = (path, kind, call)
-        if (
-            self.closed
-            and site not in self.plan.touches
-            and not (kind == "input" and path in self.plan.skips)
-        ):
+        if self.closed and site not in self.plan.touches and not (kind == "input" and path in self.plan.skips):
             return value
         leaves, spec = tree.flatten(value)
         old = list(leaves)
@@ -208,9 +202,7 @@ class Run(TensorInterleaver):
 
     def _lines_of(self, kind: str, path: str) -> str:
         return ", ".join(
-            str(self.lines[n])
-            for n, op in enumerate(self.plan.ops)
-            if op.kind == kind and op.target[0] == path
+            str(self.lines[n]) for n, op in enumerate(self.plan.ops) if op.kind == kind and op.target[0] == path
         )
 
     def missed_error(self, missed: list[int]) -> MissedSiteError:
@@ -230,9 +222,7 @@ class Run(TensorInterleaver):
                     f"{self.lines[n]}: `{path}.{kind}` (call {call}) was {what}, but the run never reached it: {why}. "
                     "Everything else that was saved has been delivered."
                 )
-        return MissedSiteError(
-            f"{self.lines[missed[0]]}: the run ended before this operation had what it needs."
-        )
+        return MissedSiteError(f"{self.lines[missed[0]]}: the run ended before this operation had what it needs.")
 
 
 @contextlib.contextmanager

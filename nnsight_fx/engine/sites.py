@@ -148,17 +148,14 @@ class Scanner:
         self.signatures.move_to_end(key)
         return found
 
-    def _scan(
-        self, copied: Any, leaves: list, spec: tree.Spec, fn: str | None, unknown: tuple | None
-    ) -> Signature:
+    def _scan(self, copied: Any, leaves: list, spec: tree.Spec, fn: str | None, unknown: tuple | None) -> Signature:
         found = Signature(Scan(), leaves)
         if isinstance(copied, Exception):
             found.scan.ended = copied
             return found
         if unknown:
             made = [
-                self._unknown(x, unknown[i], found) if isinstance(x, torch.Tensor) else x
-                for i, x in enumerate(leaves)
+                self._unknown(x, unknown[i], found) if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)
             ]
         else:
             made = [_faked(self.fakes, x) for x in leaves]
@@ -180,17 +177,13 @@ class Scanner:
 
         self.shapes.guessing, self.shapes.guessed = True, False
         try:
-            done = scan(
-                copied, call, self.fakes, plan=plan, batched=batched, unsure=lambda: self.shapes.guessed
-            )
+            done = scan(copied, call, self.fakes, plan=plan, batched=batched, unsure=lambda: self.shapes.guessed)
         finally:
             self.shapes.guessing = False
         replaced = self.shapes.replacements
         if any(s is not None and s in replaced for s in of.symbols):
             done = Scan()
-            done.ended = RuntimeError(
-                "the model's shapes depend on the number of rows or the length themselves"
-            )
+            done.ended = RuntimeError("the model's shapes depend on the number of rows or the length themselves")
         return done
 
     def _unknown(self, x: torch.Tensor, dims: tuple[int | None, int | None], of: Signature) -> torch.Tensor:
@@ -214,9 +207,7 @@ class Scanner:
 
 def _fixed(leaves: list, unknown: tuple) -> tuple:
     return tuple(
-        tuple(None if d in dims else s for d, s in enumerate(x.shape))
-        if isinstance(x, torch.Tensor)
-        else None
+        tuple(None if d in dims else s for d, s in enumerate(x.shape)) if isinstance(x, torch.Tensor) else None
         for x, dims in zip(leaves, unknown, strict=True)
     )
 
@@ -250,9 +241,7 @@ class WaveSites:
         key = (site, str(rows), str(self.length))
         found = self.signature.metas.get(key)
         if found is None:
-            found = self.signature.metas[key] = _known(
-                self._sized(self.signature.scan.lookup(site), rows), self.length
-            )
+            found = self.signature.metas[key] = _known(self._sized(self.signature.scan.lookup(site), rows), self.length)
         return found
 
     def _rescanned(self, tape: Tape) -> Scan:
@@ -271,9 +260,7 @@ class WaveSites:
     def replay(self, tape: Tape) -> Scan:
         """A scan in which the recorded plan takes effect. It shows the metadata after it, and where it stops the model."""
         plan = tape.plan(Groups((None,) * (max((op.invoke for op in tape.ops), default=0) + 1), 0))
-        constants = [
-            tape.fake_of(("c", i)) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)
-        ]
+        constants = [tape.fake_of(("c", i)) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)]
         interleaver = FakeInterleaver(plan, constants, self)
         args, kwargs = self.signature.inputs  # type: ignore[attr-defined]
         return self.scanner.run(self.scanner.skeleton(), None, args, kwargs, self.signature, interleaver)
@@ -323,11 +310,7 @@ def _known(meta: SiteMeta | Missing, length: Any = None) -> SiteMeta | Missing:
     if isinstance(meta, Missing):
         return meta
     sizes = [
-        n
-        for leaf in meta.leaves
-        if isinstance(leaf, torch.Tensor)
-        for n in leaf.shape
-        if isinstance(n, torch.SymInt)
+        n for leaf in meta.leaves if isinstance(leaf, torch.Tensor) for n in leaf.shape if isinstance(n, torch.SymInt)
     ]
     known = {length.node.expr} if isinstance(length, torch.SymInt) else set()
     if any(free_unbacked_symbols(n) - known for n in sizes):

@@ -54,9 +54,7 @@ class Capture:
     hits: int = 0
     segments: list[Segment] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
-    live_sites: set[str] = field(
-        default_factory=set
-    )  # touched by a plan between segments, behind a graph break
+    live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
     entries: dict[tuple, tuple[Callable, Any]] = field(default_factory=dict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
 
@@ -79,9 +77,7 @@ class Capture:
         if key not in self.entries:
             settle(module)
             inner = _renamed(_inner(module, fn))
-            compiled = _torch.dynamo_compile(
-                inner, self.backend, self.options.dynamic, self.options.fullgraph
-            )
+            compiled = _torch.dynamo_compile(inner, self.backend, self.options.dynamic, self.options.fullgraph)
             self.entries[key] = (compiled, inner)
         return self.entries[key][0]
 
@@ -143,9 +139,7 @@ class SplicedRun(Run):
     skeleton: Callable[[str], Any]
     everything: bool = True
 
-    def start(
-        self, capture: Capture, stop_at: Site | None, sites: Any, entry: Callable[[], Any]
-    ) -> SplicedRun:
+    def start(self, capture: Capture, stop_at: Site | None, sites: Any, entry: Callable[[], Any]) -> SplicedRun:
         self.capture, self.sites, self.stop_at, self.everything = capture, sites, stop_at, True
         self.skeleton = lambda path: sites.scanner.skeleton().get_submodule(path)
         self.segments_run = 0
@@ -169,8 +163,7 @@ class SplicedRun(Run):
             markers.half = _half(plan)
             markers.stop_at = self.stop_at
             markers.calls = {
-                (path, kind): [0]
-                for path, kind, _ in [*markers.half, *([self.stop_at] if self.stop_at else [])]
+                (path, kind): [0] for path, kind, _ in [*markers.half, *([self.stop_at] if self.stop_at else [])]
             }
             active.capture = FakeCapture(self)
         try:
@@ -186,11 +179,7 @@ class SplicedRun(Run):
         if not self.counts and not self.env and not self.done:
             return (self.plan, self.closed)
         known = tuple(
-            sorted(
-                (v, facts(x) if isinstance(x, torch.Tensor) else None)
-                for v, x in self.env.items()
-                if v[1] >= 0
-            )
+            sorted((v, facts(x) if isinstance(x, torch.Tensor) else None) for v, x in self.env.items() if v[1] >= 0)
         )
         return (
             self.plan,
@@ -238,9 +227,7 @@ class SplicedRun(Run):
     # -- live parts ----------------------------------------------------------------------------------------------
 
     def pass_site(self, path: str, kind: str, value: Any) -> Any:
-        return self.capture.passing(
-            self, path, kind, value
-        )  # compiled code may be calling: Dynamo stays out of this
+        return self.capture.passing(self, path, kind, value)  # compiled code may be calling: Dynamo stays out of this
 
     def live_site(self, path: str, kind: str, value: Any) -> Any:
         """A site outside captured code."""
@@ -259,9 +246,7 @@ class SplicedRun(Run):
         self._root_objects()
         self.capture.live_sites.update(self.live_sites)
         if not self.segments_run and not self.stopping:
-            self.capture.fall_back(
-                "nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)"
-            )
+            self.capture.fall_back("nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)")
             warnings.warn(
                 "nnsight_fx: nothing of the model ran captured in this trace (Dynamo's recompile limit, or compilation is "
                 "disabled); the hook engine did the work. `model.explain()` has the details.",
@@ -330,23 +315,19 @@ class DynamoInterleaver(FakeInterleaver):
 
     def __init__(self, run: SplicedRun, mode: Any):
         constants = [
-            mode.from_tensor(c, static_shapes=True) if isinstance(c, torch.Tensor) else c
-            for c in run.constants
+            mode.from_tensor(c, static_shapes=True) if isinstance(c, torch.Tensor) else c for c in run.constants
         ]
         super().__init__(run.plan, constants, run.sites)
         self.at, self.done, self.counts = list(run.at), set(run.done), dict(run.counts)
         self.env = {
-            k: mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v
-            for k, v in run.env.items()
+            k: mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for k, v in run.env.items()
         }
 
         def fake(x: Any) -> Any:
             return mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x
 
         self.skipped = {
-            at: {
-                i: (spec, [fake(x) for x in leaves], batched) for i, (spec, leaves, batched) in parts.items()
-            }
+            at: {i: (spec, [fake(x) for x in leaves], batched) for i, (spec, leaves, batched) in parts.items()}
             for at, parts in run.skipped.items()
         }
         self.group: dict[int, torch.Tensor] = {}
@@ -385,9 +366,7 @@ def assert_max_compiles(n: int) -> Iterator[None]:
     before = watch.compiles
     yield
     if watch.compiles - before > n:
-        raise RecompileError(
-            f"{watch.compiles - before} graphs were compiled in this block, at most {n} were expected"
-        )
+        raise RecompileError(f"{watch.compiles - before} graphs were compiled in this block, at most {n} were expected")
 
 
 @contextlib.contextmanager

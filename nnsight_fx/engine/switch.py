@@ -80,9 +80,7 @@ class Coroutine:
         try:
             _ = to.throw(*throw) if throw else to.switch()
         finally:
-            if (
-                to is self.model and self.model.dead
-            ):  # it ended, by itself or by an exception, and put nothing away
+            if to is self.model and self.model.dead:  # it ended, by itself or by an exception, and put nothing away
                 _torch.function_modes(take=True)
                 _torch.dispatch_modes(take=True)
                 self.guard.close()

@@ -31,9 +31,7 @@ class Variant:
     exit: Any
     cut: Cut | None = None
     tail: Segment | None = None
-    leaves: list[int | None] = field(
-        default_factory=list
-    )  # for each leaf of the cut site, its place in the outputs
+    leaves: list[int | None] = field(default_factory=list)  # for each leaf of the cut site, its place in the outputs
     resumed: list[int | tuple] = field(
         default_factory=list
     )  # the tail's inputs: a place in the outputs, or ("leaf", i)
@@ -174,7 +172,5 @@ def extras(run: SplicedRun, found: Variant) -> list:
     values = []
     for take in found.takes:
         value = source(run, take)
-        values.append(
-            number(take, value) if take[0] == "constant" and take[2] != "tensor" and not raw else value
-        )
+        values.append(number(take, value) if take[0] == "constant" and take[2] != "tensor" and not raw else value)
     return values

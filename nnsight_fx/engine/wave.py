@@ -60,11 +60,7 @@ class Wave:
 
     def rows_of(self, index: int) -> Any:
         """The rows of an invoke; of the whole batch so far for one without input."""
-        batch = (
-            self.members[index].batch
-            if index < len(self.members) and self.members[index] is not None
-            else None
-        )  # type: ignore[union-attr]
+        batch = self.members[index].batch if index < len(self.members) and self.members[index] is not None else None  # type: ignore[union-attr]
         return batch.rows if batch is not None else sum(b.rows for b in self.batches)
 
     def groups(self) -> Groups:

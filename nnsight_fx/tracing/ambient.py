@@ -6,6 +6,7 @@ An operation recorded under other modes than those its trace was opened under is
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ class Ambient(NamedTuple):
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
 
 
+@functools.cache
 def devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 

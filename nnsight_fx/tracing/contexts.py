@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-
 from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError
 from . import saving
 from .lazy import user_line
@@ -155,9 +154,7 @@ class Tracer:
         ```
         """
         if self.waves or self.args:
-            raise InvokeError(
-                f"{user_line()}: `tracer.batch` comes first in a trace without input, before any invoke."
-            )
+            raise InvokeError(f"{user_line()}: `tracer.batch` comes first in a trace without input, before any invoke.")
         invokers = [Invoker(self, (p,), {}) for p in prompts]
         with _paused(self.recorder):
             for invoker in invokers:

@@ -87,9 +87,7 @@ class Scope:
             return Inside(out)
         self.at += 1
         return Inside(
-            self.results[self.at]
-            if self.at in self.results
-            else LazyTensor(tape, ("v", -1, self.at), out, user_line())
+            self.results[self.at] if self.at in self.results else LazyTensor(tape, ("v", -1, self.at), out, user_line())
         )
 
 

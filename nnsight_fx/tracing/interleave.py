@@ -120,9 +120,7 @@ class Interleaver:
             batched, expected = op.extra or (None, None)
             if expected is not None:
                 self.check(n, firing.leaves, expected)
-            leaves = [
-                self.rows(x, op.invoke, batched[i] if batched else None) for i, x in enumerate(firing.leaves)
-            ]
+            leaves = [self.rows(x, op.invoke, batched[i] if batched else None) for i, x in enumerate(firing.leaves)]
             self._keep(n, leaves, firing.spec)
         elif op.kind == OBJECT:
             assert firing is not None
@@ -210,10 +208,7 @@ class Interleaver:
     def unfinished(self) -> list[int]:
         """The operations that the run did not get to."""
         return [
-            n
-            for worker, at in zip(self.plan.workers, self.at, strict=True)
-            for n in worker[at:]
-            if n not in self.done
+            n for worker, at in zip(self.plan.workers, self.at, strict=True) for n in worker[at:] if n not in self.done
         ]
 
     def extend(self, plan: InterventionGraph) -> None:
@@ -248,9 +243,7 @@ class TensorInterleaver(Interleaver):
         if group is None:
             return new
         start, size = group
-        return torch.cat(
-            [leaf.narrow(0, 0, start), new, leaf.narrow(0, start + size, leaf.shape[0] - start - size)]
-        )
+        return torch.cat([leaf.narrow(0, 0, start), new, leaf.narrow(0, start + size, leaf.shape[0] - start - size)])
 
 
 def gather(parts: dict[int, tuple], groups: Any) -> tuple[list, tree.Spec]:

@@ -64,9 +64,7 @@ class LazyTensor(torch.Tensor):
         return lazy._tape.call(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> NoReturn:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> NoReturn:
         raise NotRecordableError(
             f"{user_line()}: `{func}` reached a recorded value below the Python API, where it cannot be recorded "
             "(torch.func transforms, reentrant checkpoints and C++ extensions go that way). "

@@ -45,9 +45,7 @@ def _lift_index(index: Any, shape: Any) -> Any:
         return _position(index, _size_at(shape, (index,), 0))
     if type(index) is not tuple:
         return index
-    return tuple(
-        _position(v, _size_at(shape, index, at)) if type(v) is int else v for at, v in enumerate(index)
-    )
+    return tuple(_position(v, _size_at(shape, index, at)) if type(v) is int else v for at, v in enumerate(index))
 
 
 def lift(name: str, args: tuple, kwargs: dict, shape_of: Any) -> tuple[tuple, dict]:

@@ -36,9 +36,7 @@ class Op(NamedTuple):
     kwargs: Key
     ambient: tuple | None  # grad mode, autocast ... where they differ from those the trace was opened under
     effect: str  # "" pure, "inplace" changes an argument, "random" draws numbers
-    extra: Any = (
-        None  # write, skip: the spec of the written tree; read: which leaves hold the batch in their rows
-    )
+    extra: Any = None  # write, skip: the spec of the written tree; read: which leaves hold the batch in their rows
 
 
 class Groups(NamedTuple):
@@ -87,8 +85,7 @@ class InterventionGraph:
     def watched(self) -> frozenset[tuple[str, str]]:
         """`(path, kind)` of every site that is read, written or skipped."""
         return frozenset(
-            (path, "input" if self.ops[ns[0]].kind == SKIP else kind)
-            for (path, kind, _), ns in self.touches.items()
+            (path, "input" if self.ops[ns[0]].kind == SKIP else kind) for (path, kind, _), ns in self.touches.items()
         )
 
     @cached_property
@@ -127,9 +124,7 @@ class InterventionGraph:
     @cached_property
     def sees_objects(self) -> bool:
         """Does it read leaves that only a live site has: objects, or a structure that no scan could tell?"""
-        return any(
-            (op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops
-        )
+        return any((op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops)
 
     @cached_property
     def fx(self) -> fx.Graph:
@@ -191,8 +186,7 @@ def _dialect(name: str) -> Callable:
 
 
 DIALECT: dict[str, Callable] = {
-    name: _dialect(name)
-    for name in (READ, WRITE, SKIP, OBJECT, STOP, SAVE, MODULE, APPLY, SYNC, BARRIER, "leaf")
+    name: _dialect(name) for name in (READ, WRITE, SKIP, OBJECT, STOP, SAVE, MODULE, APPLY, SYNC, BARRIER, "leaf")
 }
 _leaf = DIALECT["leaf"]
 

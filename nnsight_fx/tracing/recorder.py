@@ -41,10 +41,7 @@ class Recorder(TorchFunctionMode):
         if name in _RANDOM:
             return True
         leaves = tree.flatten((args, kwargs))[0] if tape.changed or types_hidden(args) else ()
-        return any(
-            isinstance(x, LazyTensor) or (isinstance(x, torch.Tensor) and id(x) in tape.changed)
-            for x in leaves
-        )
+        return any(isinstance(x, LazyTensor) or (isinstance(x, torch.Tensor) and id(x) in tape.changed) for x in leaves)
 
 
 def types_hidden(args: tuple) -> bool:

@@ -261,11 +261,7 @@ class Tape:
     def _effect(name: str, func: Any, kwargs: dict) -> str:
         if name in RANDOM_IN_PLACE or (name in RANDOM and kwargs.get("out") is None):
             return "inplace" if name in RANDOM_IN_PLACE else "random"
-        in_place = (
-            name in IN_PLACE_DUNDERS
-            or name == "__setitem__"
-            or (name.endswith("_") and not name.endswith("__"))
-        )
+        in_place = name in IN_PLACE_DUNDERS or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         return "inplace" if in_place or kwargs.get("out") is not None or kwargs.get("inplace") else ""
 
     def _attribute(self, func: Any, name: str, args: tuple) -> Any:
@@ -319,11 +315,7 @@ class Tape:
             except BaseException:
                 self._forget(marks)
                 raise
-            if (
-                kind == CALL
-                and not effect
-                and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves)
-            ):
+            if kind == CALL and not effect and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves):
                 self._forget(marks)
                 return tree.unflatten(step.leaves, step.spec)
             self.step.children[op] = step
@@ -350,21 +342,13 @@ class Tape:
                 return self.constants[key[1]]
             fake = self.fake_of(key)
             if key == target:  # another recording shares this fake: let it keep its own
-                fake = fresh.setdefault(
-                    key, fake.clone() if fake.dim() or not fake.requires_grad else fake.clone()
-                )
+                fake = fresh.setdefault(key, fake.clone() if fake.dim() or not fake.requires_grad else fake.clone())
             aliases[id(fake)] = key
             return fake
 
         with self.fakes:
             args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
-            got = (
-                result()
-                if result is not None
-                else None
-                if op.kind != CALL
-                else op.target.obj(*args, **kwargs)
-            )
+            got = result() if result is not None else None if op.kind != CALL else op.target.obj(*args, **kwargs)
         leaves, step.spec = tree.flatten(got)
         step.leaves = [aliases.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in leaves]
         step.rebound = list(fresh.items())
@@ -408,9 +392,7 @@ class Tape:
         """Where in the model's order the results of an operation exist."""
         found = [self.order[v] for v in self.step.needs if v in self.order]
         if op.kind == READ:
-            found.append(
-                (self.invoke.metas[op.target].order if op.target in self.invoke.metas else -1, op.target)
-            )
+            found.append((self.invoke.metas[op.target].order if op.target in self.invoke.metas else -1, op.target))
         if found:
             at = max(found, key=lambda f: f[0])
             for j in range(-1, max(1, len(self.step.leaves))):
@@ -521,8 +503,7 @@ class Tape:
             value = self._read_live(site)
         else:
             leaves = [
-                LazyObject(self, site, i, x.type) if isinstance(x, Opaque) else x
-                for i, x in enumerate(meta.leaves)
+                LazyObject(self, site, i, x.type) if isinstance(x, Opaque) else x for i, x in enumerate(meta.leaves)
             ]
             value = self.add(
                 READ,
@@ -546,14 +527,9 @@ class Tape:
         self.add(READ, site, (), {}, extra=None, result=lambda: None)
         real = self._sync([("v", n, -1)])[0]
         leaves, spec = tree.flatten(real)
-        fakes = [
-            self.fakes.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x
-            for x in leaves
-        ]
+        fakes = [self.fakes.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in leaves]
         line = user_line()
-        values = [
-            self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else x for j, x in enumerate(fakes)
-        ]
+        values = [self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else x for j, x in enumerate(fakes)]
         self.invoke.metas[site] = SiteMeta(spec, tuple(fakes), (False,) * len(fakes), -1)
         return tree.unflatten(values, spec, real)
 
@@ -607,24 +583,16 @@ class Tape:
             self.invoke.values[site] = tree_value
             self._watch(site, tree_value)
         self.invoke.metas = {
-            s: m
-            for s, m in self.invoke.metas.items()
-            if not self.reshaped or m.order <= getattr(meta, "order", -1)
+            s: m for s, m in self.invoke.metas.items() if not self.reshaped or m.order <= getattr(meta, "order", -1)
         }
         self.invoke.metas.pop(site, None)
 
     def _written_order(self, leaves: list) -> tuple[int, Site] | None:
-        found = [
-            self.order[x._key[1:]] for x in leaves if isinstance(x, LazyTensor) and x._key[1:] in self.order
-        ]
+        found = [self.order[x._key[1:]] for x in leaves if isinstance(x, LazyTensor) and x._key[1:] in self.order]
         return max(found, key=lambda f: f[0]) if found else None
 
     def _to_device(self, leaf: Any, meta: SiteMeta, i: int) -> Any:
-        if (
-            isinstance(leaf, torch.Tensor)
-            and i < len(meta.leaves)
-            and isinstance(meta.leaves[i], torch.Tensor)
-        ):
+        if isinstance(leaf, torch.Tensor) and i < len(meta.leaves) and isinstance(meta.leaves[i], torch.Tensor):
             device = meta.leaves[i].device
             if self.device_of(leaf) != device:
                 return leaf.to(device)
@@ -826,9 +794,7 @@ def _replaceable(meta: SiteMeta) -> bool:
 
 
 def _mutable(spec: tree.Spec) -> bool:
-    return spec is not None and (
-        spec[0] in ("list", "dict", "dataclass") or any(_mutable(s) for s in spec[3])
-    )
+    return spec is not None and (spec[0] in ("list", "dict", "dataclass") or any(_mutable(s) for s in spec[3]))
 
 
 def _name(site: Site) -> str:

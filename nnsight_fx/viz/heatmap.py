@@ -57,9 +57,7 @@ def heatmap(
     _label(axes.xaxis, x, xlabel, rotation=60)
     _label(axes.yaxis, y, ylabel)
     if title:
-        figure.suptitle(
-            _wrapped(title, round(10 * figure.get_figwidth())), fontsize="medium", parse_math=False
-        )
+        figure.suptitle(_wrapped(title, round(10 * figure.get_figwidth())), fontsize="medium", parse_math=False)
     figure.colorbar(image, ax=axes).set_label(_drawable(bar), parse_math=False)
     return figure
 
