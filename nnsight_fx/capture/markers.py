@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
-from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from ..tracing import tree
@@ -276,7 +275,7 @@ class Stop(Exception):
     """Ends a forward that Dynamo traces; the captured function catches it."""
 
 
-KEY = RemovableHandle(OrderedDict()).id  # the key of our hooks in every table: Dynamo guards on it, so it never changes
+KEY = -1  # the key of our hooks in every table, which torch counts from 0: Dynamo guards on it, so it never changes
 
 
 def put(module: nn.Module, before: Callable, after: Callable) -> None:

@@ -41,9 +41,16 @@ class Recorder(TorchFunctionMode):
         if name in _RANDOM:
             return True
         leaves = tree.flatten((args, kwargs))[0] if tape.changed or types_hidden(args) else ()
-        return any(isinstance(x, LazyTensor) or (isinstance(x, torch.Tensor) and id(x) in tape.changed) for x in leaves)
+        return any(_recorded(x, tape) for x in leaves)
+
+
+def _recorded(x: Any, tape: Tape) -> bool:
+    """Does an argument stand for something that only the run knows: a value, a changed tensor, the padded length?"""
+    if isinstance(x, torch.Tensor):
+        return isinstance(x, LazyTensor) or id(x) in tape.changed
+    return isinstance(x, torch.SymInt) or (type(x) is torch.Size and any(isinstance(n, torch.SymInt) for n in x))
 
 
 def types_hidden(args: tuple) -> bool:
     """Could a list among the arguments hold recorded values that `types` does not name?"""
-    return any(isinstance(a, list | tuple | dict) for a in args)
+    return any(isinstance(a, list | tuple | dict | torch.SymInt) for a in args)
