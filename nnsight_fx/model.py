@@ -200,7 +200,7 @@ class NNsight(Envoy):
     def _wave(self, tracer: Tracer, first: Batch, alone: bool) -> Wave:
         return Wave(self, tracer, first, alone)
 
-    def _run(self, wave: Wave, plan: Any) -> Run:
+    def _run(self, wave: Wave, plan: Any, constants: list, lines: list) -> Run:
         fn = wave.tracer.fn
         batch = wave.batch
 
@@ -214,8 +214,8 @@ class NNsight(Envoy):
         cls = Run if capture is None else SplicedRun
         run = cls(
             plan,
-            wave.tape.constants,
-            wave.tape.lines,
+            constants,
+            lines,
             self._markers,
             call,
             self._module.get_submodule,

@@ -6,20 +6,27 @@ A pass is `def name(gm, job) -> int`: it changes `gm` in place and returns how m
 
 from __future__ import annotations
 
+if __name__ != "nnsight_fx.passes":
+    # A checkout has these files under two names; a second copy of a pass would match none of the first one's markers.
+    raise ImportError(f"`{__name__}` is `nnsight_fx.passes`: import it by that name")
+
 from collections.abc import Callable, Collection, Sequence
 
 import torch.fx as fx
 
 from .erase import erase
 from .expose import expose
+from .functionalize import functionalize
 from .job import Cut, Entry, Job
 from .lift_constants import lift_constants
 from .narrow import narrow
+from .skip import skip
 from .splice import splice
+from .truncate import truncate
 
 Pass = Callable[[fx.GraphModule, Job], int]
 
-PIPELINE: tuple[Pass, ...] = (splice, narrow, lift_constants, expose, erase)
+PIPELINE: tuple[Pass, ...] = (skip, splice, truncate, narrow, lift_constants, expose, erase)
 
 
 def run(
@@ -43,8 +50,11 @@ __all__ = [
     "Pass",
     "erase",
     "expose",
+    "functionalize",
     "lift_constants",
     "narrow",
     "run",
+    "skip",
     "splice",
+    "truncate",
 ]

@@ -45,6 +45,7 @@ class Job:
     half: frozenset = frozenset()  # the sites whose replaced values the model's Python has seen
     lines: Sequence = ()  # where each operation was written
     modes: Any = None  # the modes that the trace was opened under
+    removes: bool = False  # skips and stops are made in this graph, which the model's Python shares nothing else with
     emitted: set[fx.Node] = field(default_factory=set)
     takes: list[tuple] = field(
         default_factory=list
@@ -53,6 +54,8 @@ class Job:
     exports: dict[Value, fx.Node] = field(default_factory=dict)
     exit: Any = None  # the interleaver after the segment
     cut: Cut | None = None
+    stop: fx.Node | None = None  # the last marker of the site at which the plan stops the model
+    removed: set[Site | None] = field(default_factory=set)  # the skips that were made, and `None` for the stop
     own: int = 0  # how many outputs are the segment's own
     report: list[tuple[str, int, int]] = field(default_factory=list)  # pass, rewrites, nodes after
 

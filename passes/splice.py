@@ -32,7 +32,8 @@ def splice(gm: fx.GraphModule, job: Job) -> int:
 
     for `model.l.output = model.l.output + v`. Reads give the marker node, writes take over its later uses, everything
     between is copied right behind it; tensors and numbers of the body become `constant` nodes, values from elsewhere
-    `fetch` nodes. At an operation that needs real values the job gets a `cut`.
+    `fetch` nodes. At an operation that needs real values the job gets a `cut`, where the plan stops the model a `stop`:
+    nothing is copied behind either.
 
     Does not fire when: no site of the plan is in the segment. Markers stay; `erase` removes them.
     """
@@ -50,9 +51,11 @@ def splice(gm: fx.GraphModule, job: Job) -> int:
         group.append(node)
         if node.args[4]:
             rewrites += weaver.pass_site(group, index)
-            group = []
-            if job.cut is not None:
+            if weaver.stopping:
+                job.stop = node
+            if job.cut is not None or weaver.stopping:
                 break
+            group = []
     job.exit = weaver
     needed = weaver.wanted()
     for value in needed:

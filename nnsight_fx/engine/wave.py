@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import NotRecordableError
+from ..errors import InvokeError, NotRecordableError
 from ..tracing.contexts import Invoker, Tracer
 from ..tracing.encode import Key
 from ..tracing.lazy import user_line
@@ -16,6 +16,7 @@ from ..tracing.tape import Tape
 from .deliver import deliver
 from .run import Run
 from .sites import WaveSites
+from .split import Part, part, parts
 
 
 class Wave:
@@ -27,6 +28,7 @@ class Wave:
         self.members: list[Invoker | None] = []
         self.batches: list[Any] = [first] if alone else []
         self.run: Run | None = None
+        self.done: list[tuple[Part, Run]] = []  # the forwards of a recording that does not fit one
         scanner = host._scanner
         self.fixed: int | None = tracer.pad_to  # the padded length, once it is known
         if alone:
@@ -66,8 +68,11 @@ class Wave:
     def groups(self) -> Groups:
         if self.alone:
             return Groups((None,), 0)
+        return self._groups_of(list(range(len(self.members))))
+
+    def _groups_of(self, members: list[int]) -> Groups:
         rows, start = [], 0
-        for member in self.members:
+        for member in (self.members[i] for i in members):
             batch = member.batch if member is not None else None
             rows.append((start, batch.rows) if batch is not None else None)
             start += batch.rows if batch is not None else 0
@@ -80,7 +85,7 @@ class Wave:
             if not self.alone:
                 self.batch = self.host._collate(self.batches, pad_to=self.tracer.pad_to)
             groups = self.groups()
-            self.run = self.host._run(self, self.tape.plan(groups))
+            self.run = self.host._run(self, self.tape.plan(groups), self.tape.constants, self.tape.lines)
             self._groups = groups
         return self.run
 
@@ -105,12 +110,45 @@ class Wave:
     def finish(self) -> None:
         if self.tracer.scan_only:
             return self._scan()
+        if self.tape.splits and self.run is None:
+            return self._finish_parts()
         run = self._start()
         plan = self.tape.plan(self._groups)
         run.finish(plan)
         missed = run.unfinished()
         if missed and not run.stopping:
             raise run.missed_error(missed)
+
+    def _finish_parts(self) -> None:
+        """Several forwards, in order, each with the values of those before it."""
+        why = self.host._moves_state(self)
+        if why:
+            first = min(self.tape.splits)
+            raise InvokeError(
+                f"{self.tracer.line}: invoke {first} uses early in the model what an earlier invoke computes late, so it needs a "
+                f"forward of its own; {why}, which a second forward would move twice. Use two traces."
+            )
+        for members in parts(self.tape, len(self.members)):
+            batches = [b for i in members if (b := getattr(self.members[i], "batch", None)) is not None]
+            if not batches:
+                raise InvokeError(f"{self.tracer.line}: invoke {members[0]} has no input, and its forward has no other invoke.")
+            self.batch = self.host._collate(batches, pad_to=self.tracer.pad_to)
+            piece = part(self.tape, members, self._groups_of(members), self.value)
+            run = self.host._run(self, piece.plan, piece.constants, piece.lines)
+            self.done.append((piece, run))
+            run.finish(piece.plan)
+            missed = run.unfinished()
+            if missed and not run.stopping:
+                raise run.missed_error(missed)
+
+    def value(self, key: Key) -> Any:
+        """A value of this wave, from whichever of its forwards made it."""
+        for piece, run in self.done:
+            if key[0] == "v" and key[1] in piece.numbers:
+                return run.lookup(("v", piece.numbers[key[1]], key[2]))
+        if self.run is None:
+            raise KeyError(key)
+        return self.run.lookup(key)
 
     def abandon(self) -> None:
         if self.run is not None:
@@ -119,8 +157,8 @@ class Wave:
     def deliver(self) -> None:
         if self.tracer.scan_only:
             deliver(self.tape, self._meta)
-        if self.run is not None:
-            deliver(self.tape, self.run.lookup)
+        if self.run is not None or self.done:
+            deliver(self.tape, self.value)
 
     def _meta(self, key: Key) -> torch.Tensor:
         """What a scan gives for a value: a tensor without data."""

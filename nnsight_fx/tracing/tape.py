@@ -216,7 +216,8 @@ class Tape:
         self.const_fakes: dict[int, torch.Tensor] = {}
         self.changed: dict[int, torch.Tensor] = {}  # real tensors that a recorded operation changes in place
         self.values: weakref.WeakValueDictionary[Key, LazyTensor] = weakref.WeakValueDictionary()
-        self.order: dict[tuple[int, int], tuple[int, Site]] = {}  # the latest site that a value depends on
+        self.order: dict[tuple[int, int], tuple[int, Site, int]] = {}  # the latest site a value depends on, and whose invoke's
+        self.splits: set[int] = set()  # invokes that need another forward: they use early what an earlier invoke has late
         self.saved: dict[int, LazyTensor] = {}
         self.objects: dict[int, tuple[LazyObject, Key]] = {}  # objects in saved containers
         self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
@@ -392,9 +393,12 @@ class Tape:
         """Where in the model's order the results of an operation exist."""
         found = [self.order[v] for v in self.step.needs if v in self.order]
         if op.kind == READ:
-            found.append((self.invoke.metas[op.target].order if op.target in self.invoke.metas else -1, op.target))
+            order = self.invoke.metas[op.target].order if op.target in self.invoke.metas else -1
+            found.append((order, op.target, self.invoke.index))
         if found:
             at = max(found, key=lambda f: f[0])
+            if op.effect == "inplace" and op.kind == CALL and at[0] > self.invoke.order and at[2] != self.invoke.index:
+                self.splits.add(self.invoke.index)
             for j in range(-1, max(1, len(self.step.leaves))):
                 self.order[(n, j)] = at
 
@@ -479,7 +483,8 @@ class Tape:
     def meta(self, site: Site) -> SiteMeta | Missing:
         """What is known of a site, given what was recorded so far."""
         if site not in self.invoke.metas:
-            found = self.sites.lookup(self, site)
+            with torch._C.DisableTorchFunction():  # the scan's own work is nobody's to record
+                found = self.sites.lookup(self, site)
             if isinstance(found, Missing):
                 return found
             self.invoke.metas[site] = found
@@ -553,7 +558,9 @@ class Tape:
         leaves, spec = tree.flatten(value)
         order = self._written_order(leaves)
         known = isinstance(meta, SiteMeta)
-        if order is not None and known and meta.order >= 0 and order[0] > meta.order:
+        if order is not None and known and meta.order >= 0 and order[0] > meta.order and order[2] != self.invoke.index:
+            self.splits.add(self.invoke.index)
+        elif order is not None and known and meta.order >= 0 and order[0] > meta.order:
             raise OutOfOrderError(
                 f"{user_line()}: `{_name(site)}` is written with a value that depends on `{_name(order[1])}`, which the model "
                 "computes later. Write it to a later site, or run two traces."
@@ -587,7 +594,7 @@ class Tape:
         }
         self.invoke.metas.pop(site, None)
 
-    def _written_order(self, leaves: list) -> tuple[int, Site] | None:
+    def _written_order(self, leaves: list) -> tuple[int, Site, int] | None:
         found = [self.order[x._key[1:]] for x in leaves if isinstance(x, LazyTensor) and x._key[1:] in self.order]
         return max(found, key=lambda f: f[0]) if found else None
 

@@ -1,0 +1,67 @@
+"""One recording as several forwards: what one invoke computes late, another one uses early (SEMANTICS D12)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..tracing.encode import Key, facts, references
+from ..tracing.plan import SAVE, Groups, InterventionGraph, Op
+from ..tracing.tape import Tape
+
+
+@dataclass
+class Part:
+    """The invokes of one forward, and their operations renumbered."""
+
+    members: list[int]
+    plan: InterventionGraph
+    constants: list
+    lines: list
+    numbers: dict[int, int]  # operation in the recording -> operation in the plan
+
+
+def parts(tape: Tape, members: int) -> list[list[int]]:
+    """The invokes of each forward, in order."""
+    starts = [0, *sorted(tape.splits), members]
+    return [list(range(a, b)) for a, b in zip(starts, starts[1:], strict=False) if b > a]
+
+
+def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Key], Any]) -> Part:
+    """The plan of one forward; `real` gives the values of earlier ones, which become constants of this one."""
+    own = [n for n, op in enumerate(tape.ops) if op.invoke in members]
+    numbers = {n: i for i, n in enumerate(own)}
+    constants, slots = list(tape.constants), {}
+
+    def rekey(key: Any) -> Any:
+        if not isinstance(key, tuple) or not key:
+            return key
+        if key[0] == "v":
+            if key[1] in numbers:
+                return ("v", numbers[key[1]], key[2])
+            if key not in slots:
+                value = real(key)
+                slots[key] = ("c", len(constants), facts(value))
+                constants.append(value)
+            return slots[key]
+        return key if key[0] in ("c", "n", "l", "s", "o") else tuple(rekey(k) for k in key)
+
+    ops = [
+        tape.ops[n]._replace(invoke=members.index(tape.ops[n].invoke), args=rekey(tape.ops[n].args), kwargs=rekey(tape.ops[n].kwargs))
+        for n in own
+    ]
+    lines, specs = [tape.lines[n] for n in own], [tape.specs[n] for n in own]
+    for value in sorted(_used_later(tape, members)):
+        keep = ("t", tuple, (("v", numbers[value[0]], value[1]),))
+        ops.append(Op(SAVE, 0, None, keep, ("d", (), ()), None, ""))
+        lines.append(tape.lines[value[0]])
+        specs.append(None)
+    plan = InterventionGraph.of(tuple(ops), groups, tape.recapture, tuple(specs))
+    return Part(members, plan, constants, lines, numbers)
+
+
+def _used_later(tape: Tape, members: list[int]) -> set[tuple[int, int]]:
+    """Values made by these invokes that later ones use."""
+    used = {v for op in tape.ops if op.invoke > members[-1] for v in references((op.args, op.kwargs))}
+    return {v for v in used if tape.ops[v[0]].invoke in members}
