@@ -45,7 +45,7 @@ class UnsavedValueError(NNsightFXError, ValueError):
     """A recorded value used after its trace, without `.save()`."""
 
 
-class NotRecordableError(NNsightFXError, TypeError):
+class NotRecordableError(NNsightFXError, RuntimeError):
     """Something a recorded value cannot do, because it has no data until the model runs."""
 
 

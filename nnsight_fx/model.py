@@ -221,8 +221,8 @@ class NNsight(Envoy):
             self._module.get_submodule,
             wave.symbols,
         )
-        if isinstance(run, SplicedRun):
-            sites = wave.tape.sites
+        if isinstance(run, SplicedRun) and capture is not None:
+            sites: Any = wave.tape.sites
             stop_at = sites.replay(wave.tape).stop_site if plan.stops else None
 
             def entry() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -59,7 +60,8 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
 
 def _select(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node]) -> None:
     """`x[:, n]` with a lifted `n`, which indexing does not take, as `x.select(1, n)`: the same view."""
-    x, index = node.args[0], node.args[1]
+    x: Any = node.args[0]
+    index: Any = node.args[1]
     index = index if isinstance(index, tuple) else (index,)
     at = {i for i, entry in enumerate(index) if isinstance(entry, fx.Node) and entry in lifted}
     if not at:

@@ -85,8 +85,8 @@ class Weaver(Interleaver):
 
     def pass_site(self, group: list[fx.Node], index: int) -> int:
         """One site, all its tensor leaves at once, behind the last marker."""
-        path, kind = group[0].args[1], group[0].args[2]
-        here = (path, kind, self.count(path, kind))  # type: ignore[arg-type]
+        path, kind = str(group[0].args[1]), str(group[0].args[2])
+        here = (path, kind, self.count(path, kind))
         leaves: list[Any] = [None] * (max(n.args[3] for n in group) + 1)  # type: ignore[type-var]
         for node in group:
             leaves[node.args[3]] = node  # type: ignore[index]
@@ -238,7 +238,12 @@ class Weaver(Interleaver):
                     "call_function", torch.amp.autocast_mode._enter_autocast, (device, dtype, enabled, True)
                 )
                 undo.append(lambda t=token: self._emit("call_function", torch.amp.autocast_mode._exit_autocast, (t,)))
-        return lambda: [step() for step in reversed(undo)] and None
+
+        def leave() -> None:
+            for step in reversed(undo):
+                step()
+
+        return leave
 
     def _module(self, path: str, args: tuple, kwargs: dict) -> fx.Node:
         """A module of the model called on values: its structure, on the model's own parameters."""

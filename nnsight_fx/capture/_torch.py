@@ -7,6 +7,7 @@
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
 | `ShapeEnv.produce_guards_expression` | guards that a variant adds | 2.11, 2.13 |
 | `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
+| `InstructionTranslator.current_tx().output.side_effects` | whether Dynamo replays anything | 2.13 |
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._guards
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
@@ -114,7 +116,7 @@ def tracing_context() -> Any:
 def tracing(context: Any) -> Iterator[None]:
     """Compile under a captured graph's context. Integers may be read from tensors there: that is how positions are lifted."""
     env = context.fake_mode.shape_env
-    old = env.settings if env is not None else None
+    old: Any = env.settings if env is not None else None
     if env is not None:
         env.settings = dataclasses.replace(old, allow_scalar_outputs=True)
     try:
@@ -130,6 +132,36 @@ def placeholder_fakes(gm: torch.fx.GraphModule) -> list:
     return [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
 
 
+def replays_nothing(restored: Callable[[Any], bool]) -> bool:
+    """In a backend's callback: does nothing that existed before the frame change when the graph has run, tensors aside?
+
+    `restored` tells objects that Dynamo writes to and that are then as they were. When this cannot tell, it says no.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        output = InstructionTranslator.current_tx().output
+        effects = output.side_effects
+        changed = [
+            v
+            for v in effects.id_to_variable.values()
+            if effects.is_modified(v) and type(v.mutation_type).__name__ in ("AttributeMutationExisting", "ValueMutationExisting")
+        ]
+        others = (effects.tensor_hooks, effects.save_for_backward, effects.ca_final_callbacks_var, output.random_calls, output.backward_state)
+        return not any(others) and all(_as_before(effects, v) and restored(v.value) for v in changed)
+    except Exception:  # another torch: Dynamo's tables look different there
+        return False
+
+
+def _as_before(effects: Any, variable: Any) -> bool:
+    """Are all attributes that Dynamo is to store on an object the constants that it holds already?"""
+    stores = effects.store_attr_mutations.get(variable)
+    if not stores or variable.is_base_vt_modified(effects):
+        return False
+    held = vars(variable.value)
+    return all(new.is_python_constant() and name in held and held[name] is new.as_python_constant() for name, new in stores.items())
+
+
 def guard_count(context: Any) -> int:
     env = context.fake_mode.shape_env
     return 0 if env is None else len(env.guards)
@@ -139,7 +171,7 @@ def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool
     """The check of all guards on sizes that were added since `since`, over the values of a call's inputs."""
     env = context.fake_mode.shape_env
     new = [] if env is None else env.guards[since:]
-    if not new:
+    if env is None or not new:
         return lambda values: True
     where = [i for i, fake in enumerate(fakes) if isinstance(fake, torch.SymInt) and fake.node.expr.is_symbol]
     if not where:

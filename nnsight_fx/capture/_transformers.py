@@ -15,3 +15,13 @@ def settle(module: nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, PreTrainedModel):
             maybe_install_capturing_hooks(each)
+
+
+def restored(thing: object) -> bool:
+    """Is it the variable by which a forward tells its output-collecting hooks what to collect? It is reset at the end."""
+    return type(thing).__name__ == "CompileableContextVar" and type(thing).__module__.startswith("transformers.")
+
+
+def collects_states(hook: object) -> bool:
+    """Does a hook of transformers collect hidden states? It counts its calls, even those at which it collects none."""
+    return "hidden_states" in [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]

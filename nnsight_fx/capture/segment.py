@@ -9,14 +9,16 @@ from typing import Any
 import torch.fx as fx
 
 from . import _torch
+from ._transformers import restored
 from .markers import site, supply
 
 
 class Segment:
     """A captured graph with its markers, fake inputs and tracing context. It holds no model and no run."""
 
-    def __init__(self, gm: fx.GraphModule, fakes: list, context: Any, guards: int):
+    def __init__(self, gm: fx.GraphModule, fakes: list, context: Any, guards: int, pure: bool = False):
         self.gm, self.fakes, self.context, self.guards = gm, fakes, context, guards
+        self.pure = pure  # does the frame change no object that existed before it
         self.variants: dict[tuple, list[Any]] = {}
         self.tails: dict[int, tuple[Segment, list[int], list[int]]] = {}
 
@@ -27,7 +29,8 @@ class Segment:
         kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         for old, new in zip(gm.graph.nodes, kept.graph.nodes, strict=True):
             new.meta = dict(old.meta)
-        return cls(kept, _torch.placeholder_fakes(gm), context, _torch.guard_count(context))
+        pure = _torch.replays_nothing(restored)
+        return cls(kept, _torch.placeholder_fakes(gm), context, _torch.guard_count(context), pure)
 
     def copy(self) -> fx.GraphModule:
         """The graph, to be rewritten."""

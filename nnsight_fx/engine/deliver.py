@@ -31,7 +31,7 @@ def deliver(tape: Tape, value: Callable[[Key], Any]) -> None:
         except KeyError:
             continue
         for name in ("_tape", "_key", "_fake", "_line"):
-            lazy.__dict__.pop(name, None)
+            vars(lazy).pop(name, None)
         _torch.swap(lazy, real if _ours(real) else _alias(real))
 
 

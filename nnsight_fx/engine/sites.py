@@ -38,7 +38,7 @@ SIGNATURES = 64  # scans kept a model
 class _Unknown(PaddedLengthUnknown, GuardOnDataDependentSymNode):
     def __init__(self, message: str):
         Exception.__init__(self, message)
-        self.cond = None
+        self.cond: Any = None
 
 
 class Shapes(ShapeEnv):
@@ -170,7 +170,8 @@ class Scanner:
         rows = of.symbols[0]
 
         def batched(t: torch.Tensor) -> bool:
-            return rows is not None and isinstance(t.shape[0], torch.SymInt) and t.shape[0].node.expr == rows
+            first: Any = t.shape[0]
+            return rows is not None and isinstance(first, torch.SymInt) and first.node.expr == rows
 
         def call(m: nn.Module) -> Any:
             return (m if fn is None else getattr(m, fn))(*args, **kwargs)
@@ -200,7 +201,8 @@ class Scanner:
         found = list(of.symbols)
         for i, dim in enumerate(dims):
             if dim is not None and isinstance(made.shape[dim], torch.SymInt):
-                found[i] = made.shape[dim].node.expr
+                size: Any = made.shape[dim]
+                found[i] = size.node.expr
         of.symbols = (found[0], found[1])
         return made
 

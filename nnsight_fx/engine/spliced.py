@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import passes
@@ -306,7 +307,7 @@ class FakeCapture:
         return x
 
     def fake_supply(self, path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
-        mode = torch._guards.detect_fake_mode()
+        mode = detect_fake_mode()
         return self._state(mode).supply((path, kind, call), leaf)
 
 

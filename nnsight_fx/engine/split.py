@@ -48,7 +48,9 @@ def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Key], A
         return key if key[0] in ("c", "n", "l", "s", "o") else tuple(rekey(k) for k in key)
 
     ops = [
-        tape.ops[n]._replace(invoke=members.index(tape.ops[n].invoke), args=rekey(tape.ops[n].args), kwargs=rekey(tape.ops[n].kwargs))
+        tape.ops[n]._replace(
+            invoke=members.index(tape.ops[n].invoke), args=rekey(tape.ops[n].args), kwargs=rekey(tape.ops[n].kwargs)
+        )
         for n in own
     ]
     lines, specs = [tape.lines[n] for n in own], [tape.specs[n] for n in own]

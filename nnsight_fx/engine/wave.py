@@ -81,13 +81,13 @@ class Wave:
     # -- running -------------------------------------------------------------------------------------------------
 
     def _start(self) -> Run:
-        if self.run is None:
-            if not self.alone:
-                self.batch = self.host._collate(self.batches, pad_to=self.tracer.pad_to)
-            groups = self.groups()
-            self.run = self.host._run(self, self.tape.plan(groups), self.tape.constants, self.tape.lines)
-            self._groups = groups
-        return self.run
+        if self.run is not None:
+            return self.run
+        if not self.alone:
+            self.batch = self.host._collate(self.batches, pad_to=self.tracer.pad_to)
+        self._groups = self.groups()
+        run = self.run = self.host._run(self, self.tape.plan(self._groups), self.tape.constants, self.tape.lines)
+        return run
 
     def _scan(self) -> None:
         """Nothing runs: what the model would refuse on these shapes is raised."""
@@ -131,7 +131,9 @@ class Wave:
         for members in parts(self.tape, len(self.members)):
             batches = [b for i in members if (b := getattr(self.members[i], "batch", None)) is not None]
             if not batches:
-                raise InvokeError(f"{self.tracer.line}: invoke {members[0]} has no input, and its forward has no other invoke.")
+                raise InvokeError(
+                    f"{self.tracer.line}: invoke {members[0]} has no input, and its forward has no other invoke."
+                )
             self.batch = self.host._collate(batches, pad_to=self.tracer.pad_to)
             piece = part(self.tape, members, self._groups_of(members), self.value)
             run = self.host._run(self, piece.plan, piece.constants, piece.lines)

@@ -89,6 +89,9 @@ class Tracer:
                 self._abort()
                 if isinstance(error, MissedSiteError):
                     self._deliver()
+                refusal = self.waves[-1].tape.refusal if self.waves else None
+                if refusal is not None and "TorchScript" in str(error):
+                    raise refusal from error
                 return False
             if not self.waves and not self.given:
                 raise InvokeError(

@@ -65,11 +65,15 @@ class LazyTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> NoReturn:
-        raise NotRecordableError(
+        refusal = NotRecordableError(
             f"{user_line()}: `{func}` reached a recorded value below the Python API, where it cannot be recorded "
-            "(torch.func transforms, reentrant checkpoints and C++ extensions go that way). "
+            "(torch.func transforms, scripted functions and C++ extensions go that way). "
             "Call the function on real values instead: `tracer.apply(fn, value)`."
         )
+        lazy = _first(args, kwargs or {})
+        if lazy is not None:
+            lazy._tape.refusal = refusal  # TorchScript loses it on its way up
+        raise refusal
 
     def save(self) -> LazyTensor:
         """Keep this value: after the trace this very object is a plain `torch.Tensor`."""

@@ -51,12 +51,12 @@ class InterventionGraph:
 
     _interned: weakref.WeakValueDictionary[tuple, InterventionGraph] = weakref.WeakValueDictionary()
 
-    def __init__(self, ops: tuple[Op, ...], groups: Groups, recapture: bool, specs: tuple):
+    def __init__(self, ops: tuple[Op, ...], groups: Groups, recapture: str, specs: tuple):
         self.ops, self.groups, self.recapture = ops, groups, recapture
         self.specs = specs  # the structure of each operation's result
 
     @classmethod
-    def of(cls, ops: tuple[Op, ...], groups: Groups, recapture: bool, specs: tuple) -> InterventionGraph:
+    def of(cls, ops: tuple[Op, ...], groups: Groups, recapture: str, specs: tuple) -> InterventionGraph:
         """The one plan with this structure."""
         key = (ops, groups, recapture)
         plan = cls._interned.get(key)
@@ -148,7 +148,8 @@ class InterventionGraph:
             args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
             target: Callable = op.target.obj if isinstance(op.target, Identity) else DIALECT[op.kind]
             lead = (op.target,) if op.kind in AT_SITE or op.kind == MODULE else ()
-            node = graph.create_node("call_function", target, (*lead, *args), kwargs, name=None)
+            given: Any = (*lead, *args)
+            node = graph.create_node("call_function", target, given, kwargs)
             node.meta["invoke"] = op.invoke
             made[n] = node
         graph.output(None)

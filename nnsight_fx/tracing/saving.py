@@ -92,11 +92,14 @@ def collect(tape: Tape) -> None:
 def put_objects(value: Any) -> None:
     """Put the real objects where a saved container holds what stood for them."""
     parts = tree.children(value)
-    for key, child in zip(parts[1] or range(len(parts[2])), parts[2], strict=True) if parts is not None else ():
+    if parts is None:
+        return
+    kind, keys, children = parts
+    for key, child in zip(keys or range(len(children)), children, strict=True):
         if type(child) is LazyObject and "_real" in child.__dict__:
-            if parts[0] == "dataclass":  # type: ignore[index]
-                object.__setattr__(value, key, child._look())
-            elif parts[0] in ("dict", "list"):  # type: ignore[index]
+            if kind == "dataclass":
+                object.__setattr__(value, str(key), child._look())
+            elif kind in ("dict", "list"):
                 value[key] = child._look()
         else:
             put_objects(child)

@@ -74,6 +74,7 @@ NEEDS_DATA = {
     "is_nonzero",
     "__array__",
     "cpu_numpy",
+    "tensor",
 }
 ASKS_NOTHING = {
     *(
@@ -101,6 +102,7 @@ ASKS_NOTHING = {
         "is_neg",
     ),
 }
+PYTHON_PER_NUMBER = {"apply_", "map_", "map2_"}
 LIVE_CALLS = {"backward", "register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
 RANDOM = {
     "rand",
@@ -216,18 +218,23 @@ class Tape:
         self.const_fakes: dict[int, torch.Tensor] = {}
         self.changed: dict[int, torch.Tensor] = {}  # real tensors that a recorded operation changes in place
         self.values: weakref.WeakValueDictionary[Key, LazyTensor] = weakref.WeakValueDictionary()
-        self.order: dict[tuple[int, int], tuple[int, Site, int]] = {}  # the latest site a value depends on, and whose invoke's
-        self.splits: set[int] = set()  # invokes that need another forward: they use early what an earlier invoke has late
+        self.order: dict[
+            tuple[int, int], tuple[int, Site, int]
+        ] = {}  # the latest site a value depends on, and whose invoke's
+        self.splits: set[int] = (
+            set()
+        )  # invokes that need another forward: they use early what an earlier invoke has late
         self.saved: dict[int, LazyTensor] = {}
         self.objects: dict[int, tuple[LazyObject, Key]] = {}  # objects in saved containers
         self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
-        self.recapture = False  # does the plan change what the model's Python sees
+        self.recapture = ""  # does the plan change what the model's Python sees ("changes"), or leave parts out ("removes")
         self.reshaped = False  # does it change the metadata of later sites
         self.open = True
         self.base = ambient.current()
         self.invoke = Invoke(0)
         self.passed: tuple[Site, Line] | None = None  # how far a sync point has run the model
         self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
+        self.refusal: Exception | None = None  # what an operation below the Python API was told
         self.scope: Any = None  # the custom autograd function whose forward is running
 
     # -- operations ---------------------------------------------------------------------------------------------
@@ -239,7 +246,14 @@ class Tape:
         if name in ("__get__", "__set__"):
             return self._attribute(func, name, args)
         if name in ASKS_NOTHING:
-            return func(*_fake_args(self, args), **_fake_args(self, kwargs))
+            known = func(*_fake_args(self, args), **_fake_args(self, kwargs))
+            if not isinstance(known, torch.Tensor):  # `h.type(dtype)` converts
+                return known
+        if name in PYTHON_PER_NUMBER:
+            raise NotRecordableError(
+                f"{user_line()}: `.{name}` calls Python on every number, and a recorded value has none yet. "
+                f"Call it on the real value: `tracer.apply(fn, value)`."
+            )
         if name in NEEDS_DATA:
             return func(*self.real_args(args), **self.real_args(kwargs))
         if name == "__len__":
@@ -343,7 +357,7 @@ class Tape:
                 return self.constants[key[1]]
             fake = self.fake_of(key)
             if key == target:  # another recording shares this fake: let it keep its own
-                fake = fresh.setdefault(key, fake.clone() if fake.dim() or not fake.requires_grad else fake.clone())
+                fake = fresh.setdefault(key, _own(fake))
             aliases[id(fake)] = key
             return fake
 
@@ -365,7 +379,7 @@ class Tape:
         for key, fake in step.rebound:
             grew = fake.requires_grad and not self.fake_of(key).requires_grad
             if grew and op.effect == "inplace":
-                self.recapture = True  # from here on the model's own values require grad
+                self.recapture = "changes"  # from here on the model's own values require grad
             self._rebind(key, fake)
         self._order(n, op)
         values = [self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)]
@@ -504,7 +518,7 @@ class Tape:
         self._check_passed(site, "read")
         meta = self.meta(site)
         opaque = isinstance(meta, SiteMeta) and any(isinstance(x, Opaque) for x in meta.leaves)
-        if isinstance(meta, Missing) or (opaque and whole and not _replaceable(meta)):
+        if not isinstance(meta, SiteMeta) or (opaque and whole and not _replaceable(meta)):
             value = self._read_live(site)
         else:
             leaves = [
@@ -519,7 +533,7 @@ class Tape:
                 result=lambda: tree.unflatten(leaves, meta.spec),
             )
         self._touch(site)
-        if opaque and not whole and not _replaceable(meta):
+        if isinstance(meta, SiteMeta) and opaque and not whole and not _replaceable(meta):
             self.invoke.partial[site] = value
             return value
         self.invoke.values[site] = value
@@ -557,21 +571,26 @@ class Tape:
         meta = self.meta(site)
         leaves, spec = tree.flatten(value)
         order = self._written_order(leaves)
-        known = isinstance(meta, SiteMeta)
-        if order is not None and known and meta.order >= 0 and order[0] > meta.order and order[2] != self.invoke.index:
+        if (
+            order is not None
+            and isinstance(meta, SiteMeta)
+            and meta.order >= 0
+            and order[0] > meta.order
+            and order[2] != self.invoke.index
+        ):
             self.splits.add(self.invoke.index)
-        elif order is not None and known and meta.order >= 0 and order[0] > meta.order:
+        elif order is not None and isinstance(meta, SiteMeta) and meta.order >= 0 and order[0] > meta.order:
             raise OutOfOrderError(
                 f"{user_line()}: `{_name(site)}` is written with a value that depends on `{_name(order[1])}`, which the model "
                 "computes later. Write it to a later site, or run two traces."
             )
         self._check_passed(site, "written")
-        if known:
+        if isinstance(meta, SiteMeta):
             leaves = [self._to_device(x, meta, i) for i, x in enumerate(leaves)]
-        fits = known and self._fits(site, leaves, spec, meta)
-        self.recapture = self.recapture or not fits
+        fits = isinstance(meta, SiteMeta) and self._fits(site, leaves, spec, meta)
+        self.recapture = self.recapture if fits else "changes"
         self.reshaped = self.reshaped or not fits
-        batched = meta.batched if known else None
+        batched = meta.batched if isinstance(meta, SiteMeta) else None
         self.add(
             WRITE,
             site,
@@ -637,10 +656,9 @@ class Tape:
         leaves, spec = tree.flatten(value)
         out = self.meta((path, "output", call))
         batched = out.batched if isinstance(out, SiteMeta) and len(out.batched) == len(leaves) else None
-        self.recapture = True
-        self.reshaped = self.reshaped or not (
-            isinstance(out, SiteMeta) and self._fits((path, "output", call), leaves, spec, out)
-        )
+        fits = isinstance(out, SiteMeta) and self._fits((path, "output", call), leaves, spec, out)
+        self.recapture = self.recapture or "removes" if fits else "changes"
+        self.reshaped = self.reshaped or not fits
         self.add(
             SKIP,
             (path, "output", call),
@@ -655,7 +673,7 @@ class Tape:
             self.invoke.metas = {s: m for s, m in self.invoke.metas.items() if m.order <= self.invoke.order}
 
     def stop(self) -> None:
-        self.recapture = True
+        self.recapture = self.recapture or "removes"
         self.add(STOP, None, (), {}, effect="inplace", result=lambda: None)
 
     def barrier(self) -> None:
@@ -760,6 +778,12 @@ class Tape:
 
 def _fake_args(tape: Tape, args: Any) -> Any:
     return tree.tree_map(lambda x: tape.fake(x) if isinstance(x, torch.Tensor) else x, args)
+
+
+def _own(fake: torch.Tensor) -> torch.Tensor:
+    """A copy that an in-place operation may change; a leaf stays one, so that torch refuses what it would refuse."""
+    with torch.inference_mode(fake.is_inference()), torch.enable_grad():
+        return fake.detach().clone().requires_grad_(fake.requires_grad) if fake.is_leaf else fake.clone()
 
 
 def _changed_key(op: Op) -> Key | None:

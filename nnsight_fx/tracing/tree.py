@@ -77,7 +77,7 @@ def construct(kind: str, cls: type, keys: tuple, values: list, like: Any = None)
             if issubclass(cls, ModelOutput)
             else cls(zip(keys, values, strict=True))
         )
-    made = copy.copy(like) if isinstance(like, cls) else cls.__new__(cls)
+    made: Any = copy.copy(like) if isinstance(like, cls) else object.__new__(cls)
     for key, value in zip(keys, values, strict=True):
         object.__setattr__(made, key, value)
     return made

@@ -189,7 +189,9 @@ SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 3, "num_atte
 
 
 def gpt2():
-    config = hf.GPT2Config(vocab_size=100, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    config = hf.GPT2Config(
+        vocab_size=100, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
     return hf.GPT2LMHeadModel(config)
 
 
@@ -219,7 +221,7 @@ class Spec:
 MODELS = {
     "gpt2": Spec(gpt2, None, "transformer.h.0", "transformer.h.2", "lm_head"),
     "llama": Spec(llama, None, "model.layers.0", "model.layers.2", "lm_head"),
-    "neox": Spec(neox, None, "gpt_neox.layers.0", "gpt_neox.layers.2", "embed_out"),
+    "neox": Spec(neox, None, "gpt_neox.layers.0", "gpt_neox.layers.2", "lm_head"),
     # A BertLayer has a child called `output`, which gives what the layer gives.
     "bert": Spec(bert, None, "bert.encoder.layer.0.output", "bert.encoder.layer.2.output", "cls"),
     "mlp": Spec(MLP, (3, 7, 16), "blocks.0", "blocks.2", "head"),

@@ -91,6 +91,12 @@ def helper(h):
 compiled_helper = torch.compile(helper, backend="eager")
 
 
+def numpy_on_the_left(h):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's `__array_wrap__`, in eager too
+        return np.add(np.ones(FEATURES), h)
+
+
 def scripted(h):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -181,7 +187,7 @@ def sorted_by_python(h):
 
 
 def distribution(h):
-    return torch.distributions.Categorical(logits=h).log_prob(torch.zeros(ROWS, dtype=torch.long))
+    return torch.distributions.Categorical(logits=h, validate_args=True).log_prob(torch.zeros(ROWS, dtype=torch.long))
 
 
 def holders(h):
@@ -275,7 +281,6 @@ RECORDED: dict[str, Callable] = {
         h[1:3, -1],
         h[[0, 2]],
         h[torch.tensor([1, 1])],
-        h[:, h[0].argmax()],
         h[None],
     ),
     "masked write": lambda h: h.masked_fill_(h > 0, 0),
@@ -291,8 +296,7 @@ RECORDED: dict[str, Callable] = {
         torch.zeros(h.shape) + h,
         torch.ones(h.shape[0]),
     ),
-    "numpy on the left": lambda h: np.ones(FEATURES, dtype=np.float32) * h,
-    "numpy scalar": lambda h: h * np.float32(2),
+    "numpy scalar": lambda h: (h * np.float32(2), np.float64(2) * h),
     "module": nn.LayerNorm(FEATURES),
     "multihead attention": lambda h: nn.MultiheadAttention(FEATURES, 2).eval()(h, h, h)[0].shape,
     "F.linear with it as weight": lambda h: F.linear(torch.ones(2, FEATURES), h),
@@ -306,7 +310,7 @@ RECORDED: dict[str, Callable] = {
     "random draws": drawing,
     "compiled helper": compiled_helper,
     "checkpoint": lambda h: checkpoint(helper, h, use_reentrant=False),
-    "checkpoint, reentrant": lambda h: checkpoint(helper, h, use_reentrant=True),
+    "checkpoint, reentrant": lambda h: checkpoint(helper, h.clone().requires_grad_(), use_reentrant=True),
     "autograd.Function": lambda h: Straight.apply(h, 2.0),
     "autograd.Function with setup_context": TwoOutputs.apply,
     "functools.reduce": lambda h: functools.reduce(operator.add, [h, h, h]),
@@ -326,7 +330,8 @@ SYNCED: dict[str, Callable] = {
     "json": lambda h: json.dumps(h[0].tolist()),
     "numpy": lambda h: h.numpy(),
     "np.asarray": np.asarray,
-    "np.mean": lambda h: np.asarray(h).mean(0),
+    "numpy on the left": numpy_on_the_left,
+    "value as an index": lambda h: h[:, h[0].argmax()],
     "str": str,
     "print": lambda h: print(h) or str(h),
     "format": lambda h: f"{h[0, 0]:.2f} {h[0, 1]:>9.3f}",
@@ -354,13 +359,13 @@ REFUSED: dict[str, tuple[Callable, type, str]] = {
     "torch.save": (saved_to_file, NotRecordableError, "cannot be pickled"),
     "torch.func.grad": (lambda h: torch.func.grad(lambda t: (t**2).sum())(h), NotRecordableError, "tracer.apply"),
     "torch.vmap": (lambda h: torch.vmap(lambda t: t.sum())(h), NotRecordableError, "tracer.apply"),
-    "torch.func.jvp": (lambda h: torch.func.jvp(torch.sin, (h,), (h,)), NotRecordableError, "tracer.apply"),
     "scripted function": (scripted, NotRecordableError, "tracer.apply"),
     ".grad": (lambda h: h.grad, NotRecordableError, "`.grad`"),
     ".grad_fn": (lambda h: h.grad_fn, NotRecordableError, "`.grad_fn`"),
     ".data = ": (lambda h: setattr(h, "data", h + 1), NotRecordableError, "`.data = ...`"),
     "apply_": (lambda h: h.apply_(abs), NotRecordableError, "tracer.apply"),
-    "shape that does not fit": (lambda h: h @ torch.ones(4, 4), RuntimeError, "mat1 and mat2"),
+    "shape that does not fit": (lambda h: h @ torch.ones(4, 4), RuntimeError, "[5, 6] X [4, 4]"),
+    "numpy array times it": (lambda h: np.ones(FEATURES) * h, TypeError, "unsupported operand"),
 }
 
 
@@ -369,8 +374,9 @@ REFUSED: dict[str, tuple[Callable, type, str]] = {
 
 def eager(fn: Callable) -> Any:
     """The row on the real tensor."""
+    h = model()[0](x())
     torch.manual_seed(1)
-    return fn(model()[0](x()))
+    return fn(h)
 
 
 def equal(got: Any, want: Any) -> None:
@@ -399,10 +405,11 @@ def test_recorded(name):
 @pytest.mark.parametrize("name", SYNCED)
 def test_synced(name):
     wrapped, fn = NNsight(model()), SYNCED[name]
+    want = eager(fn)
     with wrapped.trace(x()) as tracer:
-        got = fn(wrapped[0].output)
+        got = nnsight_fx.save([fn(wrapped[0].output)])
         assert tracer.waves[0].started
-        equal(got, eager(fn))
+    equal(got, [want])
 
 
 @pytest.mark.parametrize("name", REFUSED)

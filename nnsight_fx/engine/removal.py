@@ -1,0 +1,69 @@
+"""Skips and stops that need no capture of their own: passes make them in the graph that all plans share.
+
+That is right where the model's Python has nothing to do with what is left out. A run tries it (`SplicedRun.removes`); where
+a pass finds that it does not hold, `Unfit` leads back to the capture half before anything has run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.nn.modules import module as globally
+
+from ..capture._transformers import collects_states
+from ..capture.scan import PLAIN
+from ..passes.job import Job
+from ..tracing.plan import APPLY, SYNC, InterventionGraph
+from ..tracing.tape import SiteMeta, Tape, _mutable
+
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+
+
+class Unfit(Exception):
+    """A plan's skips and stops cannot be made in the shared graph. Never reaches the user."""
+
+
+def removable(plan: InterventionGraph, tape: Tape, root: nn.Module) -> bool:
+    """Can everything that this plan leaves out be left out without the model's Python noticing?"""
+    if plan.recapture != "removes" or any(op.kind in (APPLY, SYNC) for op in plan.ops):
+        return False
+    if any(getattr(globally, table) for table in GLOBAL_HOOKS) or any(m._forward_hooks_always_called for m in root.modules()):
+        return False
+    return all(_alone(plan, tape, root, path, call) for path, calls in plan.skips.items() for call in calls)
+
+
+def _alone(plan: InterventionGraph, tape: Tape, root: nn.Module, path: str, call: int) -> bool:
+    """Is a module skipped for all rows, without hooks, and without an argument that it could change?"""
+    skippers = {op.invoke for op in plan.ops if op.target == (path, "output", call) and op.kind == "skip"}
+    members = {i for i, rows in enumerate(plan.groups.rows) if rows is not None}
+    found = tape.sites.lookup(tape, (path, "input", call))
+    if not members <= skippers or not isinstance(found, SiteMeta) or _hooked(root.get_submodule(path)):
+        return False
+    arguments = [spec for part in found.spec[3] for spec in part[3]]
+    return not any(map(_mutable, arguments)) and all(isinstance(x, (torch.Tensor, *PLAIN)) for x in found.leaves)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Would calling the module call Python beside its forward, or a part of it count its calls?"""
+    for m in module.modules():
+        theirs = [h for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) if not _transformers(h)]
+        if theirs or m._backward_hooks or m._backward_pre_hooks:
+            return True
+        if m is not module and any(collects_states(h) for h in m._forward_hooks.values()):
+            return True
+    return False
+
+
+def _transformers(hook: Any) -> bool:
+    return (getattr(hook, "__module__", "") or "").startswith("transformers.")
+
+
+def check(plan: InterventionGraph, job: Job) -> None:
+    """Raise `Unfit` unless the passes have left out all that the plan leaves out."""
+    wanted: set = {(path, "output", call) for path, calls in plan.skips.items() for call in calls}
+    if plan.stops:
+        wanted = {*(s for s in wanted if s in job.exit.skipped), None}
+    if wanted - job.removed:
+        raise Unfit

@@ -1,0 +1,103 @@
+"""One program text on every engine, against hooks written by hand.
+
+Bit-equal on hooks and on the captured graph run as it is; to rounding where a compiler rewrites it. Each program runs
+twice on a wrapped model, which all programs of a model share: the first time may compile, the second may not.
+"""
+
+import copy
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
+
+from .models import MODELS, build, inputs
+from .programs import PROGRAMS
+
+EXACT = ("hooks", "eager")
+ENGINES = (*EXACT, "aot_eager", "inductor")
+QUICK = {("gpt2", "steer"), ("llama", "patch_across_invokes"), ("mlp", "positions"), ("lstm", "zero_one_state")}
+
+
+def cases():
+    """Ordered by model and engine, so that a wrapped model is captured once."""
+    for name in MODELS:
+        for engine in ENGINES:
+            for program in PROGRAMS:
+                if name not in program.models or (engine == "inductor" and not program.fused):
+                    continue
+                marks = [pytest.mark.inductor] if engine == "inductor" else []
+                if marks and (name, program.name) not in QUICK:
+                    marks.append(pytest.mark.slow)
+                yield pytest.param((name, engine), program, id=f"{name}-{engine}-{program.name}", marks=marks)
+
+
+@pytest.fixture(autouse=True)
+def _same_start_for_every_test():
+    """In place of the suite's own, which makes Dynamo forget the wrapped model after every test."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def wrapped(request):
+    name, engine = request.param
+    model = wrap(build(name), engine)
+    yield model, name, engine
+    torch._dynamo.reset()
+
+
+def wrap(module, engine):
+    model = NNsight(module)
+    if engine != "hooks":
+        model.compile(backend=engine)
+    return model
+
+
+def outcome(program, model, name):
+    """What a program leaves: its results, its input, the model's buffers."""
+    module = getattr(model, "_module", model)
+    find = model.get_submodule if module is model else model.get
+    sites = SimpleNamespace(**{k: find(getattr(MODELS[name], k)) for k in ("a", "b", "head")})
+    out, x = {}, inputs(name)
+    program(model, sites, x, out)
+    return out | {"x": x, "buffers": {k: v.clone() for k, v in module.named_buffers()}}
+
+
+def same(got, want, exact, path="out"):
+    """Equal in structure, types and values, and every tensor a plain one."""
+    assert type(got) is type(want), f"{path}: {type(got)} is not {type(want)}"
+    if isinstance(want, torch.Tensor):
+        assert (got.shape, got.dtype, got.requires_grad) == (want.shape, want.dtype, want.requires_grad), path
+        assert torch.equal(got, want) if exact else torch.allclose(got, want, rtol=1e-4, atol=1e-5), (
+            f"{path} differs: {got} is not {want}"
+        )
+    elif isinstance(want, dict):
+        assert list(got) == list(want), f"{path}: {list(got)} are not {list(want)}"
+        for key in want:
+            same(got[key], want[key], exact, f"{path}[{key!r}]")
+    elif isinstance(want, list | tuple):
+        assert len(got) == len(want), path
+        for i, each in enumerate(zip(got, want, strict=True)):
+            same(*each, exact, f"{path}[{i}]")
+    elif dataclasses.is_dataclass(want):
+        same(vars(got), vars(want), exact, path)
+    else:
+        assert got == want, path
+
+
+@pytest.mark.parametrize(("wrapped", "program"), list(cases()), indirect=["wrapped"])
+def test_a_program_does_what_hooks_do(wrapped, program):
+    model, name, engine = wrapped
+    module, exact = model._module, engine in EXACT
+    start = copy.deepcopy(module.state_dict())
+    want = outcome(program.by_hand, build(name), name)
+    for again in (False, True):
+        module.load_state_dict(start)
+        with assert_no_fallback(), assert_max_compiles(0 if again else 99):
+            got = outcome(program.run, model, name)
+        same(got, want, exact)
+    module.load_state_dict(start)
+    same(module(inputs(name)), build(name)(inputs(name)), True)  # nothing stays behind
+    assert not any("nnsight" in repr((m._forward_hooks, m._forward_pre_hooks)) for m in module.modules())
