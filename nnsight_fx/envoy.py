@@ -124,7 +124,9 @@ class Envoy:
         except KeyError:
             pass
         if hasattr(self._module, name):
-            return getattr(self._module, name)
+            found = getattr(self._module, name)
+            tracer = self._root.__dict__.get("tracer")
+            return tracer.tape.watch(found) if isinstance(found, torch.Tensor) and tracer is not None else found
         known = [*self._module._modules, "output", "input", "inputs", "skip"]
         raise UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
 

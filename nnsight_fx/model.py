@@ -12,6 +12,7 @@ import torch.nn as nn
 from .capture import _torch
 from .capture.markers import Markers
 from .capture.scan import PLAIN
+from .engine.removal import removable
 from .engine.run import Run
 from .engine.sites import Scanner
 from .engine.spliced import Capture, Options, SplicedRun
@@ -223,12 +224,15 @@ class NNsight(Envoy):
         )
         if isinstance(run, SplicedRun) and capture is not None:
             sites: Any = wave.tape.sites
-            stop_at = sites.replay(wave.tape).stop_site if plan.stops else None
+            removes = capture.shares(fn, plan) and removable(plan, wave.tape, self._module)
 
-            def entry() -> Any:
-                return capture.entry(self._module, fn, plan)(batch.args, batch.kwargs)
+            def stop_at() -> Any:
+                return sites.replay(wave.tape).stop_site if plan.stops else None
 
-            run.start(capture, stop_at, sites, entry)
+            def entry(half: Any) -> Any:
+                return capture.entry(self._module, fn, half)(batch.args, batch.kwargs)
+
+            run.start(capture, stop_at, sites, entry, removes)
         return run
 
     def _capture_for(self, compile: bool | dict | None) -> Capture | None:

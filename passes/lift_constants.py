@@ -29,7 +29,12 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
     made, lifted = 0, set()
     sources = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in (constant, fetch, parameter)]
     last = next((n for n in reversed(gm.graph.nodes) if n.op == "placeholder"), None)
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node in sources:
+        if node.target is fetch and node.args in job.aliases:
+            _share(gm, job, node, inputs)
+            made += 1
+            continue
         where = (
             gm.graph.inserting_after(last)
             if last is not None
@@ -56,6 +61,20 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
         if node.op == "call_function" and node.target in (operator.getitem, operator.setitem):
             _select(gm, job, node, lifted)
     return made
+
+
+def _share(gm: fx.GraphModule, job: Job, node: fx.Node, inputs: list[fx.Node]) -> None:
+    """A value that lies in an input's memory is taken from that input, so that a write to one is seen in the other."""
+    index, view = job.aliases[node.args]  # type: ignore[index]
+    value = inputs[index]
+    if view is not None:
+        with gm.graph.inserting_before(node):
+            value = gm.graph.call_function(torch.as_strided, (value, *view))
+    node.replace_all_uses_with(value)
+    job.exports.update({v: value for v, n in job.exports.items() if n is node})
+    if job.cut is not None:
+        job.cut.leaves[:] = [value if leaf is node else leaf for leaf in job.cut.leaves]
+    gm.graph.erase_node(node)
 
 
 def _select(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node]) -> None:

@@ -9,11 +9,11 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx.capture.markers import site, supply
-from nnsight_fx.errors import PlanMismatchError
+from nnsight_fx.errors import MissedSiteError, PlanMismatchError
 from nnsight_fx.tracing.encode import Identity, Keep, Key
 from nnsight_fx.tracing.interleave import Cut as CutHere
 from nnsight_fx.tracing.interleave import Firing, Interleaver, gather
-from nnsight_fx.tracing.plan import MODULE, Op, fx_target
+from nnsight_fx.tracing.plan import MODULE, SKIP, Op, fx_target
 
 from .job import Cut, Job, constant, fetch, parameter, put_rows, rows
 
@@ -133,9 +133,19 @@ class Weaver(Interleaver):
         here = (path, kind, call)
         if here not in self.supplied:
             with self.graph.inserting_before(node):
-                self.supplied[here] = self._gathered(self.skipped[(path, "output", call)])  # type: ignore[index]
+                self.supplied[here] = self._gathered(self._parts(str(path), int(call)))  # type: ignore[arg-type]
         value = self.supplied[here][leaf]  # type: ignore[index]
         return value
+
+    def _parts(self, path: str, call: int) -> dict[int, tuple]:
+        at = (path, "output", call)
+        if at not in self.skipped:
+            n = next(n for n in self.plan.touches[at] if self.plan.ops[n].kind == SKIP)
+            raise MissedSiteError(
+                f"{self.job.lines[n] if n < len(self.job.lines) else 'a skip'}: `{path}` is skipped, but the skip value is not "
+                "there yet when the model calls it: an earlier line waits for a later site. Move the skip in front of it."
+            )
+        return self.skipped[at]
 
     def _gathered(self, parts: dict[int, tuple]) -> list:
         """A skipped module's output: each invoke's rows, concatenated."""
@@ -325,7 +335,7 @@ class ModuleCall:
         self.__module__ = __name__
 
     def __call__(self, tensors: dict, args: tuple, kwargs: dict) -> Any:
-        return torch.func.functional_call(self.module, tensors, args, kwargs)
+        return torch.func.functional_call(self.module, dict(tensors), args, dict(kwargs))  # fx gives immutable ones
 
 
 __all__ = ["Weaver", "gather", "splice"]

@@ -19,6 +19,7 @@ class Segment:
     def __init__(self, gm: fx.GraphModule, fakes: list, context: Any, guards: int, pure: bool = False):
         self.gm, self.fakes, self.context, self.guards = gm, fakes, context, guards
         self.pure = pure  # does the frame change no object that existed before it
+        self.plan: Any = None  # whose capture half it was captured for
         self.variants: dict[tuple, list[Any]] = {}
         self.tails: dict[int, tuple[Segment, list[int], list[int]]] = {}
 

@@ -107,6 +107,11 @@ class Run(TensorInterleaver):
         if self.coroutine is not None:
             self.coroutine.abandon()
 
+    @property
+    def skips(self) -> dict[str, set[int]]:
+        """The calls that do not run a module's own `forward`."""
+        return self.plan.skips
+
     # -- live sites ----------------------------------------------------------------------------------------------
 
     def pass_site(self, path: str, kind: str, value: Any) -> Any:
@@ -231,9 +236,9 @@ def live(run: Run, everything: bool) -> Any:
     owner = run.owner
     paths = {path for path, _ in run.plan.watched} if not everything else ()
     modules = (
-        [m for m, path in owner.paths.items() if path in paths or path in run.plan.skips]
+        [m for m, path in owner.paths.items() if path in paths or path in run.skips]
         if not everything
         else list(owner.paths)
     )
-    with owner.installed(modules, {path: run.skip(path) for path in run.plan.skips}):
+    with owner.installed(modules, {path: run.skip(path) for path in run.skips}):
         yield

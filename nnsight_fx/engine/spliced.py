@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from ..tracing import tree
 from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
 from ..tracing.plan import OBJECT, READ, SKIP, WRITE, InterventionGraph, Op, Site
+from .removal import Unfit
 from .run import Run
 from .sites import FakeInterleaver
 from .variants import extras, variant
@@ -58,6 +60,7 @@ class Capture:
     live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
     entries: dict[tuple, tuple[Callable, Any]] = field(default_factory=dict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
+    unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
 
     def __post_init__(self):
         _torch.register(site, supply)
@@ -72,9 +75,9 @@ class Capture:
         self.entries.clear()
         self.segments.clear()
 
-    def entry(self, module: torch.nn.Module, fn: str | None, plan: InterventionGraph) -> Callable:
+    def entry(self, module: torch.nn.Module, fn: str | None, plan: InterventionGraph | None) -> Callable:
         """The captured function that runs a plan: one for all plans that leave the model's Python alone, else one a plan."""
-        key = (fn, plan if plan.recapture else None)
+        key = (fn, plan)
         if key not in self.entries:
             settle(module)
             inner = _renamed(_inner(module, fn))
@@ -82,9 +85,15 @@ class Capture:
             self.entries[key] = (compiled, inner)
         return self.entries[key][0]
 
+    def shares(self, fn: str | None, plan: InterventionGraph) -> bool:
+        """Can a plan that leaves parts out be tried in the graph of all plans: is there one, and none for it alone?"""
+        pure = any(s.pure and s.plan is None for s in self.segments)
+        return pure and (fn, None) in self.entries and (fn, plan) not in self.entries and plan not in self.unfit
+
     def backend(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
         """What Dynamo calls with each graph it captured."""
         segment = Segment.captured(gm)
+        segment.plan = active.run.capture_half
         self.segments.append(segment)
         self.captures += 1
 
@@ -140,8 +149,19 @@ class SplicedRun(Run):
     skeleton: Callable[[str], Any]
     everything: bool = True
 
-    def start(self, capture: Capture, stop_at: Site | None, sites: Any, entry: Callable[[], Any]) -> SplicedRun:
+    removes = False  # does this run leave out what its plan skips in the graph of all plans
+    stop_at: Callable[[], Site | None]
+
+    def start(
+        self,
+        capture: Capture,
+        stop_at: Callable[[], Site | None],
+        sites: Any,
+        entry: Callable[[InterventionGraph | None], Any],
+        removes: bool = False,
+    ) -> SplicedRun:
         self.capture, self.sites, self.stop_at, self.everything = capture, sites, stop_at, True
+        self.removes = removes
         self.skeleton = lambda path: sites.scanner.skeleton().get_submodule(path)
         self.segments_run = 0
         self.live_sites: set[str] = set()
@@ -149,23 +169,23 @@ class SplicedRun(Run):
         plan = self.plan
 
         def call() -> Any:
-            with self.half(plan), _torch.capturing():
-                return entry()
+            self.capture_half = plan if plan.recapture and not self.removes else None
+            with self.half(self.capture_half), _torch.capturing():
+                return entry(self.capture_half)
 
         self.call = call
         return self
 
     @contextlib.contextmanager
-    def half(self, plan: InterventionGraph) -> Iterator[None]:
+    def half(self, plan: InterventionGraph | None) -> Iterator[None]:
         """The capture half of the plan in force, for the markers that Dynamo traces."""
         markers, outer = self.owner, getattr(active, "capture", None)
         old = (markers.half, markers.stop_at, markers.calls)
-        if plan.recapture:
+        if plan is not None:
+            stop_at = self.stop_at()
             markers.half = _half(plan)
-            markers.stop_at = self.stop_at
-            markers.calls = {
-                (path, kind): [0] for path, kind, _ in [*markers.half, *([self.stop_at] if self.stop_at else [])]
-            }
+            markers.stop_at = stop_at
+            markers.calls = {(path, kind): [0] for path, kind, _ in [*markers.half, *([stop_at] if stop_at else [])]}
             active.capture = FakeCapture(self)
         try:
             yield
@@ -198,6 +218,8 @@ class SplicedRun(Run):
             found = variant(segment, self, args)
             outputs = found.call(*args, *extras(self, found))
             self._go_past(found, outputs)
+            if found.ends:
+                raise Stopped
             if found.cut is None:
                 return outputs[: found.own] if len(outputs) != found.own else outputs
             leaves = [outputs[i] if i is not None else None for i in found.leaves]
@@ -232,6 +254,8 @@ class SplicedRun(Run):
 
     def live_site(self, path: str, kind: str, value: Any) -> Any:
         """A site outside captured code."""
+        if self.removes and not self.segments_run:
+            raise Unfit  # no captured code to begin with: live code is skipped as the hook engine does it
         if (path, kind) == ("", "result") and self.counts.get(("", "result")):
             return value  # its marker is in a segment
         if self.stopping:
@@ -242,8 +266,17 @@ class SplicedRun(Run):
             self.live_sites.add(".".join(p for p in (path, kind) if p))
         return value
 
+    @property
+    def skips(self) -> dict[str, set[int]]:
+        return {} if self.removes else super().skips
+
     def forward(self) -> None:
-        super().forward()
+        try:
+            super().forward()
+        except Unfit:  # nothing has run yet
+            self.capture.unfit.add(self.plan)
+            self.removes, self.segments_run = False, 0
+            super().forward()
         self._root_objects()
         self.capture.live_sites.update(self.live_sites)
         if not self.segments_run and not self.stopping:

@@ -14,6 +14,7 @@ from ..capture import _torch
 from ..capture.segment import Segment
 from ..passes.job import Cut, Entry, Job
 from ..tracing import ambient
+from .removal import Unfit, check
 
 if TYPE_CHECKING:
     from .spliced import SplicedRun
@@ -36,22 +37,43 @@ class Variant:
         default_factory=list
     )  # the tail's inputs: a place in the outputs, or ("leaf", i)
     report: list[tuple[str, int, int]] = field(default_factory=list)
+    ends: bool = False  # does the run end with it: the plan stops the model here
 
 
 def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     """The variant of a segment for where a run's plan stands: found, or compiled now."""
-    key = run.entry_key()
+    aliases = _aliases(run, args) if run.env and run.plan.writes else {}
+    key = (run.entry_key(), tuple(aliases.items()))
     found = segment.variants.setdefault(key, [])
     for each in found:
         if each.guards(list(args)):
             run.capture.hits += 1
             return each
-    made = _compile(segment, run, args)
+    made = _compile(segment, run, args, aliases)
     found.append(made)
     return made
 
 
-def _compile(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
+def _aliases(run: SplicedRun, args: tuple) -> dict[tuple[int, int], tuple[int, tuple | None]]:
+    """Which values of earlier segments lie in the memory of an input: it itself, or a view `(size, stride, offset)` of it."""
+    stored = {}
+    for i, arg in enumerate(args):
+        if isinstance(arg, torch.Tensor) and arg.layout is torch.strided:
+            stored.setdefault(arg.untyped_storage().data_ptr(), i)
+    found: dict[tuple[int, int], tuple[int, tuple | None]] = {}
+    for value, real in run.env.items():
+        if value[1] < 0 or not isinstance(real, torch.Tensor) or real.layout is not torch.strided:
+            continue
+        same = next((i for i, arg in enumerate(args) if arg is real), None)
+        i = stored.get(real.untyped_storage().data_ptr())
+        if same is not None:
+            found[value] = (same, None)
+        elif i is not None and real.numel():
+            found[value] = (i, (tuple(real.shape), real.stride(), real.storage_offset()))
+    return found
+
+
+def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> Variant:
     gm = segment.copy()
     pristine = list(gm.graph.nodes)
     job = Job(
@@ -60,14 +82,19 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
         closed=run.closed,
         raw_numbers=run.capture.options.backend == "eager",
         skeleton=lambda path: run.skeleton(path),
+        aliases=aliases,
         half=frozenset(run.owner.half or ()),
         lines=run.lines,
         modes=ambient.current(),
+        removes=run.removes and segment.pure,
     )
     state = {"leaves": [], "resumed": [], "tail": None}
     cut_after_splice = _head(segment, pristine, state)
-    pipeline = [passes.splice, cut_after_splice, *run.capture.pipeline[1:]]
+    at = run.capture.pipeline.index(passes.splice) + 1
+    pipeline = [*run.capture.pipeline[:at], cut_after_splice, *run.capture.pipeline[at:]]
     passes.run(gm, job, pipeline, run.capture.disable)
+    if run.removes:
+        check(run.plan, job)
     fakes = [*segment.fakes, *(_fake(segment, run, take) for take in job.takes)]
     with _torch.tracing(segment.context):
         call = run.capture.compiler(gm, fakes)
@@ -85,6 +112,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
         state["leaves"],
         state["resumed"],
         job.report,
+        ends=None in job.removed,
     )
 
 
@@ -94,6 +122,8 @@ def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[f
     def cut(gm: fx.GraphModule, job: Job) -> int:
         if job.cut is None:
             return 0
+        if job.removes:
+            raise Unfit
         tail, taken, moved = segment.tail(job.cut.last)
         kept = {*pristine[: job.cut.last + 1], *(pristine[i] for i in moved), *job.emitted}
         group = _group(pristine, job.cut)

@@ -123,7 +123,8 @@ class Tracer:
             saving.collect(each.tape)
         missed = None
         try:
-            wave.finish()
+            with wave.tape.running():
+                wave.finish()
         except MissedSiteError as e:
             missed = e
         self._deliver()
@@ -260,7 +261,8 @@ class Invoker:
                 self._check_second_wave()
                 tracer.waves[-1].tape.settle()
                 saving.collect(tracer.waves[-1].tape)
-                tracer.waves[-1].finish()
+                with tracer.waves[-1].tape.running():
+                    tracer.waves[-1].finish()
             if self.batch is None:
                 raise InvokeError(
                     f"{user_line()}: an invoke without input works on the whole batch, and there is none yet"

@@ -13,17 +13,22 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
-from ..errors import NotRecordableError
+from ..errors import NNsightFXError, NotRecordableError
 from . import tree
 from .encode import Identity
-from .lazy import LazyTensor, user_line
+from .lazy import LazyTensor, _first, user_line
+from .lifting import name_of
+from .names import RANDOM, needs_data
 from .plan import CALL
 
 if TYPE_CHECKING:
     from .tape import Tape
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+INSIDE = -1  # the "operation" of a value that exists only while a custom `forward` is recorded
 _applies: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
 
 
@@ -33,17 +38,39 @@ class Inside(NamedTuple):
     value: Any
 
 
-class _Numbered(torch.overrides.TorchFunctionMode):
-    """Numbers the tensors that the operations of a `forward` make."""
+def _made(out: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The tensors in a result that are not arguments themselves (an in-place operation returns one)."""
+    given = {id(x) for x in tree.flatten((args, kwargs))[0]}
+    return [x for x in tree.flatten(out)[0] if isinstance(x, torch.Tensor) and id(x) not in given]
 
-    def __init__(self):
+
+def _run(tape: Tape, func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[torch.Tensor]]:
+    """An operation on fakes, and the tensors that it makes of them; real tensors alone stay what they are."""
+    given = tree.flatten((args, kwargs))[0]
+    faked = any(isinstance(x, FakeTensor) for x in given)
+    if not faked and (name_of(func) in RANDOM or any(isinstance(x, torch.SymInt) for x in given)):
+        with tape.fakes:
+            out = func(*args, **kwargs)
+    else:
+        out = func(*args, **kwargs)
+    ids = {id(x) for x in given}  # what an in-place operation returns is not new
+    return out, [x for x in tree.flatten(out)[0] if isinstance(x, FakeTensor) and id(x) not in ids]
+
+
+def _fake(tape: Tape, x: Any) -> Any:
+    return tape.fake(x) if tape.unsettled(x) else x
+
+
+class _Numbered(TorchFunctionMode):
+    """Lists the fakes that a `forward` makes, in the order in which the recording will."""
+
+    def __init__(self, tape: Tape):
         super().__init__()
-        self.made: list[torch.Tensor] = []
+        self.tape, self.made = tape, []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.made.append(out)
+        out, made = _run(self.tape, func, args, kwargs or {})
+        self.made += made
         return out
 
 
@@ -51,55 +78,96 @@ class Scope:
     """One running `Function.apply` on recorded values."""
 
     def __init__(self, tape: Tape, frame: FrameType):
-        self.frame, self.at = frame, -1
+        self.frame, self.at = frame, 0
         cls, args, kwargs = frame.f_locals["cls"], frame.f_locals["args"], frame.f_locals.get("kwargs", {})
         outputs = self._outputs(tape, cls, args)
         apply = _applies.setdefault(cls, cls.apply)
-        with torch.set_grad_enabled(tape.base.grad):
+        with torch.set_grad_enabled(True):
             result = tape.add(CALL, Identity(apply), args, kwargs, effect="random")
         results = list(result) if isinstance(result, tuple) else [result]
-        self.results = dict(zip(outputs, results, strict=True))
+        self.results = {n: r for n, r in zip(outputs, results, strict=True) if n is not None}
 
     @staticmethod
-    def _outputs(tape: Tape, cls: Any, args: tuple) -> list[int]:
+    def _outputs(tape: Tape, cls: Any, args: tuple) -> list[int | None]:
         """Which of the tensors that `forward` makes it returns: `forward` run once ahead, on fakes."""
-        fakes = tree.tree_map(lambda x: tape.fake(x) if isinstance(x, torch.Tensor) else x, args)
         context = torch.autograd.function.FunctionCtx()
         context.needs_input_grad = tuple(isinstance(a, torch.Tensor) for a in args)  # type: ignore[attr-defined]
         separate = torch.autograd.function._is_setup_context_defined(cls.setup_context)  # type: ignore[attr-defined]
-        with tape.fakes, _Numbered() as numbered:
-            out = cls.forward(*fakes) if separate else cls.forward(context, *fakes)
-        places = {id(t): i for i, t in enumerate(numbered.made)}
-        outs = list(out) if isinstance(out, tuple) else [out]
-        if any(id(o) not in places for o in outs):
-            raise NotRecordableError(
-                f"{user_line()}: `{cls.__name__}.forward` returns a tensor that no operation of it made, so it cannot be "
-                f"recorded. Run it on real values: `tracer.apply({cls.__name__}.apply, ...)`."
-            )
-        return [places[id(o)] for o in outs]
+        fakes = tree.tree_map(lambda x: _fake(tape, x), args)
+        try:
+            with tape.running(), _Numbered(tape) as numbered:
+                out = cls.forward(*fakes) if separate else cls.forward(context, *fakes)
+        except RuntimeError as e:
+            if isinstance(e, NNsightFXError) or not needs_data(e):
+                raise
+            raise _not_recordable(cls, "needs the numbers of a recorded value") from e
+        places = {id(t): n for n, t in reversed([*enumerate(numbered.made)])}
+        outs = out if isinstance(out, tuple) else (out,)
+        if any(isinstance(o, torch.Tensor) and id(o) not in places for o in outs):
+            raise _not_recordable(cls, "returns a tensor that no operation of it made")
+        return [places.get(id(o)) for o in outs]
 
     def step(self, tape: Tape, func: Any, args: tuple, kwargs: dict) -> Inside:
         """The next operation of the running `forward`, over fakes."""
-        fake = lambda x: tape.fake(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
-        with tape.fakes:
-            out = func(*tree.tree_map(fake, args), **tree.tree_map(fake, kwargs))
-        if not isinstance(out, torch.Tensor):
-            return Inside(out)
-        self.at += 1
-        return Inside(
-            self.results[self.at] if self.at in self.results else LazyTensor(tape, ("v", -1, self.at), out, user_line())
-        )
+        lazies: dict[int, Any] = {}
+
+        def fake(x: Any) -> Any:
+            known = _fake(tape, x)
+            lazies[id(known)] = x
+            return known
+
+        out, made = _run(tape, func, tree.tree_map(fake, args), tree.tree_map(fake, kwargs))
+        lazies.update({id(x): self._number(tape, x) for x in made})
+        return Inside(tree.tree_map(lambda x: lazies.get(id(x), x) if isinstance(x, torch.Tensor) else x, out))
+
+    def _number(self, tape: Tape, made: torch.Tensor) -> LazyTensor:
+        n, self.at = self.at, self.at + 1
+        return self.results[n] if n in self.results else LazyTensor(tape, ("v", INSIDE, n), made, user_line())
+
+
+def _not_recordable(cls: type, why: str) -> NotRecordableError:
+    return NotRecordableError(
+        f"{user_line()}: `{cls.__name__}.forward` {why}, so it cannot be recorded. "
+        f"Run it on real values: `tracer.apply({cls.__name__}.apply, ...)`."
+    )
+
+
+def transforms() -> int | None:
+    """How deep in torch.func transforms this thread is."""
+    return torch._C._functorch.maybe_current_level()
+
+
+def applying() -> FrameType | None:
+    """The frame of the outermost `Function.apply` that runs."""
+    frame: FrameType | None = sys._getframe(1)
+    found = None
+    while frame is not None:
+        found = frame if frame.f_code is _APPLY else found
+        frame = frame.f_back
+    return found
 
 
 def custom_function(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Inside | None:
     """The result of an operation inside the `forward` of a custom function, or `None` elsewhere."""
-    if torch.is_grad_enabled() or not tape.base.grad:
-        return None  # `apply` runs `forward` without grad; under an ambient no_grad its backward is nobody's
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _APPLY:
-        frame = frame.f_back
-    if frame is None:
+    if tape.scope is None and (torch.is_grad_enabled() or not tape.grad):
+        return None  # `apply` runs `forward` without grad; under the user's own no_grad its backward is nobody's
+    frame = applying()
+    if frame is None or (not tape.grad and (tape.scope is None or tape.scope.frame is not frame)):
+        tape.scope = None
         return None
     if tape.scope is None or tape.scope.frame is not frame:
         tape.scope = Scope(tape, frame)
     return tape.scope.step(tape, func, args, kwargs)
+
+
+def _lazy_args(frame: FrameType) -> bool:
+    return _first(frame.f_locals["args"], {}) is not None
+
+
+def set_grad(tape: Tape, enabled: bool) -> None:
+    """The body sets the grad mode; a custom `forward` may, too, which is its own affair."""
+    frame = applying()
+    if frame is None:
+        tape.grad = enabled
+    elif tape.grad and (tape.scope is None or tape.scope.frame is not frame) and _lazy_args(frame):
+        tape.scope = Scope(tape, frame)

@@ -49,7 +49,8 @@ class LazyTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, tape: Tape, key: tuple, fake: torch.Tensor, line: Line) -> LazyTensor:
-        made = torch.Tensor._make_wrapper_subclass(cls, (0,))  # type: ignore[attr-defined]
+        size = () if fake.dim() == 0 else (0,)  # torch takes a tensor without dimensions where a number is meant
+        made = torch.Tensor._make_wrapper_subclass(cls, size)  # type: ignore[attr-defined]
         made._tape, made._key, made._fake, made._line = tape, key, fake, line
         return made
 

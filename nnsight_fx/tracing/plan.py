@@ -122,6 +122,11 @@ class InterventionGraph:
         return frozenset(v for n, op in enumerate(self.ops) if op.kind in (SAVE, SYNC) for v in self.needs[n])
 
     @cached_property
+    def writes(self) -> bool:
+        """Does a recorded call change something in place?"""
+        return any(op.kind == CALL and op.effect == "inplace" for op in self.ops)
+
+    @cached_property
     def sees_objects(self) -> bool:
         """Does it read leaves that only a live site has: objects, or a structure that no scan could tell?"""
         return any((op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops)

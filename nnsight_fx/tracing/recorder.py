@@ -6,17 +6,21 @@ when the model gets there) and work on real tensors that a recorded operation ha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from . import tree
+from .functions import set_grad
 from .lazy import LazyTensor
 from .lifting import name_of
-from .tape import RANDOM, RANDOM_IN_PLACE, Tape
+from .names import RANDOM, RANDOM_IN_PLACE, effect_of
+from .tape import Tape
 
 _RANDOM = RANDOM | RANDOM_IN_PLACE
+_SET_GRAD = torch._C._set_grad_enabled
 
 
 class Recorder(TorchFunctionMode):
@@ -31,6 +35,8 @@ class Recorder(TorchFunctionMode):
         tape = self.tape
         if tape is None or not tape.open:
             return func(*args, **kwargs)
+        if func is _SET_GRAD:
+            set_grad(tape, args[0])
         if any(issubclass(t, LazyTensor) for t in types) or self._concerns(tape, func, args, kwargs):
             return tape.call(func, args, kwargs)
         return func(*args, **kwargs)
@@ -40,17 +46,21 @@ class Recorder(TorchFunctionMode):
         name = name_of(func)
         if name in _RANDOM:
             return True
-        leaves = tree.flatten((args, kwargs))[0] if tape.changed or types_hidden(args) else ()
-        return any(_recorded(x, tape) for x in leaves)
+        leaves: list | None = None
+        if tape.changed or _hidden(args) or _hidden(kwargs.values()):
+            leaves = tree.flatten((args, kwargs))[0]
+            if any(tape.unsettled(x) or _unsized(x) for x in leaves):
+                return True
+        if tape.constants and effect_of(name, kwargs) == "inplace":
+            return any(tape.holds(x) for x in leaves or tree.flatten((args, kwargs))[0])
+        return False
 
 
-def _recorded(x: Any, tape: Tape) -> bool:
-    """Does an argument stand for something that only the run knows: a value, a changed tensor, the padded length?"""
-    if isinstance(x, torch.Tensor):
-        return isinstance(x, LazyTensor) or id(x) in tape.changed
+def _unsized(x: Any) -> bool:
+    """A size that only the run knows."""
     return isinstance(x, torch.SymInt) or (type(x) is torch.Size and any(isinstance(n, torch.SymInt) for n in x))
 
 
-def types_hidden(args: tuple) -> bool:
-    """Could a list among the arguments hold recorded values that `types` does not name?"""
-    return any(isinstance(a, list | tuple | dict | torch.SymInt) for a in args)
+def _hidden(args: Iterable) -> bool:
+    """Could arguments hold recorded values that `types` does not name: in lists, or where a number is meant?"""
+    return any(isinstance(a, list | tuple | dict | torch.SymInt | LazyTensor) for a in args)

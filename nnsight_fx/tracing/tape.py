@@ -7,26 +7,31 @@ graph. Sizes and dtypes are known at once, and what torch would refuse is refuse
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from ..errors import NotRecordableError, OutOfOrderError, PaddedLengthUnknown, UnsavedValueError
+from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
 from . import ambient, tree
 from .encode import Identity, Keep, Key, decode, encode, facts, references
-from .functions import custom_function
+from .functions import INSIDE, custom_function, transforms
 from .lazy import LazyObject, LazyTensor, Line, user_line
 from .lifting import lift, name_of
+from .names import (
+    ASKS_NOTHING,
+    LIVE_CALLS,
+    NEEDS_DATA,
+    NEEDS_MEMORY,
+    effect_of,
+    needs_data,
+)
+from .names import RANDOM as RANDOM, RANDOM_IN_PLACE as RANDOM_IN_PLACE  # passes look there
 from .plan import (
     APPLY,
     BARRIER,
@@ -45,98 +50,7 @@ from .plan import (
     Site,
 )
 
-IN_PLACE_DUNDERS = {
-    f"__i{op}__"
-    for op in (
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-    )
-}
-NEEDS_DATA = {
-    "item",
-    "tolist",
-    "numpy",
-    "data_ptr",
-    "untyped_storage",
-    "storage",
-    "equal",
-    "allclose",
-    "is_nonzero",
-    "__array__",
-    "cpu_numpy",
-    "tensor",
-}
-ASKS_NOTHING = {
-    *(
-        "size",
-        "dim",
-        "ndimension",
-        "stride",
-        "numel",
-        "nelement",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "is_signed",
-    ),
-    *(
-        "element_size",
-        "get_device",
-        "storage_offset",
-        "type",
-        "is_same_size",
-        "is_inference",
-        "is_pinned",
-        "dense_dim",
-        "is_conj",
-        "is_neg",
-    ),
-}
-PYTHON_PER_NUMBER = {"apply_", "map_", "map2_"}
-LIVE_CALLS = {"backward", "register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
-RANDOM = {
-    "rand",
-    "randn",
-    "randint",
-    "randperm",
-    "normal",
-    "bernoulli",
-    "multinomial",
-    "poisson",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
-}
-RANDOM_IN_PLACE = {
-    "uniform_",
-    "normal_",
-    "bernoulli_",
-    "random_",
-    "exponential_",
-    "geometric_",
-    "cauchy_",
-    "log_normal_",
-    "dropout_",
-}
-DATA_DEPENDENT = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    GuardOnDataDependentSymNode,
-    UnsupportedOperatorException,
-)
+_FAKES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 class Missing(NamedTuple):
@@ -227,10 +141,15 @@ class Tape:
         self.saved: dict[int, LazyTensor] = {}
         self.objects: dict[int, tuple[LazyObject, Key]] = {}  # objects in saved containers
         self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
-        self.recapture = ""  # does the plan change what the model's Python sees ("changes"), or leave parts out ("removes")
+        self.recapture = (
+            ""  # does the plan change what the model's Python sees ("changes"), or leave parts out ("removes")
+        )
         self.reshaped = False  # does it change the metadata of later sites
         self.open = True
         self.base = ambient.current()
+        self.grad = self.base.grad  # the grad mode of the body, whatever `Function.apply` makes of it
+        self.transforms, self.thread = transforms(), threading.get_ident()
+        self.busy = False  # is the model running? Then nothing is recorded
         self.invoke = Invoke(0)
         self.passed: tuple[Site, Line] | None = None  # how far a sync point has run the model
         self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
@@ -242,6 +161,14 @@ class Tape:
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Record `func(*args, **kwargs)`, or answer it where it needs no data, or sync where it needs Python numbers."""
         self.check_open(args, kwargs)
+        if transforms() != self.transforms:
+            raise NotRecordableError(
+                f"{user_line()}: `{name_of(func)}` on a recorded value inside a torch.func transform (grad, vmap, ...) cannot be "
+                "recorded. Call the transformed function on real values: `tracer.apply(fn, value)`."
+            )
+        inside = custom_function(self, func, args, kwargs)
+        if inside is not None:
+            return inside.value
         name = name_of(func)
         if name in ("__get__", "__set__"):
             return self._attribute(func, name, args)
@@ -249,35 +176,29 @@ class Tape:
             known = func(*_fake_args(self, args), **_fake_args(self, kwargs))
             if not isinstance(known, torch.Tensor):  # `h.type(dtype)` converts
                 return known
-        if name in PYTHON_PER_NUMBER:
+        if name in NEEDS_MEMORY:
             raise NotRecordableError(
-                f"{user_line()}: `.{name}` calls Python on every number, and a recorded value has none yet. "
-                f"Call it on the real value: `tracer.apply(fn, value)`."
+                f"{user_line()}: `.{name}` works on a tensor's memory, and a recorded value has none yet. "
+                "Call it on the real value: `tracer.apply(fn, value)`."
             )
         if name in NEEDS_DATA:
             return func(*self.real_args(args), **self.real_args(kwargs))
         if name == "__len__":
             return len(args[0])
+        if name == "__hash__":
+            return id(args[0])
+        if name == "__deepcopy__":
+            return self.call(torch.Tensor.clone, args[:1], {})
         if name in LIVE_CALLS:
             return self.add(APPLY, Identity(func), args, kwargs, effect="inplace")
-        inside = custom_function(self, func, args, kwargs)
-        if inside is not None:
-            return inside.value
-        effect = self._effect(name, func, kwargs)
+        effect = effect_of(name, kwargs)
         args, kwargs = lift(name, args, kwargs, lambda t: (self.fake(t).shape, self.fake(t).dtype))
         try:
             return self.add(CALL, Identity(func), args, kwargs, effect=effect)
-        except PaddedLengthUnknown:
-            raise
-        except DATA_DEPENDENT:
-            return func(*self.real_args(args), **self.real_args(kwargs))
-
-    @staticmethod
-    def _effect(name: str, func: Any, kwargs: dict) -> str:
-        if name in RANDOM_IN_PLACE or (name in RANDOM and kwargs.get("out") is None):
-            return "inplace" if name in RANDOM_IN_PLACE else "random"
-        in_place = name in IN_PLACE_DUNDERS or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        return "inplace" if in_place or kwargs.get("out") is not None or kwargs.get("inplace") else ""
+        except RuntimeError as e:  # the parent of all that fakes refuse
+            if isinstance(e, NNsightFXError) or not needs_data(e):
+                raise
+        return func(*self.real_args(args), **self.real_args(kwargs))
 
     def _attribute(self, func: Any, name: str, args: tuple) -> Any:
         attr = func.__self__.__name__
@@ -288,7 +209,9 @@ class Tape:
                 f"{user_line()}: `.{attr} = ...` on a recorded value cannot be recorded. Write the site (`module.output = ...`) "
                 "or change the value in place (`value[:] = ...`)."
             )
-        if attr in ("grad", "grad_fn", "_grad_fn"):
+        if attr == "grad" and not isinstance(args[0], LazyTensor):
+            return args[0].grad
+        if attr == "grad" or (attr in ("grad_fn", "_grad_fn") and not self.fake(args[0]).is_leaf):
             raise NotRecordableError(
                 f"{user_line()}: `.{attr}` of a recorded value is not known before the run. `.save()` the value and use "
                 "`torch.autograd.grad` after the trace."
@@ -361,7 +284,7 @@ class Tape:
             aliases[id(fake)] = key
             return fake
 
-        with self.fakes:
+        with self.fakes, _quiet():
             args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
             got = result() if result is not None else None if op.kind != CALL else op.target.obj(*args, **kwargs)
         leaves, step.spec = tree.flatten(got)
@@ -468,17 +391,36 @@ class Tape:
             self.reals[key] = self.run_until(self)(key)
         return self.reals[key]
 
+    def unsettled(self, x: Any) -> bool:
+        """Is an argument a recorded value, or a real tensor (or a view of one) that recorded operations change?"""
+        if not isinstance(x, torch.Tensor):
+            return False
+        return isinstance(x, LazyTensor) or id(x) in self.changed or _aliases(x, self.changed.values())
+
+    def holds(self, x: Any) -> bool:
+        """Does the recording hold the memory of a real tensor? Then changes of it must keep their place among the uses."""
+        return isinstance(x, torch.Tensor) and _aliases(x, self.constants)
+
+    def watch(self, x: torch.Tensor) -> torch.Tensor:
+        """Treat a real tensor as recorded: its value is the one that it has when the model gets there."""
+        return self.changed.setdefault(id(x), x)
+
     def modes(self) -> ambient.Ambient | None:
         now = ambient.current()
         return None if now == self.base else now
 
     def check_open(self, args: Any, kwargs: dict) -> None:
-        if self.open:
+        if self.open and not self.busy:
             return
         from .lazy import _first
 
         lazy = _first(args, kwargs)
         made = f"`{self.describe(lazy._key)}`, made at {lazy._line}," if lazy is not None else "a value"
+        if self.open:
+            raise NotRecordableError(
+                f"{user_line()}: {made} was used by a function that runs on real values (`tracer.apply`, a checkpoint, a custom "
+                "autograd.Function, a hook). Pass it as an argument, so that the function gets the real value."
+            )
         raise UnsavedValueError(
             f"{user_line()}: {made} was used after its trace, but not saved: it has no data. "
             "Add `.save()` to it inside the trace (or `nnsight_fx.save(container)`)."
@@ -738,9 +680,18 @@ class Tape:
     def sync(self, lazies: list[LazyTensor]) -> list[torch.Tensor]:
         """The real tensors of recorded values; the model runs as far as they need."""
         self.check_open(lazies, {})
+        if any(x._key[1] == INSIDE for x in lazies):
+            raise NotRecordableError(
+                f"{user_line()}: a value inside a custom `forward` has no numbers while it is recorded."
+            )
         return self._sync([x._key for x in lazies])
 
     def _sync(self, keys: list[Key]) -> list[Any]:
+        if threading.get_ident() != self.thread:
+            raise NotRecordableError(
+                f"{user_line()}: a recorded value is looked at in another thread than its trace's, where the model cannot run. "
+                "Look at it in the body itself, and hand the number over."
+            )
         self.settle()
         for key in keys:
             op = Op(SYNC, self.invoke.index, None, ("t", tuple, (key,)), ("d", (), ()), None, "inplace")
@@ -752,14 +703,24 @@ class Tape:
                 step = self.step.children[op] = Step(self.step, op)
             self.step = step
         line = user_line()
-        value = self.run_until(self)
+        with self.running():
+            value = self.run_until(self)
         if self.invoke.latest is not None:
             self.passed = (self.invoke.latest, line)
         return [value(k) for k in keys]
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The model runs: what now uses a recorded value is a function that was meant to get the real one."""
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
+
     def real_args(self, args: Any) -> Any:
         """Arguments with every recorded value replaced by the real one."""
-        lazies = [x for x in tree.flatten(args)[0] if isinstance(x, LazyTensor) or id(x) in self.changed]
+        lazies = [x for x in tree.flatten(args)[0] if self.unsettled(x)]
         if not lazies:
             return args
         real = dict(zip(map(id, lazies), self._sync([self._tensor_key(x) for x in lazies]), strict=True))
@@ -780,10 +741,24 @@ def _fake_args(tape: Tape, args: Any) -> Any:
     return tree.tree_map(lambda x: tape.fake(x) if isinstance(x, torch.Tensor) else x, args)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Fakes log what they refuse, with a page of their own traceback; the user gets the exception."""
+    _FAKES_LOG.disabled, old = True, _FAKES_LOG.disabled
+    try:
+        yield
+    finally:
+        _FAKES_LOG.disabled = old
+
+
 def _own(fake: torch.Tensor) -> torch.Tensor:
     """A copy that an in-place operation may change; a leaf stays one, so that torch refuses what it would refuse."""
     with torch.inference_mode(fake.is_inference()), torch.enable_grad():
         return fake.detach().clone().requires_grad_(fake.requires_grad) if fake.is_leaf else fake.clone()
+
+
+def _aliases(x: torch.Tensor, others: Iterable) -> bool:
+    return any(isinstance(t, torch.Tensor) and torch._C._is_alias_of(x, t) for t in others)
 
 
 def _changed_key(op: Op) -> Key | None:

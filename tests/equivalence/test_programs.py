@@ -88,7 +88,7 @@ def same(got, want, exact, path="out"):
 
 
 @pytest.mark.parametrize(("wrapped", "program"), list(cases()), indirect=["wrapped"])
-def test_a_program_does_what_hooks_do(wrapped, program):
+def test_it_equals_its_reference(wrapped, program):
     model, name, engine = wrapped
     module, exact = model._module, engine in EXACT
     start = copy.deepcopy(module.state_dict())

@@ -15,6 +15,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import einops
@@ -133,6 +134,39 @@ class TwoOutputs(torch.autograd.Function):
     def backward(ctx, a, b):
         (h,) = ctx.saved_tensors
         return a * h.cos() * 10 - b * h.sin() * 100
+
+
+@torch.library.custom_op("nnsight_fx_tests::with_fake", mutates_args=())
+def with_fake(h: torch.Tensor) -> torch.Tensor:
+    return h * 2
+
+
+@torch.library.custom_op("nnsight_fx_tests::no_fake", mutates_args=())
+def no_fake(h: torch.Tensor) -> torch.Tensor:
+    return h * 3
+
+
+with_fake.register_fake(torch.empty_like)
+
+
+def in_a_thread(fn):
+    def call(h):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(fn, h).result()
+
+    return call
+
+
+def as_weight(h):
+    layer = nn.Linear(FEATURES, ROWS, bias=False)
+    layer.weight = nn.Parameter(h, requires_grad=False)
+    return layer(torch.ones(2, FEATURES))
+
+
+def hooked(h):
+    layer = nn.Tanh()
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    return layer(h)
 
 
 class Logged(torch.Tensor):
@@ -318,6 +352,12 @@ RECORDED: dict[str, Callable] = {
     "pytree": lambda h: pytree.tree_map(lambda t: t * 2, {"a": [h], "b": Pair(h, h)}),
     "argument of a user's subclass": lambda h: h + torch.ones(FEATURES).as_subclass(Logged),
     "torch.as_tensor": torch.as_tensor,
+    "custom operator": with_fake,
+    "torch.cond": lambda h: torch.cond(h.sum() > 0, lambda t: t * 2, lambda t: t * 3, (h,)),
+    "torch.ops": lambda h: torch.ops.aten.relu(h),
+    "another thread": in_a_thread(lambda h: h * 2),
+    "parameter of a module": as_weight,
+    "forward hook of a module in the body": hooked,
     "svd": lambda h: torch.linalg.svdvals(h),
     "named attribute": lambda h: setattr(h, "tag", "resid") or (h.tag, h),
 }
@@ -343,6 +383,9 @@ SYNCED: dict[str, Callable] = {
     "torch.tensor of a list": lambda h: torch.tensor([h[0, 0], h[1, 1]]),
     "h[mask]": lambda h: h[h > 0],
     "nonzero": lambda h: h.nonzero(),
+    "where a number is meant": lambda h: (torch.full((2,), h[0, 0]), torch.arange(h[0].argmax() + 1)),
+    "tensor_split by values": lambda h: h.tensor_split(torch.tensor([1, 2])),
+    "custom operator without a fake": no_fake,
     "unique": lambda h: torch.unique((h * 3).long()),
     "torch.equal": lambda h: torch.equal(h, h + 0),
     "allclose": lambda h: torch.allclose(h, h + 1),
@@ -360,8 +403,20 @@ REFUSED: dict[str, tuple[Callable, type, str]] = {
     "torch.func.grad": (lambda h: torch.func.grad(lambda t: (t**2).sum())(h), NotRecordableError, "tracer.apply"),
     "torch.vmap": (lambda h: torch.vmap(lambda t: t.sum())(h), NotRecordableError, "tracer.apply"),
     "scripted function": (scripted, NotRecordableError, "tracer.apply"),
+    "closure of torch.func.grad": (
+        lambda h: torch.func.grad(lambda t: (t * h).sum())(x()[:1, :1]),
+        NotRecordableError,
+        "inside a torch.func transform",
+    ),
+    "sync in another thread": (in_a_thread(lambda h: float(h[0, 0])), NotRecordableError, "another thread"),
+    "data of a real tensor": (
+        lambda h: setattr(torch.ones(1), "data", h),
+        NotRecordableError,
+        "`.data = ...`",
+    ),
+    "share_memory_": (lambda h: h.share_memory_(), NotRecordableError, "tracer.apply"),
     ".grad": (lambda h: h.grad, NotRecordableError, "`.grad`"),
-    ".grad_fn": (lambda h: h.grad_fn, NotRecordableError, "`.grad_fn`"),
+    ".grad_fn": (lambda h: (h.detach().requires_grad_() * 2).grad_fn, NotRecordableError, "`.grad_fn`"),
     ".data = ": (lambda h: setattr(h, "data", h + 1), NotRecordableError, "`.data = ...`"),
     "apply_": (lambda h: h.apply_(abs), NotRecordableError, "tracer.apply"),
     "shape that does not fit": (lambda h: h @ torch.ones(4, 4), RuntimeError, "[5, 6] X [4, 4]"),
@@ -424,3 +479,116 @@ def test_refused(name):
     with wrapped.trace(x()):
         out = wrapped.output.save()
     equal(out, model()(x()))
+
+
+# -- functions with a backward of their own ---------------------------------------------------------------------------
+
+
+class Reversal(torch.autograd.Function):
+    """Returns its argument as it is, as a view."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -3 * grad
+
+
+class Busy(torch.autograd.Function):
+    """In-place operations, tuples, real tensors, random numbers and grad modes inside `forward`."""
+
+    @staticmethod
+    def forward(ctx, h, weight):
+        with torch.enable_grad():
+            scaled = h * (weight * 2)
+        ones = torch.ones(FEATURES) + 1
+        scaled.add_(ones)
+        top, places = scaled.topk(2, dim=1)
+        with torch.no_grad():
+            noise = torch.randn(ROWS, 2) * 0
+        ctx.save_for_backward(places)
+        ctx.mark_non_differentiable(places)
+        return top + noise + weight.sum() * scaled.T[0, 0] * 0, "label", places
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        (places,) = ctx.saved_tensors
+        return torch.zeros(ROWS, FEATURES).scatter(1, places, grad * 7), None
+
+
+class Looks(torch.autograd.Function):
+    """Its `forward` needs numbers."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h * 2 if h.sum() > 0 else h
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def without_grad(h):
+    with torch.no_grad():
+        return Straight.apply(h, 2.0) + h
+
+
+DIFFERENTIABLE: dict[str, Callable] = {
+    "old style": lambda h: Straight.apply(h, 2.0),
+    "setup_context": lambda h: torch.stack(TwoOutputs.apply(h)),
+    "view": Reversal.apply,
+    "busy": lambda h: Busy.apply(h, torch.full((FEATURES,), 0.5))[0],
+    "twice": lambda h: Straight.apply(Reversal.apply(h) * h, 1.5),
+    "partly under no_grad": lambda h: h * without_grad(h),
+    "checkpoint": lambda h: checkpoint(helper, h, use_reentrant=False),
+    "checkpoint, reentrant": lambda h: checkpoint(helper, h, use_reentrant=True),
+    "checkpoint of a function": lambda h: checkpoint(lambda t: Reversal.apply(t * t), h, use_reentrant=True),
+    "nn.Parameter": lambda h: nn.Parameter(h.detach() * 0 + 1) * h,
+    "detach": lambda h: h.detach() * h,
+    "requires_grad_": lambda h: h.detach().requires_grad_() * h,
+    "in place": lambda h: operator.setitem(g := h * 2, (slice(None), 0), h[:, 1]) or g,
+    "autocast": under_autocast,
+}
+
+
+def gradients(out: torch.Tensor, module: nn.Module) -> list:
+    module.zero_grad()
+    out.backward(torch.linspace(1, 2, out.numel()).reshape(out.shape))
+    return [p.grad for p in module[0].parameters()]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_the_gradient_is_eagers(name):
+    module, fn = model().requires_grad_(), DIFFERENTIABLE[name]
+    want = gradients(fn(module[0](x())), module)
+    wrapped = NNsight(module)
+    with wrapped.trace(x()) as tracer:
+        out = fn(wrapped[0].output).save()
+        assert not tracer.waves[0].started
+    equal(gradients(out, module), want)
+
+
+def test_a_forward_that_needs_numbers_is_refused():
+    wrapped = NNsight(model().requires_grad_())
+    with pytest.raises(NotRecordableError, match=r"`Looks.forward` needs the numbers.*tracer.apply\(Looks.apply"):
+        with wrapped.trace(x()):
+            Looks.apply(wrapped[0].output)
+
+
+CALLS_ON_REAL_VALUES = {
+    "checkpoint": lambda tracer, fn, h: checkpoint(fn, h, use_reentrant=True),
+    "apply": lambda tracer, fn, h: tracer.apply(fn, h),
+}
+
+
+@pytest.mark.parametrize("name", CALLS_ON_REAL_VALUES)
+def test_a_closure_over_a_recorded_value_is_refused_where_real_ones_are_used(name):
+    wrapped = NNsight(model().requires_grad_())
+    with pytest.raises(
+        NotRecordableError, match=rf"{FILE}:\d+: `0.output`, made at {FILE}:\d+, .* Pass it as an argument"
+    ):
+        with wrapped.trace(x()) as tracer:
+            h = wrapped[0].output
+            CALLS_ON_REAL_VALUES[name](tracer, lambda t: t + h, h)
