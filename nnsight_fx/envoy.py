@@ -119,6 +119,8 @@ class Envoy:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_module" not in self.__dict__:
             raise AttributeError(name)
+        if hasattr(type(self), name):
+            return object.__getattribute__(self, name)  # a property failed: its own error, not that it is missing
         try:
             return self._child(name)
         except KeyError:

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx.capture.markers import site, supply
-from nnsight_fx.tracing.tape import RANDOM, RANDOM_IN_PLACE
+from nnsight_fx.tracing.names import RANDOM, RANDOM_IN_PLACE
 
 TORCH = {  # where functions live that only compute; `None`: builtins of torch without a module
     *(None, "torch", "torch.functional", "torch.nn.functional", "torch.special", "math"),

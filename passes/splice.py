@@ -139,13 +139,14 @@ class Weaver(Interleaver):
 
     def _parts(self, path: str, call: int) -> dict[int, tuple]:
         at = (path, "output", call)
-        if at not in self.skipped:
+        parts = self.skip_parts(at, self.job.lines)
+        if parts is None:
             n = next(n for n in self.plan.touches[at] if self.plan.ops[n].kind == SKIP)
             raise MissedSiteError(
                 f"{self.job.lines[n] if n < len(self.job.lines) else 'a skip'}: `{path}` is skipped, but the skip value is not "
                 "there yet when the model calls it: an earlier line waits for a later site. Move the skip in front of it."
             )
-        return self.skipped[at]
+        return parts
 
     def _gathered(self, parts: dict[int, tuple]) -> list:
         """A skipped module's output: each invoke's rows, concatenated."""

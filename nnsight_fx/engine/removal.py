@@ -14,8 +14,9 @@ from torch.nn.modules import module as globally
 
 from ..capture._transformers import collects_states
 from ..capture.scan import PLAIN
+from ..errors import PlanMismatchError
 from ..passes.job import Job
-from ..tracing.plan import APPLY, SYNC, InterventionGraph
+from ..tracing.plan import APPLY, SKIP, SYNC, InterventionGraph
 from ..tracing.tape import SiteMeta, Tape, _mutable
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
@@ -36,7 +37,7 @@ def removable(plan: InterventionGraph, tape: Tape, root: nn.Module) -> bool:
 
 def _alone(plan: InterventionGraph, tape: Tape, root: nn.Module, path: str, call: int) -> bool:
     """Is a module skipped for all rows, without hooks, and without an argument that it could change?"""
-    skippers = {op.invoke for op in plan.ops if op.target == (path, "output", call) and op.kind == "skip"}
+    skippers = {op.invoke for op in plan.ops if op.target == (path, "output", call) and op.kind == SKIP}
     members = {i for i, rows in enumerate(plan.groups.rows) if rows is not None}
     found = tape.sites.lookup(tape, (path, "input", call))
     if not members <= skippers or not isinstance(found, SiteMeta) or _hooked(root.get_submodule(path)):
@@ -60,10 +61,22 @@ def _transformers(hook: Any) -> bool:
     return (getattr(hook, "__module__", "") or "").startswith("transformers.")
 
 
-def check(plan: InterventionGraph, job: Job) -> None:
-    """Raise `Unfit` unless the passes have left out all that the plan leaves out."""
-    wanted: set = {(path, "output", call) for path, calls in plan.skips.items() for call in calls}
-    if plan.stops:
-        wanted = {*(s for s in wanted if s in job.exit.skipped), None}
-    if wanted - job.removed:
-        raise Unfit
+def check(job: Job, tries: bool) -> None:
+    """After the passes: is everything left out that the plan leaves out of this segment?
+
+    `Unfit` when it is not and the run only `tries` to do without a capture of its own; else it is too late for that.
+    """
+    plan = job.plan
+    if tries:
+        wanted: set = {(path, "output", call) for path, calls in plan.skips.items() for call in calls}
+        if plan.stops:
+            wanted = {*(s for s in wanted if s in job.exit.skipped), None}
+        if wanted - job.removed:
+            raise Unfit
+    for path, kind, call in set(job.exit.skipped) - set(job.entry.skipped) - job.removed:
+        if (path, "skip", call) not in job.half:
+            n = next(n for n in plan.touches[(path, kind, call)] if plan.ops[n].kind == SKIP)
+            raise PlanMismatchError(
+                f"{job.lines[n]}: `{path}` is skipped after a sync point has begun the captured run, which cannot leave it out any "
+                "more. Skip it before the sync point, or trace with `compile=False`."
+            )

@@ -7,13 +7,13 @@ spliced, the rest is live). Live sites call `pass_site`; segments take and give 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
 from ..capture.markers import Markers, active
-from ..errors import MissedSiteError, PlanMismatchError, SkipError
+from ..errors import MissedSiteError, PlanMismatchError
 from ..tracing import tree
 from ..tracing.ambient import under
 from ..tracing.encode import Key
@@ -108,9 +108,9 @@ class Run(TensorInterleaver):
             self.coroutine.abandon()
 
     @property
-    def skips(self) -> dict[str, set[int]]:
-        """The calls that do not run a module's own `forward`."""
-        return self.plan.skips
+    def skips(self) -> Collection[str]:
+        """The modules whose `forward` the plan may leave out: any, while it may grow."""
+        return self.owner.paths.values() if self.everything else self.plan.skips
 
     # -- live sites ----------------------------------------------------------------------------------------------
 
@@ -134,17 +134,8 @@ class Run(TensorInterleaver):
 
     def skip_value(self, path: str, call: int) -> tuple[list, tree.Spec] | None:
         """The output that the plan gives to a skipped call, if it is one."""
-        parts = self.skipped.get((path, "output", call))
-        if parts is None:
-            return None
-        groups = self.plan.groups.rows
-        members = [i for i, rows in enumerate(groups) if rows is not None]
-        if members and set(parts) < set(members):
-            raise SkipError(
-                f"`{path}` is skipped in {len(parts)} of {len(members)} invokes ({self._lines_of(SKIP, path)}); "
-                "one forward cannot both run and skip a module. Skip it in every invoke, or use two traces."
-            )
-        return gather(parts, self.plan.groups)
+        parts = self.skip_parts((path, "output", call), self.lines)
+        return None if parts is None else gather(parts, self.plan.groups)
 
     def skip(self, path: str) -> Callable:
         """The `forward` of a module that the plan skips."""
@@ -204,11 +195,6 @@ class Run(TensorInterleaver):
         if self.written is not None:
             site, line = self.written
             error.add_note(f"nnsight_fx: the model failed after `{site}` was written at {line}")
-
-    def _lines_of(self, kind: str, path: str) -> str:
-        return ", ".join(
-            str(self.lines[n]) for n, op in enumerate(self.plan.ops) if op.kind == kind and op.target[0] == path
-        )
 
     def missed_error(self, missed: list[int]) -> MissedSiteError:
         for n in missed:

@@ -7,7 +7,7 @@ import itertools
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -267,8 +267,8 @@ class SplicedRun(Run):
         return value
 
     @property
-    def skips(self) -> dict[str, set[int]]:
-        return {} if self.removes else super().skips
+    def skips(self) -> Collection[str]:
+        return () if self.removes else self.plan.skips  # what it overrides, Dynamo guards on
 
     def forward(self) -> None:
         try:

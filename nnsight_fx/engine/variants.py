@@ -93,8 +93,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
     at = run.capture.pipeline.index(passes.splice) + 1
     pipeline = [*run.capture.pipeline[:at], cut_after_splice, *run.capture.pipeline[at:]]
     passes.run(gm, job, pipeline, run.capture.disable)
-    if run.removes:
-        check(run.plan, job)
+    check(job, run.removes)
     fakes = [*segment.fakes, *(_fake(segment, run, take) for take in job.takes)]
     with _torch.tracing(segment.context):
         call = run.capture.compiler(gm, fakes)

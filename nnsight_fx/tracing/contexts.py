@@ -218,6 +218,8 @@ class Tracer:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "host" not in self.__dict__:
             raise AttributeError(name)
+        if hasattr(type(self), name):
+            return object.__getattribute__(self, name)  # a property failed: its own error, not that it is missing
         return getattr(self.host, name)
 
 

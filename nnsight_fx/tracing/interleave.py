@@ -7,10 +7,12 @@ site its invoke has touched so far; at one site invokes act in the order in whic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import SkipError
 from . import tree
 from .encode import Keep, Key, decode
 from .plan import (
@@ -210,6 +212,18 @@ class Interleaver:
         return [
             n for worker, at in zip(self.plan.workers, self.at, strict=True) for n in worker[at:] if n not in self.done
         ]
+
+    def skip_parts(self, at: Site, lines: Sequence) -> dict[int, tuple] | None:
+        """What each invoke gives for a skipped call, or `None` where none does."""
+        parts = self.skipped.get(at)
+        members = {i for i, rows in enumerate(self.plan.groups.rows) if rows is not None}
+        if parts is None or not set(parts) < members:
+            return parts
+        written = ", ".join(str(lines[n]) for n in self.plan.touches[at] if self.plan.ops[n].kind == SKIP and n < len(lines))
+        raise SkipError(
+            f"`{at[0]}` is skipped in {len(parts)} of {len(members)} invokes ({written}); "
+            "one forward cannot both run and skip a module. Skip it in every invoke, or use two traces."
+        )
 
     def extend(self, plan: InterventionGraph) -> None:
         """Go on with a plan that this one is the beginning of."""

@@ -31,7 +31,8 @@ from .names import (
     effect_of,
     needs_data,
 )
-from .names import RANDOM as RANDOM, RANDOM_IN_PLACE as RANDOM_IN_PLACE  # passes look there
+from .names import RANDOM as RANDOM  # passes look there
+from .names import RANDOM_IN_PLACE as RANDOM_IN_PLACE
 from .plan import (
     APPLY,
     BARRIER,

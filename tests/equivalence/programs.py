@@ -207,9 +207,9 @@ def skip(m, s, x, out):
 
 
 def skip_by_hand(m, s, x, out):
-    seen = {}
-    with skipped(s.b, lambda: seen["a"] * 0.5):
-        out["y"] = run(m, x, after(s.a, keep(seen, "a")), after(s.b, keep(out, "b")))
+    halves = []
+    with skipped(s.b, halves.pop):
+        out["y"] = run(m, x, after(s.a, lambda h: halves.append(h * 0.5)), after(s.b, keep(out, "b")))
 
 
 def stop(m, s, x, out):
@@ -628,17 +628,16 @@ def skip_with_a_tuple(m, s, x, out):
 
 
 def skip_with_a_tuple_by_hand(m, s, x, out):
-    seen = {}
+    values = []
 
-    def value():
-        h = seen["a"]
-        return h, (h[:, 0][None], h[:, 1][None] * 2)
+    def prepare(h):
+        values.append((h, (h[:, 0][None], h[:, 1][None] * 2)))
 
     def look(output):
         out["state"] = output[1][0]
 
-    with skipped(m.lstm, value):
-        out["y"] = run(m, x, after(m.a, keep(seen, "a")), after(m.lstm, look))
+    with skipped(m.lstm, values.pop):
+        out["y"] = run(m, x, before(m.lstm, first(prepare)), after(m.lstm, look))
 
 
 def inputs_by_keyword(m, s, x, out):
