@@ -45,6 +45,7 @@ class Job:
     half: frozenset = frozenset()  # the sites whose replaced values the model's Python has seen
     lines: Sequence = ()  # where each operation was written
     modes: Any = None  # the modes that the trace was opened under
+    begun: bool = False  # the run began before its plan was whole: a stop cuts the segment, as a sync point does
     removes: bool = False  # skips and stops are made in this graph, which the model's Python shares nothing else with
     emitted: set[fx.Node] = field(default_factory=set)
     takes: list[tuple] = field(

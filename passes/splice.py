@@ -97,6 +97,8 @@ class Weaver(Interleaver):
                 self.fire(Firing(here, leaves, None))
             except CutHere:
                 self.job.cut = Cut(here, index, leaves)
+        if self.stopping and self.job.begun:
+            self.job.cut = Cut(here, index, leaves)
         if here in self.supplied and here not in self.job.half:
             n = next(n for n in self.plan.touches[here] if self.plan.ops[n].kind == "write")
             raise PlanMismatchError(

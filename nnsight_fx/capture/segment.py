@@ -76,4 +76,4 @@ class Segment:
             mapped[node] = graph.node_copy(node, lambda n: mapped[n])
         gm = fx.GraphModule(self.gm, graph)
         fakes = [_torch.as_input(self.context, nodes[i].meta.get("example_value")) for i in taken]
-        return Segment(gm, fakes, self.context, self.guards), taken, moved
+        return Segment(gm, fakes, self.context, self.guards, self.pure), taken, moved

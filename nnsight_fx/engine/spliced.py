@@ -24,7 +24,7 @@ from ..errors import PlanMismatchError
 from ..tracing import tree
 from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
-from ..tracing.plan import OBJECT, READ, SKIP, WRITE, InterventionGraph, Op, Site
+from ..tracing.plan import OBJECT, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
 from .removal import Unfit
 from .run import Run
 from .sites import FakeInterleaver
@@ -225,10 +225,20 @@ class SplicedRun(Run):
             leaves = [outputs[i] if i is not None else None for i in found.leaves]
             self.fire(Firing(found.cut.site, leaves, None))
             if self.stopping:
-                raise Stopped
+                self._end_in(segment)
             args = tuple(leaves[r[1]] if isinstance(r, tuple) else outputs[r] for r in found.resumed)
             assert found.tail is not None
             segment = found.tail
+
+    def _end_in(self, segment: Segment) -> None:
+        """The plan stops the model inside a segment of a run that had begun before it was known to stop."""
+        if not segment.pure:
+            n = next(n for n, op in enumerate(self.plan.ops) if op.kind == STOP)
+            raise PlanMismatchError(
+                f"{self.lines[n]}: the model is stopped after a sync point has begun the captured run, and what its Python did before "
+                "the stop (a cache that it filled, an attribute that it set) would be lost. Trace with `compile=False`."
+            )
+        raise Stopped
 
     def _go_past(self, found: Any, outputs: Any) -> None:
         """Take over where the plan stands after a segment, and the values it gave."""

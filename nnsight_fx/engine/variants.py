@@ -86,6 +86,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
         half=frozenset(run.owner.half or ()),
         lines=run.lines,
         modes=ambient.current(),
+        begun=run.capture_half is None and not run.removes,
         removes=run.removes and segment.pure,
     )
     state = {"leaves": [], "resumed": [], "tail": None}

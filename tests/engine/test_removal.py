@@ -6,7 +6,7 @@ import torch.nn as nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nnsight_fx import NNsight, assert_no_fallback
-from nnsight_fx.errors import SkipError
+from nnsight_fx.errors import PlanMismatchError, SkipError
 from nnsight_fx.tracing import tree
 
 ENGINES = ["eager", "aot_eager"]
@@ -413,3 +413,45 @@ def test_what_python_reads_between_no_grad_and_its_end():
 
     compare(seeded, body, "eager", 1, X)  # the end of the mode lies in the tail
     assert torch.is_grad_enabled()
+
+
+# behind a sync point it is too late for a capture half
+
+
+def skips_late(m, tracer, found):
+    if m.a.output.sum() > -1e9:
+        m.bn.skip(m.bn.input * 2)
+    found.append(m.c.output.save())
+
+
+def test_a_skip_behind_a_sync_point():
+    found, _, model = outcome(batched(), skips_late, X)
+    module = model._module
+    torch.testing.assert_close(found[0], module.c(module.a(X) * 2))
+    assert module.bn.num_batches_tracked == 0 and "forward" not in vars(module.bn)
+    with pytest.raises(PlanMismatchError, match=r"test_removal.py:\d+: `bn` is skipped after a sync point has begun"):
+        outcome(batched(), skips_late, X, engine="eager")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("at", ["a", "bn"])
+def test_a_stop_behind_a_sync_point(engine, at):
+    def body(m, tracer, found):
+        if m.a.output.sum() > -1e9:
+            found.append((m.a if at == "a" else m.bn).output.save())
+            tracer.stop()
+
+    reference, model = compare(batched, body, engine, 0, X)
+    assert reference.bn.num_batches_tracked == (0 if at == "a" else 1)
+    assert model._module.bn.num_batches_tracked - reference.bn.num_batches_tracked == 1  # by the warm-up
+
+
+def test_a_stop_behind_a_sync_point_that_would_lose_a_cache():
+    def body(m, tracer, found):
+        if m.model.layers[0].output.sum() > -1e9:
+            found.append(m.model.layers[1].output.save())
+            tracer.stop()
+
+    module = llama()
+    with pytest.raises(PlanMismatchError, match=r"test_removal.py:\d+: the model is stopped after a sync point"):
+        outcome(module, body, IDS, engine="eager", warm=False, past_key_values=DynamicCache(config=module.config))

@@ -76,12 +76,12 @@ IMPURE = [
 ]
 
 
-@pytest.mark.parametrize("case", PURE, ids=str)
+@pytest.mark.parametrize("case", PURE)
 def test_what_only_computes(case):
     assert effect(node(*case)) is None
 
 
-@pytest.mark.parametrize("says, case", [(says, case) for says, *case in IMPURE], ids=str)
+@pytest.mark.parametrize("says, case", [(says, case) for says, *case in IMPURE])
 def test_what_does_more(says, case):
     assert str(effect(node(*case))).startswith(says)
 
