@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .errors import OutsideTraceError, UnknownModuleError, nearest
+from .errors import OutsideTraceError, UnknownModuleError, nearest, own_error
 from .tracing import tree
 from .tracing.encode import Keep
 from .tracing.lazy import LazyTensor, user_line
@@ -45,7 +45,7 @@ class Envoy:
             )
         return tracer.tape
 
-    @property
+    @own_error
     def nns_output(self) -> Any:
         """What the module returned: the model's own structure, with tensors that are recorded."""
         return self._tape("output").read((self._path, "output", 0))
@@ -54,7 +54,7 @@ class Envoy:
     def nns_output(self, value: Any) -> None:
         self._tape("output").write((self._path, "output", 0), value)
 
-    @property
+    @own_error
     def nns_inputs(self) -> Any:
         """`(args, kwargs)` of the module's call."""
         return self._tape("inputs").read((self._path, "input", 0))
@@ -63,7 +63,7 @@ class Envoy:
     def nns_inputs(self, value: Any) -> None:
         self._tape("inputs").write((self._path, "input", 0), value)
 
-    @property
+    @own_error
     def nns_input(self) -> Any:
         """The first argument of the module's call: positional, else by keyword."""
         tape, site = self._tape("input"), (self._path, "input", 0)
@@ -117,10 +117,9 @@ class Envoy:
         return self._root._envoy_of(child)
 
     def __getattr__(self, name: str) -> Any:
+        own_error.reraise(self)
         if name.startswith("__") or "_module" not in self.__dict__:
             raise AttributeError(name)
-        if hasattr(type(self), name):
-            return object.__getattribute__(self, name)  # a property failed: its own error, not that it is missing
         try:
             return self._child(name)
         except KeyError:
@@ -128,15 +127,22 @@ class Envoy:
         if hasattr(self._module, name):
             found = getattr(self._module, name)
             tracer = self._root.__dict__.get("tracer")
-            return tracer.tape.watch(found) if isinstance(found, torch.Tensor) and tracer is not None else found
-        known = [*self._module._modules, "output", "input", "inputs", "skip"]
-        raise UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
+            recorded = isinstance(found, torch.Tensor) and tracer is not None and tracer.waves
+            return tracer.waves[-1].tape.watch(found) if recorded else found
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> UnknownModuleError:
+        known = [*self._module._modules, *self._aliases, "output", "input", "inputs", "skip"]
+        return UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and not name.startswith("_"):
             setattr(self._module, name, value)
             self._root._module_changed()
             return
+        traced = not name.startswith("_") and self._root.__dict__.get("tracer") is not None
+        if traced and not hasattr(type(self), name) and name not in self.__dict__:
+            raise self._unknown(name)
         super().__setattr__(name, value)
 
     def __getitem__(self, index: int | slice | str) -> Any:
@@ -226,7 +232,7 @@ def _value(name: str) -> property:
             raise AttributeError(f"{user_line()}: `{self.path}.{name}` is a module; its value is `.nns_{name}`")
         setattr(self, f"nns_{name}", value)
 
-    return property(get, put, doc=getattr(Envoy, f"nns_{name}").__doc__)
+    return own_error(get, put, doc=getattr(Envoy, f"nns_{name}").__doc__)
 
 
 for _name in _TAKEN:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class NNsightFXError(Exception):
@@ -67,6 +68,26 @@ class FallbackError(NNsightFXError, AssertionError):
 
 class RecompileError(NNsightFXError, AssertionError):
     """More compiles than `assert_max_compiles(n)` allows."""
+
+
+class own_error(property):  # noqa: N801  (used as `@property` is)
+    """A property of a class with `__getattr__`, to which Python would turn after an `AttributeError` raised in here.
+
+    The error (a model that cannot use what was written, say) is kept, for `__getattr__` to raise by `reraise`.
+    """
+
+    def __get__(self, obj: Any, cls: type | None = None) -> Any:
+        try:
+            return super().__get__(obj, cls)
+        except AttributeError as error:
+            obj.__dict__["_own_error"] = error
+            raise
+
+    @staticmethod
+    def reraise(obj: Any) -> None:
+        error = obj.__dict__.pop("_own_error", None)
+        if error is not None:
+            raise error
 
 
 def nearest(wrong: str, known: Iterable[str], n: int = 3) -> str:

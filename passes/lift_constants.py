@@ -93,7 +93,8 @@ def _select(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node]) -
             x = gm.graph.call_method("select", (x, dim, index[i]))
         rest = tuple(entry for i, entry in enumerate(index) if i not in at)
         if node.target is operator.setitem:
-            gm.graph.call_function(operator.setitem, (x, rest or Ellipsis, node.args[2]))
+            where: Any = rest or Ellipsis
+            gm.graph.call_function(operator.setitem, (x, where, node.args[2]))
         else:
             plain = all(entry is Ellipsis or entry == slice(None) for entry in rest)
             x = x if plain else gm.graph.call_function(operator.getitem, (x, rest))

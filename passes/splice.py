@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,12 +9,13 @@ import torch.fx as fx
 
 from nnsight_fx.capture.markers import site, supply
 from nnsight_fx.errors import MissedSiteError, PlanMismatchError
-from nnsight_fx.tracing.encode import Identity, Keep, Key
+from nnsight_fx.tracing.encode import Keep
 from nnsight_fx.tracing.interleave import Cut as CutHere
-from nnsight_fx.tracing.interleave import Firing, Interleaver, gather
-from nnsight_fx.tracing.plan import MODULE, SKIP, Op, fx_target
+from nnsight_fx.tracing.interleave import Firing
+from nnsight_fx.tracing.plan import SKIP, Op
 
-from .job import Cut, Job, constant, fetch, parameter, put_rows, rows
+from .emit import Emitter
+from .job import Cut, Job
 
 
 def splice(gm: fx.GraphModule, job: Job) -> int:
@@ -65,23 +65,12 @@ def splice(gm: fx.GraphModule, job: Job) -> int:
     return rewrites
 
 
-class Weaver(Interleaver):
-    """The plan's schedule over `fx` nodes: its values are nodes, its operations emit nodes."""
-
-    live = False
+class Weaver(Emitter):
+    """The plan's schedule over the sites of a graph."""
 
     def __init__(self, gm: fx.GraphModule, job: Job):
-        super().__init__(job.plan)
-        self.gm, self.job, self.graph = gm, job, gm.graph
-        self.at, self.done, self.counts = list(job.entry.at), set(job.entry.done), dict(job.entry.counts)
-        self.at += [0] * (len(job.plan.workers) - len(self.at))
-        self.skipped = dict(job.entry.skipped)
-        self.closed = job.closed
-        self.fetched: dict[tuple, fx.Node] = {}
+        super().__init__(gm, job)
         self.supplied: dict[tuple, list] = {}
-        self.made: set[tuple[int, int]] = set()
-
-    # -- sites ---------------------------------------------------------------------------------------------------
 
     def pass_site(self, group: list[fx.Node], index: int) -> int:
         """One site, all its tensor leaves at once, behind the last marker."""
@@ -159,186 +148,3 @@ class Weaver(Interleaver):
         return [
             self._emit("call_function", torch.cat, (list(c),)) if isinstance(c[0], fx.Node) else c[0] for c in columns
         ]
-
-    # -- values --------------------------------------------------------------------------------------------------
-
-    def ready(self, n: int) -> bool:
-        return all(v in self.env or v in self.job.entry.known for v in self.plan.needs[n])
-
-    def lookup(self, key: Key) -> Any:
-        if key[0] != "v":
-            return self.constant(key)
-        value = (key[1], key[2])
-        if value in self.env:
-            return self.env[value]
-        return self._source(("fetch", value), fetch, value)
-
-    def constant(self, key: Key) -> Any:
-        if key[0] == "s":
-            raise CutHere  # a size that only the call knows: the operation runs live
-        kind = key[2] if key[0] == "n" else "tensor"
-        return self._source(("constant", key[1]), constant, (key[1], kind))
-
-    def _source(self, key: tuple, target: Callable, args: tuple) -> fx.Node:
-        """A node for something from outside, made once, in front of everything."""
-        if key not in self.fetched:
-            first = next(n for n in self.graph.nodes if n.op != "placeholder")
-            with self.graph.inserting_before(first):
-                self.fetched[key] = self._emit("call_function", target, args)
-        return self.fetched[key]
-
-    def _emit(self, op: str, target: Any, args: tuple = (), kwargs: dict | None = None) -> fx.Node:
-        node = self.graph.create_node(op, target, args, kwargs or {})
-        self.job.emitted.add(node)
-        return node
-
-    def rows(self, leaf: Any, invoke: int, batched: bool | None) -> Any:
-        group = self._group(leaf, invoke, batched)
-        return (
-            leaf
-            if group is None
-            else self._emit("call_function", rows, (leaf, *group, self.plan.groups.total, batched))
-        )
-
-    def put_rows(self, leaf: Any, new: Any, invoke: int, batched: bool | None) -> Any:
-        group = self._group(leaf, invoke, batched)
-        if group is None:
-            return new
-        return self._emit("call_function", put_rows, (leaf, new, *group, self.plan.groups.total, batched))
-
-    def _group(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:
-        groups = self.plan.groups.rows
-        return groups[invoke] if invoke < len(groups) and isinstance(leaf, fx.Node) and batched is not False else None
-
-    # -- operations ----------------------------------------------------------------------------------------------
-
-    def check(self, n: int, leaves: list, expected: tuple) -> None:
-        for leaf, want in zip(leaves, expected, strict=False):
-            fake = leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else None
-            if fake is not None and want is not None and (fake.dtype != want[1] or fake.dim() != len(want[0])):
-                raise CutHere  # not what was guessed: the live read says so
-
-    def perform(self, n: int, firing: Firing | None) -> None:
-        if self.plan.ops[n].kind == "read" and (n, -1) in self.plan.last_use:
-            raise CutHere
-        super().perform(n, firing)
-
-    def execute(self, n: int, op: Op) -> Any:
-        args, kwargs = self.arguments(op)
-        leave = self._enter(op.ambient)
-        if op.kind == MODULE:
-            node = self._module(op.target, args, kwargs)
-        else:
-            fn = op.target.obj if isinstance(op.target, Identity) else op.target
-            kind, target, lead = fx_target(fn)
-            target = target if kind == "call_method" or _printable(target) else FunctionCall(target)
-            node = self._emit(kind, target, (*args, *lead), kwargs)
-        leave()
-        return n, node
-
-    def _enter(self, ambient: Any) -> Callable[[], None]:
-        """Emit the switch to an operation's own modes; the return emits the way back."""
-        if ambient is None:
-            return lambda: None
-        base, undo = self.job.modes, []
-        grad = ambient.grad and not ambient.inference
-        if grad != base.grad:
-            self._emit("call_function", torch._C._set_grad_enabled, (grad,))
-            undo.append(lambda: self._emit("call_function", torch._C._set_grad_enabled, (base.grad,)))
-        for (device, enabled, dtype), was in zip(ambient.autocast, base.autocast, strict=True):
-            if (device, enabled, dtype) != was:
-                token = self._emit(
-                    "call_function", torch.amp.autocast_mode._enter_autocast, (device, dtype, enabled, True)
-                )
-                undo.append(lambda t=token: self._emit("call_function", torch.amp.autocast_mode._exit_autocast, (t,)))
-
-        def leave() -> None:
-            for step in reversed(undo):
-                step()
-
-        return leave
-
-    def _module(self, path: str, args: tuple, kwargs: dict) -> fx.Node:
-        """A module of the model called on values: its structure, on the model's own parameters."""
-        assert self.job.skeleton is not None
-        module = self.job.skeleton(path)
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        given = {name: self._source(("parameter", path, name), parameter, (path, name)) for name in tensors}
-        return self._emit("call_function", ModuleCall(path, module), (given, args, kwargs))
-
-    def split(self, result: Any) -> tuple[list, Any]:
-        n, node = result
-        return [LeafOf(self, node, path) for path in _paths(self.plan.specs[n])], None
-
-    def _keep(self, n: int, leaves: list, spec: Any) -> None:
-        for j, leaf in enumerate(leaves):
-            if (n, j) in self.plan.last_use or not self.closed:
-                self.env[(n, j)] = leaf() if isinstance(leaf, LeafOf) else leaf
-                self.made.add((n, j))
-
-    def wanted(self) -> list[tuple[int, int]]:
-        """The values made here that leave the segment: saved, used by what is still to come, or, while the plan may grow, any."""
-        used = {v for n, needed in enumerate(self.plan.needs) if n not in self.done for v in needed}
-        return sorted(v for v in self.made if v in self.plan.saved or v in used or not self.closed)
-
-    def _release(self, n: int) -> None:
-        pass
-
-
-class LeafOf:
-    """A leaf of an operation's result, taken out when something uses it."""
-
-    def __init__(self, weaver: Weaver, node: fx.Node, path: tuple):
-        self.weaver, self.node, self.path = weaver, node, path
-
-    def __call__(self) -> fx.Node:
-        import operator
-
-        node = self.node
-        for step in self.path:
-            node = self.weaver._emit("call_function", operator.getitem, (node, step))
-        return node
-
-
-def _paths(spec: Any) -> list[tuple]:
-    """The indices that lead to each leaf of a result."""
-    if spec is None:
-        return [()]
-    kind, _, keys, specs = spec
-    steps = keys if kind in ("dict", "dataclass") else range(len(specs))
-    return [(step, *rest) for step, s in zip(steps, specs, strict=True) for rest in _paths(s)]
-
-
-def _printable(fn: Callable) -> bool:
-    """Does `fx`'s generated code find this function by its name?"""
-    import sys
-
-    module = sys.modules.get(getattr(fn, "__module__", None) or "")
-    return module is None or getattr(module, getattr(fn, "__name__", ""), None) is fn
-
-
-class FunctionCall:
-    """A function that has no importable name: a bound method, a local function."""
-
-    def __init__(self, fn: Callable):
-        self.fn = fn
-        self.__name__ = self.__qualname__ = f"call_{getattr(fn, '__name__', 'function')}"
-        self.__module__ = __name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.fn(*args, **kwargs)
-
-
-class ModuleCall:
-    """A module as a function of its parameters. Holds structure only, on fake tensors."""
-
-    def __init__(self, path: str, module: torch.nn.Module):
-        self.module = module
-        self.__name__ = self.__qualname__ = "module_" + (path.replace(".", "_") or "root")
-        self.__module__ = __name__
-
-    def __call__(self, tensors: dict, args: tuple, kwargs: dict) -> Any:
-        return torch.func.functional_call(self.module, dict(tensors), args, dict(kwargs))  # fx gives immutable ones
-
-
-__all__ = ["Weaver", "gather", "splice"]

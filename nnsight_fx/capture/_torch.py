@@ -142,12 +142,19 @@ def replays_nothing(restored: Callable[[Any], bool]) -> bool:
 
         output = InstructionTranslator.current_tx().output
         effects = output.side_effects
-        changed = [
+        changed: list[Any] = [
             v
             for v in effects.id_to_variable.values()
-            if effects.is_modified(v) and type(v.mutation_type).__name__ in ("AttributeMutationExisting", "ValueMutationExisting")
+            if effects.is_modified(v)
+            and type(v.mutation_type).__name__ in ("AttributeMutationExisting", "ValueMutationExisting")
         ]
-        others = (effects.tensor_hooks, effects.save_for_backward, effects.ca_final_callbacks_var, output.random_calls, output.backward_state)
+        others = (
+            effects.tensor_hooks,
+            effects.save_for_backward,
+            effects.ca_final_callbacks_var,
+            output.random_calls,
+            output.backward_state,
+        )
         return not any(others) and all(_as_before(effects, v) and restored(v.value) for v in changed)
     except Exception:  # another torch: Dynamo's tables look different there
         return False
@@ -159,7 +166,10 @@ def _as_before(effects: Any, variable: Any) -> bool:
     if not stores or variable.is_base_vt_modified(effects):
         return False
     held = vars(variable.value)
-    return all(new.is_python_constant() and name in held and held[name] is new.as_python_constant() for name, new in stores.items())
+    return all(
+        new.is_python_constant() and name in held and held[name] is new.as_python_constant()
+        for name, new in stores.items()
+    )
 
 
 def guard_count(context: Any) -> int:

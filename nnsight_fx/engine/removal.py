@@ -19,7 +19,12 @@ from ..passes.job import Job
 from ..tracing.plan import APPLY, SKIP, SYNC, InterventionGraph
 from ..tracing.tape import SiteMeta, Tape, _mutable
 
-GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 
 
 class Unfit(Exception):
@@ -30,7 +35,9 @@ def removable(plan: InterventionGraph, tape: Tape, root: nn.Module) -> bool:
     """Can everything that this plan leaves out be left out without the model's Python noticing?"""
     if plan.recapture != "removes" or any(op.kind in (APPLY, SYNC) for op in plan.ops):
         return False
-    if any(getattr(globally, table) for table in GLOBAL_HOOKS) or any(m._forward_hooks_always_called for m in root.modules()):
+    if any(getattr(globally, table) for table in GLOBAL_HOOKS) or any(
+        m._forward_hooks_always_called for m in root.modules()
+    ):
         return False
     return all(_alone(plan, tape, root, path, call) for path, calls in plan.skips.items() for call in calls)
 

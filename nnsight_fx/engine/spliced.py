@@ -150,6 +150,7 @@ class SplicedRun(Run):
     everything: bool = True
 
     removes = False  # does this run leave out what its plan skips in the graph of all plans
+    capture_half: InterventionGraph | None = None  # the plan whose own capture it runs on
     stop_at: Callable[[], Site | None]
 
     def start(

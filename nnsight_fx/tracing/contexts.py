@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError
+from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
 from . import saving
 from .lazy import user_line
 from .plan import Groups, InterventionGraph
@@ -181,7 +181,7 @@ class Tracer:
 
     # -- verbs ---------------------------------------------------------------------------------------------------
 
-    @property
+    @own_error
     def result(self) -> Any:
         """What the traced function returns, after every intervention."""
         return self.tape.read(("", "result", 0))
@@ -216,10 +216,9 @@ class Tracer:
         return self.waves[-1].tape.plan(Groups((None,), 0))
 
     def __getattr__(self, name: str) -> Any:
+        own_error.reraise(self)
         if name.startswith("_") or "host" not in self.__dict__:
             raise AttributeError(name)
-        if hasattr(type(self), name):
-            return object.__getattribute__(self, name)  # a property failed: its own error, not that it is missing
         return getattr(self.host, name)
 
 

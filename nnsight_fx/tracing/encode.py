@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +42,20 @@ class Identity:
         return getattr(self.obj, "__name__", None) or type(self.obj).__name__
 
 
-class Keep(NamedTuple):
-    """In a written tree: leaf `index` of what was there."""
+class Keep:
+    """In a written tree: leaf `index` of what was there. A leaf itself, so no kind of container."""
 
-    index: int
+    def __init__(self, index: int):
+        self.index = index
+
+    def __hash__(self) -> int:
+        return hash((Keep, self.index))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Keep) and self.index == other.index
+
+    def __repr__(self) -> str:
+        return f"Keep({self.index})"
 
 
 class Lifted:

@@ -219,7 +219,9 @@ class Interleaver:
         members = {i for i, rows in enumerate(self.plan.groups.rows) if rows is not None}
         if parts is None or not set(parts) < members:
             return parts
-        written = ", ".join(str(lines[n]) for n in self.plan.touches[at] if self.plan.ops[n].kind == SKIP and n < len(lines))
+        written = ", ".join(
+            str(lines[n]) for n in self.plan.touches[at] if self.plan.ops[n].kind == SKIP and n < len(lines)
+        )
         raise SkipError(
             f"`{at[0]}` is skipped in {len(parts)} of {len(members)} invokes ({written}); "
             "one forward cannot both run and skip a module. Skip it in every invoke, or use two traces."

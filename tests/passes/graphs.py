@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnsight_fx import NNsight
 from nnsight_fx.capture.markers import site
+from nnsight_fx.engine.spliced import Capture
 from nnsight_fx.passes.job import Entry, Job
 from nnsight_fx.tracing.plan import InterventionGraph
 
@@ -92,7 +93,9 @@ def job_of(recorded: Recorded, **options: Any) -> Job:
     return Job(recorded.plan, Entry([0] * len(recorded.plan.workers), set(), {}, set()), **options)
 
 
-def call(gm: fx.GraphModule, job: Job, recorded: Recorded, *inputs: Any, known: dict | None = None) -> tuple[tuple, dict]:
+def call(
+    gm: fx.GraphModule, job: Job, recorded: Recorded, *inputs: Any, known: dict | None = None
+) -> tuple[tuple, dict]:
     """Run a finished graph: its own outputs, and the values that it gives by number."""
     extras = []
     for kind, *rest in job.takes:
@@ -119,3 +122,14 @@ def eager(body: Body, *inputs: torch.Tensor, module: nn.Module | None = None, **
 def targets(gm: fx.GraphModule) -> list:
     """What the graph calls, in order."""
     return [n.target for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
+
+
+def outputs(gm: fx.GraphModule) -> Any:
+    """What the graph returns."""
+    return gm.graph.output_node().args[0]
+
+
+def capture(model: NNsight) -> Capture:
+    """What is captured of a model that was compiled."""
+    assert model._compiled is not None
+    return model._compiled

@@ -8,7 +8,7 @@ import torch.fx as fx
 from nnsight_fx import NNsight, passes
 from nnsight_fx.capture.markers import site
 
-from .graphs import graph, job_of, net, net_graph, record, targets
+from .graphs import capture, graph, job_of, net, net_graph, outputs, record, targets
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 RECORDED = record(lambda m, tracer, saved: None, X)
@@ -61,7 +61,7 @@ def test_several_users_and_chains():
     gm = graph(forward)
     assert passes.erase(gm) == 3
     x = next(iter(gm.graph.nodes))
-    assert gm.graph.output_node().args[0][0] is x and len(x.users) == 3
+    assert outputs(gm)[0] is x and len(x.users) == 3
 
 
 def test_dead_getters_of_the_plan_go_and_nothing_else():
@@ -92,7 +92,7 @@ def test_a_real_model():
     model.compile(backend="eager", fullgraph=True)
     with model.trace(X):
         out = model.output.save()
-    compiled = model._compiled.segments[0]
+    compiled = capture(model).segments[0]
     (variant,) = next(iter(compiled.variants.values()))
     assert variant.report[-1][0] == "erase" and variant.report[-1][1] == len(
         [n for n in compiled.gm.graph.nodes if n.target is site]

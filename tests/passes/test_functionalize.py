@@ -12,7 +12,7 @@ from nnsight_fx.capture.markers import site
 from nnsight_fx.passes.effects import changes
 from nnsight_fx.passes.job import constant
 
-from .graphs import call, eager, graph, job_of, net, net_graph, record, targets
+from .graphs import call, capture, eager, graph, job_of, net, net_graph, record, targets
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 RECORDED = record(lambda m, tracer, saved: None, X)
@@ -152,7 +152,7 @@ def test_a_real_model():
     model.compile(backend="eager", fullgraph=True)
     with model.trace(X):
         model.output.save()
-    segment = model._compiled.segments[0]
+    segment = capture(model).segments[0]
     gm = segment.copy()
     kept = {n: [x.clone() for x in module.buffers()] for n in ("want", "got")}
     assert passes.functionalize(gm, job_of(RECORDED)) > 0

@@ -8,7 +8,7 @@ from nnsight_fx.capture.markers import site, supply
 from nnsight_fx.errors import MissedSiteError, PlanMismatchError
 from nnsight_fx.passes.job import constant, fetch
 
-from .graphs import call, eager, graph, job_of, net, net_graph, record, targets
+from .graphs import call, capture, eager, graph, job_of, net, net_graph, record, targets
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 V = torch.arange(4.0)
@@ -198,4 +198,4 @@ def test_a_real_model():
         with model.trace(X) as tracer:
             steer(model, tracer, saved)
         torch.testing.assert_close(saved, eager(steer, X), rtol=0, atol=0)
-    assert (model.explain().to_dict()["captures"][0]["captures"], model._compiled.compiles) == (1, 1)
+    assert (model.explain().to_dict()["captures"][0]["captures"], capture(model).compiles) == (1, 1)

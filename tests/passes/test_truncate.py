@@ -7,7 +7,7 @@ import torch.nn as nn
 from nnsight_fx import NNsight, passes
 from nnsight_fx.capture.markers import site
 
-from .graphs import call, eager, graph, job_of, net, net_graph, record, targets
+from .graphs import call, capture, eager, graph, job_of, net, net_graph, record, targets
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
@@ -133,5 +133,5 @@ def test_a_real_model():
     with model.trace(X) as tracer:
         stop_at_a(model, tracer, saved)
     torch.testing.assert_close(saved, eager(stop_at_a, X), rtol=0, atol=0)
-    report = {name: rewrites for name, rewrites, _ in model._compiled.last[-1]}
-    assert model._compiled.captures == 1 and report["truncate"] > 0
+    report = {name: rewrites for name, rewrites, _ in capture(model).last[-1]}
+    assert capture(model).captures == 1 and report["truncate"] > 0

@@ -1,0 +1,157 @@
+"""Recorded operations as `fx` nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from nnsight_fx.tracing.encode import Identity, Key
+from nnsight_fx.tracing.interleave import Cut as CutHere
+from nnsight_fx.tracing.interleave import Firing, Interleaver
+from nnsight_fx.tracing.plan import MODULE, Op, fx_target
+
+from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
+from .job import Job, constant, fetch, parameter, put_rows, rows
+
+
+class Emitter(Interleaver):
+    """A plan whose values are nodes and whose operations emit nodes, where the graph's insertion point is."""
+
+    live = False
+
+    def __init__(self, gm: fx.GraphModule, job: Job):
+        super().__init__(job.plan)
+        self.gm, self.job, self.graph = gm, job, gm.graph
+        self.at, self.done, self.counts = list(job.entry.at), set(job.entry.done), dict(job.entry.counts)
+        self.at += [0] * (len(job.plan.workers) - len(self.at))
+        self.skipped = dict(job.entry.skipped)
+        self.closed = job.closed
+        self.fetched: dict[tuple, fx.Node] = {}
+        self.made: set[tuple[int, int]] = set()
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def ready(self, n: int) -> bool:
+        return all(v in self.env or v in self.job.entry.known for v in self.plan.needs[n])
+
+    def lookup(self, key: Key) -> Any:
+        if key[0] != "v":
+            return self.constant(key)
+        value = (key[1], key[2])
+        if value in self.env:
+            return self.env[value]
+        return self._source(("fetch", value), fetch, value)
+
+    def constant(self, key: Key) -> Any:
+        if key[0] == "s":
+            raise CutHere  # a size that only the call knows: the operation runs live
+        kind = key[2] if key[0] == "n" else "tensor"
+        return self._source(("constant", key[1]), constant, (key[1], kind))
+
+    def _source(self, key: tuple, target: Callable, args: tuple) -> fx.Node:
+        """A node for something from outside, made once, in front of everything."""
+        if key not in self.fetched:
+            first = next(n for n in self.graph.nodes if n.op != "placeholder")
+            with self.graph.inserting_before(first):
+                self.fetched[key] = self._emit("call_function", target, args)
+        return self.fetched[key]
+
+    def _emit(self, op: str, target: Any, args: tuple = (), kwargs: dict | None = None) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs or {})
+        self.job.emitted.add(node)
+        return node
+
+    def rows(self, leaf: Any, invoke: int, batched: bool | None) -> Any:
+        group = self._group(leaf, invoke, batched)
+        return (
+            leaf
+            if group is None
+            else self._emit("call_function", rows, (leaf, *group, self.plan.groups.total, batched))
+        )
+
+    def put_rows(self, leaf: Any, new: Any, invoke: int, batched: bool | None) -> Any:
+        group = self._group(leaf, invoke, batched)
+        if group is None:
+            return new
+        return self._emit("call_function", put_rows, (leaf, new, *group, self.plan.groups.total, batched))
+
+    def _group(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:
+        groups = self.plan.groups.rows
+        return groups[invoke] if invoke < len(groups) and isinstance(leaf, fx.Node) and batched is not False else None
+
+    # -- operations ----------------------------------------------------------------------------------------------
+
+    def check(self, n: int, leaves: list, expected: tuple) -> None:
+        for leaf, want in zip(leaves, expected, strict=False):
+            fake = leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else None
+            if fake is not None and want is not None and (fake.dtype != want[1] or fake.dim() != len(want[0])):
+                raise CutHere  # not what was guessed: the live read says so
+
+    def perform(self, n: int, firing: Firing | None) -> None:
+        if self.plan.ops[n].kind == "read" and (n, -1) in self.plan.last_use:
+            raise CutHere
+        super().perform(n, firing)
+
+    def execute(self, n: int, op: Op) -> Any:
+        args, kwargs = self.arguments(op)
+        leave = self._enter(op.ambient)
+        if op.kind == MODULE:
+            node = self._module(op.target, args, kwargs)
+        else:
+            fn = op.target.obj if isinstance(op.target, Identity) else op.target
+            kind, target, lead = fx_target(fn)
+            target = target if kind == "call_method" or printable(target) else FunctionCall(target)
+            node = self._emit(kind, target, (*args, *lead), kwargs)
+        leave()
+        return n, node
+
+    def _enter(self, ambient: Any) -> Callable[[], None]:
+        """Emit the switch to an operation's own modes; the return emits the way back."""
+        if ambient is None:
+            return lambda: None
+        base, undo = self.job.modes, []
+        grad = ambient.grad and not ambient.inference
+        if grad != base.grad:
+            self._emit("call_function", torch._C._set_grad_enabled, (grad,))
+            undo.append(lambda: self._emit("call_function", torch._C._set_grad_enabled, (base.grad,)))
+        for (device, enabled, dtype), was in zip(ambient.autocast, base.autocast, strict=True):
+            if (device, enabled, dtype) != was:
+                token = self._emit(
+                    "call_function", torch.amp.autocast_mode._enter_autocast, (device, dtype, enabled, True)
+                )
+                undo.append(lambda t=token: self._emit("call_function", torch.amp.autocast_mode._exit_autocast, (t,)))
+
+        def leave() -> None:
+            for step in reversed(undo):
+                step()
+
+        return leave
+
+    def _module(self, path: str, args: tuple, kwargs: dict) -> fx.Node:
+        """A module of the model called on values: its structure, on the model's own parameters."""
+        assert self.job.skeleton is not None
+        module = self.job.skeleton(path)
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        given = {name: self._source(("parameter", path, name), parameter, (path, name)) for name in tensors}
+        return self._emit("call_function", ModuleCall(path, module), (given, args, kwargs))
+
+    def split(self, result: Any) -> tuple[list, Any]:
+        n, node = result
+        return [LeafOf(self._emit, node, path) for path in paths(self.plan.specs[n])], None
+
+    def _keep(self, n: int, leaves: list, spec: Any) -> None:
+        for j, leaf in enumerate(leaves):
+            if (n, j) in self.plan.last_use or not self.closed:
+                self.env[(n, j)] = leaf() if isinstance(leaf, LeafOf) else leaf
+                self.made.add((n, j))
+
+    def wanted(self) -> list[tuple[int, int]]:
+        """The values made here that leave the segment: saved, used by what is still to come, or, while the plan may grow, any."""
+        used = {v for n, needed in enumerate(self.plan.needs) if n not in self.done for v in needed}
+        return sorted(v for v in self.made if v in self.plan.saved or v in used or not self.closed)
+
+    def _release(self, n: int) -> None:
+        pass
