@@ -127,8 +127,9 @@ class Envoy:
         if hasattr(self._module, name):
             found = getattr(self._module, name)
             tracer = self._root.__dict__.get("tracer")
-            recorded = isinstance(found, torch.Tensor) and tracer is not None and tracer.waves
-            return tracer.waves[-1].tape.watch(found) if recorded else found
+            if isinstance(found, torch.Tensor) and tracer is not None and tracer.waves:
+                return tracer.waves[-1].tape.watch(found)
+            return found
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> UnknownModuleError:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from nnsight_fx.capture._torch import SET_GRAD
 from nnsight_fx.tracing.encode import Identity, Key
 from nnsight_fx.tracing.interleave import Cut as CutHere
 from nnsight_fx.tracing.interleave import Firing, Interleaver
@@ -115,8 +116,8 @@ class Emitter(Interleaver):
         base, undo = self.job.modes, []
         grad = ambient.grad and not ambient.inference
         if grad != base.grad:
-            self._emit("call_function", torch._C._set_grad_enabled, (grad,))
-            undo.append(lambda: self._emit("call_function", torch._C._set_grad_enabled, (base.grad,)))
+            self._emit("call_function", SET_GRAD, (grad,))
+            undo.append(lambda: self._emit("call_function", SET_GRAD, (base.grad,)))
         for (device, enabled, dtype), was in zip(ambient.autocast, base.autocast, strict=True):
             if (device, enabled, dtype) != was:
                 token = self._emit(

@@ -2,6 +2,8 @@
 
 | name | used for | seen on |
 | --- | --- | --- |
+| `FakeTensorMode`, `FakeCopyMode`, `FakeTensor`, its exceptions | shapes and dtypes without data | 2.11, 2.13 |
+| `torch._C._functorch.maybe_current_level`, `torch._C._is_alias_of` | transforms, shared memory | 2.11, 2.13 |
 | `torch._C._swap_tensor_impl` | a recorded tensor becomes the real one | 2.11, 2.13 |
 | `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
@@ -20,8 +22,42 @@ from typing import Any
 
 import torch
 import torch._guards
+from torch._dynamo.source import ConstantSource
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+
+__all__ = [
+    "ConstantSource",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeCopyMode",
+    "FakeTensor",
+    "FakeTensorMode",
+    "GuardOnDataDependentSymNode",
+    "UnsupportedOperatorException",
+    "detect_fake_mode",
+]
+SET_GRAD = torch._C._set_grad_enabled
+NoTorchFunction = torch._C.DisableTorchFunction
+
+
+def transforms() -> int | None:
+    """How deep in torch.func transforms this thread is."""
+    return torch._C._functorch.maybe_current_level()  # type: ignore[attr-defined]
+
+
+def shares_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return torch._C._is_alias_of(x, y)  # type: ignore[attr-defined]
 
 
 def swap(lazy: torch.Tensor, real: torch.Tensor) -> None:

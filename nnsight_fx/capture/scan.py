@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from ..tracing import tree
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.plan import Site
 from ..tracing.tape import Missing, Opaque, SiteMeta
+from ._torch import FakeCopyMode, FakeTensorMode
 from .markers import override, put, take
 
 PLAIN: tuple = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +10,14 @@ from typing import Any
 import sympy
 import torch
 import torch.nn as nn
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
-    GuardOnDataDependentSymNode,
     ShapeEnv,
     StatelessSymbolicContext,
     free_unbacked_symbols,
 )
 
+from ..capture._torch import ConstantSource, FakeCopyMode, FakeTensorMode, GuardOnDataDependentSymNode
 from ..capture.scan import PLAIN, Scan, scan, skeleton
 from ..errors import PaddedLengthUnknown
 from ..tracing import ambient, tree
@@ -28,10 +27,8 @@ from ..tracing.lazy import user_line
 from ..tracing.plan import MODULE, Groups, Op, Site
 from ..tracing.tape import Missing, SiteMeta, Step, Tape
 
-ROWS, LENGTH = (
-    11,
-    13,
-)  # sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers
+# Sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers.
+ROWS, LENGTH = 11, 13
 SIGNATURES = 64  # scans kept a model
 
 
@@ -215,10 +212,6 @@ def _fixed(leaves: list, unknown: tuple) -> tuple:
 
 
 def _faked(fakes: FakeTensorMode, x: Any) -> Any:
-    import copy
-
-    from torch._subclasses.fake_tensor import FakeCopyMode
-
     if isinstance(x, torch.Tensor):
         return fakes.from_tensor(x, static_shapes=True)
     if isinstance(x, PLAIN) or callable(x):

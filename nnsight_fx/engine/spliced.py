@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import passes
 from ..capture import _torch
+from ..capture._torch import FakeTensor, detect_fake_mode
 from ..capture._transformers import settle
 from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, mark, site, supply
 from ..capture.segment import Segment

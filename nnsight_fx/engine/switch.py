@@ -44,7 +44,7 @@ class State:
         guard = contextlib.ExitStack()
         if self.ambient.inference != torch.is_inference_mode_enabled():
             guard.enter_context(torch.inference_mode(self.ambient.inference))
-        torch._C._set_grad_enabled(self.ambient.grad)
+        _torch.SET_GRAD(self.ambient.grad)
         for device, enabled, dtype in self.ambient.autocast:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)

@@ -13,9 +13,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from ..capture._torch import FakeTensor
 from ..errors import NNsightFXError, NotRecordableError
 from . import tree
 from .encode import Identity
@@ -130,11 +130,6 @@ def _not_recordable(cls: type, why: str) -> NotRecordableError:
         f"{user_line()}: `{cls.__name__}.forward` {why}, so it cannot be recorded. "
         f"Run it on real values: `tracer.apply({cls.__name__}.apply, ...)`."
     )
-
-
-def transforms() -> int | None:
-    """How deep in torch.func transforms this thread is."""
-    return torch._C._functorch.maybe_current_level()
 
 
 def applying() -> FrameType | None:

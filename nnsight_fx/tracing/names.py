@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch._subclasses.fake_tensor import (
+from ..capture._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
     UnsupportedOperatorException,
 )
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 
 def _names(text: str, form: str = "{}") -> frozenset[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..capture._torch import SET_GRAD
 from . import tree
 from .functions import set_grad
 from .lazy import LazyTensor
@@ -20,7 +21,6 @@ from .names import RANDOM, RANDOM_IN_PLACE, effect_of
 from .tape import Tape
 
 _RANDOM = RANDOM | RANDOM_IN_PLACE
-_SET_GRAD = torch._C._set_grad_enabled
 
 
 class Recorder(TorchFunctionMode):
@@ -35,7 +35,7 @@ class Recorder(TorchFunctionMode):
         tape = self.tape
         if tape is None or not tape.open:
             return func(*args, **kwargs)
-        if func is _SET_GRAD:
+        if func is SET_GRAD:
             set_grad(tape, args[0])
         if any(issubclass(t, LazyTensor) for t in types) or self._concerns(tape, func, args, kwargs):
             return tape.call(func, args, kwargs)

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from ..capture._torch import FakeTensor, FakeTensorMode, NoTorchFunction, shares_memory, transforms
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
 from . import ambient, tree
 from .encode import Identity, Keep, Key, decode, encode, facts, references
-from .functions import INSIDE, custom_function, transforms
+from .functions import INSIDE, custom_function
 from .lazy import LazyObject, LazyTensor, Line, user_line
 from .lifting import lift, name_of
 from .names import (
@@ -440,7 +440,7 @@ class Tape:
     def meta(self, site: Site) -> SiteMeta | Missing:
         """What is known of a site, given what was recorded so far."""
         if site not in self.invoke.metas:
-            with torch._C.DisableTorchFunction():  # the scan's own work is nobody's to record
+            with NoTorchFunction():  # the scan's own work is nobody's to record
                 found = self.sites.lookup(self, site)
             if isinstance(found, Missing):
                 return found
@@ -759,7 +759,7 @@ def _own(fake: torch.Tensor) -> torch.Tensor:
 
 
 def _aliases(x: torch.Tensor, others: Iterable) -> bool:
-    return any(isinstance(t, torch.Tensor) and torch._C._is_alias_of(x, t) for t in others)
+    return any(isinstance(t, torch.Tensor) and shares_memory(x, t) for t in others)
 
 
 def _changed_key(op: Op) -> Key | None:
