@@ -12,7 +12,7 @@ from nnsight_fx.capture._torch import SET_GRAD
 from nnsight_fx.tracing.encode import Identity, Key
 from nnsight_fx.tracing.interleave import Cut as CutHere
 from nnsight_fx.tracing.interleave import Firing, Interleaver
-from nnsight_fx.tracing.plan import MODULE, Op, fx_target
+from nnsight_fx.tracing.plan import MODULE, SKIP, Op, Site, fx_target
 
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
 from .job import Job, constant, fetch, parameter, put_rows, rows
@@ -32,6 +32,7 @@ class Emitter(Interleaver):
         self.closed = job.closed
         self.fetched: dict[tuple, fx.Node] = {}
         self.made: set[tuple[int, int]] = set()
+        self.supplied: dict[Site, list] = {}  # what the model's Python sees replaced
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -87,6 +88,7 @@ class Emitter(Interleaver):
 
     def check(self, n: int, leaves: list, expected: tuple) -> None:
         for leaf, want in zip(leaves, expected, strict=False):
+            leaf = leaf.args[0] if isinstance(leaf, fx.Node) and leaf.target is rows else leaf
             fake = leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else None
             if fake is not None and want is not None and (fake.dtype != want[1] or fake.dim() != len(want[0])):
                 raise CutHere  # not what was guessed: the live read says so
@@ -95,6 +97,12 @@ class Emitter(Interleaver):
         if self.plan.ops[n].kind == "read" and (n, -1) in self.plan.last_use:
             raise CutHere
         super().perform(n, firing)
+        op = self.plan.ops[n]
+        if op.kind == SKIP:
+            for j, leaf in enumerate(self.skipped[op.target][op.invoke][1]):
+                if isinstance(leaf, fx.Node):
+                    self.env[(n, j)] = leaf
+                    self.made.add((n, j))
 
     def execute(self, n: int, op: Op) -> Any:
         args, kwargs = self.arguments(op)
@@ -152,6 +160,8 @@ class Emitter(Interleaver):
     def wanted(self) -> list[tuple[int, int]]:
         """The values made here that leave the segment: saved, used by what is still to come, or, while the plan may grow, any."""
         used = {v for n, needed in enumerate(self.plan.needs) if n not in self.done for v in needed}
+        ahead = {self.skip_of(at, i) for at, parts in self.skipped.items() for i in parts if at not in self.supplied}
+        used |= {v for v in self.made if v[0] in ahead}
         return sorted(v for v in self.made if v in self.plan.saved or v in used or not self.closed)
 
     def _release(self, n: int) -> None:

@@ -42,6 +42,7 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
         )
         with where:
             last = value = gm.graph.placeholder(f"{node.target.__name__}_{made}")
+        value.target = value.name  # another name would be an assignment in the generated code, over a placeholder's own
         kind = node.args[1] if node.target is constant else "tensor"
         if kind == "int" and not job.raw_numbers:
             with gm.graph.inserting_before(node):

@@ -68,10 +68,6 @@ def splice(gm: fx.GraphModule, job: Job) -> int:
 class Weaver(Emitter):
     """The plan's schedule over the sites of a graph."""
 
-    def __init__(self, gm: fx.GraphModule, job: Job):
-        super().__init__(gm, job)
-        self.supplied: dict[tuple, list] = {}
-
     def pass_site(self, group: list[fx.Node], index: int) -> int:
         """One site, all its tensor leaves at once, behind the last marker."""
         path, kind = str(group[0].args[1]), str(group[0].args[2])
@@ -137,7 +133,14 @@ class Weaver(Emitter):
                 f"{self.job.lines[n] if n < len(self.job.lines) else 'a skip'}: `{path}` is skipped, but the skip value is not "
                 "there yet when the model calls it: an earlier line waits for a later site. Move the skip in front of it."
             )
-        return parts
+        return {
+            i: (spec, [self._from_before(x, self.skip_of(at, i), j) for j, x in enumerate(leaves)], batched)
+            for i, (spec, leaves, batched) in parts.items()
+        }
+
+    def _from_before(self, leaf: Any, n: int, j: int) -> Any:
+        """A leaf of a skip value, which an earlier segment or a live site may have made."""
+        return leaf if (n, j) in self.env or not isinstance(leaf, torch.Tensor) else self.lookup(("v", n, j))
 
     def _gathered(self, parts: dict[int, tuple]) -> list:
         """A skipped module's output: each invoke's rows, concatenated."""

@@ -223,9 +223,17 @@ def _faked(fakes: FakeTensorMode, x: Any) -> Any:
 class WaveSites:
     """The sites of one recording: `tracing.tape.Sites`."""
 
-    def __init__(self, scanner: Scanner, signature: Signature, rows_of: Callable[[int], Any], length: Any):
+    def __init__(
+        self,
+        scanner: Scanner,
+        signature: Signature,
+        rows_of: Callable[[int], Any],
+        length: Any,
+        alone: Callable[[int], Signature | None] = lambda index: None,
+    ):
         self.scanner, self.signature = scanner, signature
         self.rows_of, self.length = rows_of, length  # an invoke's rows; the padded length, an int or a symbol
+        self.alone = alone  # the scan of one invoke's own input, where no length is unknown
 
     def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing:
         if tape.reshaped:
@@ -236,8 +244,17 @@ class WaveSites:
         key = (site, str(rows), str(self.length))
         found = self.signature.metas.get(key)
         if found is None:
-            found = self.signature.metas[key] = _known(self._sized(self.signature.scan.lookup(site), rows), self.length)
+            found = _known(self._sized(self.signature.scan.lookup(site), rows), self.length)
+            if isinstance(found, Missing) and self.signature.scan.ended is not None:
+                found = self._alone(tape.invoke.index, site) or found
+            self.signature.metas[key] = found
         return found
+
+    def _alone(self, index: int, site: Site) -> SiteMeta | None:
+        """A site as one invoke alone would have it, where the model does not take sizes that are symbols (an LSTM)."""
+        signature = self.alone(index)
+        meta = None if signature is None else _known(signature.scan.lookup(site))
+        return meta._replace(batched=(None,) * len(meta.leaves)) if isinstance(meta, SiteMeta) else None
 
     def _rescanned(self, tape: Tape) -> Scan:
         """The scan with what was recorded so far in it."""

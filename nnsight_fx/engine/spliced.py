@@ -245,7 +245,13 @@ class SplicedRun(Run):
         for value, real in zip(found.gives, outputs[found.own :], strict=True):
             self.env[value] = real
         self.at, self.done, self.counts = list(found.exit.at), set(found.exit.done), dict(found.exit.counts)
-        self.skipped = {s: dict(parts) for s, parts in found.exit.skipped.items()}
+        self.skipped = {
+            at: {
+                i: (spec, [self.env.get((self.skip_of(at, i), j), x) for j, x in enumerate(leaves)], batched)
+                for i, (spec, leaves, batched) in parts.items()
+            }
+            for at, parts in found.exit.skipped.items()
+        }
         self.stopping = found.exit.stopping
 
     def perform(self, n: int, firing: Firing | None) -> None:
@@ -256,6 +262,8 @@ class SplicedRun(Run):
                 "an earlier sync point has begun the captured run. Trace with `compile=False`."
             )
         super().perform(n, firing)
+        if op.kind == SKIP:  # the module may be called in a later segment
+            self.env.update({(n, j): x for j, x in enumerate(self.skipped[op.target][op.invoke][1])})
 
     # -- live parts ----------------------------------------------------------------------------------------------
 

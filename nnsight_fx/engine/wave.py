@@ -15,7 +15,7 @@ from ..tracing.plan import Groups
 from ..tracing.tape import Tape
 from .deliver import deliver
 from .run import Run
-from .sites import WaveSites
+from .sites import Signature, WaveSites
 from .split import Part, part, parts
 
 
@@ -41,7 +41,7 @@ class Wave:
         if isinstance(first, list):
             self.batch = host._collate(first, pad_to=tracer.pad_to)
             length = host._length(self.batch) or length
-        sites = WaveSites(scanner, signature, self.rows_of, length)
+        sites = WaveSites(scanner, signature, self.rows_of, length, self._signature_of)
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
 
     # -- members -------------------------------------------------------------------------------------------------
@@ -64,6 +64,13 @@ class Wave:
         """The rows of an invoke; of the whole batch so far for one without input."""
         batch = self.members[index].batch if index < len(self.members) and self.members[index] is not None else None  # type: ignore[union-attr]
         return batch.rows if batch is not None else sum(b.rows for b in self.batches)
+
+    def _signature_of(self, index: int) -> Signature | None:
+        """The scan of one invoke's own input, if nothing else decides what its sizes are."""
+        batch = self.members[index].batch if index < len(self.members) and self.members[index] is not None else None  # type: ignore[union-attr]
+        if batch is None or any(length is not None for _, length in self.host._unknown_dims(batch)):
+            return None
+        return self.host._scanner.signature(batch, self.tracer.fn, None)
 
     def groups(self) -> Groups:
         if self.alone:

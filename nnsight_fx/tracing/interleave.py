@@ -120,9 +120,9 @@ class Interleaver:
         if op.kind == READ:
             assert firing is not None
             batched, expected = op.extra or (None, None)
-            if expected is not None:
-                self.check(n, firing.leaves, expected)
             leaves = [self.rows(x, op.invoke, batched[i] if batched else None) for i, x in enumerate(firing.leaves)]
+            if expected is not None:
+                self.check(n, leaves, expected)
             self._keep(n, leaves, firing.spec)
         elif op.kind == OBJECT:
             assert firing is not None
@@ -212,6 +212,11 @@ class Interleaver:
         return [
             n for worker, at in zip(self.plan.workers, self.at, strict=True) for n in worker[at:] if n not in self.done
         ]
+
+    def skip_of(self, at: Site, invoke: int) -> int:
+        """The operation by which an invoke skips a call."""
+        ops = self.plan.ops
+        return next(n for n in self.plan.touches[at] if ops[n].kind == SKIP and ops[n].invoke == invoke)
 
     def skip_parts(self, at: Site, lines: Sequence) -> dict[int, tuple] | None:
         """What each invoke gives for a skipped call, or `None` where none does."""

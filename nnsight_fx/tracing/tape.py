@@ -65,7 +65,7 @@ class SiteMeta(NamedTuple):
 
     spec: tree.Spec
     leaves: tuple  # fakes; anything else as it is (an `Opaque` where it holds data)
-    batched: tuple[bool, ...]  # leaf by leaf: does dimension 0 hold the batch
+    batched: tuple[bool | None, ...]  # leaf by leaf: does dimension 0 hold the batch; `None`: where its size says so
     order: int  # its place among all sites of a run
     unsure: bool = False  # did the scan guess, so that a read must look whether it was right
 
@@ -534,10 +534,11 @@ class Tape:
         self.recapture = self.recapture if fits else "changes"
         self.reshaped = self.reshaped or not fits
         batched = meta.batched if isinstance(meta, SiteMeta) else None
+        stays = [fits and not isinstance(x, torch.Tensor) for x in leaves]  # what fits and is no tensor is what it was
         self.add(
             WRITE,
             site,
-            (tuple(leaves),),
+            (tuple(Keep(i) if same else x for i, (x, same) in enumerate(zip(leaves, stays, strict=True))),),
             {},
             effect="inplace",
             extra=(spec, batched, fits),

@@ -4,6 +4,7 @@ Bit-equal on hooks and on the captured graph run as it is; to rounding where a c
 twice on a wrapped model, which all programs of a model share: the first time may compile, the second may not.
 """
 
+import contextlib
 import copy
 import dataclasses
 from types import SimpleNamespace
@@ -101,9 +102,10 @@ def test_it_equals_its_reference(wrapped, program):
     want = outcome(program.by_hand, build(name), name)
     for again in (False, True):
         module.load_state_dict(start)
-        with assert_no_fallback(), assert_max_compiles(0 if again else 99):
+        whole = contextlib.nullcontext() if engine == "hooks" or name in program.falls_back else assert_no_fallback()
+        with whole, assert_max_compiles(0 if again else 99):
             got = outcome(program.run, model, name)
-        same(got, want, exact)
+        same(got, want, exact and (engine == "hooks" or name not in program.rounds))
     module.load_state_dict(start)
     same(module(inputs(name)), build(name)(inputs(name)), True)  # nothing stays behind
     assert not any("nnsight" in repr((m._forward_hooks, m._forward_pre_hooks)) for m in module.modules())
