@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
 
-.PHONY: demo test test-inductor lint bench clean
+.PHONY: demo test test-inductor test-slow lint bench clean
 
 demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
@@ -18,6 +18,9 @@ test: .venv/.stamp .peer/.stamp
 
 test-inductor: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest -n 2 tests -m "inductor and not gpu" $(ARGS)
+
+test-slow: .venv/.stamp .peer/.stamp
+	$(BIN)/pytest -n 2 tests -m "slow and not inductor and not gpu" $(ARGS)
 
 bench: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest bench -m "not gpu" --benchmark-enable --benchmark-only $(ARGS)

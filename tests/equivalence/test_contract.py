@@ -17,7 +17,11 @@ import nnsight_fx
 from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
 
 SPLICED = ["eager", "aot_eager"]
-FUSED = [*SPLICED, pytest.param("inductor", marks=pytest.mark.inductor)]
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.inductor)
+LATER = pytest.param(
+    "inductor", marks=[pytest.mark.inductor, pytest.mark.slow]
+)  # `make test` has 15 Inductor programs at most
+FUSED = [*SPLICED, INDUCTOR]
 ALL = ["hooks", *SPLICED]
 
 
@@ -148,7 +152,7 @@ def test_a_write_that_changes_the_dtype_for_the_whole_rest(engine):
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
-@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("engine", ["aot_eager", INDUCTOR])
 def test_one_plan_many_shapes_and_positions(engine, dynamic):
     module = gpt2()
     hooks, compiled = wrap(module, "hooks"), wrap(module, engine, dynamic=dynamic)
@@ -172,7 +176,7 @@ def test_one_plan_many_shapes_and_positions(engine, dynamic):
 # 5, 6: what is saved
 
 
-@pytest.mark.parametrize("engine", [*ALL, pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("engine", [*ALL, INDUCTOR])
 def test_saving_an_input_leaves_the_callers_tensor_alone(engine):
     x = torch.randn(2, 4)
     model = wrap(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), engine)
@@ -304,7 +308,7 @@ def test_modes_around_a_sync_point(engine, mode, leave):
 # 9: a block that the user compiled
 
 
-@pytest.mark.parametrize("engine", ["hooks", *FUSED])
+@pytest.mark.parametrize("engine", ["hooks", *SPLICED, LATER])
 def test_an_intervention_into_a_block_that_the_user_compiled(engine):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
@@ -371,7 +375,7 @@ def test_a_cache_that_is_registered_as_a_pytree(engine):
 # 11: transformers' own collecting hooks
 
 
-@pytest.mark.parametrize("engine", ["hooks", *FUSED])
+@pytest.mark.parametrize("engine", ["hooks", *SPLICED, LATER])
 def test_an_edit_shows_in_output_hidden_states_every_time(engine):
     model = wrap(llama(), engine)
     for _ in range(2):
@@ -461,7 +465,7 @@ class Branches(nn.Module):
         return self.c(self.b(h))
 
 
-@pytest.mark.parametrize("engine", ["hooks", *FUSED])
+@pytest.mark.parametrize("engine", ["hooks", *SPLICED, LATER])
 def test_an_if_in_the_model_that_the_intervention_flips(engine):
     model = wrap(Branches(), engine, fullgraph=False)
     for _ in range(2):

@@ -19,8 +19,12 @@ from .programs import PROGRAMS
 
 EXACT = ("hooks", "eager")
 ENGINES = (*EXACT, "aot_eager", "inductor")
-LARGE = ("gpt2", "llama", "neox", "bert")
-QUICK = {("gpt2", "steer"), ("llama", "patch_across_invokes"), ("mlp", "positions"), ("lstm", "zero_one_state")}
+FUSED = {("gpt2", "steer")}
+QUICK = {
+    *FUSED,
+    *(("llama", "patch_across_invokes"), ("mlp", "positions"), ("lstm", "zero_one_state")),
+    *(("neox", "promptless"), ("bert", "skip"), ("cnn", "train_a_vector"), ("breaks", "steer"), ("shared", "read")),
+}
 
 
 def cases():
@@ -31,10 +35,8 @@ def cases():
                 if name not in program.models or (engine == "inductor" and not program.fused):
                     continue
                 marks = [pytest.mark.inductor] if engine == "inductor" else []
-                if engine not in EXACT and name in LARGE and (name, program.name) not in QUICK:
-                    marks.append(pytest.mark.slow)  # minutes in all; what fuses is tried on the small models
-                elif marks and (name, program.name) not in QUICK:
-                    marks.append(pytest.mark.slow)
+                if engine not in EXACT and (name, program.name) not in (FUSED if marks else QUICK):
+                    marks.append(pytest.mark.slow)  # minutes in all: `make test-slow`, `make test-inductor`
                 yield pytest.param((name, engine), program, id=f"{name}-{engine}-{program.name}", marks=marks)
 
 
