@@ -14,13 +14,13 @@ demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
 
 test: .venv/.stamp .peer/.stamp
-	$(BIN)/pytest -n 2 tests -m "not slow and not gpu" $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup tests -m "not slow and not gpu" $(ARGS)
 
 test-inductor: .venv/.stamp .peer/.stamp
-	$(BIN)/pytest -n 2 tests -m "inductor and not gpu" $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup tests -m "inductor and not gpu" $(ARGS)
 
 test-slow: .venv/.stamp .peer/.stamp
-	$(BIN)/pytest -n 2 tests -m "slow and not inductor and not gpu" $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup tests -m "slow and not inductor and not gpu" $(ARGS)
 
 bench: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest bench -m "not gpu" --benchmark-enable --benchmark-only $(ARGS)

@@ -34,9 +34,10 @@ def cases():
             for program in PROGRAMS:
                 if name not in program.models or (engine == "inductor" and not program.fused):
                     continue
-                marks = [pytest.mark.inductor] if engine == "inductor" else []
+                marks: list = [pytest.mark.inductor] if engine == "inductor" else []
                 if engine not in EXACT and (name, program.name) not in (FUSED if marks else QUICK):
                     marks.append(pytest.mark.slow)  # minutes in all: `make test-slow`, `make test-inductor`
+                marks.append(pytest.mark.xdist_group(f"{name}-{engine}"))  # one worker: one capture
                 yield pytest.param((name, engine), program, id=f"{name}-{engine}-{program.name}", marks=marks)
 
 
