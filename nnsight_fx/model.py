@@ -212,6 +212,9 @@ class NNsight(Envoy):
         if capture is not None and plan.sees_objects:
             capture.fall_back("hook engine: the body looks at objects, or at a site that no scan could tell")
             capture = None
+        if capture is not None and plan in capture.refused:
+            capture.fall_back(capture.refused[plan])
+            capture = None
         cls = Run if capture is None else SplicedRun
         run = cls(
             plan,

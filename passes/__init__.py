@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch.fx as fx
 
+from .differentiate import differentiate
 from .erase import erase
 from .expose import expose
 from .functionalize import functionalize
@@ -26,7 +27,7 @@ from .truncate import truncate
 
 Pass = Callable[[fx.GraphModule, Job], int]
 
-PIPELINE: tuple[Pass, ...] = (skip, splice, truncate, narrow, lift_constants, expose, erase)
+PIPELINE: tuple[Pass, ...] = (skip, splice, truncate, narrow, lift_constants, expose, erase, differentiate)
 
 
 def run(
@@ -48,6 +49,7 @@ __all__ = [
     "Entry",
     "Job",
     "Pass",
+    "differentiate",
     "erase",
     "expose",
     "functionalize",

@@ -15,7 +15,7 @@ from nnsight_fx.tracing.interleave import Firing, Interleaver
 from nnsight_fx.tracing.plan import MODULE, SKIP, Op, Site, fx_target
 
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
-from .job import Job, constant, fetch, parameter, put_rows, rows
+from .job import Job, backward, constant, fetch, gradient, parameter, put_rows, rows, set_gradient, settled, tap
 
 
 class Emitter(Interleaver):
@@ -32,6 +32,7 @@ class Emitter(Interleaver):
         self.closed = job.closed
         self.fetched: dict[tuple, fx.Node] = {}
         self.made: set[tuple[int, int]] = set()
+        self.taps: dict[int, tuple] = {}  # gradient -> its tap, the node that has it, the rows that a value has of that
         self.supplied: dict[Site, list] = {}  # what the model's Python sees replaced
 
     # -- values --------------------------------------------------------------------------------------------------
@@ -103,6 +104,39 @@ class Emitter(Interleaver):
                 if isinstance(leaf, fx.Node):
                     self.env[(n, j)] = leaf
                     self.made.add((n, j))
+
+    def tap(self, n: int, op: Op) -> None:
+        if not self.job.differentiates:
+            raise CutHere
+        key = op.args[2][0]
+        leaf, *part = self.bases.get(key[1:3], (None,)) if key[0] == "v" else (None,)
+        node = self.lookup(key) if leaf is None else leaf
+        self.taps[n] = (self._emit("call_function", tap, (node, n)), node, part)
+
+    def differentiate(self, n: int, op: Op) -> None:
+        if not self.job.differentiates:
+            raise CutHere
+        (loss, weight), options = self.arguments(op)
+        mine = [m for m, b in self.plan.binds.items() if b == n]
+        taps = tuple(self.taps[m][0] for m in mine)
+        back = self._emit("call_function", backward, (loss, weight, taps, options, op.extra))
+        flows: dict[int, tuple] = {}
+        for m in mine:
+            tapped, base, part = self.taps[m]
+            got = self._emit("call_function", gradient, (back, tapped))
+            got.meta.update(base.meta)
+            own = self.rows(got, *part) if part else got
+            if (m, 0) in self.plan.changed:
+                own = self._emit("call_method", "clone", (own,))
+            flows[m] = (got, own, part)
+            self.env[(m, 0)] = own
+            self.made.add((m, 0))
+        self.flow()
+        for m, (got, own, part) in flows.items():
+            new = self.replaced.pop(m, own)
+            if new is not own or (m, 0) in self.plan.changed:
+                self._emit("call_function", set_gradient, (got, self.put_rows(got, new, *part) if part else new))
+        self._emit("call_function", settled, (back,))
 
     def execute(self, n: int, op: Op) -> Any:
         args, kwargs = self.arguments(op)

@@ -58,8 +58,45 @@ class Job:
     cut: Cut | None = None
     stop: fx.Node | None = None  # the last marker of the site at which the plan stops the model
     removed: set[Site | None] = field(default_factory=set)  # the skips that were made, and `None` for the stop
+    inputs: Callable[[], list] | None = None  # the fakes of all inputs, for passes that trace
+    differentiates: bool = False  # may a backward be part of this graph
+    requires: list[bool] | None = None  # which outputs eager would have on the autograd graph that a backward has freed
+    accumulates: list[int] = field(default_factory=list)  # of which inputs the further outputs are gradients
     own: int = 0  # how many outputs are the segment's own
     report: list[tuple[str, int, int]] = field(default_factory=list)  # pass, rewrites, nodes after
+
+    def keeps_graph(self, node: fx.Node) -> bool:
+        """Does a `backward` leave the autograd graph as it was?"""
+        return bool(node.args[3]["retain_graph"])  # type: ignore[index, call-overload]
+
+
+class NotDifferentiable(Exception):
+    """A backward that cannot be part of a captured graph; the hook engine runs it. Never reaches the user."""
+
+
+def tap(x: Any, n: int) -> Any:
+    """A value whose gradient is asked for, before `differentiate`."""
+    raise RuntimeError("lowered by differentiate")
+
+
+def backward(loss: Any, weight: Any, taps: tuple, options: dict, only: bool) -> Any:
+    """A backward of the body, before `differentiate`."""
+    raise RuntimeError("lowered by differentiate")
+
+
+def gradient(back: Any, tapped: Any) -> Any:
+    """What a tap got in a backward, before `differentiate`."""
+    raise RuntimeError("lowered by differentiate")
+
+
+def set_gradient(got: Any, new: Any) -> Any:
+    """What flows on in place of a gradient, before `differentiate`."""
+    raise RuntimeError("lowered by differentiate")
+
+
+def settled(back: Any) -> Any:
+    """The end of what runs while a backward does, before `differentiate`."""
+    raise RuntimeError("lowered by differentiate")
 
 
 def constant(slot: int, kind: str) -> Any:

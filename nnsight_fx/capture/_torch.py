@@ -236,6 +236,13 @@ def fake_like(context: Any, facts: tuple) -> torch.Tensor:
     return made.requires_grad_(requires_grad)
 
 
+def as_leaf(context: Any, fake: Any) -> Any:
+    """A fake input in the mode that compilation uses: Dynamo makes a new one when it has captured a graph."""
+    if not isinstance(fake, torch.Tensor):
+        return fake
+    return fake_like(context, (fake.shape, fake.stride(), fake.dtype, fake.device, fake.requires_grad))
+
+
 def as_input(context: Any, fake: Any) -> Any:
     """A fake from inside a graph as the input of another: a leaf."""
     if not isinstance(fake, torch.Tensor) or fake.is_leaf:

@@ -43,6 +43,8 @@ class Run(TensorInterleaver):
         self.everything = False  # hook every module: the plan may still grow
         self.written: tuple[str, Line] | None = None  # the last write: whom to name when the model cannot use it
         self.report: list[str] = []  # what ran live, for explain()
+        self.taps: dict[int, tuple[torch.Tensor, Any]] = {}  # gradient -> the tensor that has it, and its hook
+        self.flowing: int | None = None  # the backward that runs
 
     # -- the model -----------------------------------------------------------------------------------------------
 
@@ -96,14 +98,18 @@ class Run(TensorInterleaver):
     def finish(self, plan: InterventionGraph) -> None:
         """The body is done: run the model to its end."""
         self.extend(plan)
-        if self.coroutine is None:
-            self.forward()
-        elif not self.coroutine.ended:
-            self._resume()
-        else:
-            self.work(None)
+        try:
+            if self.coroutine is None:
+                self.forward()
+            elif not self.coroutine.ended:
+                self._resume()
+            else:
+                self.work(None)
+        finally:
+            self._untap(list(self.taps))
 
     def abandon(self) -> None:
+        self._untap(list(self.taps))
         if self.coroutine is not None:
             self.coroutine.abandon()
 
@@ -171,6 +177,51 @@ class Run(TensorInterleaver):
             self.written = None
             raise
 
+    # -- gradients -----------------------------------------------------------------------------------------------
+
+    def tap(self, n: int, op: Op) -> None:
+        key = op.args[2][0]
+        tensor, *part = self.bases.get(key[1:3], (None,)) if key[0] == "v" else (None,)
+        if tensor is None:
+            tensor = self.lookup(key)
+
+        def arrived(gradient: torch.Tensor) -> torch.Tensor | None:
+            if self.flowing is None or self.plan.binds[n] != self.flowing:
+                return None
+            own = self.rows(gradient, *part) if part else gradient
+            mine = own.clone() if (n, 0) in self.plan.changed else own
+            new = self.arrive(n, mine)
+            if new is own:
+                return None
+            return self.put_rows(gradient, new, *part) if part else new
+
+        self.taps[n] = (tensor, tensor.register_hook(arrived))
+
+    def differentiate(self, n: int, op: Op) -> None:
+        (loss, gradient), options = self.arguments(op)
+        mine = [m for m, b in self.plan.binds.items() if b == n]
+        self.flowing = n
+        try:
+            with under(op.ambient):
+                if op.extra:  # `torch.autograd.grad`: nothing is accumulated
+                    inputs = [self.taps[m][0] for m in mine]
+                    options.pop("inputs")
+                    torch.autograd.grad(loss, inputs, gradient, allow_unused=True, **options)
+                else:
+                    torch.autograd.backward(loss, gradient, **options)
+        except Exception as e:
+            e.add_note(f"nnsight_fx: in the backward at {self.lines[n]}")
+            self.written = None
+            raise
+        finally:
+            self.flowing = None
+            self._untap(mine)
+
+    def _untap(self, gradients: list[int]) -> None:
+        for n in gradients:
+            if n in self.taps:
+                self.taps.pop(n)[1].remove()
+
     def constant(self, key: Key) -> Any:
         return self.symbols_value(key[1]) if key[0] == "s" else self.constants[key[1]]
 
@@ -199,6 +250,15 @@ class Run(TensorInterleaver):
     def missed_error(self, missed: list[int]) -> MissedSiteError:
         for n in missed:
             op = self.plan.ops[n]
+            asked = [m for m, _ in self.plan.needs[n] if m in self.plan.binds and (m, 0) not in self.env]
+            if asked:
+                b = self.plan.binds[asked[0]]
+                why = (
+                    f"the backward at {self.lines[b]} did not pass that value: it is not on the way from the loss to what requires grad"
+                    if b < len(self.plan.ops)
+                    else "no backward follows it. Read it before `loss.backward()`, or inside `with loss.backward():`"
+                )
+                return MissedSiteError(f"{self.lines[asked[0]]}: `.grad` was used, but {why}.")
             if op.kind in (READ, WRITE, SKIP):
                 path, kind, call = op.target
                 what = {READ: "read", WRITE: "written", SKIP: "skipped"}[op.kind]

@@ -337,6 +337,13 @@ class FakeInterleaver(TensorInterleaver):
         super().__init__(plan, constants)
         self.sites = sites
 
+    def tap(self, n: int, op: Op) -> None:
+        value = self.lookup(op.args[2][0])
+        self.arrive(n, torch.empty(value.shape, dtype=value.dtype, device=value.device, requires_grad=op.extra))
+
+    def differentiate(self, n: int, op: Op) -> None:
+        """Fakes have no graph to go back through; their gradients were there at once."""
+
     def execute(self, n: int, op: Op) -> Any:
         if op.kind not in ("call", MODULE):
             return None

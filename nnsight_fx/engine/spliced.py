@@ -20,10 +20,12 @@ from ..capture._transformers import settle
 from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, mark, site, supply
 from ..capture.segment import Segment
 from ..errors import PlanMismatchError
+from ..passes.job import NotDifferentiable
 from ..tracing import tree
 from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
 from ..tracing.plan import OBJECT, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
+from . import gradients
 from .removal import Unfit
 from .run import Run
 from .sites import FakeInterleaver
@@ -59,6 +61,7 @@ class Capture:
     live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
     entries: dict[tuple, tuple[Callable, Any]] = field(default_factory=dict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
+    refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
     unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
 
     def __post_init__(self):
@@ -106,6 +109,11 @@ class Capture:
         self.compiles += 1
         watch.compiles += 1
         self.last = [*self.last[-9:], job.report]
+
+    def refuse(self, plan: InterventionGraph, why: str) -> None:
+        """This plan's backward runs on the hook engine, now and later."""
+        self.refused[plan] = f"hook engine: a backward that no captured graph can hold: {why}"
+        self.fall_back(self.refused[plan])
 
     def fall_back(self, why: str) -> None:
         if why not in self.fallbacks:
@@ -166,7 +174,7 @@ class SplicedRun(Run):
         self.segments_run = 0
         self.live_sites: set[str] = set()
         self.result_marked = False
-        plan = self.plan
+        plan, self.plain = self.plan, self.call
 
         def call() -> Any:
             self.capture_half = plan if plan.recapture and not self.removes else None
@@ -216,7 +224,13 @@ class SplicedRun(Run):
         self.segments_run += 1
         while True:
             found = variant(segment, self, args)
-            outputs = found.call(*args, *extras(self, found))
+            inputs = [*args, *extras(self, found)]
+            if found.requires is None:
+                outputs = found.call(*inputs)
+            else:
+                with torch.no_grad():
+                    outputs = found.call(*inputs)
+                outputs = gradients.settle(found, inputs, outputs)
             self._go_past(found, outputs)
             if found.ends:
                 raise Stopped
@@ -295,6 +309,10 @@ class SplicedRun(Run):
             self.capture.unfit.add(self.plan)
             self.removes, self.segments_run = False, 0
             super().forward()
+        except NotDifferentiable as why:  # nothing has run yet
+            self.capture.refuse(self.plan, str(why))
+            self.__class__, self.call, self.everything = Run, self.plain, False
+            return self.forward()
         self._root_objects()
         self.capture.live_sites.update(self.live_sites)
         if not self.segments_run and not self.stopping:

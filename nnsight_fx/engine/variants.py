@@ -12,8 +12,9 @@ import torch.fx as fx
 from .. import passes
 from ..capture import _torch
 from ..capture.segment import Segment
-from ..passes.job import Cut, Entry, Job
+from ..passes.job import Cut, Entry, Job, NotDifferentiable
 from ..tracing import ambient
+from .gradients import differentiable
 from .removal import Unfit, check
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Variant:
         default_factory=list
     )  # the tail's inputs: a place in the outputs, or ("leaf", i)
     report: list[tuple[str, int, int]] = field(default_factory=list)
+    requires: list[bool] | None = None  # of a graph with its own backward: the outputs that require grad in eager
+    accumulates: list[int] = field(default_factory=list)  # the inputs whose gradients are further outputs
     ends: bool = False  # does the run end with it: the plan stops the model here
 
 
@@ -89,15 +92,23 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
         begun=run.capture_half is None and not run.removes,
         removes=run.removes and segment.pure,
     )
+
+    def inputs() -> list:
+        return [*segment.fakes, *(_fake(segment, run, take) for take in job.takes)]
+
+    job.inputs = lambda: [_torch.as_leaf(segment.context, x) for x in inputs()]
+    job.differentiates = differentiable(run, args)
     state = {"leaves": [], "resumed": [], "tail": None}
     cut_after_splice = _head(segment, pristine, state)
     at = run.capture.pipeline.index(passes.splice) + 1
     pipeline = [*run.capture.pipeline[:at], cut_after_splice, *run.capture.pipeline[at:]]
-    passes.run(gm, job, pipeline, run.capture.disable)
-    check(job, run.removes)
-    fakes = [*segment.fakes, *(_fake(segment, run, take) for take in job.takes)]
     with _torch.tracing(segment.context):
-        call = run.capture.compiler(gm, fakes)
+        passes.run(gm, job, pipeline, run.capture.disable)
+    check(job, run.removes)
+    if job.differentiates and not run.plan.backs <= job.exit.done:
+        raise NotDifferentiable("the loss is not in the first captured segment")
+    with _torch.tracing(segment.context), torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None):
+        call = run.capture.compiler(gm, inputs())
     guards = _torch.added_guards(segment.context, segment.guards, segment.fakes)
     run.capture.note_compile(segment, job)
     return Variant(
@@ -113,6 +124,8 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
         state["resumed"],
         job.report,
         ends=None in job.removed,
+        requires=job.requires,
+        accumulates=job.accumulates,
     )
 
 

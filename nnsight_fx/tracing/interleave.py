@@ -17,11 +17,14 @@ from . import tree
 from .encode import Keep, Key, decode
 from .plan import (
     AT_SITE,
+    BACKWARD,
     BARRIER,
+    GRAD,
     LIVE,
     OBJECT,
     READ,
     SAVE,
+    SET_GRAD,
     SKIP,
     STOP,
     SYNC,
@@ -61,6 +64,10 @@ class Interleaver:
         self.counts: dict[tuple[str, str], int] = {}
         self.skipped: dict[Site, dict[int, tuple]] = {}  # site -> invoke -> (spec, leaves, batched)
         self.stopping = False
+        self.bases: dict[
+            Value, tuple
+        ] = {}  # the leaf, invoke and rows that a value is a part of: its gradient is that leaf's
+        self.replaced: dict[int, Any] = {}  # gradients that the plan sets, until the backward comes by
 
     # What a subclass gives.
     def constant(self, key: Key) -> Any:
@@ -99,10 +106,33 @@ class Interleaver:
                     op = self.plan.ops[n]
                     if op.kind in AT_SITE and not self._here(op, firing):
                         break
-                    if not self.ready(n):
+                    if self.ready(n):
+                        self.perform(n, firing)
+                    elif n not in self.plan.deferred:
                         break
-                    self.perform(n, firing)
                 self.at[worker] += 1
+
+    def flow(self) -> None:
+        """Gradients have come: what was waiting for them can happen."""
+        for worker, at in zip(self.plan.workers, self.at, strict=True):
+            for n in worker[:at]:
+                if n not in self.done and self.ready(n):
+                    self.perform(n, None)
+
+    def arrive(self, n: int, gradient: Any) -> Any:
+        """The gradient that operation `n` asked for, as the backward has it; returned as it shall be."""
+        if (n, 0) in self.plan.last_use or not self.closed:
+            self.env[(n, 0)] = gradient
+        self.flow()
+        return self.replaced.pop(n, gradient)
+
+    def tap(self, n: int, op: Op) -> None:
+        """Ask for a value's gradient: `arrive` when the backward has it."""
+        raise NotImplementedError
+
+    def differentiate(self, n: int, op: Op) -> None:
+        """Run a backward."""
+        raise NotImplementedError
 
     @staticmethod
     def _here(op: Op, firing: Firing | None) -> bool:
@@ -123,6 +153,9 @@ class Interleaver:
             leaves = [self.rows(x, op.invoke, batched[i] if batched else None) for i, x in enumerate(firing.leaves)]
             if expected is not None:
                 self.check(n, leaves, expected)
+            for i, (base, own) in enumerate(zip(firing.leaves, leaves, strict=True)):
+                if base is not own and ((n, i) in self.plan.tapped or not self.closed):
+                    self.bases[(n, i)] = (base, op.invoke, batched[i] if batched else None)
             self._keep(n, leaves, firing.spec)
         elif op.kind == OBJECT:
             assert firing is not None
@@ -138,6 +171,13 @@ class Interleaver:
             )
         elif op.kind == STOP:
             self.stopping = True
+        elif op.kind == GRAD:
+            self.tap(n, op)
+        elif op.kind == SET_GRAD:
+            self.replaced[op.args[2][0][1]] = self.arguments(op)[0][1]
+        elif op.kind == BACKWARD:
+            self.differentiate(n, op)
+            self.flow()
         elif op.kind not in (SAVE, BARRIER):
             if op.kind in LIVE and not self.live:
                 raise Cut
@@ -209,9 +249,7 @@ class Interleaver:
 
     def unfinished(self) -> list[int]:
         """The operations that the run did not get to."""
-        return [
-            n for worker, at in zip(self.plan.workers, self.at, strict=True) for n in worker[at:] if n not in self.done
-        ]
+        return [n for worker in self.plan.workers for n in worker if n not in self.done]
 
     def skip_of(self, at: Site, invoke: int) -> int:
         """The operation by which an invoke skips a call."""

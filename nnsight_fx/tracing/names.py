@@ -32,7 +32,7 @@ NEEDS_DATA = _names(
 NEEDS_MEMORY = _names("apply_ map_ map2_ share_memory_ set_ pin_memory")
 
 # Done when the model gets there, on the real tensor: autograd's own.
-LIVE_CALLS = _names("backward register_hook retain_grad register_post_accumulate_grad_hook")
+LIVE_CALLS = _names("register_hook retain_grad register_post_accumulate_grad_hook")
 
 RANDOM = _names(
     "rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like dropout dropout1d "

@@ -22,6 +22,7 @@ Site = tuple[str, str, int]  # module path, "input" | "output" | "result", call 
 READ, WRITE, SKIP, OBJECT, STOP, SAVE, CALL, MODULE, APPLY, SYNC, BARRIER = (
     *("read", "write", "skip", "object", "stop", "save", "call", "module", "apply", "sync", "barrier"),
 )
+BACKWARD, GRAD, SET_GRAD = "backward", "grad", "set_grad"  # a gradient belongs to the backward that follows it
 AT_SITE = {READ, WRITE, SKIP, OBJECT}  # take effect at a site of their own
 LIVE = {APPLY, SYNC}  # need real values and Python: nothing compiled can hold them
 
@@ -107,11 +108,52 @@ class InterventionGraph:
         return [references((op.args, op.kwargs)) for op in self.ops]
 
     @cached_property
+    def binds(self) -> dict[int, int]:
+        """The backward that each gradient belongs to: the next one in program order."""
+        found: dict[int, int] = {}
+        waiting: list[int] = []
+        for n, op in enumerate(self.ops):
+            if op.kind == GRAD:
+                waiting.append(n)
+            elif op.kind == BACKWARD:
+                found.update(dict.fromkeys(waiting, n))
+                waiting = []
+        return found | dict.fromkeys(waiting, len(self.ops))  # still to come
+
+    @cached_property
+    def backs(self) -> frozenset[int]:
+        """The backward passes of the body."""
+        return frozenset(n for n, op in enumerate(self.ops) if op.kind == BACKWARD)
+
+    @cached_property
+    def tapped(self) -> frozenset[tuple[int, int]]:
+        """The values whose gradients are asked for."""
+        return frozenset(v for n, op in enumerate(self.ops) if op.kind == GRAD for v in self.needs[n])
+
+    @cached_property
+    def deferred(self) -> dict[int, int]:
+        """The operations on gradients whose backward comes after them, and that backward: they run while it does."""
+        found: dict[int, int] = {}
+        for n, op in enumerate(self.ops):
+            if op.kind in (GRAD, BACKWARD):
+                continue
+            bounds = [b for m, _ in self.needs[n] if (b := self.binds.get(m, found.get(m, -1))) > n]
+            if bounds:
+                found[n] = max(bounds)
+        return found
+
+    @cached_property
+    def changed(self) -> frozenset[tuple[int, int]]:
+        """The values that a recorded call changes in place."""
+        calls = [op.args[2][0] for op in self.ops if op.kind == CALL and op.effect == "inplace" and op.args[2]]
+        return frozenset(key[1:3] for key in calls if key[0] == "v")
+
+    @cached_property
     def last_use(self) -> dict[tuple[int, int], int]:
         """The last operation that uses each value; saved values have none."""
         found = {value: n for n, needed in enumerate(self.needs) for value in needed}
         for n, op in enumerate(self.ops):
-            if op.kind in (SAVE, SYNC):
+            if op.kind in (SAVE, SYNC) or n in self.deferred:
                 for value in self.needs[n]:
                     found[value] = len(self.ops)
         return found
@@ -192,7 +234,14 @@ def _dialect(name: str) -> Callable:
 
 
 DIALECT: dict[str, Callable] = {
-    name: _dialect(name) for name in (READ, WRITE, SKIP, OBJECT, STOP, SAVE, MODULE, APPLY, SYNC, BARRIER, "leaf")
+    name: _dialect(name)
+    for name in (
+        *(READ, WRITE, SKIP, OBJECT, STOP, SAVE, MODULE, APPLY, SYNC, BARRIER),
+        BACKWARD,
+        GRAD,
+        SET_GRAD,
+        "leaf",
+    )
 }
 _leaf = DIALECT["leaf"]
 

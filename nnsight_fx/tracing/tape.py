@@ -21,6 +21,7 @@ from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, Unsave
 from . import ambient, tree
 from .encode import Identity, Keep, Key, decode, encode, facts, references
 from .functions import INSIDE, custom_function
+from .gradients import LATE, Gradients
 from .lazy import LazyObject, LazyTensor, Line, user_line
 from .lifting import lift, name_of
 from .names import (
@@ -37,6 +38,7 @@ from .plan import (
     APPLY,
     BARRIER,
     CALL,
+    GRAD,
     MODULE,
     OBJECT,
     READ,
@@ -155,6 +157,7 @@ class Tape:
         self.passed: tuple[Site, Line] | None = None  # how far a sync point has run the model
         self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
         self.refusal: Exception | None = None  # what an operation below the Python API was told
+        self.gradients = Gradients(self)
         self.scope: Any = None  # the custom autograd function whose forward is running
 
     # -- operations ---------------------------------------------------------------------------------------------
@@ -190,6 +193,10 @@ class Tape:
             return id(args[0])
         if name == "__deepcopy__":
             return self.call(torch.Tensor.clone, args[:1], {})
+        if func is torch.Tensor.backward:
+            return self.gradients.backward(*args, **kwargs)
+        if func is torch.autograd.grad:
+            return self.gradients.grad(*args, **kwargs)
         if name in LIVE_CALLS:
             return self.add(APPLY, Identity(func), args, kwargs, effect="inplace")
         effect = effect_of(name, kwargs)
@@ -203,6 +210,10 @@ class Tape:
 
     def _attribute(self, func: Any, name: str, args: tuple) -> Any:
         attr = func.__self__.__name__
+        if attr == "grad":
+            if not isinstance(args[0], LazyTensor):
+                return self.gradients.of_parameter(args[0]) if name == "__get__" else func(*args)
+            return self.gradients.get(args[0]) if name == "__get__" else self.gradients.set(*args)
         if name == "__set__":
             if attr == "requires_grad":
                 return args[0].requires_grad_(args[1])
@@ -210,9 +221,7 @@ class Tape:
                 f"{user_line()}: `.{attr} = ...` on a recorded value cannot be recorded. Write the site (`module.output = ...`) "
                 "or change the value in place (`value[:] = ...`)."
             )
-        if attr == "grad" and not isinstance(args[0], LazyTensor):
-            return args[0].grad
-        if attr == "grad" or (attr in ("grad_fn", "_grad_fn") and not self.fake(args[0]).is_leaf):
+        if attr in ("grad_fn", "_grad_fn") and not self.fake(args[0]).is_leaf:
             raise NotRecordableError(
                 f"{user_line()}: `.{attr}` of a recorded value is not known before the run. `.save()` the value and use "
                 "`torch.autograd.grad` after the trace."
@@ -302,8 +311,9 @@ class Tape:
         self.step = step
         for key, fake in step.rebound:
             grew = fake.requires_grad and not self.fake_of(key).requires_grad
-            if grew and op.effect == "inplace":
-                self.recapture = "changes"  # from here on the model's own values require grad
+            if grew and op.effect == "inplace":  # from here on the model's own values require grad
+                self.recapture, self.reshaped = "changes", True
+                self.invoke.metas = {s: m for s, m in self.invoke.metas.items() if m.order <= self.invoke.order}
             self._rebind(key, fake)
         self._order(n, op)
         values = [self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)]
@@ -327,8 +337,18 @@ class Tape:
         elif key in self.values:
             self.values[key]._fake = fake
 
+    def undo(self) -> None:
+        """Take back the last operation, which nothing has used."""
+        assert self.step.parent is not None
+        self.step = self.step.parent
+        for record in (self.ops, self.specs, self.lines):
+            record.pop()
+
     def _order(self, n: int, op: Op) -> None:
         """Where in the model's order the results of an operation exist."""
+        if op.kind == GRAD:
+            self.order[(n, 0)] = (LATE, ("the gradient", "", 0), self.invoke.index)
+            return
         found = [self.order[v] for v in self.step.needs if v in self.order]
         if op.kind == READ:
             order = self.invoke.metas[op.target].order if op.target in self.invoke.metas else -1
