@@ -66,6 +66,14 @@ def swap(lazy: torch.Tensor, real: torch.Tensor) -> None:
     lazy.__class__ = torch.Tensor
 
 
+def holders(t: torch.Tensor) -> int:
+    """How many references Python holds, the caller's own included.
+
+    torch >= 2.10 adds one reference of its own while C++ (an autograd graph, say) holds the tensor too.
+    """
+    return sys.getrefcount(t) - 2 - (t._use_count() > 1)  # type: ignore[attr-defined]
+
+
 def function_modes(take: bool = False) -> list[TorchFunctionMode]:
     """The thread's stack of function modes, bottom first; `take` leaves it empty."""
     modes = _get_current_function_mode_stack()

@@ -166,15 +166,30 @@ class SplicedRun(Run):
         self.segments_run = 0
         self.live_sites: set[str] = set()
         self.result_marked = False
-        plan = self.plan
+        plan, plain = self.plan, self.call
 
         def call() -> Any:
             self.capture_half = plan if plan.recapture and not self.removes else None
-            with self.half(self.capture_half), _torch.capturing():
-                return entry(self.capture_half)
+            try:
+                with self.half(self.capture_half), _torch.capturing():
+                    return entry(self.capture_half)
+            except Exception as error:
+                if not self._captures_nothing(error):
+                    raise
+                self.capture.fall_back(
+                    f"hook engine: Dynamo could not trace the model with what was written ({type(error).__name__})"
+                )
+            self.segments_run += 1  # it is said already
+            return plain()  # the model's own exception, or its result
 
         self.call = call
         return self
+
+    def _captures_nothing(self, error: Exception) -> bool:
+        """Did tracing fail on what the plan writes, before anything of the model ran?"""
+        asked = self.capture.options.fullgraph and isinstance(error, torch._dynamo.exc.Unsupported)
+        writes = self.capture_half is not None and self.capture_half.recapture == "changes"
+        return writes and not asked and not self.segments_run and not self.counts
 
     @contextlib.contextmanager
     def half(self, plan: InterventionGraph | None) -> Iterator[None]:
@@ -244,6 +259,8 @@ class SplicedRun(Run):
         """Take over where the plan stands after a segment, and the values it gave."""
         for value, real in zip(found.gives, outputs[found.own :], strict=True):
             self.env[value] = real
+        for n in sorted(found.exit.done - self.done):
+            self.note_write(n)
         self.at, self.done, self.counts = list(found.exit.at), set(found.exit.done), dict(found.exit.counts)
         self.skipped = {
             at: {

@@ -510,6 +510,11 @@ class Tape:
 
     def write(self, site: Site, value: Any) -> None:
         """Set a site to `value`, a tree that may hold `Keep(i)` for what stays."""
+        if value is None and site[1] == "output":
+            raise NotRecordableError(
+                f"{user_line()}: `{_name(site)} = None` cannot be recorded: to a module hook, None means no change. Do not run the "
+                "module instead (`.skip(None)`), or write a tensor."
+            )
         self.settle()
         meta = self.meta(site)
         leaves, spec = tree.flatten(value)
@@ -673,8 +678,7 @@ class Tape:
     # -- leaving the recording ----------------------------------------------------------------------------------
 
     def save(self, lazy: LazyTensor) -> None:
-        if lazy._tape is not self:
-            lazy._tape.check_open((lazy,), {})
+        self.check_open((lazy,), {})
         if id(lazy) not in self.saved:
             self.saved[id(lazy)] = lazy
             self.add(SAVE, None, (lazy,), {}, result=lambda: None)
