@@ -41,4 +41,8 @@ def _own(real: torch.Tensor) -> torch.Tensor:
     if real.grad_fn is not None and _torch.holders(real) == 1:
         return real
     with torch.inference_mode(real.is_inference()), torch.set_grad_enabled(real.requires_grad):
-        return real.view_as(real) if real.layout is torch.strided or real.requires_grad or real.is_inference() else real.detach()
+        return (
+            real.view_as(real)
+            if real.layout is torch.strided or real.requires_grad or real.is_inference()
+            else real.detach()
+        )

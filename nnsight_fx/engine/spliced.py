@@ -231,6 +231,8 @@ class SplicedRun(Run):
         self.segments_run += 1
         while True:
             found = variant(segment, self, args)
+            for n in sorted(found.exit.done - self.done):
+                self.note_write(n)
             outputs = found.call(*args, *extras(self, found))
             self._go_past(found, outputs)
             if found.ends:
@@ -259,8 +261,6 @@ class SplicedRun(Run):
         """Take over where the plan stands after a segment, and the values it gave."""
         for value, real in zip(found.gives, outputs[found.own :], strict=True):
             self.env[value] = real
-        for n in sorted(found.exit.done - self.done):
-            self.note_write(n)
         self.at, self.done, self.counts = list(found.exit.at), set(found.exit.done), dict(found.exit.counts)
         self.skipped = {
             at: {

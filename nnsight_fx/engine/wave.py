@@ -174,7 +174,7 @@ class Wave:
         for run in (*(run for _, run in self.done), *((self.run,) if self.run is not None else ())):
             run.env.clear()
             run.skipped.clear()
-            run.result = None
+            run.result = run.coroutine = None
 
     def _meta(self, key: Key) -> torch.Tensor:
         """What a scan gives for a value: a tensor without data."""

@@ -711,8 +711,8 @@ class Tape:
         line = user_line()
         with self.running():
             value = self.run_until(self)
-        if self.invoke.latest is not None:
-            self.passed = (self.invoke.latest, line)
+        if self.invoke.latest is not None and (self.passed is None or self.passed[0] != self.invoke.latest):
+            self.passed = (self.invoke.latest, line)  # the line that ran the model there, not one that looked again
         return [value(k) for k in keys]
 
     @contextlib.contextmanager

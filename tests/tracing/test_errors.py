@@ -73,7 +73,7 @@ def clean(model: NNsight) -> None:
     assert model.tracer is None
     assert not torch.overrides._get_current_function_mode_stack()
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    assert not nnsight_fx.tracing.saving._open
+    assert not nnsight_fx.tracing.saving._open.tapes
     assert getattr(nnsight_fx.capture.markers.active, "run", None) is None
     with model.trace(x()):
         got = model.output.save()
@@ -285,7 +285,9 @@ def test_a_new_shape_that_the_caller_can_use_runs(engine, scale):
         model.first.output = scale(model.first.output)
         got = model.output.save()
     module = model._module
-    assert torch.equal(got, nn.functional.linear(module.second(torch.relu(scale(module.first(x())))), module.head.weight))
+    assert torch.equal(
+        got, nn.functional.linear(module.second(torch.relu(scale(module.first(x())))), module.head.weight)
+    )
 
 
 def test_an_operation_that_torch_refuses_fails_at_its_line(engine):
@@ -328,7 +330,14 @@ def test_a_site_that_never_runs(engine, how, path):
 
 @pytest.mark.parametrize(
     "use",
-    [lambda h: h + 1, lambda h: float(h.sum()), lambda h: h.tolist(), lambda h: torch.relu(h), lambda h: h.save(), lambda h: str(h)],
+    [
+        lambda h: h + 1,
+        lambda h: float(h.sum()),
+        lambda h: h.tolist(),
+        lambda h: torch.relu(h),
+        lambda h: h.save(),
+        lambda h: str(h),
+    ],
     ids=["add", "float", "tolist", "function", "save", "str"],
 )
 def test_an_unsaved_value_read_after_the_trace(engine, use):
