@@ -187,7 +187,7 @@ class SplicedRun(Run):
 
     def _captures_nothing(self, error: Exception) -> bool:
         """Did tracing fail on what the plan writes, before anything of the model ran?"""
-        asked = self.capture.options.fullgraph and isinstance(error, torch._dynamo.exc.Unsupported)
+        asked = self.capture.options.fullgraph and _torch.cannot_trace(error)
         writes = self.capture_half is not None and self.capture_half.recapture == "changes"
         return writes and not asked and not self.segments_run and not self.counts
 
