@@ -128,12 +128,12 @@ class NNsight(Envoy):
     def _prepare(self, args: tuple, kwargs: dict) -> Batch:
         """One invoke's input, on the model's device."""
         device = self.device
-        moved = tree.tree_map(
-            lambda x: x.to(device) if isinstance(x, torch.Tensor) and device is not None else x,
-            (args, kwargs),
-        )
-        tensors = [x for x in tree.flatten(moved)[0] if isinstance(x, torch.Tensor) and x.dim() > 0]
-        return Batch(*moved, rows=tensors[0].shape[0] if tensors else 1)
+        leaves, spec = tree.flatten((args, kwargs))
+        moved = [x.to(device) if isinstance(x, torch.Tensor) and device is not None else x for x in leaves]
+        if any(a is not b for a, b in zip(leaves, moved, strict=True)):  # else the model gets the user's own lists
+            args, kwargs = tree.unflatten(moved, spec, (args, kwargs))
+        tensors = [x for x in moved if isinstance(x, torch.Tensor) and x.dim() > 0]
+        return Batch(args, kwargs, rows=tensors[0].shape[0] if tensors else 1)
 
     def _collate(self, batches: list[Batch], pad_to: int | None = None) -> Batch:
         """Several inputs as one: tensors are concatenated on dimension 0."""

@@ -7,6 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import nnsight_fx
+
+ERRORS = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
+SETUP, *_ = re.findall(r"```python\n(.*?)```", ERRORS, re.S)
+EXAMPLES = re.findall(r"## ([^\n]*)\n(?:(?!```|\n## ).)*```python\n(.*?)```\n\n```text\n(.*?)\n```", ERRORS, re.S)
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -31,3 +38,22 @@ def test_a_five_line_trace_under_python_c():
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) < 150
+
+
+@pytest.mark.parametrize(("title", "code", "text"), EXAMPLES, ids=[title for title, _, _ in EXAMPLES])
+def test_each_error_of_the_manual_is_raised_with_its_text(title, code, text):
+    names: dict = {}
+    exec(compile(SETUP, "setup.py", "exec"), names)
+    with pytest.raises(Exception) as error:
+        exec(compile(code, "example.py", "exec"), names)
+    said = "\n".join([str(error.value), *getattr(error.value, "__notes__", [])])
+    assert said.startswith(text)
+    if title.startswith("`"):
+        cls, *also = re.findall(r"`(\w+)`", title)
+        assert type(error.value).__name__ == cls
+        assert set(also) <= {c.__name__ for c in type(error.value).__mro__}
+
+
+def test_every_public_error_is_in_the_manual():
+    public = {n for n in nnsight_fx.__all__ if n.endswith("Error") or n == "PaddedLengthUnknown"}
+    assert len(EXAMPLES) >= 12 and {n for n in public if f"`{n}`" not in ERRORS} == set()

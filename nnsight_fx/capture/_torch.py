@@ -5,6 +5,7 @@
 | `FakeTensorMode`, `FakeCopyMode`, `FakeTensor`, its exceptions | shapes and dtypes without data | 2.11, 2.13 |
 | `torch._C._functorch.maybe_current_level`, `torch._C._is_alias_of` | transforms, shared memory | 2.11, 2.13 |
 | `torch._C._swap_tensor_impl` | a recorded tensor becomes the real one | 2.11, 2.13 |
+| `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.13 |
 | `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
 | `ShapeEnv.produce_guards_expression` | guards that a variant adds | 2.11, 2.13 |
@@ -64,6 +65,21 @@ def swap(lazy: torch.Tensor, real: torch.Tensor) -> None:
     """Make `lazy` the tensor that `real` is, wherever it is held. `real` must be held by nobody else."""
     torch._C._swap_tensor_impl(lazy, real)
     lazy.__class__ = torch.Tensor
+
+
+def cannot_trace(error: Exception) -> bool:
+    """Did Dynamo refuse to trace something, as it does under `fullgraph=True`?"""
+    from torch._dynamo.exc import Unsupported
+
+    return isinstance(error, Unsupported)
+
+
+def holders(t: torch.Tensor) -> int:
+    """How many references Python holds, the caller's own included.
+
+    torch >= 2.10 adds one reference of its own while C++ (an autograd graph, say) holds the tensor too.
+    """
+    return sys.getrefcount(t) - 2 - (t._use_count() > 1)  # type: ignore[attr-defined]
 
 
 def function_modes(take: bool = False) -> list[TorchFunctionMode]:

@@ -5,6 +5,7 @@ It runs on a structural copy, so that nothing of the real model moves: no buffer
 
 from __future__ import annotations
 
+import contextvars
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -126,7 +127,7 @@ def scan(
         with fakes:
             if plan is not None:
                 plan.work(None)
-            note("", "result", call(copied))
+            note("", "result", contextvars.copy_context().run(call, copied))  # what it sets stays in the scan
     except Stopped:
         pass
     except Exception as e:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,33 +15,34 @@ from ..tracing.saving import put_objects
 from ..tracing.tape import Tape
 
 
-def deliver(tape: Tape, value: Callable[[Key], Any]) -> None:
-    """Turn every saved value that was computed into the real tensor."""
+def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]) -> None:
+    """Turn every saved value that was computed into the real tensor; `release` makes the runs let go of theirs."""
     for lazy, key in tape.objects.values():
         with contextlib.suppress(KeyError):
             lazy.__dict__["_real"] = value(key)
     for container in tape.containers:
         put_objects(container)
+    found = []
     for lazy in tape.saved.values():
-        if type(lazy) is not LazyTensor:
-            continue
-        try:
-            real = value(lazy._key)
-        except KeyError:
-            continue
+        if type(lazy) is LazyTensor:
+            with contextlib.suppress(KeyError):
+                found.append((lazy, [value(lazy._key)]))
+    release()
+    while found:
+        lazy, held = found.pop()
         for name in ("_tape", "_key", "_fake", "_line"):
             vars(lazy).pop(name, None)
-        _torch.swap(lazy, real if _ours(real) else _alias(real))
+        _torch.swap(lazy, _own(held.pop()))
 
 
-def _ours(real: torch.Tensor) -> bool:
-    """An alias that the run made for this and that nobody else holds: it lies on the model's autograd graph."""
-    return getattr(real, "_nnsight_fx_alias", False) and sys.getrefcount(real) <= 5
-
-
-def _alias(real: torch.Tensor) -> torch.Tensor:
-    """A tensor of our own that shares storage and version counter; the model or the user may hold `real` itself."""
+def _own(real: torch.Tensor) -> torch.Tensor:
+    """A tensor that nobody else holds: `real` where it lies on an autograd graph and is ours alone, so that later gradients
+    find it there; else an alias, which shares storage and version counter."""
+    if real.grad_fn is not None and _torch.holders(real) == 1:
+        return real
     with torch.inference_mode(real.is_inference()), torch.set_grad_enabled(real.requires_grad):
-        if real.requires_grad or real.is_inference():
-            return real.view_as(real)
-        return real.view_as(real) if real.layout is torch.strided else real.detach()
+        return (
+            real.view_as(real)
+            if real.layout is torch.strided or real.requires_grad or real.is_inference()
+            else real.detach()
+        )

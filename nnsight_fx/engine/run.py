@@ -155,9 +155,34 @@ class Run(TensorInterleaver):
     # -- operations ----------------------------------------------------------------------------------------------
 
     def perform(self, n: int, firing: Firing | None) -> None:
-        if self.plan.ops[n].kind in (WRITE, SKIP):
-            self.written = (".".join(p for p in self.plan.ops[n].target[:2] if p), self.lines[n])
+        if self.plan.ops[n].kind == READ and firing is not None:
+            self._alias_saved(n, firing.leaves)
+        self.note_write(n)
         super().perform(n, firing)
+
+    def note_write(self, n: int) -> None:
+        """Remember whom to blame, should the model fail now."""
+        op = self.plan.ops[n]
+        if op.kind in (WRITE, SKIP):
+            self.written = (".".join(p for p in op.target[:2] if p), self.lines[n])
+
+    def _alias_saved(self, n: int, leaves: list) -> None:
+        """Where a saved value requires grad the model goes on with an alias, which is the saved tensor's own (SEMANTICS D5).
+
+        An invoke's rows are a view beside the model's way, and have no such alias.
+        """
+        op = self.plan.ops[n]
+        batched = op.extra[0] if op.extra else None
+        for j, leaf in enumerate(leaves):
+            if (
+                isinstance(leaf, torch.Tensor)
+                and leaf.requires_grad
+                and torch.is_grad_enabled()
+                and leaf.layout is torch.strided
+                and ((n, j) in self.plan.saved or not self.closed)
+                and self._batched(leaf, op.invoke, batched[j] if batched else None) is None
+            ):
+                leaves[j] = leaf.view_as(leaf)
 
     def execute(self, n: int, op: Op) -> Any:
         if op.kind == SYNC:

@@ -174,15 +174,32 @@ class SplicedRun(Run):
         self.segments_run = 0
         self.live_sites: set[str] = set()
         self.result_marked = False
-        plan, self.plain = self.plan, self.call
+        plan, plain = self.plan, self.call
 
         def call() -> Any:
             self.capture_half = plan if plan.recapture and not self.removes else None
-            with self.half(self.capture_half), _torch.capturing():
-                return entry(self.capture_half)
+            try:
+                with self.half(self.capture_half), _torch.capturing():
+                    return entry(self.capture_half)
+            except NotDifferentiable as why:  # nothing has run yet
+                self.capture.refuse(plan, str(why))
+            except Exception as error:
+                if not self._captures_nothing(error):
+                    raise
+                self.capture.fall_back(
+                    f"hook engine: Dynamo could not trace the model with what was written ({type(error).__name__})"
+                )
+            self.segments_run += 1  # it is said already
+            return plain()  # the model's own exception, or its result
 
         self.call = call
         return self
+
+    def _captures_nothing(self, error: Exception) -> bool:
+        """Did tracing fail on what the plan writes, before anything of the model ran?"""
+        asked = self.capture.options.fullgraph and _torch.cannot_trace(error)
+        writes = self.capture_half is not None and self.capture_half.recapture == "changes"
+        return writes and not asked and not self.segments_run and not self.counts
 
     @contextlib.contextmanager
     def half(self, plan: InterventionGraph | None) -> Iterator[None]:
@@ -224,6 +241,8 @@ class SplicedRun(Run):
         self.segments_run += 1
         while True:
             found = variant(segment, self, args)
+            for n in sorted(found.exit.done - self.done):
+                self.note_write(n)
             inputs = [*args, *extras(self, found)]
             if found.requires is None:
                 outputs = found.call(*inputs)
@@ -309,10 +328,6 @@ class SplicedRun(Run):
             self.capture.unfit.add(self.plan)
             self.removes, self.segments_run = False, 0
             super().forward()
-        except NotDifferentiable as why:  # nothing has run yet
-            self.capture.refuse(self.plan, str(why))
-            self.__class__, self.call, self.everything = Run, self.plain, False
-            return self.forward()
         self._root_objects()
         self.capture.live_sites.update(self.live_sites)
         if not self.segments_run and not self.stopping:

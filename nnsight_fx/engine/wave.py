@@ -165,9 +165,16 @@ class Wave:
 
     def deliver(self) -> None:
         if self.tracer.scan_only:
-            deliver(self.tape, self._meta)
+            deliver(self.tape, self._meta, lambda: None)
         if self.run is not None or self.done:
-            deliver(self.tape, self.value)
+            deliver(self.tape, self.value, self._release)
+
+    def _release(self) -> None:
+        """The values now belong to whoever saved them."""
+        for run in (*(run for _, run in self.done), *((self.run,) if self.run is not None else ())):
+            run.env.clear()
+            run.skipped.clear()
+            run.result = run.coroutine = None
 
     def _meta(self, key: Key) -> torch.Tensor:
         """What a scan gives for a value: a tensor without data."""

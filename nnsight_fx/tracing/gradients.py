@@ -6,6 +6,7 @@ What is done with it is recorded where it is written, and runs while the backwar
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,10 +161,13 @@ class Gradients:
 class Backward:
     """A recorded backward. `with loss.backward(): ...` makes the block's gradients its own."""
 
-    def __init__(self, gradients: Gradients, loss: torch.Tensor, *args: Any):
-        self.gradients, self.args = gradients, (loss, *args)
+    def __init__(
+        self, gradients: Gradients, loss: torch.Tensor, gradient: Any, retain: bool, create: bool, inputs: Any
+    ):
+        self.gradients, self.creates = gradients, create
         self.asked = dict(gradients.asked)
-        gradients.record(*self.args, False)
+        self.record = partial(gradients.record, loss, gradient, retain, create, inputs, False)
+        self.record()
         self.at = len(gradients.tape.ops)
 
     def __enter__(self) -> Backward:
@@ -174,10 +178,10 @@ class Backward:
             )
         tape.undo()
         self.gradients.backwards -= 1
-        self.gradients.asked, self.gradients.creating = self.asked, self.args[3]
+        self.gradients.asked, self.gradients.creating = self.asked, self.creates
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.gradients.creating = False
         if error is None:
-            self.gradients.record(*self.args, False)
+            self.record()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, TypeVar
 
 from ..errors import OutsideTraceError
@@ -11,16 +12,22 @@ from .tape import Tape
 
 T = TypeVar("T")
 
-_open: list[Tape] = []  # the tapes of open traces, innermost last
+
+class _Open(threading.local):
+    def __init__(self):
+        self.tapes: list[Tape] = []
+
+
+_open = _Open()  # the tapes of this thread's open traces, innermost last
 
 
 def opened(tape: Tape) -> None:
-    _open.append(tape)
+    _open.tapes.append(tape)
 
 
 def closed(tape: Tape) -> None:
-    if tape in _open:
-        _open.remove(tape)
+    if tape in _open.tapes:
+        _open.tapes.remove(tape)
 
 
 def save(value: T) -> T:
@@ -39,11 +46,11 @@ def save(value: T) -> T:
     Raises:
         OutsideTraceError: no trace is open.
     """
-    if not _open:
+    if not _open.tapes:
         raise OutsideTraceError(
             f"{user_line()}: `save` was called where no trace is open. Call it inside `with model.trace(...)`."
         )
-    tape = _open[-1]
+    tape = _open.tapes[-1]
     if isinstance(value, LazyTensor):
         value.save()
     else:
@@ -53,29 +60,22 @@ def save(value: T) -> T:
 
 def lazies(value: Any) -> list:
     """The recorded values in a container, nested ones too."""
-    found, seen = [], set()
-
-    def walk(v: Any) -> None:
+    found, seen, left = [], set(), [value]
+    while left:
+        v = left.pop()
         if id(v) in seen:
-            return
+            continue
         seen.add(id(v))
         if type(v) in (LazyTensor, LazyObject):
             found.append(v)
-            return
+            continue
         parts = tree.children(v)
-        children = (
-            parts[2]
-            if parts is not None
-            else list(v.values())
-            if isinstance(v, dict)
-            else list(v)
-            if isinstance(v, set | frozenset)
-            else ()
-        )
-        for child in children:
-            walk(child)
-
-    walk(value)
+        if parts is not None:
+            left += reversed(parts[2])
+        elif isinstance(v, dict):
+            left += reversed(v.values())
+        elif isinstance(v, set | frozenset):
+            left += v
     return found
 
 
@@ -89,17 +89,20 @@ def collect(tape: Tape) -> None:
                 tape.keep_object(lazy)
 
 
-def put_objects(value: Any) -> None:
+def put_objects(container: Any) -> None:
     """Put the real objects where a saved container holds what stood for them."""
-    parts = tree.children(value)
-    if parts is None:
-        return
-    kind, keys, children = parts
-    for key, child in zip(keys or range(len(children)), children, strict=True):
-        if type(child) is LazyObject and "_real" in child.__dict__:
-            if kind == "dataclass":
+    seen, left = set(), [container]
+    while left:
+        value = left.pop()
+        parts = tree.children(value) if id(value) not in seen else None
+        seen.add(id(value))
+        if parts is None:
+            continue
+        kind, keys, children = parts
+        for key, child in zip(keys or range(len(children)), children, strict=True):
+            if type(child) is not LazyObject or "_real" not in child.__dict__:
+                left.append(child)
+            elif kind == "dataclass":
                 object.__setattr__(value, str(key), child._look())
             elif kind in ("dict", "list"):
                 value[key] = child._look()
-        else:
-            put_objects(child)

@@ -530,6 +530,11 @@ class Tape:
 
     def write(self, site: Site, value: Any) -> None:
         """Set a site to `value`, a tree that may hold `Keep(i)` for what stays."""
+        if value is None and site[1] == "output":
+            raise NotRecordableError(
+                f"{user_line()}: `{_name(site)} = None` cannot be recorded: to a module hook, None means no change. Do not run the "
+                "module instead (`.skip(None)`), or write a tensor."
+            )
         self.settle()
         meta = self.meta(site)
         leaves, spec = tree.flatten(value)
@@ -693,8 +698,7 @@ class Tape:
     # -- leaving the recording ----------------------------------------------------------------------------------
 
     def save(self, lazy: LazyTensor) -> None:
-        if lazy._tape is not self:
-            lazy._tape.check_open((lazy,), {})
+        self.check_open((lazy,), {})
         if id(lazy) not in self.saved:
             self.saved[id(lazy)] = lazy
             self.add(SAVE, None, (lazy,), {}, result=lambda: None)
@@ -727,8 +731,8 @@ class Tape:
         line = user_line()
         with self.running():
             value = self.run_until(self)
-        if self.invoke.latest is not None:
-            self.passed = (self.invoke.latest, line)
+        if self.invoke.latest is not None and (self.passed is None or self.passed[0] != self.invoke.latest):
+            self.passed = (self.invoke.latest, line)  # the line that ran the model there, not one that looked again
         return [value(k) for k in keys]
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers.utils.generic import ModelOutput
@@ -37,32 +37,32 @@ def children(value: Any) -> tuple[str, tuple, list] | None:
 def flatten(value: Any) -> tuple[list, Spec]:
     """The leaves of `value`, left to right, and the spec that `unflatten` takes."""
     leaves: list = []
+    return leaves, _walk(value, leaves)
 
-    def walk(v: Any) -> Spec:
-        parts = children(v)
-        if parts is None:
-            leaves.append(v)
-            return None
-        kind, keys, values = parts
-        return (kind, type(v), keys, tuple(walk(x) for x in values))
 
-    return leaves, walk(value)
+# These recurse at the top level: a recursive closure is a reference cycle, and would keep its tensors until the next gc.
+def _walk(value: Any, leaves: list) -> Spec:
+    parts = children(value)
+    if parts is None:
+        leaves.append(value)
+        return None
+    kind, keys, values = parts
+    return (kind, type(value), keys, tuple([_walk(x, leaves) for x in values]))
 
 
 def unflatten(leaves: list, spec: Spec, like: Any = None) -> Any:
     """A new tree of `spec` holding `leaves`. `like` gives a dataclass its fields that are not part of the tree."""
-    iterator = iter(leaves)
+    return _build(spec, iter(leaves), like)
 
-    def build(s: Spec, old: Any) -> Any:
-        if s is None:
-            return next(iterator)
-        kind, cls, keys, specs = s
-        olds = children(old)
-        old_values = olds[2] if olds is not None and len(olds[2]) == len(specs) else [None] * len(specs)
-        values = [build(x, o) for x, o in zip(specs, old_values, strict=True)]
-        return construct(kind, cls, keys, values, old)
 
-    return build(spec, like)
+def _build(spec: Spec, leaves: Iterator, old: Any) -> Any:
+    if spec is None:
+        return next(leaves)
+    kind, cls, keys, specs = spec
+    olds = children(old)
+    old_values = olds[2] if olds is not None and len(olds[2]) == len(specs) else [None] * len(specs)
+    values = [_build(x, leaves, o) for x, o in zip(specs, old_values, strict=True)]
+    return construct(kind, cls, keys, values, old)
 
 
 def construct(kind: str, cls: type, keys: tuple, values: list, like: Any = None) -> Any:
@@ -99,30 +99,23 @@ def replace(value: Any, old: list, new: list) -> Any:
     A container in which nothing changed stays the object it was; lists, dicts and dataclasses are changed in place,
     since their owner holds them; tuples are rebuilt.
     """
-    index = -1
+    return _replace(value, zip(old, new, strict=True))
 
-    def walk(v: Any) -> Any:
-        nonlocal index
-        parts = children(v)
-        if parts is None:
-            index += 1
-            return v if new[index] is old[index] else new[index]
-        kind, keys, values = parts
-        fresh = [walk(x) for x in values]
-        changed = [i for i, (a, b) in enumerate(zip(values, fresh, strict=True)) if a is not b]
-        if not changed:
-            return v
-        if kind == "list":
-            for i in changed:
-                v[i] = fresh[i]
-        elif kind == "dict":
-            for i in changed:
-                v[keys[i]] = fresh[i]
-        elif kind == "dataclass":
-            for i in changed:
-                object.__setattr__(v, keys[i], fresh[i])
-        else:
-            return construct(kind, type(v), keys, fresh)
-        return v
 
-    return walk(value)
+def _replace(value: Any, pairs: Iterator) -> Any:
+    parts = children(value)
+    if parts is None:
+        old, new = next(pairs)
+        return value if new is old else new
+    kind, keys, values = parts
+    fresh = [_replace(x, pairs) for x in values]
+    changed = [i for i, (a, b) in enumerate(zip(values, fresh, strict=True)) if a is not b]
+    if changed and kind in ("list", "dict"):
+        for i in changed:
+            value[i if kind == "list" else keys[i]] = fresh[i]
+    elif changed and kind == "dataclass":
+        for i in changed:
+            object.__setattr__(value, keys[i], fresh[i])
+    elif changed:
+        return construct(kind, type(value), keys, fresh)
+    return value

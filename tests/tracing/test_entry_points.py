@@ -415,7 +415,7 @@ REFUSED: dict[str, tuple[Callable, type, str]] = {
         "`.data = ...`",
     ),
     "share_memory_": (lambda h: h.share_memory_(), NotRecordableError, "tracer.apply"),
-    ".grad": (lambda h: h.grad, NotRecordableError, "`.grad`"),
+    ".grad": (lambda h: h.grad, NotRecordableError, "has no gradient"),
     ".grad_fn": (lambda h: (h.detach().requires_grad_() * 2).grad_fn, NotRecordableError, "`.grad_fn`"),
     ".data = ": (lambda h: setattr(h, "data", h + 1), NotRecordableError, "`.data = ...`"),
     "apply_": (lambda h: h.apply_(abs), NotRecordableError, "tracer.apply"),
