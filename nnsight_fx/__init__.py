@@ -13,6 +13,7 @@ from .errors import (
     OutOfOrderError,
     OutsideTraceError,
     PaddedLengthUnknown,
+    PlanError,
     PlanMismatchError,
     RecompileError,
     SkipError,
@@ -21,6 +22,7 @@ from .errors import (
 )
 from .language import LanguageModel, ModelNotFoundError
 from .model import NNsight
+from .plans import Plan, load_plan, save_plan
 from .tokens import PromptError
 from .tracing.saving import save
 
@@ -39,6 +41,8 @@ __all__ = [
     "OutOfOrderError",
     "OutsideTraceError",
     "PaddedLengthUnknown",
+    "Plan",
+    "PlanError",
     "PlanMismatchError",
     "PromptError",
     "RecompileError",
@@ -47,5 +51,7 @@ __all__ = [
     "UnsavedValueError",
     "assert_max_compiles",
     "assert_no_fallback",
+    "load_plan",
     "save",
+    "save_plan",
 ]

@@ -62,6 +62,10 @@ class PlanMismatchError(NNsightFXError, RuntimeError):
     """A write that the captured model cannot take, and that came too late to capture it anew."""
 
 
+class PlanError(NNsightFXError, ValueError):
+    """A plan that cannot be saved, or a saved one that does not fit the model, the input or this version."""
+
+
 class FallbackError(NNsightFXError, AssertionError):
     """Something ran outside captured code under `assert_no_fallback()`."""
 

@@ -10,8 +10,10 @@ import torch
 from ..errors import InvokeError, NotRecordableError
 from ..tracing.contexts import Invoker, Tracer
 from ..tracing.encode import Key
+from ..tracing.graph import Graph
 from ..tracing.lazy import user_line
 from ..tracing.plan import Groups
+from ..tracing.plan_io import Recording
 from ..tracing.tape import Tape
 from .deliver import deliver
 from .run import Run
@@ -84,6 +86,27 @@ class Wave:
             rows.append((start, batch.rows) if batch is not None else None)
             start += batch.rows if batch is not None else 0
         return Groups(tuple(rows), start)
+
+    def graph(self) -> Graph:
+        """The recording so far, as data."""
+        tape, tracer, module = self.tape, self.tracer, self.host._module
+        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        members = [None if self.alone else m for m in self.members] or [None]
+        batches = [self.batches[0]] if self.alone else [m.batch if m is not None else None for m in members]
+        recording = Recording(
+            parameters={id(tensor): name for name, tensor in tensors},
+            inputs=[None if b is None else (b.args, b.kwargs) for b in batches],
+            alone=self.alone,
+            together=not self.alone and all(m is not None and m.prepared for m in members),
+            fn=tracer.fn,
+            pad_to=tracer.pad_to,
+            sites=tape.found(),
+            slots=dict(tape.kept),
+            changed=set(tape.changed),
+            waves=len(tracer.waves),
+        )
+        constants = [tape.negative.get(slot, value) for slot, value in enumerate(tape.constants)]
+        return Graph(tape.plan(self.groups()), tape.lines, constants, recording=recording)
 
     # -- running -------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
 from . import saving
+from .graph import Graph
 from .lazy import user_line
-from .plan import Groups, InterventionGraph
 from .recorder import Recorder
 from .tape import Invoke, Tape
 
@@ -23,6 +23,8 @@ class Wave(Protocol):
     def abandon(self) -> None: ...
 
     def deliver(self) -> None: ...
+
+    def graph(self) -> Graph: ...
 
 
 class Host(Protocol):
@@ -210,10 +212,16 @@ class Tracer:
         """Print values when the model gets there."""
         self.tape.apply(print, values, {})
 
-    @property
-    def plan(self) -> InterventionGraph:
-        """What is recorded so far."""
-        return self.waves[-1].tape.plan(Groups((None,), 0))
+    @own_error
+    def graph(self) -> Graph:
+        """What is recorded so far, as data: it prints as code, draws, compares and saves. Of several forwards, the last."""
+        if not self.waves:
+            raise OutsideTraceError(
+                f"{user_line()}: nothing is recorded yet: this trace has no input. Open an invoke first."
+            )
+        return self.waves[-1].graph()
+
+    plan = graph  # the same by its other name
 
     def __getattr__(self, name: str) -> Any:
         own_error.reraise(self)

@@ -24,6 +24,9 @@ from . import tree
 Key = tuple
 
 
+_BOUND = type(torch.Tensor.T.__get__)  # made anew each time it is looked up, and equal each time
+
+
 class Identity:
     """An object compared by identity and kept alive by whoever holds the key."""
 
@@ -33,10 +36,12 @@ class Identity:
         self.obj = obj
 
     def __hash__(self) -> int:
-        return id(self.obj)
+        return hash(self.obj) if type(self.obj) is _BOUND else id(self.obj)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Identity) and self.obj is other.obj
+        if not isinstance(other, Identity):
+            return False
+        return self.obj is other.obj or (type(self.obj) is _BOUND and self.obj == other.obj)
 
     def __repr__(self) -> str:
         return getattr(self.obj, "__name__", None) or type(self.obj).__name__
@@ -59,12 +64,12 @@ class Keep:
 
 
 class Lifted:
-    """A number that the lifting rule takes out of the structure."""
+    """A number that the lifting rule takes out of the structure. `written` is a position as the user counted it."""
 
-    __slots__ = ("kind", "value")
+    __slots__ = ("kind", "value", "written")
 
-    def __init__(self, kind: str, value: int | float):
-        self.kind, self.value = kind, value
+    def __init__(self, kind: str, value: int | float, written: int | None = None):
+        self.kind, self.value, self.written = kind, value, written
 
 
 LITERALS = (
@@ -94,7 +99,7 @@ def facts(tensor: torch.Tensor) -> tuple:
     )
 
 
-def encode(value: Any, tensor: Callable[[torch.Tensor], Key], number: Callable[[str, Any], Key]) -> Key:
+def encode(value: Any, tensor: Callable[[torch.Tensor], Key], number: Callable[[Lifted], Key]) -> Key:
     """The key of an argument; `tensor` gives that of a tensor and `number` that of a lifted number."""
     cls = type(value)
     if cls in LITERALS:
@@ -104,7 +109,7 @@ def encode(value: Any, tensor: Callable[[torch.Tensor], Key], number: Callable[[
     if isinstance(value, torch.Tensor):
         return tensor(value)
     if cls is Lifted:
-        return number(value.kind, value.value)
+        return number(value)
     if cls is tuple or cls is list or cls is torch.Size:
         return ("t", tuple if cls is torch.Size else cls, tuple(encode(v, tensor, number) for v in value))
     if cls is dict:

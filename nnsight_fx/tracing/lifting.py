@@ -37,7 +37,7 @@ def _position(value: int, size: Any) -> Any:
     """A lifted, non-negative position, or the number as it is where its range cannot be told."""
     if not isinstance(size, int) or not -size <= value < size:
         return value  # an unknown size: structure; out of range: torch raises at the user's line
-    return Lifted("int", value % size)
+    return Lifted("int", value % size, value if value < 0 else None)
 
 
 def _lift_index(index: Any, shape: Any) -> Any:

@@ -7,14 +7,12 @@ lines they were written on, share one, and with it everything compiled for it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.fx as fx
 
-from .encode import Identity, Key, decode, references
+from .encode import Key, references
 
 Site = tuple[str, str, int]  # module path, "input" | "output" | "result", call index
 
@@ -172,78 +170,6 @@ class InterventionGraph:
     def sees_objects(self) -> bool:
         """Does it read leaves that only a live site has: objects, or a structure that no scan could tell?"""
         return any((op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops)
-
-    @cached_property
-    def fx(self) -> fx.Graph:
-        """The plan as a `torch.fx.Graph`, to print and to draw."""
-        graph = fx.Graph()
-        made: dict[Any, fx.Node] = {}
-        root = fx.GraphModule({}, graph)
-
-        def lookup(key: Key) -> Any:
-            if key[0] == "s":
-                return str(key[1])
-            if key[0] == "v":
-                node = made[key[1]]
-                return node if self.ops[key[1]].kind != READ else graph.call_function(_leaf, (node, key[2]))
-            at = key[:2]
-            if at not in made:
-                made[at] = graph.placeholder(f"constant_{key[1]}")
-            return made[at]
-
-        for n, op in enumerate(self.ops):
-            args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
-            target: Callable = op.target.obj if isinstance(op.target, Identity) else DIALECT[op.kind]
-            lead = (op.target,) if op.kind in AT_SITE or op.kind == MODULE else ()
-            given: Any = (*lead, *args)
-            node = graph.create_node("call_function", target, given, kwargs)
-            node.meta["invoke"] = op.invoke
-            made[n] = node
-        graph.output(None)
-        root.graph = graph
-        return graph
-
-    def __repr__(self) -> str:
-        return "\n".join(_line(n, op) for n, op in enumerate(self.ops))
-
-
-def _line(n: int, op: Op) -> str:
-    def show(key: Key) -> str:
-        tag = key[0]
-        if tag == "v":
-            return f"%{key[1]}" + (f".{key[2]}" if key[2] else "")
-        if tag == "c" or tag == "n":
-            return f"${key[1]}"
-        if tag == "t":
-            return "(" + ", ".join(show(k) for k in key[2]) + ")"
-        if tag == "k":
-            return ":".join("" if k[2] is None else show(k) for k in key[1:])
-        return str(key[-1])
-
-    site = ".".join(str(t) for t in op.target) if isinstance(op.target, tuple) else str(op.target or "")
-    args = ", ".join(show(k) for k in op.args[2]) if op.args[0] == "t" else ""
-    return f"%{n} = [{op.invoke}] {op.kind} {site}({args})"
-
-
-def _dialect(name: str) -> Callable:
-    def op(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(f"`{name}` is a dialect operation: it is spliced or interpreted, never called")
-
-    op.__name__ = op.__qualname__ = name
-    return op
-
-
-DIALECT: dict[str, Callable] = {
-    name: _dialect(name)
-    for name in (
-        *(READ, WRITE, SKIP, OBJECT, STOP, SAVE, MODULE, APPLY, SYNC, BARRIER),
-        BACKWARD,
-        GRAD,
-        SET_GRAD,
-        "leaf",
-    )
-}
-_leaf = DIALECT["leaf"]
 
 
 def fx_target(func: Any) -> tuple[str, Any, tuple]:

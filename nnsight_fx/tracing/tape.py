@@ -19,7 +19,7 @@ import torch
 from ..capture._torch import FakeTensor, FakeTensorMode, NoTorchFunction, shares_memory, transforms
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
 from . import ambient, tree
-from .encode import Identity, Keep, Key, decode, encode, facts, references
+from .encode import Identity, Keep, Key, Lifted, decode, encode, facts, references
 from .functions import INSIDE, custom_function
 from .gradients import LATE, Gradients
 from .lazy import LazyObject, LazyTensor, Line, user_line
@@ -131,6 +131,7 @@ class Tape:
         self.specs: list[tree.Spec] = []
         self.lines: list[Line] = []
         self.constants: list[Any] = []  # real tensors and lifted numbers, by slot
+        self.negative: dict[int, int] = {}  # lifted positions that the user counted from the end, by slot
         self.slots: dict[int, Key] = {}  # id of a real tensor -> its key
         self.const_fakes: dict[int, torch.Tensor] = {}
         self.changed: dict[int, torch.Tensor] = {}  # real tensors that a recorded operation changes in place
@@ -142,6 +143,7 @@ class Tape:
             set()
         )  # invokes that need another forward: they use early what an earlier invoke has late
         self.saved: dict[int, LazyTensor] = {}
+        self.kept: dict[int, Key] = {}  # id of a saved value -> its key, which it loses when it becomes real
         self.objects: dict[int, tuple[LazyObject, Key]] = {}  # objects in saved containers
         self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
         self.recapture = (
@@ -274,6 +276,7 @@ class Tape:
             if isinstance(self.constants[slot], torch.Tensor):
                 self.slots.pop(id(self.constants[slot]), None)
             self.const_fakes.pop(slot, None)
+            self.negative.pop(slot, None)
         del self.constants[marks:]
 
     def _evaluate(self, op: Op, result: Any) -> Step:
@@ -376,9 +379,11 @@ class Tape:
             self.constants.append(tensor)
         return key
 
-    def _number_key(self, kind: str, value: Any) -> Key:
-        self.constants.append(value)
-        return ("n", len(self.constants) - 1, kind)
+    def _number_key(self, number: Lifted) -> Key:
+        if number.written is not None:
+            self.negative[len(self.constants)] = number.written
+        self.constants.append(number.value)
+        return ("n", len(self.constants) - 1, number.kind)
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake of a tensor, recorded or real."""
@@ -700,7 +705,7 @@ class Tape:
     def save(self, lazy: LazyTensor) -> None:
         self.check_open((lazy,), {})
         if id(lazy) not in self.saved:
-            self.saved[id(lazy)] = lazy
+            self.saved[id(lazy)], self.kept[id(lazy)] = lazy, lazy._key
             self.add(SAVE, None, (lazy,), {}, result=lambda: None)
 
     def sync(self, lazies: list[LazyTensor]) -> list[torch.Tensor]:
@@ -754,6 +759,15 @@ class Tape:
             lambda x: real.get(id(x), getattr(x, "value", x) if type(x).__name__ == "Lifted" else x), args
         )
 
+    def found(self) -> list[list | None]:
+        """Shape and dtype of the leaves of each read; `None` for other operations, leaves and sizes not known."""
+        steps: list[list | None] = []
+        step: Step | None = self.step
+        while step is not None and step.op is not None:
+            steps.append([_facts_of(leaf) for leaf in step.leaves] if step.op.kind == READ else None)
+            step = step.parent
+        return steps[::-1]
+
     def plan(self, groups: Groups) -> InterventionGraph:
         """The recorded plan, shared by all recordings of this structure."""
         known = self.step.plans.get((groups, self.recapture))
@@ -761,6 +775,12 @@ class Tape:
             known = InterventionGraph.of(tuple(self.ops), groups, self.recapture, tuple(self.specs))
             self.step.plans[(groups, self.recapture)] = known
         return known
+
+
+def _facts_of(leaf: Any) -> list | None:
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    return [[n if isinstance(n, int) else None for n in leaf.shape], str(leaf.dtype)]
 
 
 def _fake_args(tape: Tape, args: Any) -> Any:
