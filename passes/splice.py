@@ -92,10 +92,15 @@ class Weaver(Emitter):
                 "Write it before the sync point, or trace with `compile=False`."
             )
         if here not in self.supplied and self.job.cut is None:
-            for old, new in zip(before, leaves, strict=True):
-                if new is not old:
-                    old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.job.emitted)
+            self._replace({old: new for old, new in zip(before, leaves, strict=True) if new is not old})
         return len(self.job.emitted) - emitted
+
+    def _replace(self, new: dict[fx.Node, Any]) -> None:
+        """Give what comes behind a site its new leaves, all at once: a leaf may have become another one (a swap)."""
+        users = dict.fromkeys(user for old in new for user in old.users if user not in self.job.emitted)
+        for user in users:
+            user.args = fx.map_arg(user.args, lambda node: new.get(node, node))
+            user.kwargs = fx.map_arg(user.kwargs, lambda node: new.get(node, node))
 
     def _write(self, op: Op, firing: Firing | None) -> None:
         assert firing is not None

@@ -282,7 +282,7 @@ def load(path: Any) -> tuple[dict, dict[str, torch.Tensor]]:
             if metadata.get("format") != FORMAT:
                 raise PlanError(f"`{path}` is not a saved plan: its header does not say `{FORMAT}`.")
             document = json.loads(metadata["plan"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (clone: aligned)
     except (SafetensorError, ValueError, KeyError) as e:
         if isinstance(e, PlanError):
             raise

@@ -119,7 +119,9 @@ class Printer:
                 return f"[{', '.join(parts)}]"
             if kind == "tuple":
                 return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
-            named = zip(keys, parts, strict=True) if keys else ()
+            named = list(zip(keys, parts, strict=True)) if keys else []
+            if cls is dict:
+                return "{" + ", ".join(f"{k!r}: {p}" for k, p in named) + "}"
             return f"{cls.__name__}({', '.join(f'{k}={p}' for k, p in named) if keys else ', '.join(parts)})"
 
         return build(op.extra[0])

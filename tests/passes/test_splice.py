@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn as nn
 
 from nnsight_fx import NNsight, passes
 from nnsight_fx.capture.markers import site, supply
@@ -199,3 +200,27 @@ def test_a_real_model():
             steer(model, tracer, saved)
         torch.testing.assert_close(saved, eager(steer, X), rtol=0, atol=0)
     assert (model.explain().to_dict()["captures"][0]["captures"], capture(model).compiles) == (1, 1)
+
+
+class Swapping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair = Two()
+
+    def forward(self, x):
+        first, second = self.pair(x)
+        return first - 3 * second
+
+
+class Two(nn.Module):
+    def forward(self, x):
+        return x * 2, x - 1
+
+
+def test_leaves_that_change_places_are_replaced_at_once():
+    model, x = NNsight(Swapping()), torch.arange(4.0)
+    with model.trace(x, compile={"backend": "eager"}):
+        first, second = model.pair.output
+        model.pair.output = (second, first)
+        out = model.output.save()
+    assert torch.equal(out, (x - 1) - 3 * (x * 2))
