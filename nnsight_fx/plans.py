@@ -19,7 +19,7 @@ from .tracing.contexts import Tracer
 from .tracing.graph import Graph
 from .tracing.lazy import Line, user_line
 from .tracing.operators import table
-from .tracing.plan import BACKWARD, BARRIER, CALL, GRAD, MODULE, READ, SAVE, SET_GRAD, SKIP, STOP, WRITE
+from .tracing.plan import BACKWARD, BARRIER, CALL, GRAD, MODULE, READ, SAVE, SET_GRAD, SKIP, STOP, WRITE, Site
 from .tracing.plan_io import ambient_of, decode, load, spec_of
 from .tracing.tape import SiteMeta, Tape
 
@@ -125,7 +125,7 @@ class Plan:
         inputs = self.document["inputs"]
         if inputs is None:
             return None
-        given = [None if i is None else decode(i, _no, _no) for i in inputs]
+        given: list[Any] = [None if i is None else decode(i, _no, _no) for i in inputs]
         if self.document["alone"]:
             args, kwargs = given[0]
         elif self.document["together"]:
@@ -261,7 +261,8 @@ class Replay:
 
     def _operation(self, op: dict) -> Any:
         tape: Tape = self.tracer.tape
-        kind, target = op["kind"], op.get("target")
+        kind: str = op["kind"]
+        target: Any = op.get("target")
         args = decode(list(op["args"]), lambda n, leaf: self.values[n][leaf], self.constants.__getitem__)
         named = op.get("kwargs", {})
         kwargs = dict(
@@ -274,7 +275,7 @@ class Replay:
         if kind == CALL:
             return tape.call(table()[target], tuple(args), kwargs)
         if kind == READ:
-            return self._read(tape, tuple(target), op)
+            return self._read(tape, (*target,), op)
         if kind == WRITE:
             meta = tape.meta(tuple(target))
             same = op["tree"] == "same" and isinstance(meta, SiteMeta)
@@ -303,9 +304,10 @@ class Replay:
             return tape.gradients.record(loss, gradient, *options, op["extra"])
         return tape.stop() if kind == STOP else tape.barrier()
 
-    def _read(self, tape: Tape, site: tuple, op: dict) -> Any:
+    def _read(self, tape: Tape, site: Site, op: dict) -> Any:
         value = tape.read(site, whole=False)
-        leaves, found = tree.flatten(value)[0], op["found"]
+        leaves: list[Any] = tree.flatten(value)[0]
+        found: list | None = op["found"]
         name = ".".join(p for p in site[:2] if p)
         if found is not None and len(found) != len(leaves):
             raise PlanError(

@@ -24,7 +24,7 @@ from . import tree
 Key = tuple
 
 
-_BOUND = type(torch.Tensor.T.__get__)  # made anew each time it is looked up, and equal each time
+_BOUND = type(object().__str__)  # of `Tensor.T.__get__` too: made anew each time it is looked up, and equal each time
 
 
 class Identity:

@@ -113,7 +113,8 @@ class Graph:
         """A line for each operation, behind it the line of the user's code."""
         return printing.code(self.plan, self.lines, self.constants, self.names)
 
-    __str__ = __repr__ = lambda self: self.code
+    def __repr__(self) -> str:
+        return self.code
 
     def to_dot(self) -> str:
         """The graph in Graphviz' DOT language; it needs nothing installed."""

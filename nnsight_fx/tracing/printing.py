@@ -12,6 +12,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from . import tree
 from .encode import Identity, Key
 from .lazy import Line
@@ -212,7 +214,7 @@ def code(plan: InterventionGraph, lines: Sequence[Line], constants: Sequence[Any
         if isinstance(op.target, tuple) and op.target[2]:
             notes.append(f"call {op.target[2]}")
         if op.ambient is not None:
-            notes.append("grad" if op.ambient.grad else "no grad")
+            notes.append("grad" if op.ambient[0] else "no grad")
         rows.append((printer.line(n), ", ".join(notes)))
     width = min(max((len(text) for text, note in rows if note), default=0), 72)
     return "\n".join(f"{text:<{width}}  # {note}" if note else text for text, note in rows)
@@ -224,8 +226,6 @@ def short(line: Line) -> str:
 
 def describe(constant: Any) -> str:
     """A lifted value in a few words."""
-    import torch
-
     if isinstance(constant, torch.Tensor):
         return f"Tensor{list(constant.shape)}, {str(constant.dtype).removeprefix('torch.')}"
     return repr(constant)
