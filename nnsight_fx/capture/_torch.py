@@ -74,12 +74,14 @@ def cannot_trace(error: Exception) -> bool:
     return isinstance(error, Unsupported)
 
 
-def holders(t: torch.Tensor) -> int:
-    """How many references Python holds, the caller's own included.
+def alone(held: list[torch.Tensor]) -> bool:
+    """Does Python hold the one tensor in this list nowhere else?
 
-    torch >= 2.10 adds one reference of its own while C++ (an autograd graph, say) holds the tensor too.
+    Measured against a new tensor in the same place, since a call may hold its arguments twice (it does while Dynamo
+    evaluates frames). torch >= 2.10 adds one reference of its own while C++ (an autograd graph, say) holds the tensor too.
     """
-    return sys.getrefcount(t) - 2 - (t._use_count() > 1)  # type: ignore[attr-defined]
+    new = [torch.empty(0)]
+    return sys.getrefcount(held[0]) == sys.getrefcount(new[0]) + (held[0]._use_count() > 1)  # type: ignore[attr-defined]
 
 
 def function_modes(take: bool = False) -> list[TorchFunctionMode]:

@@ -21,6 +21,7 @@ from .names import RANDOM, RANDOM_IN_PLACE, effect_of
 from .tape import Tape
 
 _RANDOM = RANDOM | RANDOM_IN_PLACE
+_GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
 
 
 class Recorder(TorchFunctionMode):
@@ -44,7 +45,7 @@ class Recorder(TorchFunctionMode):
     @staticmethod
     def _concerns(tape: Tape, func: Any, args: tuple, kwargs: dict) -> bool:
         name = name_of(func)
-        if name in _RANDOM:
+        if name in _RANDOM or (tape.gradients.backwards and func == _GET_GRAD):
             return True
         leaves: list | None = None
         if tape.changed or _hidden(args) or _hidden(kwargs.values()):
