@@ -111,9 +111,7 @@ class RotatedInterchange(nn.Module):
         self.coordinates = slice(coordinates) if isinstance(coordinates, int) else coordinates
         self.rotation = _Rotation(features, features)
 
-    def forward(
-        self, base: torch.Tensor, source: torch.Tensor, coordinates: Features | None = None
-    ) -> torch.Tensor:
+    def forward(self, base: torch.Tensor, source: torch.Tensor, coordinates: Features | None = None) -> torch.Tensor:
         rows = self.coordinates if coordinates is None else coordinates
         return _exchange(base, source, self.rotation.weight[rows])
 

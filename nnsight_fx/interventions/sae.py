@@ -47,9 +47,7 @@ class SAESplice(nn.Module):
         """The features of `base`: (..., latents)."""
         return self.sae.encode(base)
 
-    def forward(
-        self, base: torch.Tensor, edit: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def forward(self, base: torch.Tensor, edit: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         features = self.encode(base)
         made = self.sae.decode(features if edit is None else edit(features))
         if self.error:
