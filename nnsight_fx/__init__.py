@@ -19,7 +19,8 @@ from .errors import (
     UnknownModuleError,
     UnsavedValueError,
 )
-from .language import LanguageModel, ModelNotFoundError
+from .language import LanguageModel
+from .loading import ModelNotFoundError
 from .model import NNsight
 from .tokens import PromptError
 from .tracing.saving import save

@@ -29,10 +29,8 @@ class Envoy:
     assigned, and changed in place inside a trace. Children are attributes (`model.transformer.h[3].mlp`).
     """
 
-    def __init__(self, module: nn.Module, path: str, root: Any, aliases: dict[str, str] | None = None):
+    def __init__(self, module: nn.Module, path: str, root: Any):
         self._module, self._path, self._root = module, path, root
-        self._children: dict[str, Envoy] = {}
-        self._aliases = aliases or {}
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -109,9 +107,22 @@ class Envoy:
         """The module's path, from `model` on."""
         return ".".join(p for p in ("model", self._path) if p)
 
+    @property
+    def root(self) -> Any:
+        """The wrapped model itself."""
+        return self._root
+
+    @property
+    def parent(self) -> Envoy | None:
+        """The envoy of the module that holds this one, `None` for the root."""
+        if not self._path:
+            return None
+        return self._root.get(self._path.rpartition(".")[0])
+
     def _child(self, name: str) -> Envoy:
-        name = self._aliases.get(name, name)
         child = self._module._modules.get(name)
+        if child is None:
+            child = self._root._names.at.get(self._module, {}).get(name)
         if child is None:
             raise KeyError(name)
         return self._root._envoy_of(child)
@@ -133,12 +144,13 @@ class Envoy:
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> UnknownModuleError:
-        known = [*self._module._modules, *self._aliases, "output", "input", "inputs", "skip"]
+        known = [*self._module._modules, *self._root._names.at.get(self._module, {}), "output", "input", "inputs", "skip"]
         return UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and not name.startswith("_"):
             setattr(self._module, name, value)
+            self._root._attached[".".join(p for p in (self._path, name) if p)] = value
             self._root._module_changed()
             return
         traced = not name.startswith("_") and self._root.__dict__.get("tracer") is not None
@@ -193,9 +205,9 @@ class Envoy:
         kept = [e for e in found if include_fn is None or include_fn(e)]
         return [(e.path, e) for e in kept] if names else kept
 
-    def named_modules(self) -> list[tuple[str, Envoy]]:
+    def named_modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[tuple[str, Envoy]]:
         """`(path, envoy)` of this envoy and all below it, children first."""
-        return self.modules(names=True)
+        return self.modules(include_fn, names=True)
 
     @property
     def device(self) -> torch.device | None:

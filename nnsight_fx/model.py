@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from .aliasing import Names, Rename
 from .capture import _torch
 from .capture.markers import Markers
 from .capture.scan import PLAIN
@@ -42,12 +43,23 @@ class NNsight(Envoy):
         model.layer[2].output[:] = 0
         out = model.output.save()
     ```
+
+    `rename` gives modules further names, `{"transformer.h": "layers", "mlp": ["ffn", "feed_forward"]}`, and `envoys` says
+    of which `Envoy` subclass they are: one class, or a dict by module class (`{GPT2Attention: Heads}`) or by the end of
+    the path (`{"h.*": Block}`); a subclass of `NNsight` may set it as an attribute. `nnsight_fx.aliasing` has the rules.
+
+    Raises:
+        ValueError: an alias that would hide something, or that names two modules.
     """
 
-    def __init__(self, module: nn.Module, *, rename: dict[str, str | list[str]] | None = None):
+    envoys: Any = None
+
+    def __init__(self, module: nn.Module, *, rename: Rename | None = None, envoys: Any = None):
         self._envoys: dict[int, Envoy] = {}
+        self._attached: dict[str, nn.Module] = {}  # what the user put into the tree
         self._rename = rename or {}
-        super().__init__(module, "", self, self._names_of(""))
+        self._envoy_classes = envoys if envoys is not None else type(self).envoys
+        super().__init__(module, "", self)
         self.tracer: Tracer | None = None
         self._compiled: Capture | None = None
         self._captures: dict[Options, Capture] = {}
@@ -57,28 +69,35 @@ class NNsight(Envoy):
         """The module tree is new: everything learnt of the old one is forgotten."""
         self._markers = Markers(self._module)
         self._scanner = Scanner(self._module)
-        self._envoys = {id(self._module): self}
+        self._names = Names(self._module, self._rename, Envoy)
+        kept = [e for e in (self, *self._envoys.values()) if e._module in self._markers.paths]
+        for envoy in kept:  # what a user holds stays good
+            envoy._path = self._markers.paths[envoy._module]
+        self._envoys = {id(e._module): e for e in kept}
         for capture in self._captures.values():
             capture.markers = self._markers
             capture.reset()
+
+    def _adopt(self, module: nn.Module) -> None:
+        """Go on with another module of the same structure; every envoy stays, and gets its part of it."""
+        for path, attached in self._attached.items():
+            where, _, name = path.rpartition(".")
+            setattr(module.get_submodule(where), name, attached)
+        for envoy in self._envoys.values():
+            envoy._module = module.get_submodule(envoy._path)
+        self._module_changed()
+
+    def dispatch(self) -> None:
+        """Load the weights of a model that has none yet."""
 
     def _envoy_of(self, module: nn.Module) -> Envoy:
         if id(module) not in self._envoys:
             if module not in self._markers.paths:
                 self._module_changed()
             path = self._markers.paths[module]
-            self._envoys[id(module)] = Envoy(module, path, self, self._names_of(path))
+            cls = self._names.chosen(self._envoy_classes, module, Envoy)
+            self._envoys[id(module)] = cls(module, path, self)
         return self._envoys[id(module)]
-
-    def _names_of(self, path: str) -> dict[str, str]:
-        """Aliases of the children of `path`."""
-        found = {}
-        for old, new in self._rename.items():
-            where, _, name = old.rpartition(".")
-            if "." not in old.lstrip(".") or where.lstrip(".") == path:
-                for alias in [new] if isinstance(new, str) else new:
-                    found[alias] = name or old.lstrip(".")
-        return found
 
     # -- traces --------------------------------------------------------------------------------------------------
 
@@ -97,6 +116,7 @@ class NNsight(Envoy):
         `model.compile()` was called. `fn` names another method to trace, `pad_to` fixes the padded length of prompts.
         `trace=False` just runs the model and returns its output. Every other keyword is the model's.
         """
+        self.dispatch()
         if not trace:
             batch = self._collate([self._prepare(args, kwargs)], pad_to=pad_to)
             return (self._module if fn is None else getattr(self._module, fn))(*batch.args, **batch.kwargs)
@@ -126,8 +146,8 @@ class NNsight(Envoy):
         return bool(kwargs)
 
     def _prepare(self, args: tuple, kwargs: dict) -> Batch:
-        """One invoke's input, on the model's device."""
-        device = self.device
+        """One invoke's input, on the model's device; where its weights are not loaded, as it came."""
+        device = None if self.device == torch.device("meta") else self.device
         leaves, spec = tree.flatten((args, kwargs))
         moved = [x.to(device) if isinstance(x, torch.Tensor) and device is not None else x for x in leaves]
         if any(a is not b for a, b in zip(leaves, moved, strict=True)):  # else the model gets the user's own lists

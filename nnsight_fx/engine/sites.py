@@ -298,13 +298,14 @@ class WaveSites:
             if isinstance(leaf, torch.SymInt):
                 leaf = size(leaf)
             elif isinstance(leaf, torch.Tensor):
-                with self.scanner.fakes, torch.no_grad():
-                    leaf = torch.empty_strided(
+                with self.scanner.fakes:
+                    made = torch.empty_strided(
                         [size(n) for n in leaf.shape],
                         [size(n) for n in leaf.stride()],
                         dtype=leaf.dtype,
                         device=leaf.device,
-                    ).requires_grad_(leaf.requires_grad)
+                    )
+                    leaf = made.requires_grad_() if leaf.requires_grad and leaf.is_leaf else _computed(made, leaf)
             leaves.append(leaf)
         return meta._replace(leaves=tuple(leaves))
 
@@ -315,6 +316,14 @@ class WaveSites:
     def module(self, path: str) -> Callable:
         """A module's forward, on fakes."""
         return self.scanner.skeleton().get_submodule(path).forward
+
+
+def _computed(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`made` as the result of an operation, where `like` requires grad: no leaf, so that a body can change it in place."""
+    if like.requires_grad:
+        with torch.enable_grad():
+            made.add_(torch.zeros((), dtype=made.dtype, device=made.device, requires_grad=True))
+    return made
 
 
 def _known(meta: SiteMeta | Missing, length: Any = None) -> SiteMeta | Missing:
