@@ -93,11 +93,28 @@ class Envoy:
         """Do not run the module: its output is `value`. Its input can be read before, its output after."""
         self._tape("skip").skip(self._path, 0, value)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Inside a trace: the module applied to values, unobserved. Outside: the module itself."""
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        """Inside a trace: the module applied to values, on its parameters' device. Outside: the module itself.
+
+        The call is not one of the model's: `.output` is what the model computes, whoever calls the module beside. With
+        `hook=True` it counts: the sites of the module and of all in it are passed, to be read behind the call, and
+        written by later invokes. That is for modules that are attached to the model and that only the body calls.
+
+        ```python
+        model.sae = SAE()
+        with model.trace(x):
+            model.layer.output = model.sae(model.layer.output, hook=True)
+            features = model.sae.relu.output.save()
+        ```
+        """
         tracer = self._root.tracer
         if tracer is None:
             return self._module(*args, **kwargs)
+        device = self.device
+        if device is not None:
+            args, kwargs = tree.tree_map(lambda x: _moved(x, device), (args, kwargs))
+        if hook:
+            return tracer.tape.hooked(self._path, self._module, args, kwargs)
         return tracer.tape.module(self._path, args, kwargs)
 
     # -- the tree ------------------------------------------------------------------------------------------------
@@ -232,6 +249,10 @@ class Envoy:
 
     def __repr__(self) -> str:
         return re.sub(r"^\w+", lambda m: m.group(0), repr(self._module), count=1)
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    return x.to(device) if isinstance(x, torch.Tensor) and x.device != device else x
 
 
 def _value(name: str) -> property:
