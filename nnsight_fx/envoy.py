@@ -117,6 +117,10 @@ class Envoy:
             return tracer.tape.hooked(self._path, self._module, args, kwargs)
         return tracer.tape.module(self._path, args, kwargs)
 
+    def trace(self, *args: Any, fn: str | None = None, **kwargs: Any) -> Any:
+        """Trace this module alone, on inputs of its own: `model.layers[3].trace(hidden)`. Keywords are `NNsight.trace`'s."""
+        return self._root._part_trace(self, args, kwargs, fn)
+
     # -- the tree ------------------------------------------------------------------------------------------------
 
     @property

@@ -12,7 +12,7 @@ import torch.nn as nn
 from .aliasing import Names, Rename
 from .capture import _torch
 from .capture.markers import Markers
-from .capture.scan import PLAIN
+from .capture.scan import PLAIN, callee
 from .engine.removal import removable
 from .engine.run import Run
 from .engine.sites import Scanner
@@ -20,9 +20,11 @@ from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
 from .engine.wave import Wave
 from .envoy import Envoy
+from .errors import UnknownModuleError, nearest
 from .explain import Explanation
 from .tracing import tree
 from .tracing.contexts import Tracer
+from .tracing.lazy import user_line
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,22 @@ class Batch:
     args: tuple
     kwargs: dict
     rows: int
+
+
+class Plain:
+    """A wrapped model as the host of a trace whose inputs go to the module as they come: not prompts, say."""
+
+    OWN = ("_collate", "_has_input", "_length", "_prepare", "_unknown_dims")
+
+    def __init__(self, host: NNsight):
+        self.__dict__["host"] = host
+
+    def __getattr__(self, name: str) -> Any:
+        found = NNsight.__dict__[name] if name in self.OWN else None
+        return getattr(self.host, name) if found is None else found.__get__(self.host)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.host, name, value)
 
 
 class NNsight(Envoy):
@@ -116,10 +134,11 @@ class NNsight(Envoy):
         `model.compile()` was called. `fn` names another method to trace, `pad_to` fixes the padded length of prompts.
         `trace=False` just runs the model and returns its output. Every other keyword is the model's.
         """
+        self._check_fn(fn)
         self.dispatch()
         if not trace:
             batch = self._collate([self._prepare(args, kwargs)], pad_to=pad_to)
-            return (self._module if fn is None else getattr(self._module, fn))(*batch.args, **batch.kwargs)
+            return callee(self._module, fn)(*batch.args, **batch.kwargs)
         return Tracer(self, args, kwargs, compile=compile, fn=fn, pad_to=pad_to)
 
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -136,6 +155,17 @@ class NNsight(Envoy):
             pad_to=kwargs.pop("pad_to", None),
             scan_only=True,
         )
+
+    def _part_trace(self, part: Envoy, args: tuple, kwargs: dict, fn: str | None) -> Any:
+        """A trace of one module of the model, whose inputs are not the model's."""
+        return NNsight.trace(Plain(self), *args, fn=".".join(p for p in (part._path, fn) if p), **kwargs)  # type: ignore[arg-type]
+
+    def _check_fn(self, fn: str | None) -> None:
+        try:
+            callee(self._module, fn)
+        except AttributeError as error:
+            known = [n for n in dir(self._module) if not n.startswith("_") and callable(getattr(self._module, n, None))]
+            raise UnknownModuleError(f"{user_line()}: `{fn}` is no method of the model; {nearest(fn or '', known)}") from error
 
     def explain(self) -> Explanation:
         """What ran how: engine, segments, compiles and cache hits, passes, and everything that ran outside captured code."""
@@ -226,7 +256,7 @@ class NNsight(Envoy):
         batch = wave.batch
 
         def call() -> Any:
-            return (self._module if fn is None else getattr(self._module, fn))(*batch.args, **batch.kwargs)
+            return callee(self._module, fn)(*batch.args, **batch.kwargs)
 
         capture = self._capture_for(wave.tracer.compile)
         if capture is not None and plan.sees_objects:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,11 @@ PLAIN: tuple = (
     torch.memory_format,
     type,
 )
+
+
+def callee(module: nn.Module, fn: str | None) -> Callable:
+    """What a trace calls: the model, a method of it (`"encode"`), a part (`"layers.3"`), or a method of a part."""
+    return functools.reduce(getattr, fn.split("."), module) if fn else module  # type: ignore[return-value]
 
 
 def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
