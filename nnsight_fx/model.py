@@ -74,6 +74,7 @@ class NNsight(Envoy):
 
     def __init__(self, module: nn.Module, *, rename: Rename | None = None, envoys: Any = None):
         self._envoys: dict[int, Envoy] = {}
+        self._caller: Callable | None = None  # who runs the calls of the model outside of traces
         self._attached: dict[str, nn.Module] = {}  # what the user put into the tree
         self._rename = rename or {}
         self._envoy_classes = envoys if envoys is not None else type(self).envoys
@@ -166,6 +167,11 @@ class NNsight(Envoy):
         except AttributeError as error:
             known = [n for n in dir(self._module) if not n.startswith("_") and callable(getattr(self._module, n, None))]
             raise UnknownModuleError(f"{user_line()}: `{fn}` is no method of the model; {nearest(fn or '', known)}") from error
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        if self.tracer is None and self._caller is not None:
+            return self._caller(*args, **kwargs)
+        return super().__call__(*args, hook=hook, **kwargs)
 
     def explain(self) -> Explanation:
         """What ran how: engine, segments, compiles and cache hits, passes, and everything that ran outside captured code."""

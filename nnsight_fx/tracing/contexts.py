@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..config import quiet
 from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
 from . import saving
 from .lazy import user_line
@@ -83,6 +84,7 @@ class Tracer:
             raise
         return self
 
+    @quiet
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         self.recorder.__exit__(None, None, None)
         self.resume_body()
