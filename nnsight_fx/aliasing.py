@@ -127,9 +127,7 @@ class Names:
 def ends_with(path: str, key: str) -> bool:
     """Does a path end with a dotted key, name by name? A `*` in the key stands for any name."""
     names, wanted = path.split("."), key.removeprefix(".").split(".")
-    return len(wanted) <= len(names) and all(
-        k in ("*", n) for n, k in zip(names[-len(wanted) :], wanted, strict=True)
-    )
+    return len(wanted) <= len(names) and all(k in ("*", n) for n, k in zip(names[-len(wanted) :], wanted, strict=True))
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:

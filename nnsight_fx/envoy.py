@@ -165,7 +165,14 @@ class Envoy:
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> UnknownModuleError:
-        known = [*self._module._modules, *self._root._names.at.get(self._module, {}), "output", "input", "inputs", "skip"]
+        known = [
+            *self._module._modules,
+            *self._root._names.at.get(self._module, {}),
+            "output",
+            "input",
+            "inputs",
+            "skip",
+        ]
         return UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 SOURCES = {"input_ids": 1, "inputs_embeds": 2}  # what can hold the tokens, and the dimensions of one row
 
 
-
 class LanguageModel(NNsight):
     """Wrap a transformers language model, by hub id, by folder, or one that is loaded already.
 

@@ -15,7 +15,13 @@ WHERE = (  # the options of `from_pretrained` that say where files are: the toke
     *("cache_dir", "force_download", "gguf_file", "local_files_only"),
     *("proxies", "revision", "subfolder", "token", "trust_remote_code"),
 )
-BUILT = ("attn_implementation", "dtype", "experts_implementation", "torch_dtype", "trust_remote_code")  # shape the structure
+BUILT = (
+    "attn_implementation",
+    "dtype",
+    "experts_implementation",
+    "torch_dtype",
+    "trust_remote_code",
+)  # shape the structure
 
 
 class ModelNotFoundError(NNsightFXError, FileNotFoundError):

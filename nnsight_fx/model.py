@@ -166,7 +166,9 @@ class NNsight(Envoy):
             callee(self._module, fn)
         except AttributeError as error:
             known = [n for n in dir(self._module) if not n.startswith("_") and callable(getattr(self._module, n, None))]
-            raise UnknownModuleError(f"{user_line()}: `{fn}` is no method of the model; {nearest(fn or '', known)}") from error
+            raise UnknownModuleError(
+                f"{user_line()}: `{fn}` is no method of the model; {nearest(fn or '', known)}"
+            ) from error
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if self.tracer is None and self._caller is not None:

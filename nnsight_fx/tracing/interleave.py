@@ -233,9 +233,7 @@ class Interleaver:
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
                     value = firing.leaves[value.index] if isinstance(value, Keep) else value
-                    firing.leaves[i] = self.put_rows(
-                        firing.leaves[i], value, op.invoke, firing.batched(i, batched)
-                    )
+                    firing.leaves[i] = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
         else:
             old = list(firing.leaves)
             firing.leaves[:] = [old[v.index] if isinstance(v, Keep) else v for v in new]

@@ -160,7 +160,9 @@ class Tape:
         self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
         self.refusal: Exception | None = None  # what an operation below the Python API was told
         self.gradients = Gradients(self)
-        self.visits: dict[Site, tuple[SiteMeta, int, Line]] = {}  # sites of modules called in the body; by whom, and where
+        self.visits: dict[
+            Site, tuple[SiteMeta, int, Line]
+        ] = {}  # sites of modules called in the body; by whom, and where
         self.scope: Any = None  # the custom autograd function whose forward is running
 
     # -- operations ---------------------------------------------------------------------------------------------
@@ -688,7 +690,9 @@ class Tape:
         """Pass a site of a called module: earlier and later invokes may act there."""
         site = (path, kind, self._call_now(path, kind))
         if any(op.kind == SKIP and op.target == (path, "output", site[2]) for op in self.ops):
-            raise NotRecordableError(f"{user_line()}: `{path}` is called with `hook=True`; such a call cannot be skipped.")
+            raise NotRecordableError(
+                f"{user_line()}: `{path}` is called with `hook=True`; such a call cannot be skipped."
+            )
         leaves, spec = tree.flatten(value)
 
         def result() -> Any:
