@@ -5,7 +5,6 @@ import traceback
 import pytest
 import torch
 import torch.nn as nn
-from nnsight_peer import run_peer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nnsight_fx import (
@@ -18,6 +17,7 @@ from nnsight_fx import (
     assert_no_fallback,
     steer,
 )
+from nnsight_peer import run_peer
 
 TEXT = """
 class Attention(torch.nn.Module):

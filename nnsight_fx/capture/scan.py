@@ -70,7 +70,8 @@ def _from_meta(module: nn.Module) -> None:
     """What is not loaded yet as if it were on the CPU, where the inputs are."""
     moved: dict[int, torch.Tensor] = {}
     for m in module.modules():
-        for table in (m._parameters, m._buffers):
+        tables: list[Any] = [m._parameters, m._buffers]
+        for table in tables:
             for name, t in table.items():
                 if t is not None and t.device.type == "meta":
                     if id(t) not in moved:

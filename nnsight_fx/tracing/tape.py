@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn as nn
 
 from ..capture._torch import FakeTensor, FakeTensorMode, NoTorchFunction, shares_memory, transforms
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
