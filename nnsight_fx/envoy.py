@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from .errors import OutsideTraceError, UnknownModuleError, nearest, own_error
+from .methods import traceable
 from .tracing import tree
 from .tracing.encode import Keep
 from .tracing.lazy import LazyTensor, user_line
@@ -161,7 +162,7 @@ class Envoy:
             tracer = self._root.__dict__.get("tracer")
             if isinstance(found, torch.Tensor) and tracer is not None and tracer.waves:
                 return tracer.waves[-1].tape.watch(found)
-            return found
+            return found if tracer is not None else traceable(self, name, found)
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> UnknownModuleError:

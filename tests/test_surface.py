@@ -205,6 +205,27 @@ def test_another_method(engine):
         assert tracer.result.shape == (2, 6)
 
 
+@engines
+def test_a_method_as_a_trace_of_its_own(engine):
+    model, x = wrapped(engine), torch.randn(2, 6)
+    net = model._module
+    with assert_no_fallback(), model.encode(x, scale=2.0) as tracer:
+        model.transformer.h[0].output *= 0
+        result = tracer.result.save()
+    handle = net.transformer.h[0].register_forward_hook(lambda m, a, out: out * 0)
+    torch.testing.assert_close(result, net.encode(x, scale=2.0))
+    handle.remove()
+    got = model.encode(x)  # alone, it runs
+    assert torch.equal(got, net.encode(x)) and [model.encode(x)][0].shape == (2, 6)
+    with torch.no_grad(), model.encode(x), torch.enable_grad():
+        saved = model.transformer.output.save()
+    assert torch.equal(saved, got)
+    with model.trace(x):  # and in a body it works on values
+        inner = model.encode(model.transformer.h[0].input).save()
+        model.head.output  # the model runs on
+    assert torch.equal(inner, got)
+
+
 def test_an_unknown_method_says_what_there_is():
     with pytest.raises(UnknownModuleError, match="`encod` is no method of the model; did you mean `encode`"):
         wrapped().trace(torch.randn(2, 6), fn="encod")
