@@ -388,6 +388,24 @@ def test_trace_dict_clones_detaches_and_stops(engine):
 
 
 @engines
+def test_trace_dict_retains_gradients(engine):
+    model, x = wrapped(engine), torch.randn(2, 6)
+    with TraceDict(model, ["transformer.h.1"], retain_grad=True) as seen:
+        out = model(x)
+    out.square().sum().backward()
+    kept = []
+
+    def keep(module, args, out):
+        out.retain_grad()
+        kept.append(out)
+
+    handle = model._module.transformer.h[1].register_forward_hook(keep)
+    model._module(x).square().sum().backward()
+    handle.remove()
+    torch.testing.assert_close(seen["transformer.h.1"].output.grad, kept[0].grad)
+
+
+@engines
 def test_steer(engine):
     model, x, v = wrapped(engine), torch.randn(2, 3, 6), torch.randn(6)
     for n, (positions, index) in enumerate([(None, slice(None)), (-1, -1), ([0, 2], [0, 2])]):

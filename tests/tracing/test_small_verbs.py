@@ -150,6 +150,24 @@ def test_a_later_invoke_changes_a_call_of_an_earlier_one(model):
     close(whole, torch.cat([changed, other]))
 
 
+def test_a_sync_point_inside_a_call_in_sight(model):
+    net, x = model._module, torch.randn(2, 3, D)
+    adapter = model.adapter = Adapter()
+    with model.trace() as tracer:
+        a, b = tracer.batch(x, x * 2)
+        with a:
+            model.layers[1].output = model.adapter(model.layers[1].output, hook=True)
+            out = model.output.save()
+        with b:
+            v = model.adapter.inner.output
+            model.adapter.inner.output = v + 1
+            v[:] *= 2  # too late for what was written
+            assert model.adapter.inner.output.sum() > -1e9
+    with torch.no_grad():
+        inner = adapter.inner(outputs(net, x, "layers.1")["layers.1"])
+    close(out, outputs(net, x, layers__1=lambda h: adapter.outer(torch.relu(inner + 1)))["out"])
+
+
 def test_a_trainable_adapter_in_sight_trains(model):
     net, x = model._module.requires_grad_(False), torch.randn(2, 3, D)
     adapter = model.adapter = Adapter()
