@@ -1,5 +1,7 @@
 """nnsight_fx: interventions on neural networks, spliced into the model's own compiled graph."""
 
+from . import interventions
+from .config import CONFIG
 from .engine.spliced import assert_max_compiles, assert_no_fallback
 from .envoy import Envoy
 from .errors import (
@@ -19,12 +21,15 @@ from .errors import (
     UnknownModuleError,
     UnsavedValueError,
 )
-from .language import LanguageModel, ModelNotFoundError
+from .helpers import TraceDict, steer
+from .language import LanguageModel
+from .loading import ModelNotFoundError
 from .model import NNsight
 from .tokens import PromptError
 from .tracing.saving import save
 
 __all__ = [
+    "CONFIG",
     "Envoy",
     "FallbackError",
     "InvokeError",
@@ -43,9 +48,12 @@ __all__ = [
     "PromptError",
     "RecompileError",
     "SkipError",
+    "TraceDict",
     "UnknownModuleError",
     "UnsavedValueError",
     "assert_max_compiles",
     "assert_no_fallback",
+    "interventions",
     "save",
+    "steer",
 ]

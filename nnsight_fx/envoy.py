@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from .errors import OutsideTraceError, UnknownModuleError, nearest, own_error
+from .methods import traceable
 from .tracing import tree
 from .tracing.encode import Keep
 from .tracing.lazy import LazyTensor, user_line
@@ -29,10 +30,8 @@ class Envoy:
     assigned, and changed in place inside a trace. Children are attributes (`model.transformer.h[3].mlp`).
     """
 
-    def __init__(self, module: nn.Module, path: str, root: Any, aliases: dict[str, str] | None = None):
+    def __init__(self, module: nn.Module, path: str, root: Any):
         self._module, self._path, self._root = module, path, root
-        self._children: dict[str, Envoy] = {}
-        self._aliases = aliases or {}
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -95,12 +94,33 @@ class Envoy:
         """Do not run the module: its output is `value`. Its input can be read before, its output after."""
         self._tape("skip").skip(self._path, 0, value)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Inside a trace: the module applied to values, unobserved. Outside: the module itself."""
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        """Inside a trace: the module applied to values, on its parameters' device. Outside: the module itself.
+
+        The call is not one of the model's: `.output` is what the model computes, whoever calls the module beside. With
+        `hook=True` it counts: the sites of the module and of all in it are passed, to be read behind the call, and
+        written by later invokes. That is for modules that are attached to the model and that only the body calls.
+
+        ```python
+        model.sae = SAE()
+        with model.trace(x):
+            model.layer.output = model.sae(model.layer.output, hook=True)
+            features = model.sae.relu.output.save()
+        ```
+        """
         tracer = self._root.tracer
         if tracer is None:
             return self._module(*args, **kwargs)
+        device = self.device
+        if device is not None:
+            args, kwargs = tree.tree_map(lambda x: _moved(x, device), (args, kwargs))
+        if hook:
+            return tracer.tape.hooked(self._path, self._module, args, kwargs)
         return tracer.tape.module(self._path, args, kwargs)
+
+    def trace(self, *args: Any, fn: str | None = None, **kwargs: Any) -> Any:
+        """Trace this module alone, on inputs of its own: `model.layers[3].trace(hidden)`. Keywords are `NNsight.trace`'s."""
+        return self._root._part_trace(self, args, kwargs, fn)
 
     # -- the tree ------------------------------------------------------------------------------------------------
 
@@ -109,9 +129,22 @@ class Envoy:
         """The module's path, from `model` on."""
         return ".".join(p for p in ("model", self._path) if p)
 
+    @property
+    def root(self) -> Any:
+        """The wrapped model itself."""
+        return self._root
+
+    @property
+    def parent(self) -> Envoy | None:
+        """The envoy of the module that holds this one, `None` for the root."""
+        if not self._path:
+            return None
+        return self._root.get(self._path.rpartition(".")[0])
+
     def _child(self, name: str) -> Envoy:
-        name = self._aliases.get(name, name)
         child = self._module._modules.get(name)
+        if child is None:
+            child = self._root._names.at.get(self._module, {}).get(name)
         if child is None:
             raise KeyError(name)
         return self._root._envoy_of(child)
@@ -129,16 +162,24 @@ class Envoy:
             tracer = self._root.__dict__.get("tracer")
             if isinstance(found, torch.Tensor) and tracer is not None and tracer.waves:
                 return tracer.waves[-1].tape.watch(found)
-            return found
+            return found if tracer is not None else traceable(self, name, found)
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> UnknownModuleError:
-        known = [*self._module._modules, *self._aliases, "output", "input", "inputs", "skip"]
+        known = [
+            *self._module._modules,
+            *self._root._names.at.get(self._module, {}),
+            "output",
+            "input",
+            "inputs",
+            "skip",
+        ]
         return UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and not name.startswith("_"):
             setattr(self._module, name, value)
+            self._root._attached[".".join(p for p in (self._path, name) if p)] = value
             self._root._module_changed()
             return
         traced = not name.startswith("_") and self._root.__dict__.get("tracer") is not None
@@ -193,9 +234,9 @@ class Envoy:
         kept = [e for e in found if include_fn is None or include_fn(e)]
         return [(e.path, e) for e in kept] if names else kept
 
-    def named_modules(self) -> list[tuple[str, Envoy]]:
+    def named_modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[tuple[str, Envoy]]:
         """`(path, envoy)` of this envoy and all below it, children first."""
-        return self.modules(names=True)
+        return self.modules(include_fn, names=True)
 
     @property
     def device(self) -> torch.device | None:
@@ -220,6 +261,10 @@ class Envoy:
 
     def __repr__(self) -> str:
         return re.sub(r"^\w+", lambda m: m.group(0), repr(self._module), count=1)
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    return x.to(device) if isinstance(x, torch.Tensor) and x.device != device else x
 
 
 def _value(name: str) -> property:

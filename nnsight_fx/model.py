@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from .aliasing import Names, Rename
 from .capture import _torch
 from .capture.markers import Markers
-from .capture.scan import PLAIN
+from .capture.scan import PLAIN, callee
 from .engine.removal import removable
 from .engine.run import Run
 from .engine.sites import Scanner
@@ -19,9 +20,11 @@ from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
 from .engine.wave import Wave
 from .envoy import Envoy
+from .errors import UnknownModuleError, nearest
 from .explain import Explanation
 from .tracing import tree
 from .tracing.contexts import Tracer
+from .tracing.lazy import user_line
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,22 @@ class Batch:
     rows: int
 
 
+class Plain:
+    """A wrapped model as the host of a trace whose inputs go to the module as they come: not prompts, say."""
+
+    OWN = ("_collate", "_has_input", "_length", "_prepare", "_unknown_dims")
+
+    def __init__(self, host: NNsight):
+        self.__dict__["host"] = host
+
+    def __getattr__(self, name: str) -> Any:
+        found = NNsight.__dict__[name] if name in self.OWN else None
+        return getattr(self.host, name) if found is None else found.__get__(self.host)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.host, name, value)
+
+
 class NNsight(Envoy):
     """Wrap any `nn.Module`.
 
@@ -42,12 +61,24 @@ class NNsight(Envoy):
         model.layer[2].output[:] = 0
         out = model.output.save()
     ```
+
+    `rename` gives modules further names, `{"transformer.h": "layers", "mlp": ["ffn", "feed_forward"]}`, and `envoys` says
+    of which `Envoy` subclass they are: one class, or a dict by module class (`{GPT2Attention: Heads}`) or by the end of
+    the path (`{"h.*": Block}`); a subclass of `NNsight` may set it as an attribute. `nnsight_fx.aliasing` has the rules.
+
+    Raises:
+        ValueError: an alias that would hide something, or that names two modules.
     """
 
-    def __init__(self, module: nn.Module, *, rename: dict[str, str | list[str]] | None = None):
+    envoys: Any = None
+
+    def __init__(self, module: nn.Module, *, rename: Rename | None = None, envoys: Any = None):
         self._envoys: dict[int, Envoy] = {}
+        self._caller: Callable | None = None  # who runs the calls of the model outside of traces
+        self._attached: dict[str, nn.Module] = {}  # what the user put into the tree
         self._rename = rename or {}
-        super().__init__(module, "", self, self._names_of(""))
+        self._envoy_classes = envoys if envoys is not None else type(self).envoys
+        super().__init__(module, "", self)
         self.tracer: Tracer | None = None
         self._compiled: Capture | None = None
         self._captures: dict[Options, Capture] = {}
@@ -57,28 +88,35 @@ class NNsight(Envoy):
         """The module tree is new: everything learnt of the old one is forgotten."""
         self._markers = Markers(self._module)
         self._scanner = Scanner(self._module)
-        self._envoys = {id(self._module): self}
+        self._names = Names(self._module, self._rename, Envoy)
+        kept = [e for e in (self, *self._envoys.values()) if e._module in self._markers.paths]
+        for envoy in kept:  # what a user holds stays good
+            envoy._path = self._markers.paths[envoy._module]
+        self._envoys = {id(e._module): e for e in kept}
         for capture in self._captures.values():
             capture.markers = self._markers
             capture.reset()
+
+    def _adopt(self, module: nn.Module) -> None:
+        """Go on with another module of the same structure; every envoy stays, and gets its part of it."""
+        for path, attached in self._attached.items():
+            where, _, name = path.rpartition(".")
+            setattr(module.get_submodule(where), name, attached)
+        for envoy in self._envoys.values():
+            envoy._module = module.get_submodule(envoy._path)
+        self._module_changed()
+
+    def dispatch(self) -> None:
+        """Load the weights of a model that has none yet."""
 
     def _envoy_of(self, module: nn.Module) -> Envoy:
         if id(module) not in self._envoys:
             if module not in self._markers.paths:
                 self._module_changed()
             path = self._markers.paths[module]
-            self._envoys[id(module)] = Envoy(module, path, self, self._names_of(path))
+            cls = self._names.chosen(self._envoy_classes, module, Envoy)
+            self._envoys[id(module)] = cls(module, path, self)
         return self._envoys[id(module)]
-
-    def _names_of(self, path: str) -> dict[str, str]:
-        """Aliases of the children of `path`."""
-        found = {}
-        for old, new in self._rename.items():
-            where, _, name = old.rpartition(".")
-            if "." not in old.lstrip(".") or where.lstrip(".") == path:
-                for alias in [new] if isinstance(new, str) else new:
-                    found[alias] = name or old.lstrip(".")
-        return found
 
     # -- traces --------------------------------------------------------------------------------------------------
 
@@ -97,9 +135,11 @@ class NNsight(Envoy):
         `model.compile()` was called. `fn` names another method to trace, `pad_to` fixes the padded length of prompts.
         `trace=False` just runs the model and returns its output. Every other keyword is the model's.
         """
+        self._check_fn(fn)
+        self.dispatch()
         if not trace:
             batch = self._collate([self._prepare(args, kwargs)], pad_to=pad_to)
-            return (self._module if fn is None else getattr(self._module, fn))(*batch.args, **batch.kwargs)
+            return callee(self._module, fn)(*batch.args, **batch.kwargs)
         return Tracer(self, args, kwargs, compile=compile, fn=fn, pad_to=pad_to)
 
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -117,6 +157,24 @@ class NNsight(Envoy):
             scan_only=True,
         )
 
+    def _part_trace(self, part: Envoy, args: tuple, kwargs: dict, fn: str | None) -> Any:
+        """A trace of one module of the model, whose inputs are not the model's."""
+        return NNsight.trace(Plain(self), *args, fn=".".join(p for p in (part._path, fn) if p), **kwargs)  # type: ignore[arg-type]
+
+    def _check_fn(self, fn: str | None) -> None:
+        try:
+            callee(self._module, fn)
+        except AttributeError as error:
+            known = [n for n in dir(self._module) if not n.startswith("_") and callable(getattr(self._module, n, None))]
+            raise UnknownModuleError(
+                f"{user_line()}: `{fn}` is no method of the model; {nearest(fn or '', known)}"
+            ) from error
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        if self.tracer is None and self._caller is not None:
+            return self._caller(*args, **kwargs)
+        return super().__call__(*args, hook=hook, **kwargs)
+
     def explain(self) -> Explanation:
         """What ran how: engine, segments, compiles and cache hits, passes, and everything that ran outside captured code."""
         return Explanation(self._module, list(self._captures.values()), self._compiled)
@@ -126,8 +184,8 @@ class NNsight(Envoy):
         return bool(kwargs)
 
     def _prepare(self, args: tuple, kwargs: dict) -> Batch:
-        """One invoke's input, on the model's device."""
-        device = self.device
+        """One invoke's input, on the model's device; where its weights are not loaded, as it came."""
+        device = None if self.device == torch.device("meta") else self.device
         leaves, spec = tree.flatten((args, kwargs))
         moved = [x.to(device) if isinstance(x, torch.Tensor) and device is not None else x for x in leaves]
         if any(a is not b for a, b in zip(leaves, moved, strict=True)):  # else the model gets the user's own lists
@@ -206,7 +264,7 @@ class NNsight(Envoy):
         batch = wave.batch
 
         def call() -> Any:
-            return (self._module if fn is None else getattr(self._module, fn))(*batch.args, **batch.kwargs)
+            return callee(self._module, fn)(*batch.args, **batch.kwargs)
 
         capture = self._capture_for(wave.tracer.compile)
         if capture is not None and plan.sees_objects:

@@ -138,6 +138,21 @@ class Emitter(Interleaver):
                 self._emit("call_function", set_gradient, (got, self.put_rows(got, new, *part) if part else new))
         self._emit("call_function", settled, (back,))
 
+    def _visit(self, n: int, op: Op) -> None:
+        """All of a visit or nothing: what others wrote there would be lost in a graph that is cut inside."""
+        done, at, env, made = set(self.done), list(self.at), dict(self.env), set(self.made)
+        before = set(self.graph.nodes)
+        try:
+            super()._visit(n, op)
+        except CutHere:
+            self.done, self.at, self.env, self.made = done, at, env, made
+            sources = set(self.fetched.values())
+            for node in reversed(list(self.graph.nodes)):
+                if node not in before and node not in sources:
+                    self.job.emitted.discard(node)
+                    self.graph.erase_node(node)
+            raise
+
     def execute(self, n: int, op: Op) -> Any:
         args, kwargs = self.arguments(op)
         leave = self._enter(op.ambient)

@@ -104,9 +104,7 @@ class Weaver(Emitter):
         if fits:
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
-                    firing.leaves[i] = self.put_rows(
-                        firing.leaves[i], value, op.invoke, batched[i] if batched else None
-                    )
+                    firing.leaves[i] = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
         else:
             old = list(firing.leaves)
             firing.leaves[:] = [

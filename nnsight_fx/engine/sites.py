@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from ..capture._torch import ConstantSource, FakeCopyMode, FakeTensorMode, GuardOnDataDependentSymNode
-from ..capture.scan import PLAIN, Scan, scan, skeleton
+from ..capture.scan import PLAIN, Scan, callee, scan, skeleton
 from ..errors import PaddedLengthUnknown
 from ..tracing import ambient, tree
 from ..tracing.ambient import under
@@ -74,8 +74,8 @@ class Shapes(ShapeEnv):
 class Signature:
     """What all recordings over inputs of one kind share: the tree of steps and the scan."""
 
-    def __init__(self, found: Scan, keep: Any):
-        self.root, self.scan, self.keep = Step(), found, keep
+    def __init__(self, found: Scan, keep: Any, fn: str | None = None):
+        self.root, self.scan, self.keep, self.fn = Step(), found, keep, fn
         self.rescans: OrderedDict[Step, Scan] = OrderedDict()
         self.symbols: tuple[Any, Any] = (None, None)  # of rows and length, in a scan over unknown sizes
         self.metas: dict[tuple, SiteMeta | Missing] = {}
@@ -146,7 +146,7 @@ class Scanner:
         return found
 
     def _scan(self, copied: Any, leaves: list, spec: tree.Spec, fn: str | None, unknown: tuple | None) -> Signature:
-        found = Signature(Scan(), leaves)
+        found = Signature(Scan(), leaves, fn)
         if isinstance(copied, Exception):
             found.scan.ended = copied
             return found
@@ -171,7 +171,7 @@ class Scanner:
             return rows is not None and isinstance(first, torch.SymInt) and first.node.expr == rows
 
         def call(m: nn.Module) -> Any:
-            return (m if fn is None else getattr(m, fn))(*args, **kwargs)
+            return callee(m, fn)(*args, **kwargs)
 
         self.shapes.guessing, self.shapes.guessed = True, False
         try:
@@ -275,7 +275,7 @@ class WaveSites:
         constants = [tape.fake_of(("c", i)) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)]
         interleaver = FakeInterleaver(plan, constants, self)
         args, kwargs = self.signature.inputs  # type: ignore[attr-defined]
-        return self.scanner.run(self.scanner.skeleton(), None, args, kwargs, self.signature, interleaver)
+        return self.scanner.run(self.scanner.skeleton(), self.signature.fn, args, kwargs, self.signature, interleaver)
 
     def _sized(self, meta: SiteMeta | Missing, rows: Any) -> SiteMeta | Missing:
         """A site's metadata for one invoke: the symbols of the scan replaced by what this trace knows."""
@@ -298,13 +298,14 @@ class WaveSites:
             if isinstance(leaf, torch.SymInt):
                 leaf = size(leaf)
             elif isinstance(leaf, torch.Tensor):
-                with self.scanner.fakes, torch.no_grad():
-                    leaf = torch.empty_strided(
+                with self.scanner.fakes:
+                    made = torch.empty_strided(
                         [size(n) for n in leaf.shape],
                         [size(n) for n in leaf.stride()],
                         dtype=leaf.dtype,
                         device=leaf.device,
-                    ).requires_grad_(leaf.requires_grad)
+                    )
+                    leaf = made.requires_grad_() if leaf.requires_grad and leaf.is_leaf else _computed(made, leaf)
             leaves.append(leaf)
         return meta._replace(leaves=tuple(leaves))
 
@@ -315,6 +316,14 @@ class WaveSites:
     def module(self, path: str) -> Callable:
         """A module's forward, on fakes."""
         return self.scanner.skeleton().get_submodule(path).forward
+
+
+def _computed(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`made` as the result of an operation, where `like` requires grad: no leaf, so that a body can change it in place."""
+    if like.requires_grad:
+        with torch.enable_grad():
+            made.add_(torch.zeros((), dtype=made.dtype, device=made.device, requires_grad=True))
+    return made
 
 
 def _known(meta: SiteMeta | Missing, length: Any = None) -> SiteMeta | Missing:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
+from ..config import quiet
 from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
 from . import saving
 from .lazy import user_line
@@ -81,6 +84,7 @@ class Tracer:
             raise
         return self
 
+    @quiet
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         self.recorder.__exit__(None, None, None)
         self.resume_body()
@@ -207,8 +211,16 @@ class Tracer:
         return self.tape.apply(fn, args, kwargs)
 
     def log(self, *values: Any) -> None:
-        """Print values when the model gets there."""
-        self.tape.apply(print, values, {})
+        """`print` values, in lists and dicts too, when the model gets there; no sync point, the body goes on at once."""
+        self.tape.later(print, values)
+
+    def constant(self, value: Any) -> torch.Tensor:
+        """`value` (a number, a nested list, an array) as a tensor on the model's device.
+
+        A number that operations take as an argument is part of a plan's structure, and another one compiles again
+        (`h.pow(2.5)`); a tensor never is: `h.pow(tracer.constant(2.5))` compiles once for all exponents.
+        """
+        return torch.as_tensor(value, device=self.host.device)
 
     @property
     def plan(self) -> InterventionGraph:

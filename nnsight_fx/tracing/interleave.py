@@ -28,6 +28,7 @@ from .plan import (
     SKIP,
     STOP,
     SYNC,
+    VISIT,
     WRITE,
     InterventionGraph,
     Op,
@@ -51,6 +52,11 @@ class Firing(NamedTuple):
     site: Site
     leaves: list
     spec: tree.Spec
+    own: bool = False  # are the leaves one invoke's rows, of a call that it makes itself
+
+    def batched(self, leaf: int, batched: tuple | None) -> bool | None:
+        """Does a leaf hold the rows of all invokes? `None`: its size tells."""
+        return False if self.own else batched[leaf] if batched else None
 
 
 class Interleaver:
@@ -68,6 +74,7 @@ class Interleaver:
             Value, tuple
         ] = {}  # the leaf, invoke and rows that a value is a part of: its gradient is that leaf's
         self.replaced: dict[int, Any] = {}  # gradients that the plan sets, until the backward comes by
+        self.visiting: set[int] = set()  # the invokes in a module that they call
 
     # What a subclass gives.
     def constant(self, key: Key) -> Any:
@@ -100,7 +107,7 @@ class Interleaver:
     def work(self, firing: Firing | None) -> None:
         """Advance every invoke as far as it can go."""
         for worker in range(len(self.plan.workers)):
-            while self.at[worker] < len(self.plan.workers[worker]):
+            while worker not in self.visiting and self.at[worker] < len(self.plan.workers[worker]):
                 n = self.plan.workers[worker][self.at[worker]]
                 if n not in self.done:
                     op = self.plan.ops[n]
@@ -150,12 +157,12 @@ class Interleaver:
         if op.kind == READ:
             assert firing is not None
             batched, expected = op.extra or (None, None)
-            leaves = [self.rows(x, op.invoke, batched[i] if batched else None) for i, x in enumerate(firing.leaves)]
+            leaves = [self.rows(x, op.invoke, firing.batched(i, batched)) for i, x in enumerate(firing.leaves)]
             if expected is not None:
                 self.check(n, leaves, expected)
             for i, (base, own) in enumerate(zip(firing.leaves, leaves, strict=True)):
                 if base is not own and ((n, i) in self.plan.tapped or not self.closed):
-                    self.bases[(n, i)] = (base, op.invoke, batched[i] if batched else None)
+                    self.bases[(n, i)] = (base, op.invoke, firing.batched(i, batched))
             self._keep(n, leaves, firing.spec)
         elif op.kind == OBJECT:
             assert firing is not None
@@ -178,12 +185,26 @@ class Interleaver:
         elif op.kind == BACKWARD:
             self.differentiate(n, op)
             self.flow()
+        elif op.kind == VISIT:
+            self._visit(n, op)
         elif op.kind not in (SAVE, BARRIER):
             if op.kind in LIVE and not self.live:
                 raise Cut
             self._store(n, op, self.execute(n, op))
         self.done.add(n)
         self._release(n)
+
+    def _visit(self, n: int, op: Op) -> None:
+        """A module that an invoke calls passes a site, and the other invokes act there."""
+        leaves = list(self.arguments(op)[0][0])
+        groups = self.plan.groups.rows
+        own = op.invoke < len(groups) and groups[op.invoke] is not None
+        self.visiting.add(op.invoke)
+        try:
+            self.fire(Firing(op.target, leaves, op.extra, own))
+        finally:
+            self.visiting.discard(op.invoke)
+        self._keep(n, leaves, op.extra)
 
     live = True  # can this interleaver run Python on real values?
     closed = True  # is the plan whole? Not while a sync point may still add to it
@@ -212,9 +233,7 @@ class Interleaver:
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
                     value = firing.leaves[value.index] if isinstance(value, Keep) else value
-                    firing.leaves[i] = self.put_rows(
-                        firing.leaves[i], value, op.invoke, batched[i] if batched else None
-                    )
+                    firing.leaves[i] = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
         else:
             old = list(firing.leaves)
             firing.leaves[:] = [old[v.index] if isinstance(v, Keep) else v for v in new]
@@ -244,6 +263,8 @@ class Interleaver:
     def count(self, path: str, kind: str) -> int:
         """The call index of a site that is passed now."""
         n = self.counts.get((path, kind), 0)
+        while (path, kind, n) in self.plan.visits:
+            n += 1
         self.counts[(path, kind)] = n + 1
         return n
 

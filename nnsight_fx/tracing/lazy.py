@@ -81,6 +81,14 @@ class LazyTensor(torch.Tensor):
         self._tape.save(self)
         return self
 
+    def update(self, value: Any) -> LazyTensor:
+        """From here on this very object stands for `value`, a tensor or a number: what was made of it stays as it was.
+
+        Also where it was saved before. Returns the object itself.
+        """
+        self._tape.update(self, value)
+        return self
+
     # Sync points: Python needs the numbers, so the model runs up to here, once, and the body goes on.
     def _real(self) -> torch.Tensor:
         return self._tape.sync([self])[0]

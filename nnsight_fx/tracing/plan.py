@@ -23,6 +23,7 @@ READ, WRITE, SKIP, OBJECT, STOP, SAVE, CALL, MODULE, APPLY, SYNC, BARRIER = (
     *("read", "write", "skip", "object", "stop", "save", "call", "module", "apply", "sync", "barrier"),
 )
 BACKWARD, GRAD, SET_GRAD = "backward", "grad", "set_grad"  # a gradient belongs to the backward that follows it
+VISIT = "visit"  # a module that the body calls passes a site
 AT_SITE = {READ, WRITE, SKIP, OBJECT}  # take effect at a site of their own
 LIVE = {APPLY, SYNC}  # need real values and Python: nothing compiled can hold them
 
@@ -81,6 +82,11 @@ class InterventionGraph:
             if op.kind in AT_SITE:
                 found.setdefault(op.target, []).append(n)
         return found
+
+    @cached_property
+    def visits(self) -> frozenset[Site]:
+        """The sites of modules that the body calls: the model's own calls are counted around them."""
+        return frozenset(op.target for op in self.ops if op.kind == VISIT)
 
     @cached_property
     def watched(self) -> frozenset[tuple[str, str]]:
@@ -194,7 +200,7 @@ class InterventionGraph:
         for n, op in enumerate(self.ops):
             args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
             target: Callable = op.target.obj if isinstance(op.target, Identity) else DIALECT[op.kind]
-            lead = (op.target,) if op.kind in AT_SITE or op.kind == MODULE else ()
+            lead = (op.target,) if op.kind in AT_SITE or op.kind in (MODULE, VISIT) else ()
             given: Any = (*lead, *args)
             node = graph.create_node("call_function", target, given, kwargs)
             node.meta["invoke"] = op.invoke
@@ -240,6 +246,7 @@ DIALECT: dict[str, Callable] = {
         BACKWARD,
         GRAD,
         SET_GRAD,
+        VISIT,
         "leaf",
     )
 }

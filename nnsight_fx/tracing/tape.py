@@ -8,6 +8,7 @@ graph. Sizes and dtypes are known at once, and what torch would refuse is refuse
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import weakref
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn as nn
 
 from ..capture._torch import FakeTensor, FakeTensorMode, NoTorchFunction, shares_memory, transforms
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
@@ -46,6 +48,7 @@ from .plan import (
     SKIP,
     STOP,
     SYNC,
+    VISIT,
     WRITE,
     Groups,
     InterventionGraph,
@@ -158,6 +161,9 @@ class Tape:
         self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
         self.refusal: Exception | None = None  # what an operation below the Python API was told
         self.gradients = Gradients(self)
+        self.visits: dict[
+            Site, tuple[SiteMeta, int, Line]
+        ] = {}  # sites of modules called in the body; by whom, and where
         self.scope: Any = None  # the custom autograd function whose forward is running
 
     # -- operations ---------------------------------------------------------------------------------------------
@@ -459,6 +465,8 @@ class Tape:
 
     def meta(self, site: Site) -> SiteMeta | Missing:
         """What is known of a site, given what was recorded so far."""
+        if site in self.visits:
+            return self.invoke.metas.setdefault(site, self.visits[site][0])
         if site not in self.invoke.metas:
             with NoTorchFunction():  # the scan's own work is nobody's to record
                 found = self.sites.lookup(self, site)
@@ -556,6 +564,7 @@ class Tape:
         if isinstance(meta, SiteMeta):
             leaves = [self._to_device(x, meta, i) for i, x in enumerate(leaves)]
         fits = isinstance(meta, SiteMeta) and self._fits(site, leaves, spec, meta)
+        self._check_visited(site, fits)
         self.recapture = self.recapture if fits else "changes"
         self.reshaped = self.reshaped or not fits
         batched = meta.batched if isinstance(meta, SiteMeta) else None
@@ -622,6 +631,7 @@ class Tape:
         """The module's `forward` is not run; its output is `value`."""
         site = (path, "input", call)
         self._check_passed(site, "skipped")
+        self._check_visited(site, False)
         leaves, spec = tree.flatten(value)
         out = self.meta((path, "output", call))
         batched = out.batched if isinstance(out, SiteMeta) and len(out.batched) == len(leaves) else None
@@ -656,6 +666,89 @@ class Tape:
             return fn(*_fake_args(self, args), **_fake_args(self, kwargs))
 
         return self.add(MODULE, path, args, kwargs, effect="random", result=result)
+
+    def hooked(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Call a module of the model on values in sight of the trace: it and all in it pass their sites."""
+        handles = []
+        for name, m in module.named_modules():
+            where = ".".join(p for p in (path, name) if p)
+            enter, leave = functools.partial(self._enter, where), functools.partial(self._leave, where)
+            handles.append(m.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(m.register_forward_hook(leave, with_kwargs=True))
+        try:
+            return module(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        return self._visit(path, "input", (args, kwargs))
+
+    def _leave(self, path: str, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        return self._visit(path, "output", out)
+
+    def _visit(self, path: str, kind: str, value: Any) -> Any:
+        """Pass a site of a called module: earlier and later invokes may act there."""
+        site = (path, kind, self._call_now(path, kind))
+        if any(op.kind == SKIP and op.target == (path, "output", site[2]) for op in self.ops):
+            raise NotRecordableError(
+                f"{user_line()}: `{path}` is called with `hook=True`; such a call cannot be skipped."
+            )
+        leaves, spec = tree.flatten(value)
+
+        def result() -> Any:
+            fakes = [self.fake(x).view_as(self.fake(x)) if isinstance(x, torch.Tensor) else x for x in leaves]
+            return tree.unflatten(fakes, spec, value)
+
+        made = self.add(VISIT, site, (tuple(leaves),), {}, effect="inplace", extra=spec, result=result)
+        passed = tree.flatten(made)[0]
+        fakes = tuple(self.fake(x) if isinstance(x, torch.Tensor) else x for x in passed)
+        meta = SiteMeta(spec, fakes, (None,) * len(fakes), self.invoke.order)  # type: ignore[arg-type]
+        self.visits[site] = (meta, self.invoke.index, user_line())
+        self.invoke.values[site] = made
+        return made
+
+    def _call_now(self, path: str, kind: str) -> int:
+        """The call index that a call has here: behind the model's own calls up to here, and those of the body."""
+        call = 0
+        while (path, kind, call) in self.visits or self._came(path, kind, call):
+            call += 1
+        return call
+
+    def _came(self, path: str, kind: str, call: int) -> bool:
+        taken = sum(site[:2] == (path, kind) and site[2] < call for site in self.visits)
+        with NoTorchFunction():
+            found = self.sites.lookup(self, (path, kind, call - taken))
+        return isinstance(found, SiteMeta) and found.order <= self.invoke.order
+
+    def _check_visited(self, site: Site, fits: bool) -> None:
+        """A call in the body has passed a site for its own invoke; others may change what it holds, not how."""
+        if site not in self.visits:
+            return
+        _, invoke, line = self.visits[site]
+        if invoke == self.invoke.index:
+            raise OutOfOrderError(
+                f"{user_line()}: `{_name(site)}` was passed by the call at {line}; change its arguments or its result instead."
+            )
+        if not fits:
+            raise NotRecordableError(
+                f"{user_line()}: `{_name(site)}` is in a call with `hook=True`, at {line}: it can only be written with a value of "
+                "the same shape, dtype and structure, and not be skipped."
+            )
+
+    def later(self, fn: Callable, args: tuple) -> None:
+        """Call `fn` on the real values when the model gets there; nobody waits for it."""
+        self.add(APPLY, Identity(fn), args, {}, effect="inplace", result=lambda: None)
+
+    def update(self, lazy: LazyTensor, value: Any) -> None:
+        """From here on `lazy` stands for `value`."""
+        self.check_open((lazy,), {})
+        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+        now = self.call(torch.Tensor.view_as, (tensor, tensor), {})
+        lazy._key, lazy._fake, lazy._line = now._key, now._fake, user_line()
+        self.values[lazy._key] = lazy
+        if self.saved.pop(id(lazy), None) is not None:
+            self.save(lazy)
 
     def apply(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         """Call `fn` on the real values when the model gets there; what it returns is looked at, so this syncs."""
