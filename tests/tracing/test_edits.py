@@ -485,3 +485,33 @@ def test_what_a_trace_refuses_names_the_line_of_the_edit():
     with pytest.raises(RuntimeError) as caught, model.trace(x()):
         pass
     assert any("in the edit at" in note and "test_edits.py" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_adapter_whose_inside_the_traces_see(engine):
+    module = net()
+    model = wrap(engine, module)
+    model.a.adapter = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4)).requires_grad_(False)
+    with model.edit() as (_, edited):
+        edited.a.output = edited.a.adapter(edited.a.output, hook=True)
+    with edited.trace(x()):
+        inner, out = edited.a.adapter[0].output.save(), edited.output.save()
+    adapter = module.a.adapter
+    same(inner, adapter[0](module.a(x())), engine)
+    same(out, by_hand(module, [("a", lambda h: adapter(h))], x()), engine)
+
+
+def test_an_edited_copy_of_a_model_without_weights_loads_them_once(tmp_path):
+    from tests.equivalence.test_contract import ids, llama
+
+    llama().save_pretrained(tmp_path)
+    model = nnsight_fx.LanguageModel(tmp_path, tokenizer=nn.Identity())
+    with model.edit() as (_, edited):
+        edited.model.layers[0].output[:] = 0
+    assert not model.dispatched and not edited.dispatched
+    with torch.no_grad(), edited.trace(ids()):
+        h = edited.model.layers[0].output.save()
+    loaded = edited._module
+    with torch.no_grad(), model.trace(ids()):
+        clean = model.model.layers[0].output.save()
+    assert model.dispatched and model._module is loaded and (h == 0).all() and (clean != 0).any()
