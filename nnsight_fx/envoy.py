@@ -12,9 +12,8 @@ import torch.nn as nn
 from .errors import OutsideTraceError, UnknownModuleError, nearest, own_error
 from .methods import traceable
 from .tracing import tree
-from .tracing.encode import Keep
 from .tracing.lazy import LazyTensor, user_line
-from .tracing.tape import Opaque, SiteMeta, Tape
+from .tracing.tape import Tape
 
 _TAKEN = (
     "input",
@@ -65,30 +64,11 @@ class Envoy:
     @own_error
     def nns_input(self) -> Any:
         """The first argument of the module's call: positional, else by keyword."""
-        tape, site = self._tape("input"), (self._path, "input", 0)
-        args, kwargs = tape.read(site, whole=False)
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        if any(isinstance(x, Opaque) for x in tree.flatten(first)[0]):
-            args, kwargs = tape.read(site)
-            first = args[0] if args else next(iter(kwargs.values()))
-        return first
+        return self._tape("input").read_input((self._path, "input", 0))
 
     @nns_input.setter
     def nns_input(self, value: Any) -> None:
-        tape, site = self._tape("input"), (self._path, "input", 0)
-        meta = tape.meta(site)
-        if isinstance(meta, SiteMeta):
-            kept = [Keep(i) for i in range(len(meta.leaves))]
-            args, kwargs = tree.unflatten(kept, meta.spec)
-        else:
-            args, kwargs = tape.read(site)
-        if args:
-            args = (value, *args[1:])
-        elif kwargs:
-            kwargs = {**kwargs, next(iter(kwargs)): value}
-        else:
-            raise ValueError(f"{user_line()}: `{self.path}` is called without arguments: there is no input to write")
-        tape.write(site, (args, kwargs))
+        self._tape("input").write_input((self._path, "input", 0), value)
 
     def skip(self, value: Any) -> None:
         """Do not run the module: its output is `value`. Its input can be read before, its output after."""
@@ -159,7 +139,7 @@ class Envoy:
             pass
         if hasattr(self._module, name):
             found = getattr(self._module, name)
-            tracer = self._root.__dict__.get("tracer")
+            tracer = self._root.tracer
             if isinstance(found, torch.Tensor) and tracer is not None and tracer.waves:
                 return tracer.waves[-1].tape.watch(found)
             return found if tracer is not None else traceable(self, name, found)
@@ -182,7 +162,7 @@ class Envoy:
             self._root._attached[".".join(p for p in (self._path, name) if p)] = value
             self._root._module_changed()
             return
-        traced = not name.startswith("_") and self._root.__dict__.get("tracer") is not None
+        traced = not name.startswith("_") and self._root.tracer is not None
         if traced and not hasattr(type(self), name) and name not in self.__dict__:
             raise self._unknown(name)
         super().__setattr__(name, value)
@@ -264,6 +244,8 @@ class Envoy:
 
 
 def _moved(x: Any, device: torch.device) -> Any:
+    if isinstance(x, LazyTensor) and not x._placed:
+        return x
     return x.to(device) if isinstance(x, torch.Tensor) and x.device != device else x
 
 

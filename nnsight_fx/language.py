@@ -81,14 +81,18 @@ class LanguageModel(NNsight):
         return self._source is None
 
     def dispatch(self) -> None:
-        """Load the weights now. Envoys that were taken before stay what they are."""
-        source, self._source = self._source, None
-        if source is not None:
-            try:
-                self._adopt(source.model())
-            except BaseException:
-                self._source = source
-                raise
+        """Load the weights now, for edited copies too. Envoys that were taken before stay what they are."""
+        source, family = self._source, list(self._shared.family)
+        if source is None:
+            return
+        for model in family:
+            model._source = None
+        try:
+            self._adopt(source.model())
+        except BaseException:
+            for model in family:
+                model._source = source
+            raise
 
     @property
     def tokenizer(self) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 import torch.nn as nn
 
 from .aliasing import Names, Rename
+from .cache import CacheView, cache, observed
 from .capture import _torch
 from .capture.markers import Markers
 from .capture.scan import PLAIN, callee
+from .edit import Editor
 from .engine.removal import removable
 from .engine.run import Run
+from .engine.session import Session
 from .engine.sites import Scanner
 from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
@@ -24,7 +28,10 @@ from .errors import UnknownModuleError, nearest
 from .explain import Explanation
 from .tracing import tree
 from .tracing.contexts import Tracer
+from .tracing.draft import Draft, replay
 from .tracing.lazy import user_line
+from .tracing.saving import save
+from .tracing.tape import Invoke, Tape
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,13 @@ class Plain:
 
     OWN = ("_collate", "_has_input", "_length", "_prepare", "_unknown_dims")
 
+    _edits = ()  # those of the whole model are at sites that a part of it may not have
+
     def __init__(self, host: NNsight):
         self.__dict__["host"] = host
+
+    def _replay_edits(self, tape: Tape) -> None:
+        """None."""
 
     def __getattr__(self, name: str) -> Any:
         found = NNsight.__dict__[name] if name in self.OWN else None
@@ -50,6 +62,26 @@ class Plain:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.host, name, value)
+
+
+class Shared:
+    """What a wrapped model and its edited copies have in common."""
+
+    def __init__(self, model: NNsight):
+        self.tracer: Any = None
+        self.captures: dict[Options, Capture] = {}
+        self.family = weakref.WeakSet([model])
+
+    def renew(self, module: nn.Module) -> None:
+        """Learn the module tree."""
+        self.markers, self.scanner = Markers(module), Scanner(module)
+        for capture in self.captures.values():
+            capture.markers = self.markers
+            capture.reset()
+
+
+def _of_shared(name: str, doc: str = "") -> Any:
+    return property(lambda self: getattr(self._shared, name), lambda self, v: setattr(self._shared, name, v), doc=doc)
 
 
 class NNsight(Envoy):
@@ -73,36 +105,42 @@ class NNsight(Envoy):
     envoys: Any = None
 
     def __init__(self, module: nn.Module, *, rename: Rename | None = None, envoys: Any = None):
+        self._shared = Shared(self)
         self._envoys: dict[int, Envoy] = {}
         self._caller: Callable | None = None  # who runs the calls of the model outside of traces
         self._attached: dict[str, nn.Module] = {}  # what the user put into the tree
         self._rename = rename or {}
         self._envoy_classes = envoys if envoys is not None else type(self).envoys
         super().__init__(module, "", self)
-        self.tracer: Tracer | None = None
         self._compiled: Capture | None = None
-        self._captures: dict[Options, Capture] = {}
+        self._edits: list[Draft] = []
+        self._unpacks: tuple | None = None  # of an edit that is open: its line, and itself
         self._module_changed()
 
     def _module_changed(self) -> None:
         """The module tree is new: everything learnt of the old one is forgotten."""
-        self._markers = Markers(self._module)
-        self._scanner = Scanner(self._module)
+        self._shared.renew(self._module)
+        for model in self._shared.family:
+            model._know_tree()
+
+    def _know_tree(self) -> None:
         self._names = Names(self._module, self._rename, Envoy)
         kept = [e for e in (self, *self._envoys.values()) if e._module in self._markers.paths]
         for envoy in kept:  # what a user holds stays good
             envoy._path = self._markers.paths[envoy._module]
         self._envoys = {id(e._module): e for e in kept}
-        for capture in self._captures.values():
-            capture.markers = self._markers
-            capture.reset()
+
+    tracer = _of_shared("tracer", "The trace or edit that is open.")
+    _markers = _of_shared("markers")
+    _scanner = _of_shared("scanner")
+    _captures = _of_shared("captures")
 
     def _adopt(self, module: nn.Module) -> None:
         """Go on with another module of the same structure; every envoy stays, and gets its part of it."""
         for path, attached in self._attached.items():
             where, _, name = path.rpartition(".")
             setattr(module.get_submodule(where), name, attached)
-        for envoy in self._envoys.values():
+        for envoy in [e for model in self._shared.family for e in model._envoys.values()]:
             envoy._module = module.get_submodule(envoy._path)
         self._module_changed()
 
@@ -137,6 +175,10 @@ class NNsight(Envoy):
         """
         self._check_fn(fn)
         self.dispatch()
+        if not trace and self._edits:
+            with self.trace(*args, compile=compile, fn=fn, pad_to=pad_to, **kwargs) as tracer:
+                result = save(tracer.result)
+            return result
         if not trace:
             batch = self._collate([self._prepare(args, kwargs)], pad_to=pad_to)
             return callee(self._module, fn)(*batch.args, **batch.kwargs)
@@ -174,6 +216,49 @@ class NNsight(Envoy):
         if self.tracer is None and self._caller is not None:
             return self._caller(*args, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
+
+    def edit(self, *, inplace: bool = False) -> Editor:
+        """Record interventions that hold in every later trace, before its own, over the whole batch.
+
+        ```python
+        with model.edit() as (tracer, edited):  # or: as edited
+            edited.transformer.h[1].mlp.output[:] = 0
+        with edited.trace(prompt):
+            logits = edited.lm_head.output.save()  # without that layer's MLP; `model` still has it
+        ```
+
+        `edited` shares the weights, and what was captured, with `model`. With `inplace=True` the edit is made to this model
+        itself. Edits add up, in the order in which they were made; `clear_edits()` takes them all off. The block runs once,
+        before any input is known: its values have no shapes, only operations. Calling the module itself ignores edits.
+        """
+        return Editor(self, inplace)
+
+    def clear_edits(self) -> None:
+        """Take off every edit of this model."""
+        self._edits = []
+
+    def _copy(self) -> NNsight:
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, _root=made, _envoys={}, _edits=list(self._edits))
+        made._envoys[id(made._module)] = made
+        self._shared.family.add(made)
+        return made
+
+    def _replay_edits(self, tape: Tape) -> None:
+        """The operations of the edits, each in a worker of its own, in front of the trace's."""
+        for n, edit in enumerate(self._edits):
+            tape.invoke = Invoke(n)
+            replay(edit, tape)
+        tape.invoke = Invoke(len(self._edits))
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._unpacks is not None and self._unpacks[0] == user_line():  # `as (tracer, edited)`
+            return iter((self._unpacks[1], self))
+        return super().__iter__()
+
+    def session(self) -> Session:
+        """Several traces whose values flow from one to the next without `.save()`; see `Session`."""
+        return Session()
 
     def explain(self) -> Explanation:
         """What ran how: engine, segments, compiles and cache hits, passes, and everything that ran outside captured code."""
@@ -295,6 +380,12 @@ class NNsight(Envoy):
 
             run.start(capture, stop_at, sites, entry, removes)
         return run
+
+    def _cache(
+        self, tracer: Any, modules: Any, device: Any, dtype: Any, detach: bool, output: bool, inputs: bool
+    ) -> CacheView:
+        kinds = [kind for kind, wanted in (("input", inputs), ("output", output)) if wanted]
+        return cache(tracer, modules, kinds, observed(detach, device, dtype))
 
     def _capture_for(self, compile: bool | dict | None) -> Capture | None:
         """The capture that a trace runs on, or `None` for the hook engine."""

@@ -12,7 +12,7 @@ from nnsight_fx.capture._torch import SET_GRAD
 from nnsight_fx.tracing.encode import Identity, Key
 from nnsight_fx.tracing.interleave import Cut as CutHere
 from nnsight_fx.tracing.interleave import Firing, Interleaver
-from nnsight_fx.tracing.plan import MODULE, SKIP, Op, Site, fx_target
+from nnsight_fx.tracing.plan import MODULE, SKIP, Observed, Op, Site, fx_target
 
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
 from .job import Job, backward, constant, fetch, gradient, parameter, put_rows, rows, set_gradient, settled, tap
@@ -80,6 +80,11 @@ class Emitter(Interleaver):
         if group is None:
             return new
         return self._emit("call_function", put_rows, (leaf, new, *group, self.plan.groups.total, batched))
+
+    def observed(self, leaf: Any, how: Observed) -> Any:
+        for name, kwargs in how.steps if isinstance(leaf, fx.Node) else ():
+            leaf = self._emit("call_method", name, (leaf,), dict(kwargs))
+        return leaf
 
     def _group(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:
         groups = self.plan.groups.rows

@@ -92,10 +92,14 @@ class Weaver(Emitter):
                 "Write it before the sync point, or trace with `compile=False`."
             )
         if here not in self.supplied and self.job.cut is None:
-            for old, new in zip(before, leaves, strict=True):
-                if new is not old:
-                    old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.job.emitted)
+            self._take_over({old: new for old, new in zip(before, leaves, strict=True) if new is not old})
         return len(self.job.emitted) - emitted
+
+    def _take_over(self, new: dict[fx.Node, Any]) -> None:
+        """The model goes on with the written leaves: all at once, since they may be each other's (a swap)."""
+        for user in {u: None for old in new for u in old.users if u not in self.job.emitted}:
+            user.args = fx.map_arg(user.args, lambda n: new.get(n, n))
+            user.kwargs = fx.map_arg(user.kwargs, lambda n: new.get(n, n))
 
     def _write(self, op: Op, firing: Firing | None) -> None:
         assert firing is not None

@@ -282,14 +282,22 @@ def capturing() -> Iterator[None]:
 
 
 def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, fullgraph: bool) -> Callable:
-    """`torch.compile`, without the guards on what our hooks are made of: they never change."""
+    """`torch.compile`, without the guards on what our hooks are made of: they never change. The user's keep theirs."""
 
     def keep(guards: Any) -> list[bool]:
-        return [
-            not any(table in guard.name for table in ("_forward_hooks[", "_forward_pre_hooks[")) for guard in guards
-        ]
+        tables = ("_forward_hooks[", "_forward_pre_hooks[")
+        user = tuple(
+            guard.name
+            for guard in guards
+            if guard.guard_type == "CLOSURE_MATCH" and guard.has_value and not _library(guard.value)
+        )
+        return [guard.name.startswith(user) or not any(t in guard.name for t in tables) for guard in guards]
 
     return torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)(function)
+
+
+def _library(hook: Any) -> bool:
+    return (getattr(hook, "__module__", "") or "").startswith(("nnsight_fx.", "transformers.", "accelerate."))
 
 
 def undisturbed(function: Callable) -> Callable:

@@ -93,7 +93,8 @@ class Scan:
             return self.sites[site]
         if self.ended is not None:
             return Missing(f"the scan ended before it: {type(self.ended).__name__}: {self.ended}")
-        return Missing("never called")
+        guessed = bool(self.sites) and next(reversed(self.sites.values())).unsure
+        return Missing("never called", certain=not guessed)
 
 
 def scan(

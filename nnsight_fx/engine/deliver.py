@@ -30,6 +30,8 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
     release()
     while found:
         lazy, held = found.pop()
+        if not isinstance(held[0], torch.Tensor):  # the scan took it for one
+            continue
         for name in ("_tape", "_key", "_fake", "_line"):
             vars(lazy).pop(name, None)
         _torch.swap(lazy, _own(held))

@@ -93,9 +93,10 @@ class Scanner:
         self.modules = list(self.module_.modules())
         self.shapes = Shapes()
         self.fakes = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
-        self.length = self.shapes.create_unbacked_symint()
-        torch._check(self.length >= 1)
-        torch._check(self.length <= 2**24)
+        self.rows, self.length = (self.shapes.create_unbacked_symint() for _ in range(2))
+        for symbol in (self.rows, self.length):
+            torch._check(symbol >= 1)
+            torch._check(symbol <= 2**24)
         self.signatures: OrderedDict[tuple, Signature] = OrderedDict()
         self._copy: tuple[tuple, nn.Module | Exception] | None = None
 
@@ -244,7 +245,7 @@ class WaveSites:
         key = (site, str(rows), str(self.length))
         found = self.signature.metas.get(key)
         if found is None:
-            found = _known(self._sized(self.signature.scan.lookup(site), rows), self.length)
+            found = _known(self._sized(self.signature.scan.lookup(site), rows), rows, self.length)
             if isinstance(found, Missing) and self.signature.scan.ended is not None:
                 found = self._alone(tape.invoke.index, site) or found
             self.signature.metas[key] = found
@@ -326,14 +327,14 @@ def _computed(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def _known(meta: SiteMeta | Missing, length: Any = None) -> SiteMeta | Missing:
+def _known(meta: SiteMeta | Missing, *symbols: Any) -> SiteMeta | Missing:
     """`meta`, unless a size in it depends on data: such a site must be looked at."""
     if isinstance(meta, Missing):
         return meta
     sizes = [
         n for leaf in meta.leaves if isinstance(leaf, torch.Tensor) for n in leaf.shape if isinstance(n, torch.SymInt)
     ]
-    known = {length.node.expr} if isinstance(length, torch.SymInt) else set()
+    known = {s.node.expr for s in symbols if isinstance(s, torch.SymInt)}
     if any(free_unbacked_symbols(n) - known for n in sizes):
         return Missing("its size depends on data")
     return meta

@@ -109,6 +109,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
     with _torch.tracing(segment.context):
         passes.run(gm, job, pipeline, run.capture.disable)
     check(job, run.removes)
+    job.skeleton = None  # it knows the run, and the variant, which knows the job, outlives that
     if job.differentiates and not run.plan.backs <= job.exit.done:
         raise NotDifferentiable("the loss is not in the first captured segment")
     with _torch.tracing(segment.context), torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None):

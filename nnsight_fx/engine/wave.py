@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,13 +19,20 @@ from .sites import Signature, WaveSites
 from .split import Part, part, parts
 
 
+class Shadow(NamedTuple):
+    """A worker that observes the rows of an invoke."""
+
+    of: int
+
+
 class Wave:
     """Invokes that run together. `alone` is a trace with one direct input."""
 
     def __init__(self, host: Any, tracer: Tracer, first: Any, alone: bool):
         """`first` is the first input; a list of them when all are given first."""
         self.host, self.tracer, self.alone = host, tracer, alone
-        self.members: list[Invoker | None] = []
+        self.edits = len(host._edits)
+        self.members: list[Invoker | Shadow | None] = [None] * (self.edits + alone)  # `None`: over the whole batch
         self.batches: list[Any] = [first] if alone else []
         self.run: Run | None = None
         self.done: list[tuple[Part, Run]] = []  # the forwards of a recording that does not fit one
@@ -43,6 +50,7 @@ class Wave:
             length = host._length(self.batch) or length
         sites = WaveSites(scanner, signature, self.rows_of, length, self._signature_of)
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
+        host._replay_edits(self.tape)
 
     # -- members -------------------------------------------------------------------------------------------------
 
@@ -60,9 +68,19 @@ class Wave:
     def index_of(self, invoker: Invoker) -> int:
         return self.members.index(invoker)
 
+    def shadow(self, of: int) -> int:
+        """A further worker, over the rows of an invoke."""
+        self.members.append(Shadow(of))
+        return len(self.members) - 1
+
     def rows_of(self, index: int) -> Any:
         """The rows of an invoke; of the whole batch so far for one without input."""
-        batch = self.members[index].batch if index < len(self.members) and self.members[index] is not None else None  # type: ignore[union-attr]
+        member = self.members[index] if index < len(self.members) else None
+        if isinstance(member, Shadow):
+            return self.rows_of(member.of)
+        if member is None and not self.batches:  # an edit: the inputs are still to come
+            return self.host._scanner.rows
+        batch = member.batch if member is not None else None
         return batch.rows if batch is not None else sum(b.rows for b in self.batches)
 
     def _signature_of(self, index: int) -> Signature | None:
@@ -74,12 +92,16 @@ class Wave:
 
     def groups(self) -> Groups:
         if self.alone:
-            return Groups((None,), 0)
+            return Groups((None,) * len(self.members), 0)
         return self._groups_of(list(range(len(self.members))))
 
     def _groups_of(self, members: list[int]) -> Groups:
-        rows, start = [], 0
+        rows: list[tuple[int, int] | None] = []
+        start = 0
         for member in (self.members[i] for i in members):
+            if isinstance(member, Shadow):
+                rows.append(rows[members.index(member.of)])
+                continue
             batch = member.batch if member is not None else None
             rows.append((start, batch.rows) if batch is not None else None)
             start += batch.rows if batch is not None else 0
@@ -92,8 +114,7 @@ class Wave:
             return self.run
         if not self.alone:
             self.batch = self.host._collate(self.batches, pad_to=self.tracer.pad_to)
-        self._groups = self.groups()
-        run = self.run = self.host._run(self, self.tape.plan(self._groups), self.tape.constants, self.tape.lines)
+        run = self.run = self.host._run(self, self.tape.plan(self.groups()), self.tape.constants, self.tape.lines)
         return run
 
     def _scan(self) -> None:
@@ -112,7 +133,7 @@ class Wave:
         if self.run is not None and tape is not self.tracer.waves[-1].tape:
             return self.run.lookup  # a later wave asks for a value of this one
         run = self._start()
-        return run.until(tape.plan(self._groups), self.tracer.state)
+        return run.until(tape.plan(self.groups()), self.tracer.state)
 
     def finish(self) -> None:
         if self.tracer.scan_only:
@@ -120,7 +141,7 @@ class Wave:
         if self.tape.splits and self.run is None:
             return self._finish_parts()
         run = self._start()
-        plan = self.tape.plan(self._groups)
+        plan = self.tape.plan(self.groups())
         run.finish(plan)
         missed = run.unfinished()
         if missed and not run.stopping:
@@ -135,7 +156,7 @@ class Wave:
                 f"{self.tracer.line}: invoke {first} uses early in the model what an earlier invoke computes late, so it needs a "
                 f"forward of its own; {why}, which a second forward would move twice. Use two traces."
             )
-        for members in parts(self.tape, len(self.members)):
+        for members in self._parts():
             batches = [b for i in members if (b := getattr(self.members[i], "batch", None)) is not None]
             if not batches:
                 raise InvokeError(
@@ -150,8 +171,16 @@ class Wave:
             if missed and not run.stopping:
                 raise run.missed_error(missed)
 
+    def _parts(self) -> list[list[int]]:
+        """The members of each forward: the edits go with all, whoever observes an invoke goes with it."""
+        shadows = {i: m.of for i, m in enumerate(self.members) if isinstance(m, Shadow)}
+        edits, own = list(range(self.edits)), [i for i in range(self.edits, len(self.members)) if i not in shadows]
+        return [[*edits, *p, *(i for i, of in shadows.items() if of in p)] for p in parts(self.tape, own)]
+
     def value(self, key: Key) -> Any:
         """A value of this wave, from whichever of its forwards made it."""
+        if self.tracer.scan_only:
+            return self._meta(key)
         for piece, run in self.done:
             if key[0] == "v" and key[1] in piece.numbers:
                 return run.lookup(("v", piece.numbers[key[1]], key[2]))
@@ -159,15 +188,27 @@ class Wave:
             raise KeyError(key)
         return self.run.lookup(key)
 
+    def visits(self, n: int) -> list:
+        """What an observation of every call has seen."""
+        return self.value(("v", n, -1)) if self.performed(n) and not self.tracer.scan_only else []
+
     def abandon(self) -> None:
         if self.run is not None:
             self.run.abandon()
 
     def deliver(self) -> None:
+        for told in self.tape.told:
+            told(self)
         if self.tracer.scan_only:
             deliver(self.tape, self._meta, lambda: None)
         if self.run is not None or self.done:
             deliver(self.tape, self.value, self._release)
+
+    def performed(self, n: int) -> bool:
+        """Did the run get to an operation?"""
+        if self.done:
+            return any(n in piece.numbers and piece.numbers[n] in run.done for piece, run in self.done)
+        return self.tracer.scan_only or (self.run is not None and n in self.run.done)
 
     def _release(self) -> None:
         """The values now belong to whoever saved them."""
@@ -187,6 +228,6 @@ class Wave:
         """What the sizes that were unknown turned out to be."""
         if self.alone:
             return {}
-        symbol = self.host._scanner.length.node.expr
-        length = self.host._length(self.batch)
-        return {} if length is None else {symbol: length}
+        scanner = self.host._scanner
+        known = ((scanner.rows, self.batch.rows), (scanner.length, self.host._length(self.batch)))
+        return {symbol.node.expr: n for symbol, n in known if n is not None}

@@ -10,10 +10,10 @@ import torch
 from ..config import quiet
 from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
 from . import saving
-from .lazy import user_line
+from .lazy import Line, user_line
 from .plan import Groups, InterventionGraph
 from .recorder import Recorder
-from .tape import Invoke, Tape
+from .tape import Invoke, Tape, held
 
 
 class Wave(Protocol):
@@ -61,7 +61,7 @@ class Tracer:
         self.given: list[Invoker] = []
         self.recorder = Recorder()
         self.line = user_line()
-        self.called = 0
+        self.barriers: list[tuple[int, list[int], Line]] = []
 
     # -- the context ---------------------------------------------------------------------------------------------
 
@@ -74,6 +74,7 @@ class Tracer:
         self.host.tracer = self
         try:
             self.line = user_line()
+            self.args, self.kwargs = held(self.args), held(self.kwargs)
             self.state = self.host._state()
             if self.args or self.host._has_input(self.kwargs):
                 self._begin(self.host._prepare(self.args, self.kwargs), alone=True)
@@ -103,7 +104,11 @@ class Tracer:
                     "`with model.trace() as tracer:` and in it `with tracer.invoke(prompt):`."
                 )
             try:
-                self._finish()
+                session = saving.session()
+                if session is None:
+                    self.run()
+                else:
+                    session.run(self)
             except BaseException:
                 self._abort()
                 raise
@@ -112,15 +117,22 @@ class Tracer:
                 wave.tape.open = False
                 saving.closed(wave.tape)
             self.host.tracer = None
-        return isinstance(error, Stopping)
+        return type(error) is Stopping
 
     def _begin(self, first: Any, alone: bool) -> None:
         wave = self.host._wave(self, first, alone)
         self.waves.append(wave)
-        self.recorder.tape = wave.tape
+        self.recorder.tape, self.recorder.inside = wave.tape, alone
         saving.opened(wave.tape)
 
-    def _finish(self) -> None:
+    def run(self) -> None:
+        """The body is done: run what is left of it, and deliver what was saved."""
+        for n, (reached,), line in self.barriers:
+            if reached % n:
+                raise InvokeError(
+                    f"{line}: a barrier was never reached by every block: `barrier({n})` was called {reached} times. Call it "
+                    "in each of the invokes, or give it their number."
+                )
         wave = self.waves[-1]
         wave.tape.settle()
         for each in self.waves:
@@ -203,8 +215,34 @@ class Tracer:
             reached[0] += 1
             self.tape.barrier()
 
-        self.barriers = [*getattr(self, "barriers", []), (n, reached, user_line())]
+        self.barriers.append((n, reached, user_line()))
         return barrier
+
+    def cache(
+        self,
+        modules: list | None = None,
+        device: Any = "cpu",
+        dtype: Any = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+    ) -> Any:
+        """Keep what many modules return (`include_output`) or get (`include_inputs`), after every intervention.
+
+        ```python
+        with model.trace(prompt) as tracer:
+            cache = tracer.cache()
+        cache["model.transformer.h.0"].output  # or cache.model.transformer.h[0].output
+        ```
+
+        `modules` are envoys or paths, all by default. Each tensor is detached, moved to `device` (`None`: left where it
+        is) and cast to `dtype`. It holds the rows of the invoke in which it is declared. Objects (a KV cache) are not kept.
+
+        Raises:
+            InvokeError: a value was read or changed before (a `ValueError`).
+            UnknownModuleError: `modules` names one that there is not.
+        """
+        return self.host._cache(self, modules, device, dtype, detach, include_output, include_inputs)
 
     def apply(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
         """`fn(*args, **kwargs)` on the real values, when the model gets there; a sync point."""
@@ -238,6 +276,13 @@ class Stopping(BaseException):
     """Leaves the body at `tracer.stop()`; never leaves the `with` block."""
 
 
+class Leaving(Stopping):
+    """Leaves a session at `session.stop()`: the blocks in it, and the session's own."""
+
+    def __init__(self, scope: Any):
+        self.scope = scope
+
+
 class Invoker:
     """An open invoke."""
 
@@ -266,6 +311,7 @@ class Invoker:
             raise InvokeError(
                 f"{user_line()}: cannot open an invoke with one already open. Leave the other `with` block first."
             )
+        self.args, self.kwargs = held(self.args), held(self.kwargs)
         if self.batch is None and (self.args or self.kwargs):
             with _paused(tracer.recorder):
                 self.batch = tracer.host._prepare(self.args, self.kwargs)
@@ -288,7 +334,7 @@ class Invoker:
         wave.tape.invoke = Invoke(wave.index_of(self))
         if not self.prepared:
             tracer.given.append(self)
-        tracer.invoker = self
+        tracer.invoker, tracer.recorder.inside = self, True
         return self
 
     def _check_second_wave(self) -> None:
@@ -302,10 +348,10 @@ class Invoker:
             )
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        self.tracer.invoker = None
+        self.tracer.invoker, self.tracer.recorder.inside = None, False
         if error is None or isinstance(error, Stopping):
             self.tracer.waves[-1].tape.settle()
-        return isinstance(error, Stopping)
+        return type(error) is Stopping
 
 
 class _paused:

@@ -46,6 +46,8 @@ class LazyTensor(torch.Tensor):
     _key: tuple  # its key in the recording: ("v", op, leaf)
     _fake: torch.Tensor  # shape, dtype, device: all that is known of it
     _line: Line  # where it was made
+    _placed = True  # is it known where it will be
+    _held: torch.Tensor | None = None  # the real tensor, between the run of its trace and the end of the session
 
     @staticmethod
     def __new__(cls, tape: Tape, key: tuple, fake: torch.Tensor, line: Line) -> LazyTensor:

@@ -30,6 +30,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, tape: Tape | None = None):
         super().__init__()
         self.tape = tape
+        self.inside = True  # not between two invokes, where what names no recorded value is the user's own
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -42,10 +43,9 @@ class Recorder(TorchFunctionMode):
             return tape.call(func, args, kwargs)
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _concerns(tape: Tape, func: Any, args: tuple, kwargs: dict) -> bool:
+    def _concerns(self, tape: Tape, func: Any, args: tuple, kwargs: dict) -> bool:
         name = name_of(func)
-        if name in _RANDOM or (tape.gradients.backwards and func == _GET_GRAD):
+        if (name in _RANDOM and self.inside) or (tape.gradients.backwards and func == _GET_GRAD):
             return True
         leaves: list | None = None
         if tape.changed or _hidden(args) or _hidden(kwargs.values()):

@@ -24,6 +24,7 @@ from . import ambient, tree
 from .encode import Identity, Keep, Key, decode, encode, facts, references
 from .functions import INSIDE, custom_function
 from .gradients import LATE, Gradients
+from .interleave import observed
 from .lazy import LazyObject, LazyTensor, Line, user_line
 from .lifting import lift, name_of
 from .names import (
@@ -40,9 +41,11 @@ from .plan import (
     APPLY,
     BARRIER,
     CALL,
+    EVERY,
     GRAD,
     MODULE,
     OBJECT,
+    OBSERVE,
     READ,
     SAVE,
     SKIP,
@@ -52,6 +55,7 @@ from .plan import (
     WRITE,
     Groups,
     InterventionGraph,
+    Observed,
     Op,
     Site,
 )
@@ -63,6 +67,7 @@ class Missing(NamedTuple):
     """Why the metadata of a site is not known before the run: its reads are sync points."""
 
     reason: str
+    certain: bool = False  # is it known that the run does not pass it
 
 
 class SiteMeta(NamedTuple):
@@ -147,11 +152,13 @@ class Tape:
         self.saved: dict[int, LazyTensor] = {}
         self.objects: dict[int, tuple[LazyObject, Key]] = {}  # objects in saved containers
         self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
+        self.told: list[Callable[[Any], None]] = []  # told of the run when it is over: caches, a session
         self.recapture = (
             ""  # does the plan change what the model's Python sees ("changes"), or leave parts out ("removes")
         )
         self.reshaped = False  # does it change the metadata of later sites
         self.open = True
+        self.bridged = False  # its trace has run, and its session has not ended: values that somebody holds are there
         self.base = ambient.current()
         self.grad = self.base.grad  # the grad mode of the body, whatever `Function.apply` makes of it
         self.transforms, self.thread = transforms(), threading.get_ident()
@@ -170,6 +177,8 @@ class Tape:
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Record `func(*args, **kwargs)`, or answer it where it needs no data, or sync where it needs Python numbers."""
+        if self.bridged:
+            return func(*held(args), **held(kwargs))
         self.check_open(args, kwargs)
         if transforms() != self.transforms:
             raise NotRecordableError(
@@ -389,7 +398,7 @@ class Tape:
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake of a tensor, recorded or real."""
         if isinstance(tensor, LazyTensor):
-            return tensor._fake
+            return tensor._fake if tensor._tape is self else self.fake_of(self._tensor_key(tensor))
         key = self.slots.get(id(tensor))
         return self.fake_of(key) if key is not None else tensor
 
@@ -411,7 +420,9 @@ class Tape:
         return self.fake_of(leaf) if isinstance(leaf, tuple) else leaf  # type: ignore[return-value]
 
     def earlier(self, lazy: LazyTensor) -> torch.Tensor:
-        """The real tensor of a value of an earlier wave of the same trace."""
+        """The real tensor of a value of an earlier wave of the same trace, or of an earlier trace of the session."""
+        if lazy._held is not None:
+            return lazy._held
         self.check_open((lazy,), {})
         key = lazy._key
         if key not in self.reals:
@@ -437,7 +448,7 @@ class Tape:
         return None if now == self.base else now
 
     def check_open(self, args: Any, kwargs: dict) -> None:
-        if self.open and not self.busy:
+        if (self.open and not self.busy) or self.bridged:
             return
         from .lazy import _first
 
@@ -450,7 +461,8 @@ class Tape:
             )
         raise UnsavedValueError(
             f"{user_line()}: {made} was used after its trace, but not saved: it has no data. "
-            "Add `.save()` to it inside the trace (or `nnsight_fx.save(container)`)."
+            "Add `.save()` to it inside the trace (or `nnsight_fx.save(container)`), or put both traces into one "
+            "`with model.session():`, in which values flow from trace to trace."
         )
 
     def describe(self, key: Key) -> str:
@@ -458,7 +470,7 @@ class Tape:
         if op is None:
             return "value"
         if op.kind == READ:
-            return ".".join(p for p in op.target[:2] if p) + (f"[{key[2]}]" if key[2] else "")
+            return ".".join(p for p in op.target[:2] if p) + (f"[{key[2]}]" if key[2] > 0 else "")
         return repr(op.target) if isinstance(op.target, Identity) else f"{op.kind} {op.target}"
 
     # -- sites --------------------------------------------------------------------------------------------------
@@ -511,6 +523,27 @@ class Tape:
         self._watch(site, value)
         return value
 
+    def observe(self, site: Site, how: Observed) -> tuple[int, Any]:
+        """A saved read of a site as everybody leaves it; the operation's number and the value."""
+        n, meta = len(self.ops), self.meta(site)
+        assert isinstance(meta, SiteMeta)
+        leaves = [LazyObject(self, site, i, x.type) if isinstance(x, Opaque) else x for i, x in enumerate(meta.leaves)]
+        value = self.add(
+            *(OBSERVE, site, (), {}),
+            extra=(meta.batched, how),
+            result=lambda: tree.unflatten([observed(x, how) for x in leaves], meta.spec),
+        )
+        kept = [x for x in tree.flatten(value)[0] if isinstance(x, LazyTensor)]
+        self.saved.update((id(x), x) for x in kept)
+        self.add(SAVE, None, tuple(kept), {}, result=lambda: None)
+        return n, value
+
+    def follow(self, path: str, kind: str, how: Observed) -> int:
+        """An observation of every call of a module, of which nothing is known before the run."""
+        n = len(self.ops)
+        self.add(OBSERVE, (path, kind, EVERY), (), {}, extra=(None, how), result=lambda: None)
+        return n
+
     def _read_live(self, site: Site) -> Any:
         """A read whose value must be looked at: the model runs up to it."""
         n = len(self.ops)
@@ -525,6 +558,7 @@ class Tape:
 
     def look(self, site: Site, leaf: int) -> Any:
         """The real object at a leaf of a site, by a sync point."""
+        self.check_open((), {})
         n = len(self.ops)
         self.add(READ, site, (), {}, extra=None, result=lambda: None)
         return tree.flatten(self._sync([("v", n, -1)])[0])[0][leaf]
@@ -591,8 +625,33 @@ class Tape:
         }
         self.invoke.metas.pop(site, None)
 
+    def read_input(self, site: Site) -> Any:
+        """The first argument at an input: positional, else by keyword."""
+        args, kwargs = self.read(site, whole=False)
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if any(isinstance(x, Opaque) for x in tree.flatten(first)[0]):
+            args, kwargs = self.read(site)
+            first = args[0] if args else next(iter(kwargs.values()))
+        return first
+
+    def write_input(self, site: Site, value: Any) -> None:
+        """Set the first argument, and leave the others."""
+        meta = self.meta(site)
+        if isinstance(meta, SiteMeta):
+            args, kwargs = tree.unflatten([Keep(i) for i in range(len(meta.leaves))], meta.spec)
+        else:
+            args, kwargs = self.read(site)
+        if args:
+            args = (value, *args[1:])
+        elif kwargs:
+            kwargs = {**kwargs, next(iter(kwargs)): value}
+        else:
+            raise ValueError(f"{user_line()}: `{site[0]}` is called without arguments: there is no input to write")
+        self.write(site, (args, kwargs))
+
     def _written_order(self, leaves: list) -> tuple[int, Site, int] | None:
-        found = [self.order[x._key[1:]] for x in leaves if isinstance(x, LazyTensor) and x._key[1:] in self.order]
+        own = [x._key[1:] for x in leaves if isinstance(x, LazyTensor) and x._tape is self]
+        found = [self.order[value] for value in own if value in self.order]
         return max(found, key=lambda f: f[0]) if found else None
 
     def _to_device(self, leaf: Any, meta: SiteMeta, i: int) -> Any:
@@ -769,6 +828,10 @@ class Tape:
         if _mutable(spec):
             self.invoke.containers[site] = (value, leaves, spec)
 
+    def forget_reads(self) -> None:
+        """Hold no value that the body does not hold."""
+        self.invoke = Invoke(self.invoke.index)
+
     def settle(self) -> None:
         """Record as writes what the user did to the containers he was given."""
         for site, (value, leaves, spec) in list(self.invoke.containers.items()):
@@ -794,10 +857,21 @@ class Tape:
         self.check_open((lazy,), {})
         if id(lazy) not in self.saved:
             self.saved[id(lazy)] = lazy
-            self.add(SAVE, None, (lazy,), {}, result=lambda: None)
+            self.keep(lazy)
+
+    def keep(self, lazy: LazyTensor) -> None:
+        """The run shall give a value, whether or not it is delivered."""
+        if not self.open:
+            return
+        self.settle()
+        mine, self.invoke = self.invoke, Invoke(self.ops[lazy._key[1]].invoke)  # whoever made it waits for nobody
+        self.add(SAVE, None, (lazy,), {}, result=lambda: None)
+        self.invoke = mine
 
     def sync(self, lazies: list[LazyTensor]) -> list[torch.Tensor]:
         """The real tensors of recorded values; the model runs as far as they need."""
+        if self.bridged:
+            return [self.earlier(x) for x in lazies]
         self.check_open(lazies, {})
         if any(x._key[1] == INSIDE for x in lazies):
             raise NotRecordableError(
@@ -854,6 +928,15 @@ class Tape:
             known = InterventionGraph.of(tuple(self.ops), groups, self.recapture, tuple(self.specs))
             self.step.plans[(groups, self.recapture)] = known
         return known
+
+
+def held(args: Any) -> Any:
+    """Arguments with the values of earlier traces of a session as the real tensors that they are by now."""
+    leaves, spec = tree.flatten(args)
+    real = [x._tape.earlier(x) if isinstance(x, LazyTensor) and x._tape.bridged else x for x in leaves]
+    if all(a is b for a, b in zip(leaves, real, strict=True)):
+        return args  # containers, and whoever holds them, stay what they are
+    return tree.unflatten(real, spec, args)
 
 
 def _fake_args(tape: Tape, args: Any) -> Any:
