@@ -13,6 +13,7 @@ from .aliasing import Names, Rename
 from .capture import _torch
 from .capture.markers import Markers
 from .capture.scan import PLAIN, callee
+from .engine.generation import Generation
 from .engine.removal import removable
 from .engine.run import Run
 from .engine.sites import Scanner
@@ -193,6 +194,10 @@ class NNsight(Envoy):
         tensors = [x for x in moved if isinstance(x, torch.Tensor) and x.dim() > 0]
         return Batch(args, kwargs, rows=tensors[0].shape[0] if tensors else 1)
 
+    def _given(self, args: tuple, kwargs: dict, rows: int) -> Batch:
+        """What a generation calls the model with: as it is."""
+        return Batch(args, kwargs, rows)
+
     def _collate(self, batches: list[Batch], pad_to: int | None = None) -> Batch:
         """Several inputs as one: tensors are concatenated on dimension 0."""
         if len(batches) == 1:
@@ -256,11 +261,21 @@ class NNsight(Envoy):
         _torch.set_stance(_torch.eager_stance())
         return lambda: _torch.set_stance(old)
 
-    def _wave(self, tracer: Tracer, first: Batch, alone: bool) -> Wave:
+    def _wave(self, tracer: Tracer, first: Any, alone: bool) -> Wave:
+        if tracer.generation is not None:
+            return tracer.generation.wave()
         return Wave(self, tracer, first, alone)
 
+    def _generation(self, tracer: Tracer, first: Batch) -> Generation | None:
+        """The generation that a trace is, if its function runs the model many times."""
+        if tracer.fn != "generate" or tracer.scan_only:
+            return None
+        batch = self._collate([first], pad_to=tracer.pad_to)
+        kwargs = {k: v for k, v in batch.kwargs.items() if k != "position_ids" or k in first.kwargs}
+        return Generation(self, tracer, batch.args, kwargs)
+
     def _run(self, wave: Wave, plan: Any, constants: list, lines: list) -> Run:
-        fn = wave.tracer.fn
+        fn = wave.fn
         batch = wave.batch
 
         def call() -> Any:

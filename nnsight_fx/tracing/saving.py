@@ -86,7 +86,7 @@ def collect(tape: Tape) -> None:
             if isinstance(lazy, LazyTensor):
                 lazy.save()
             else:
-                tape.keep_object(lazy)
+                lazy._tape.keep_object(lazy)
 
 
 def put_objects(container: Any) -> None:

@@ -73,6 +73,7 @@ class SiteMeta(NamedTuple):
     batched: tuple[bool | None, ...]  # leaf by leaf: does dimension 0 hold the batch; `None`: where its size says so
     order: int  # its place among all sites of a run
     unsure: bool = False  # did the scan guess, so that a read must look whether it was right
+    sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
 
 
 class Opaque(NamedTuple):
@@ -98,7 +99,7 @@ class Step:
 
     def __init__(self, parent: Step | None = None, op: Op | None = None):
         self.parent, self.op = parent, op
-        self.children: dict[Op, Step] = {}
+        self.children: dict[Op | tuple[Op, tuple], Step] = {}
         self.plans: dict[tuple, InterventionGraph] = {}
         self.needs = references((op.args, op.kwargs)) if op is not None else frozenset()
         self.spec: tree.Spec = None
@@ -155,6 +156,7 @@ class Tape:
         self.base = ambient.current()
         self.grad = self.base.grad  # the grad mode of the body, whatever `Function.apply` makes of it
         self.transforms, self.thread = transforms(), threading.get_ident()
+        self.closed = False  # has the forward run that this recording is of, while the trace goes on
         self.busy = False  # is the model running? Then nothing is recorded
         self.invoke = Invoke(0)
         self.passed: tuple[Site, Line] | None = None  # how far a sync point has run the model
@@ -245,10 +247,12 @@ class Tape:
         effect: str = "",
         extra: Any = None,
         result: Any = None,
+        sizes: tuple = (),
     ) -> Any:
         """Record one operation and return its result with lazy tensors for new values.
 
-        `result()` computes the fake result where calling the function on fakes does not.
+        `result()` computes the fake result where calling the function on fakes does not; `sizes` is what it depends on
+        beside the operation.
         """
         self.settle()
         marks = len(self.constants)
@@ -262,7 +266,8 @@ class Tape:
             effect,
             extra,
         )
-        step = self.step.children.get(op)
+        key = (op, sizes) if sizes else op
+        step = self.step.children.get(key)
         if step is None:
             try:
                 step = self._evaluate(op, result)
@@ -272,7 +277,7 @@ class Tape:
             if kind == CALL and not effect and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves):
                 self._forget(marks)
                 return tree.unflatten(step.leaves, step.spec)
-            self.step.children[op] = step
+            self.step.children[key] = step
         return self._advance(step, op)
 
     def _forget(self, marks: int) -> None:
@@ -502,6 +507,7 @@ class Tape:
                 {},
                 extra=(meta.batched, _expected(meta)),
                 result=lambda: tree.unflatten(leaves, meta.spec),
+                sizes=meta.sizes,
             )
         self._touch(site)
         if isinstance(meta, SiteMeta) and opaque and not whole and not _replaceable(meta):
@@ -531,7 +537,7 @@ class Tape:
 
     def keep_object(self, lazy: LazyObject) -> None:
         """A saved container holds an object: the run shall give it."""
-        if "_real" not in lazy.__dict__ and id(lazy) not in self.objects:
+        if "_real" not in lazy.__dict__ and id(lazy) not in self.objects and not self.closed:
             n = len(self.ops)
             self.add(OBJECT, lazy._site, (), {}, extra=lazy._leaf, result=lambda: None)
             self.objects[id(lazy)] = (lazy, ("v", n, 0))
@@ -794,7 +800,18 @@ class Tape:
         self.check_open((lazy,), {})
         if id(lazy) not in self.saved:
             self.saved[id(lazy)] = lazy
+            if self.closed:  # its forward has run, and has kept what was held then
+                return
             self.add(SAVE, None, (lazy,), {}, result=lambda: None)
+
+    def close_step(self) -> None:
+        """Nothing is recorded here any more: keep, for what comes later, the values that the body still holds."""
+        self.settle()
+        self.invoke = Invoke(self.invoke.index)
+        for lazy in sorted(self.values.values(), key=lambda x: x._key):
+            if id(lazy) not in self.saved and lazy._key[1] != INSIDE:
+                self.add(SAVE, None, (lazy,), {}, result=lambda: None)
+        self.closed = True
 
     def sync(self, lazies: list[LazyTensor]) -> list[torch.Tensor]:
         """The real tensors of recorded values; the model runs as far as they need."""
