@@ -139,7 +139,7 @@ class NNsight(Envoy):
         self._check_fn(fn)
         self.dispatch()
         if not trace:
-            batch = self._collate([self._prepare(args, kwargs)], pad_to=pad_to)
+            batch = self._arguments(fn, [self._prepare(args, kwargs)], pad_to)
             return callee(self._module, fn)(*batch.args, **batch.kwargs)
         return Tracer(self, args, kwargs, compile=compile, fn=fn, pad_to=pad_to)
 
@@ -270,9 +270,15 @@ class NNsight(Envoy):
         """The generation that a trace is, if its function runs the model many times."""
         if tracer.fn != "generate" or tracer.scan_only:
             return None
-        batch = self._collate([first], pad_to=tracer.pad_to)
-        kwargs = {k: v for k, v in batch.kwargs.items() if k != "position_ids" or k in first.kwargs}
-        return Generation(self, tracer, batch.args, kwargs)
+        batch = self._arguments(tracer.fn, [first], tracer.pad_to)
+        return Generation(self, tracer, batch.args, batch.kwargs)
+
+    def _arguments(self, fn: str | None, batches: list[Batch], pad_to: int | None) -> Batch:
+        """What a function of the model is called with."""
+        batch = self._collate(batches, pad_to=pad_to)
+        if fn == "generate" and not any("position_ids" in b.kwargs for b in batches):
+            batch.kwargs.pop("position_ids", None)  # it counts them itself, step by step
+        return batch
 
     def _run(self, wave: Wave, plan: Any, constants: list, lines: list) -> Run:
         fn = wave.fn

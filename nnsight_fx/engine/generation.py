@@ -39,7 +39,7 @@ class Generation:
         self.calls = 0  # forwards begun
         self.inputs: tuple[tuple, dict] = ((), {})  # of the forward that is to run
         self.run: Run | None = None  # the one of the forward that is running, or has just run
-        self.prompt: Any = None  # what the streamer got before the first forward
+        self.given: list[Any] = []  # what the streamer got: the prompt, and the tokens of each forward
         self.free = False  # is the body done? Then nothing stops any more
         self.result: Any = None
         self.restore: Callable[[], None] = lambda: None
@@ -86,9 +86,8 @@ class Generation:
 
     def put(self, value: Any) -> None:
         """The streamer is given `value`."""
-        if self.run is None:
-            self.prompt = value
-        else:
+        self.given.append(value)
+        if self.run is not None:
             self.run.pass_site(STREAMER, "output", value)
 
     def wave(self) -> Wave:
@@ -243,14 +242,14 @@ def streamed(tracer: Any) -> Any:
     if generation is None or "streamer" not in generation.kwargs:
         raise MissedSiteError(f"{user_line()}: there is a streamer in `model.generate` only, and not with beams.")
     cursor = tracer.cursor
-    if cursor.hit is None and not cursor.pin:
-        return tracer.known(generation.prompt)
-    if cursor.hit is None:
-        cursor.pin, pin = cursor.pin - 1, cursor.pin  # occurrence 0 was the prompt
-        try:
-            call = cursor.call(STREAMER, "output")
-        finally:
-            cursor.pin = pin
-    else:
+    if cursor.hit is not None:
+        return tracer.tape.read((STREAMER, "output", cursor.call(STREAMER, "output")))
+    pin = cursor.pin
+    if (pin or 0) < len(generation.given):
+        return tracer.known(generation.given[pin or 0])
+    cursor.pin = (pin or 0) - 1  # the forward behind which it comes: occurrence 0 was the prompt
+    try:
         call = cursor.call(STREAMER, "output")
+    finally:
+        cursor.pin = pin
     return tracer.tape.read((STREAMER, "output", call))

@@ -11,7 +11,7 @@ import torch
 from ..config import quiet
 from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
 from . import ambient, saving, tree
-from .iteration import Cursor, Iterations
+from .iteration import Cursor, Iterations, Never
 from .lazy import user_line
 from .plan import Groups, InterventionGraph
 from .recorder import Recorder
@@ -104,6 +104,10 @@ class Tracer:
         self.modes.close()
         self.resume_body()
         try:
+            if isinstance(error, Never):  # found out before the run, told after it
+                with contextlib.suppress(MissedSiteError):
+                    self._finish()
+                return False
             if error is not None and not isinstance(error, Stopping):
                 self._abort()
                 if isinstance(error, MissedSiteError):
