@@ -139,7 +139,13 @@ class Scanner:
     def _signature(self, batch: Any, fn: str | None, unknown: tuple | None, past: Past | None) -> Signature:
         leaves, spec = tree.flatten((batch.args, batch.kwargs))
         described = tuple(
-            (("?" if unknown else past.shape(x) if past else tuple(x.shape)), x.dim(), x.dtype, x.device, x.requires_grad)
+            (
+                ("?" if unknown else past.shape(x) if past else tuple(x.shape)),
+                x.dim(),
+                x.dtype,
+                x.device,
+                x.requires_grad,
+            )
             if isinstance(x, torch.Tensor)
             else state(x, past)
             for x in leaves

@@ -122,7 +122,9 @@ class Iterations:
         numbers = [chosen.start, chosen.stop] if isinstance(chosen, slice) else chosen
         for n in [numbers] if isinstance(numbers, int) else numbers:
             if n is not None and n < 0:
-                raise ValueError(f"{user_line()}: `tracer.iter` counts from 0, and got {n}; how many there are is not known")
+                raise ValueError(
+                    f"{user_line()}: `tracer.iter` counts from 0, and got {n}; how many there are is not known"
+                )
         return Iterations(self.tracer, chosen)
 
     def _indices(self) -> Iterator[int]:
@@ -190,7 +192,9 @@ class Iterations:
 
 def _contents(container: Any) -> Any:
     """The identity of what a container holds."""
-    values = container.values() if isinstance(container, dict) else container if isinstance(container, list | set) else ()
+    values = (
+        container.values() if isinstance(container, dict) else container if isinstance(container, list | set) else ()
+    )
     return {id(v) for v in values}
 
 
