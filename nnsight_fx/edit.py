@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from .errors import InvokeError, NestedTraceError, own_error
+from .errors import InvokeError, NestedTraceError, NotRecordableError, own_error
 from .tracing.contexts import Stopping
 from .tracing.draft import Draft
 from .tracing.lazy import user_line
@@ -18,6 +18,7 @@ class Editor:
         self.host, self.inplace = host if inplace else host._copy(), inplace
         self.tape = Draft()
         self.recorder = Recorder(self.tape)
+        self.cursor = Every()
         self.waves = [self]  # as a trace has them: of each, the tape
         self.line = user_line()
 
@@ -69,3 +70,13 @@ class Editor:
         if name.startswith("_") or "host" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.host, name)
+
+
+class Every:
+    """Where an edit stands among the occurrences: at the first of every forward."""
+
+    def call(self, path: str, kind: str) -> int:
+        return 0
+
+    def next(self, step: int, path: str | None = None) -> NoReturn:
+        raise NotRecordableError(f"{user_line()}: an edit counts no occurrences. Use `.next()` in a trace.")

@@ -13,6 +13,7 @@ from .errors import OutsideTraceError, UnknownModuleError, nearest, own_error
 from .methods import traceable
 from .tracing import tree
 from .tracing.lazy import LazyTensor, user_line
+from .tracing.plan import Site
 from .tracing.tape import Tape
 
 _TAKEN = (
@@ -34,45 +35,64 @@ class Envoy:
 
     # -- values --------------------------------------------------------------------------------------------------
 
-    def _tape(self, what: str) -> Tape:
+    def _at(self, what: str, kind: str | None = None) -> tuple[Tape, Site]:
+        """The open recording, and the occurrence of a site of this module that is meant."""
         tracer = self._root.tracer
         if tracer is None:
             raise OutsideTraceError(
                 f"{user_line()}: cannot access `{self.path}.{what}` outside of a trace: values exist only while the model "
                 "runs. Open one: `with model.trace(...):`."
             )
-        return tracer.tape
+        if tracer.waves:
+            call = tracer.cursor.call(self._path, kind or what)
+            return tracer.tape, (self._path, kind or what, call)
+        return tracer.tape, (self._path, kind or what, 0)
+
+    def next(self, step: int = 1) -> Envoy:
+        """From here on, the next occurrence of this module: `model.lm_head.next().output`."""
+        tracer = self._root.tracer
+        if tracer is None:
+            raise OutsideTraceError(f"{user_line()}: `{self.path}.next()` outside of a trace has nothing to count.")
+        tracer.cursor.next(step, self._path)
+        return self
 
     @own_error
     def nns_output(self) -> Any:
         """What the module returned: the model's own structure, with tensors that are recorded."""
-        return self._tape("output").read((self._path, "output", 0))
+        tape, site = self._at("output")
+        return tape.read(site)
 
     @nns_output.setter
     def nns_output(self, value: Any) -> None:
-        self._tape("output").write((self._path, "output", 0), value)
+        tape, site = self._at("output")
+        tape.write(site, value)
 
     @own_error
     def nns_inputs(self) -> Any:
         """`(args, kwargs)` of the module's call."""
-        return self._tape("inputs").read((self._path, "input", 0))
+        tape, site = self._at("inputs", "input")
+        return tape.read(site)
 
     @nns_inputs.setter
     def nns_inputs(self, value: Any) -> None:
-        self._tape("inputs").write((self._path, "input", 0), value)
+        tape, site = self._at("inputs", "input")
+        tape.write(site, value)
 
     @own_error
     def nns_input(self) -> Any:
         """The first argument of the module's call: positional, else by keyword."""
-        return self._tape("input").read_input((self._path, "input", 0))
+        tape, site = self._at("input")
+        return tape.read_input(site)
 
     @nns_input.setter
     def nns_input(self, value: Any) -> None:
-        self._tape("input").write_input((self._path, "input", 0), value)
+        tape, site = self._at("input")
+        tape.write_input(site, value)
 
     def skip(self, value: Any) -> None:
         """Do not run the module: its output is `value`. Its input can be read before, its output after."""
-        self._tape("skip").skip(self._path, 0, value)
+        tape, (path, _, call) = self._at("skip", "input")
+        tape.skip(path, call, value)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         """Inside a trace: the module applied to values, on its parameters' device. Outside: the module itself.

@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from . import tokens
 from .aliasing import Rename
+from .generator import Generator
 from .loading import ModelNotFoundError as ModelNotFoundError
 from .loading import Source
 from .model import Batch, NNsight
@@ -103,6 +104,26 @@ class LanguageModel(NNsight):
     def config(self) -> Any:
         """The transformers configuration of the model."""
         return self._module.config
+
+    def generate(self, *args: Any, compile: bool | dict | None = None, trace: bool = True, **kwargs: Any) -> Any:
+        """Generate tokens with the interventions of a `with` block; keywords are those of transformers' `generate`.
+
+        ```python
+        with model.generate("The Eiffel Tower is in", max_new_tokens=5) as tracer:
+            for step in tracer.iter[:]:                          # each forward: the prompt, then one token each
+                model.transformer.h[3].output += vector
+            ids = tracer.result.save()                           # (1, prompt + 5)
+        ```
+
+        A body without a loop is for the first forward, the prompt's. A step runs when the loop goes on to the next, so
+        values of earlier steps can be used in later ones. The body runs under `no_grad`, as `generate` does.
+        """
+        return self.trace(*args, fn="generate", compile=compile, trace=trace, **kwargs)
+
+    @property
+    def generator(self) -> Any:
+        """What `generate` returns (`.output`), and the tokens as they come (`.streamer.output`)."""
+        return self._child("generator") if "generator" in self._module._modules else Generator(self, "model.generator")
 
     # -- inputs ----------------------------------------------------------------------------------------
 

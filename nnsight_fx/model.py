@@ -16,6 +16,7 @@ from .capture import _torch
 from .capture.markers import Markers
 from .capture.scan import PLAIN, callee
 from .edit import Editor
+from .engine.generation import Generation
 from .engine.removal import removable
 from .engine.run import Run
 from .engine.session import Session
@@ -180,7 +181,7 @@ class NNsight(Envoy):
                 result = save(tracer.result)
             return result
         if not trace:
-            batch = self._collate([self._prepare(args, kwargs)], pad_to=pad_to)
+            batch = self._arguments(fn, [self._prepare(args, kwargs)], pad_to)
             return callee(self._module, fn)(*batch.args, **batch.kwargs)
         return Tracer(self, args, kwargs, compile=compile, fn=fn, pad_to=pad_to)
 
@@ -278,6 +279,10 @@ class NNsight(Envoy):
         tensors = [x for x in moved if isinstance(x, torch.Tensor) and x.dim() > 0]
         return Batch(args, kwargs, rows=tensors[0].shape[0] if tensors else 1)
 
+    def _given(self, args: tuple, kwargs: dict, rows: int) -> Batch:
+        """What a generation calls the model with: as it is."""
+        return Batch(args, kwargs, rows)
+
     def _collate(self, batches: list[Batch], pad_to: int | None = None) -> Batch:
         """Several inputs as one: tensors are concatenated on dimension 0."""
         if len(batches) == 1:
@@ -341,11 +346,27 @@ class NNsight(Envoy):
         _torch.set_stance(_torch.eager_stance())
         return lambda: _torch.set_stance(old)
 
-    def _wave(self, tracer: Tracer, first: Batch, alone: bool) -> Wave:
+    def _wave(self, tracer: Tracer, first: Any, alone: bool) -> Wave:
+        if tracer.generation is not None:
+            return tracer.generation.wave()
         return Wave(self, tracer, first, alone)
 
+    def _generation(self, tracer: Tracer, first: Batch) -> Generation | None:
+        """The generation that a trace is, if its function runs the model many times."""
+        if tracer.fn != "generate" or tracer.scan_only:
+            return None
+        batch = self._arguments(tracer.fn, [first], tracer.pad_to)
+        return Generation(self, tracer, batch.args, batch.kwargs)
+
+    def _arguments(self, fn: str | None, batches: list[Batch], pad_to: int | None) -> Batch:
+        """What a function of the model is called with."""
+        batch = self._collate(batches, pad_to=pad_to)
+        if fn == "generate" and not any("position_ids" in b.kwargs for b in batches):
+            batch.kwargs.pop("position_ids", None)  # it counts them itself, step by step
+        return batch
+
     def _run(self, wave: Wave, plan: Any, constants: list, lines: list) -> Run:
-        fn = wave.tracer.fn
+        fn = wave.fn
         batch = wave.batch
 
         def call() -> Any:

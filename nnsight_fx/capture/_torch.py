@@ -246,6 +246,15 @@ def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool
     return lambda values: env.evaluate_guards_expression(code, [values[i] for i in where])
 
 
+def guards_hold(env: Any, since: int, fakes: list) -> Callable[[list], bool]:
+    """The check of the guards on sizes added since `since`, over the values of the symbols `fakes`."""
+    new = env.guards[since:]
+    if not new:
+        return lambda values: True
+    code = env.produce_guards_expression(fakes, guards=new)
+    return (lambda values: env.evaluate_guards_expression(code, values)) if code else lambda values: True
+
+
 def fake_like(context: Any, facts: tuple) -> torch.Tensor:
     """A fake input of a variant, from what a plan knows of a real tensor."""
     shape, stride, dtype, device, requires_grad = facts

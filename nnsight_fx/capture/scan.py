@@ -85,6 +85,7 @@ class Scan:
 
     def __init__(self):
         self.sites: dict[Site, SiteMeta] = {}
+        self.counts: dict[tuple[str, str], int] = {}  # how often each site was passed
         self.ended: BaseException | None = None  # why it could not go on
         self.stop_site: Site | None = None
 
@@ -108,7 +109,7 @@ def scan(
 ) -> Scan:
     """Run `call(copied)` on fakes and note every site; with `plan`, its interventions take effect on the way."""
     found = Scan()
-    counts: dict[tuple[str, str], int] = {}
+    counts = found.counts
 
     def note(path: str, kind: str, value: Any) -> Any:
         n = counts.get((path, kind), 0)

@@ -70,8 +70,8 @@ class Run(TensorInterleaver):
         """Run as far as the plan's last operation, a sync, needs; returns the look-up of values."""
         self.closed = False
         self.extend(plan)
+        self.everything = True
         if self.coroutine is None:
-            self.everything = True
             self.coroutine = Coroutine(self._suspendable, state)
         if not self.coroutine.ended:
             self._resume()

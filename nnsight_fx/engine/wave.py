@@ -30,7 +30,7 @@ class Wave:
 
     def __init__(self, host: Any, tracer: Tracer, first: Any, alone: bool):
         """`first` is the first input; a list of them when all are given first."""
-        self.host, self.tracer, self.alone = host, tracer, alone
+        self.host, self.tracer, self.alone, self.fn = host, tracer, alone, tracer.fn
         self.edits = len(host._edits)
         self.members: list[Invoker | Shadow | None] = [None] * (self.edits + alone)  # `None`: over the whole batch
         self.batches: list[Any] = [first] if alone else []
@@ -40,10 +40,10 @@ class Wave:
         self.fixed: int | None = tracer.pad_to  # the padded length, once it is known
         if alone:
             batch = self.batch = host._collate([first], pad_to=tracer.pad_to)
-            signature = scanner.signature(batch, tracer.fn, None)
+            signature = scanner.signature(batch, self.fn, None)
         else:
             given = first if isinstance(first, list) else [first]
-            signature = scanner.signature(given[0], tracer.fn, host._unknown_dims(given[0]))
+            signature = scanner.signature(given[0], self.fn, host._unknown_dims(given[0]))
         length = tracer.pad_to if tracer.pad_to is not None else scanner.length
         if isinstance(first, list):
             self.batch = host._collate(first, pad_to=tracer.pad_to)
@@ -88,7 +88,7 @@ class Wave:
         batch = self.members[index].batch if index < len(self.members) and self.members[index] is not None else None  # type: ignore[union-attr]
         if batch is None or any(length is not None for _, length in self.host._unknown_dims(batch)):
             return None
-        return self.host._scanner.signature(batch, self.tracer.fn, None)
+        return self.host._scanner.signature(batch, self.fn, None)
 
     def groups(self) -> Groups:
         if self.alone:
@@ -106,6 +106,19 @@ class Wave:
             rows.append((start, batch.rows) if batch is not None else None)
             start += batch.rows if batch is not None else 0
         return Groups(tuple(rows), start)
+
+    # -- occurrences ---------------------------------------------------------------------------------------------
+
+    forward = True  # is it a forward of the model? Not what follows the last one of a generation
+
+    def calls(self, path: str, kind: str) -> int:
+        """How often the forward passes a site, as its scan saw it."""
+        scan = self.tape.sites.signature.scan  # type: ignore[attr-defined]
+        found = scan.counts.get((path, kind), 0)
+        return found if scan.ended is None else max(found, 1)
+
+    def most_calls(self) -> int:
+        return max(self.tape.sites.signature.scan.counts.values(), default=1)  # type: ignore[attr-defined]
 
     # -- running -------------------------------------------------------------------------------------------------
 

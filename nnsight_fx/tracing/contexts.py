@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -9,7 +10,8 @@ import torch
 
 from ..config import quiet
 from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
-from . import saving
+from . import ambient, saving, tree
+from .iteration import Cursor, Iterations, Never
 from .lazy import Line, user_line
 from .plan import Groups, InterventionGraph
 from .recorder import Recorder
@@ -20,6 +22,8 @@ class Wave(Protocol):
     """One forward in the making, as a trace sees it."""
 
     tape: Tape
+
+    def calls(self, path: str, kind: str) -> int: ...
 
     def finish(self) -> None: ...
 
@@ -62,6 +66,10 @@ class Tracer:
         self.recorder = Recorder()
         self.line = user_line()
         self.barriers: list[tuple[int, list[int], Line]] = []
+        self.cursor = Cursor(self)
+        self.generation: Any = None  # a function that runs the model many times, forward by forward
+        self.missed: MissedSiteError | None = None
+        self.counted: dict[tuple[str, str], tuple[int, int]] = {}
 
     # -- the context ---------------------------------------------------------------------------------------------
 
@@ -76,11 +84,18 @@ class Tracer:
             self.line = user_line()
             self.args, self.kwargs = held(self.args), held(self.kwargs)
             self.state = self.host._state()
+            self.modes = contextlib.ExitStack()
             if self.args or self.host._has_input(self.kwargs):
-                self._begin(self.host._prepare(self.args, self.kwargs), alone=True)
+                first = self.host._prepare(self.args, self.kwargs)
+                self.generation = self.host._generation(self, first)
+                if self.generation is not None:
+                    self.modes.enter_context(ambient.under(self.generation.modes))
+                self._begin(first, alone=True)
             self.resume_body = self.host._suspend()
             self.recorder.__enter__()
         except BaseException:
+            self._abort()
+            self.modes.close()
             self.host.tracer = None
             raise
         return self
@@ -88,8 +103,13 @@ class Tracer:
     @quiet
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         self.recorder.__exit__(None, None, None)
+        self.modes.close()
         self.resume_body()
         try:
+            if isinstance(error, Never):  # found out before the run, told after it
+                with contextlib.suppress(MissedSiteError):
+                    self._finish()
+                return False
             if error is not None and not isinstance(error, Stopping):
                 self._abort()
                 if isinstance(error, MissedSiteError):
@@ -133,19 +153,28 @@ class Tracer:
                     f"{line}: a barrier was never reached by every block: `barrier({n})` was called {reached} times. Call it "
                     "in each of the invokes, or give it their number."
                 )
+        if self.generation is not None:
+            self.generation.to_the_end()
+            while self.can_advance:
+                self.advance()
+        self._run_open()
+        self._deliver()
+        if self.missed is not None:
+            raise self.missed
+
+    def _run_open(self) -> None:
+        """Run what is recorded of the open wave. A site that it never reaches is told when everything else is delivered."""
         wave = self.waves[-1]
         wave.tape.settle()
         for each in self.waves:
             saving.collect(each.tape)
-        missed = None
+        if self.can_advance:
+            wave.tape.close_step()
         try:
             with wave.tape.running():
                 wave.finish()
         except MissedSiteError as e:
-            missed = e
-        self._deliver()
-        if missed is not None:
-            raise missed
+            self.missed = self.missed or e
 
     def _deliver(self) -> None:
         for wave in self.waves:
@@ -154,6 +183,51 @@ class Tracer:
     def _abort(self) -> None:
         for wave in self.waves:
             wave.abandon()
+        if self.generation is not None:
+            self.generation.abandon()
+
+    # -- the forwards of a generation ------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The forward that is open."""
+        return len(self.waves) - 1 if self.generation is not None else 0
+
+    @property
+    def can_advance(self) -> bool:
+        """Does anything come after the open forward?"""
+        return self.generation is not None and self.waves[-1].forward
+
+    def advance(self) -> None:
+        """Run the open forward. The next one is open then, or, after the last, what follows the generation."""
+        with _paused(self.recorder):
+            self._run_open()
+            self._begin(None, alone=True)
+            tape = self.recorder.tape
+        self.recorder.tape = tape
+        for wave in self.waves[:-2]:
+            wave.forget()
+
+    def calls(self, path: str, kind: str, step: int) -> int:
+        """How often a forward passes a site."""
+        return self.waves[step if self.generation is not None else -1].calls(path, kind)
+
+    def before(self, path: str, kind: str, step: int) -> int:
+        """How often the forwards before one have passed a site."""
+        at, total = self.counted.get((path, kind), (0, 0))
+        if at > step:
+            at, total = 0, 0
+        total += sum(self.calls(path, kind, i) for i in range(at, step))
+        self.counted[(path, kind)] = (step, total)
+        return total
+
+    def most_calls(self, step: int) -> int:
+        """How often a forward passes the site that it passes most."""
+        return self.waves[step if self.generation is not None else -1].most_calls()
+
+    def containers(self) -> list:
+        """What `nnsight_fx.save(container)` got."""
+        return [c for wave in self.waves for c in wave.tape.containers]
 
     # -- invokes -------------------------------------------------------------------------------------------------
 
@@ -199,8 +273,34 @@ class Tracer:
 
     @own_error
     def result(self) -> Any:
-        """What the traced function returns, after every intervention."""
-        return self.tape.read(("", "result", 0))
+        """What the traced function returns, after every intervention. A generation runs to its end for it."""
+        if self.generation is None:
+            return self.tape.read(("", "result", 0))
+        self.generation.to_the_end()
+        while self.can_advance:
+            self.advance()
+        return self.known(self.generation.result)
+
+    def known(self, value: Any) -> Any:
+        """A real value as a recorded one, to be saved like any other."""
+        tape = self.tape
+        return tree.tree_map(
+            lambda x: tape.call(torch.Tensor.view_as, (x, x), {}) if isinstance(x, torch.Tensor) else x, value
+        )
+
+    @property
+    def iter(self) -> Iterations:
+        """Chosen occurrences: `for step in tracer.iter[:]`, `tracer.iter[2]`, `tracer.iter[1:3]`, `tracer.iter[[0, 4]]`."""
+        return Iterations(self)
+
+    def all(self) -> Iterations:
+        """Every occurrence: `tracer.iter[:]`."""
+        return Iterations(self)
+
+    def next(self, step: int = 1) -> Tracer:
+        """From here on, the next occurrence of every site."""
+        self.cursor.next(step)
+        return self
 
     def stop(self) -> None:
         """End the model's forward here: nothing after the latest site runs, no buffer moves, no cache fills."""
@@ -332,6 +432,7 @@ class Invoker:
         wave = tracer.waves[-1]
         wave.add(self)
         wave.tape.invoke = Invoke(wave.index_of(self))
+        tracer.cursor.reset()
         if not self.prepared:
             tracer.given.append(self)
         tracer.invoker, tracer.recorder.inside = self, True

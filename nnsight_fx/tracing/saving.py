@@ -94,7 +94,7 @@ def collect(tape: Tape) -> None:
             if isinstance(lazy, LazyTensor):
                 lazy.save()
             else:
-                tape.keep_object(lazy)
+                lazy._tape.keep_object(lazy)
     if session() is not None:
         tape.forget_reads()
         for lazy in list(tape.values.values()):

@@ -78,6 +78,7 @@ class SiteMeta(NamedTuple):
     batched: tuple[bool | None, ...]  # leaf by leaf: does dimension 0 hold the batch; `None`: where its size says so
     order: int  # its place among all sites of a run
     unsure: bool = False  # did the scan guess, so that a read must look whether it was right
+    sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
 
 
 class Opaque(NamedTuple):
@@ -103,7 +104,7 @@ class Step:
 
     def __init__(self, parent: Step | None = None, op: Op | None = None):
         self.parent, self.op = parent, op
-        self.children: dict[Op, Step] = {}
+        self.children: dict[Op | tuple[Op, tuple], Step] = {}
         self.plans: dict[tuple, InterventionGraph] = {}
         self.needs = references((op.args, op.kwargs)) if op is not None else frozenset()
         self.spec: tree.Spec = None
@@ -162,6 +163,7 @@ class Tape:
         self.base = ambient.current()
         self.grad = self.base.grad  # the grad mode of the body, whatever `Function.apply` makes of it
         self.transforms, self.thread = transforms(), threading.get_ident()
+        self.closed = False  # has the forward run that this recording is of, while the trace goes on
         self.busy = False  # is the model running? Then nothing is recorded
         self.invoke = Invoke(0)
         self.passed: tuple[Site, Line] | None = None  # how far a sync point has run the model
@@ -254,10 +256,12 @@ class Tape:
         effect: str = "",
         extra: Any = None,
         result: Any = None,
+        sizes: tuple = (),
     ) -> Any:
         """Record one operation and return its result with lazy tensors for new values.
 
-        `result()` computes the fake result where calling the function on fakes does not.
+        `result()` computes the fake result where calling the function on fakes does not; `sizes` is what it depends on
+        beside the operation.
         """
         self.settle()
         marks = len(self.constants)
@@ -271,7 +275,8 @@ class Tape:
             effect,
             extra,
         )
-        step = self.step.children.get(op)
+        key = (op, sizes) if sizes else op
+        step = self.step.children.get(key)
         if step is None:
             try:
                 step = self._evaluate(op, result)
@@ -281,7 +286,7 @@ class Tape:
             if kind == CALL and not effect and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves):
                 self._forget(marks)
                 return tree.unflatten(step.leaves, step.spec)
-            self.step.children[op] = step
+            self.step.children[key] = step
         return self._advance(step, op)
 
     def _forget(self, marks: int) -> None:
@@ -514,6 +519,7 @@ class Tape:
                 {},
                 extra=(meta.batched, _expected(meta)),
                 result=lambda: tree.unflatten(leaves, meta.spec),
+                sizes=meta.sizes,
             )
         self._touch(site)
         if isinstance(meta, SiteMeta) and opaque and not whole and not _replaceable(meta):
@@ -565,7 +571,7 @@ class Tape:
 
     def keep_object(self, lazy: LazyObject) -> None:
         """A saved container holds an object: the run shall give it."""
-        if "_real" not in lazy.__dict__ and id(lazy) not in self.objects:
+        if "_real" not in lazy.__dict__ and id(lazy) not in self.objects and not self.closed:
             n = len(self.ops)
             self.add(OBJECT, lazy._site, (), {}, extra=lazy._leaf, result=lambda: None)
             self.objects[id(lazy)] = (lazy, ("v", n, 0))
@@ -861,12 +867,21 @@ class Tape:
 
     def keep(self, lazy: LazyTensor) -> None:
         """The run shall give a value, whether or not it is delivered."""
-        if not self.open:
+        if not self.open or self.closed:  # a forward that has run has kept what was held then
             return
         self.settle()
         mine, self.invoke = self.invoke, Invoke(self.ops[lazy._key[1]].invoke)  # whoever made it waits for nobody
         self.add(SAVE, None, (lazy,), {}, result=lambda: None)
         self.invoke = mine
+
+    def close_step(self) -> None:
+        """Nothing is recorded here any more: keep, for what comes later, the values that the body still holds."""
+        self.settle()
+        self.invoke = Invoke(self.invoke.index)
+        for lazy in sorted(self.values.values(), key=lambda x: x._key):
+            if id(lazy) not in self.saved and lazy._key[1] != INSIDE:
+                self.add(SAVE, None, (lazy,), {}, result=lambda: None)
+        self.closed = True
 
     def sync(self, lazies: list[LazyTensor]) -> list[torch.Tensor]:
         """The real tensors of recorded values; the model runs as far as they need."""
