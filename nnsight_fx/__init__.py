@@ -1,5 +1,7 @@
 """nnsight_fx: interventions on neural networks, spliced into the model's own compiled graph."""
 
+from . import interventions
+from .config import CONFIG
 from .engine.spliced import assert_max_compiles, assert_no_fallback
 from .envoy import Envoy
 from .errors import (
@@ -20,13 +22,16 @@ from .errors import (
     UnknownModuleError,
     UnsavedValueError,
 )
-from .language import LanguageModel, ModelNotFoundError
+from .helpers import TraceDict, steer
+from .language import LanguageModel
+from .loading import ModelNotFoundError
 from .model import NNsight
 from .plans import Plan, load_plan, save_plan
 from .tokens import PromptError
 from .tracing.saving import save
 
 __all__ = [
+    "CONFIG",
     "Envoy",
     "FallbackError",
     "InvokeError",
@@ -47,11 +52,14 @@ __all__ = [
     "PromptError",
     "RecompileError",
     "SkipError",
+    "TraceDict",
     "UnknownModuleError",
     "UnsavedValueError",
     "assert_max_compiles",
     "assert_no_fallback",
+    "interventions",
     "load_plan",
     "save",
     "save_plan",
+    "steer",
 ]

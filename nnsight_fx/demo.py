@@ -174,8 +174,8 @@ def _load(model: str | LanguageModel | None) -> tuple[LanguageModel, str]:
     if isinstance(model, LanguageModel):
         return model, type(model).__name__
     if model is not None:
-        return LanguageModel(model), model
-    return LanguageModel(str(weights.smollm2()), dtype=torch.float32), weights.NOTE
+        return LanguageModel(model, dispatch=True), model
+    return LanguageModel(str(weights.smollm2()), dtype=torch.float32, dispatch=True), weights.NOTE
 
 
 def _against_hooks(p: Patching, scores: torch.Tensor, rows: int, sample: int, seconds: dict) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import torch
 import torch.nn as nn
 
 from .errors import OutsideTraceError, UnknownModuleError, nearest, own_error
+from .methods import traceable
 from .tracing import tree
-from .tracing.encode import Keep
 from .tracing.lazy import LazyTensor, user_line
-from .tracing.tape import Opaque, SiteMeta, Tape
+from .tracing.plan import Site
+from .tracing.tape import Tape
 
 _TAKEN = (
     "input",
@@ -29,78 +30,97 @@ class Envoy:
     assigned, and changed in place inside a trace. Children are attributes (`model.transformer.h[3].mlp`).
     """
 
-    def __init__(self, module: nn.Module, path: str, root: Any, aliases: dict[str, str] | None = None):
+    def __init__(self, module: nn.Module, path: str, root: Any):
         self._module, self._path, self._root = module, path, root
-        self._children: dict[str, Envoy] = {}
-        self._aliases = aliases or {}
 
     # -- values --------------------------------------------------------------------------------------------------
 
-    def _tape(self, what: str) -> Tape:
+    def _at(self, what: str, kind: str | None = None) -> tuple[Tape, Site]:
+        """The open recording, and the occurrence of a site of this module that is meant."""
         tracer = self._root.tracer
         if tracer is None:
             raise OutsideTraceError(
                 f"{user_line()}: cannot access `{self.path}.{what}` outside of a trace: values exist only while the model "
                 "runs. Open one: `with model.trace(...):`."
             )
-        return tracer.tape
+        if tracer.waves:
+            call = tracer.cursor.call(self._path, kind or what)
+            return tracer.tape, (self._path, kind or what, call)
+        return tracer.tape, (self._path, kind or what, 0)
+
+    def next(self, step: int = 1) -> Envoy:
+        """From here on, the next occurrence of this module: `model.lm_head.next().output`."""
+        tracer = self._root.tracer
+        if tracer is None:
+            raise OutsideTraceError(f"{user_line()}: `{self.path}.next()` outside of a trace has nothing to count.")
+        tracer.cursor.next(step, self._path)
+        return self
 
     @own_error
     def nns_output(self) -> Any:
         """What the module returned: the model's own structure, with tensors that are recorded."""
-        return self._tape("output").read((self._path, "output", 0))
+        tape, site = self._at("output")
+        return tape.read(site)
 
     @nns_output.setter
     def nns_output(self, value: Any) -> None:
-        self._tape("output").write((self._path, "output", 0), value)
+        tape, site = self._at("output")
+        tape.write(site, value)
 
     @own_error
     def nns_inputs(self) -> Any:
         """`(args, kwargs)` of the module's call."""
-        return self._tape("inputs").read((self._path, "input", 0))
+        tape, site = self._at("inputs", "input")
+        return tape.read(site)
 
     @nns_inputs.setter
     def nns_inputs(self, value: Any) -> None:
-        self._tape("inputs").write((self._path, "input", 0), value)
+        tape, site = self._at("inputs", "input")
+        tape.write(site, value)
 
     @own_error
     def nns_input(self) -> Any:
         """The first argument of the module's call: positional, else by keyword."""
-        tape, site = self._tape("input"), (self._path, "input", 0)
-        args, kwargs = tape.read(site, whole=False)
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        if any(isinstance(x, Opaque) for x in tree.flatten(first)[0]):
-            args, kwargs = tape.read(site)
-            first = args[0] if args else next(iter(kwargs.values()))
-        return first
+        tape, site = self._at("input")
+        return tape.read_input(site)
 
     @nns_input.setter
     def nns_input(self, value: Any) -> None:
-        tape, site = self._tape("input"), (self._path, "input", 0)
-        meta = tape.meta(site)
-        if isinstance(meta, SiteMeta):
-            kept = [Keep(i) for i in range(len(meta.leaves))]
-            args, kwargs = tree.unflatten(kept, meta.spec)
-        else:
-            args, kwargs = tape.read(site)
-        if args:
-            args = (value, *args[1:])
-        elif kwargs:
-            kwargs = {**kwargs, next(iter(kwargs)): value}
-        else:
-            raise ValueError(f"{user_line()}: `{self.path}` is called without arguments: there is no input to write")
-        tape.write(site, (args, kwargs))
+        tape, site = self._at("input")
+        tape.write_input(site, value)
 
     def skip(self, value: Any) -> None:
         """Do not run the module: its output is `value`. Its input can be read before, its output after."""
-        self._tape("skip").skip(self._path, 0, value)
+        tape, (path, _, call) = self._at("skip", "input")
+        tape.skip(path, call, value)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Inside a trace: the module applied to values, unobserved. Outside: the module itself."""
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        """Inside a trace: the module applied to values, on its parameters' device. Outside: the module itself.
+
+        The call is not one of the model's: `.output` is what the model computes, whoever calls the module beside. With
+        `hook=True` it counts: the sites of the module and of all in it are passed, to be read behind the call, and
+        written by later invokes. That is for modules that are attached to the model and that only the body calls.
+
+        ```python
+        model.sae = SAE()
+        with model.trace(x):
+            model.layer.output = model.sae(model.layer.output, hook=True)
+            features = model.sae.relu.output.save()
+        ```
+        """
         tracer = self._root.tracer
         if tracer is None:
             return self._module(*args, **kwargs)
+        device = self.device
+        if device is not None:
+            args, kwargs = tree.tree_map(lambda x: _moved(x, device), (args, kwargs))
+        if hook:
+            return tracer.tape.hooked(self._path, self._module, args, kwargs)
         return tracer.tape.module(self._path, args, kwargs)
+
+    def trace(self, *args: Any, fn: str | None = None, **kwargs: Any) -> Any:
+        """Trace this module alone, on inputs of its own: `model.layers[3].trace(hidden)`. Keywords are `NNsight.trace`'s."""
+        return self._root._part_trace(self, args, kwargs, fn)
 
     # -- the tree ------------------------------------------------------------------------------------------------
 
@@ -109,9 +129,22 @@ class Envoy:
         """The module's path, from `model` on."""
         return ".".join(p for p in ("model", self._path) if p)
 
+    @property
+    def root(self) -> Any:
+        """The wrapped model itself."""
+        return self._root
+
+    @property
+    def parent(self) -> Envoy | None:
+        """The envoy of the module that holds this one, `None` for the root."""
+        if not self._path:
+            return None
+        return self._root.get(self._path.rpartition(".")[0])
+
     def _child(self, name: str) -> Envoy:
-        name = self._aliases.get(name, name)
         child = self._module._modules.get(name)
+        if child is None:
+            child = self._root._names.at.get(self._module, {}).get(name)
         if child is None:
             raise KeyError(name)
         return self._root._envoy_of(child)
@@ -126,22 +159,30 @@ class Envoy:
             pass
         if hasattr(self._module, name):
             found = getattr(self._module, name)
-            tracer = self._root.__dict__.get("tracer")
+            tracer = self._root.tracer
             if isinstance(found, torch.Tensor) and tracer is not None and tracer.waves:
                 return tracer.waves[-1].tape.watch(found)
-            return found
+            return found if tracer is not None else traceable(self, name, found)
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> UnknownModuleError:
-        known = [*self._module._modules, *self._aliases, "output", "input", "inputs", "skip"]
+        known = [
+            *self._module._modules,
+            *self._root._names.at.get(self._module, {}),
+            "output",
+            "input",
+            "inputs",
+            "skip",
+        ]
         return UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and not name.startswith("_"):
             setattr(self._module, name, value)
+            self._root._attached[".".join(p for p in (self._path, name) if p)] = value
             self._root._module_changed()
             return
-        traced = not name.startswith("_") and self._root.__dict__.get("tracer") is not None
+        traced = not name.startswith("_") and self._root.tracer is not None
         if traced and not hasattr(type(self), name) and name not in self.__dict__:
             raise self._unknown(name)
         super().__setattr__(name, value)
@@ -193,9 +234,9 @@ class Envoy:
         kept = [e for e in found if include_fn is None or include_fn(e)]
         return [(e.path, e) for e in kept] if names else kept
 
-    def named_modules(self) -> list[tuple[str, Envoy]]:
+    def named_modules(self, include_fn: Callable[[Envoy], bool] | None = None) -> list[tuple[str, Envoy]]:
         """`(path, envoy)` of this envoy and all below it, children first."""
-        return self.modules(names=True)
+        return self.modules(include_fn, names=True)
 
     @property
     def device(self) -> torch.device | None:
@@ -220,6 +261,12 @@ class Envoy:
 
     def __repr__(self) -> str:
         return re.sub(r"^\w+", lambda m: m.group(0), repr(self._module), count=1)
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    if isinstance(x, LazyTensor) and not x._placed:
+        return x
+    return x.to(device) if isinstance(x, torch.Tensor) and x.device != device else x
 
 
 def _value(name: str) -> property:

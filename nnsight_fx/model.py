@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
 
+from .aliasing import Names, Rename
+from .cache import CacheView, cache, observed
 from .capture import _torch
 from .capture.markers import Markers
-from .capture.scan import PLAIN
+from .capture.scan import PLAIN, callee
+from .edit import Editor
+from .engine.generation import Generation
 from .engine.removal import removable
 from .engine.run import Run
+from .engine.session import Session
 from .engine.sites import Scanner
 from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
 from .engine.wave import Wave
 from .envoy import Envoy
+from .errors import UnknownModuleError, nearest
 from .explain import Explanation
 from .tracing import tree
 from .tracing.contexts import Tracer
+from .tracing.draft import Draft, replay
+from .tracing.lazy import user_line
+from .tracing.saving import save
+from .tracing.tape import Invoke, Tape
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,47 @@ class Batch:
     rows: int
 
 
+class Plain:
+    """A wrapped model as the host of a trace whose inputs go to the module as they come: not prompts, say."""
+
+    OWN = ("_collate", "_has_input", "_length", "_prepare", "_unknown_dims")
+
+    _edits = ()  # those of the whole model are at sites that a part of it may not have
+
+    def __init__(self, host: NNsight):
+        self.__dict__["host"] = host
+
+    def _replay_edits(self, tape: Tape) -> None:
+        """None."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = NNsight.__dict__[name] if name in self.OWN else None
+        return getattr(self.host, name) if found is None else found.__get__(self.host)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.host, name, value)
+
+
+class Shared:
+    """What a wrapped model and its edited copies have in common."""
+
+    def __init__(self, model: NNsight):
+        self.tracer: Any = None
+        self.captures: dict[Options, Capture] = {}
+        self.family = weakref.WeakSet([model])
+
+    def renew(self, module: nn.Module) -> None:
+        """Learn the module tree."""
+        self.markers, self.scanner = Markers(module), Scanner(module)
+        for capture in self.captures.values():
+            capture.markers = self.markers
+            capture.reset()
+
+
+def _of_shared(name: str, doc: str = "") -> Any:
+    return property(lambda self: getattr(self._shared, name), lambda self, v: setattr(self._shared, name, v), doc=doc)
+
+
 class NNsight(Envoy):
     """Wrap any `nn.Module`.
 
@@ -42,43 +94,68 @@ class NNsight(Envoy):
         model.layer[2].output[:] = 0
         out = model.output.save()
     ```
+
+    `rename` gives modules further names, `{"transformer.h": "layers", "mlp": ["ffn", "feed_forward"]}`, and `envoys` says
+    of which `Envoy` subclass they are: one class, or a dict by module class (`{GPT2Attention: Heads}`) or by the end of
+    the path (`{"h.*": Block}`); a subclass of `NNsight` may set it as an attribute. `nnsight_fx.aliasing` has the rules.
+
+    Raises:
+        ValueError: an alias that would hide something, or that names two modules.
     """
 
-    def __init__(self, module: nn.Module, *, rename: dict[str, str | list[str]] | None = None):
+    envoys: Any = None
+
+    def __init__(self, module: nn.Module, *, rename: Rename | None = None, envoys: Any = None):
+        self._shared = Shared(self)
         self._envoys: dict[int, Envoy] = {}
+        self._caller: Callable | None = None  # who runs the calls of the model outside of traces
+        self._attached: dict[str, nn.Module] = {}  # what the user put into the tree
         self._rename = rename or {}
-        super().__init__(module, "", self, self._names_of(""))
-        self.tracer: Tracer | None = None
+        self._envoy_classes = envoys if envoys is not None else type(self).envoys
+        super().__init__(module, "", self)
         self._compiled: Capture | None = None
-        self._captures: dict[Options, Capture] = {}
+        self._edits: list[Draft] = []
+        self._unpacks: tuple | None = None  # of an edit that is open: its line, and itself
         self._module_changed()
 
     def _module_changed(self) -> None:
         """The module tree is new: everything learnt of the old one is forgotten."""
-        self._markers = Markers(self._module)
-        self._scanner = Scanner(self._module)
-        self._envoys = {id(self._module): self}
-        for capture in self._captures.values():
-            capture.markers = self._markers
-            capture.reset()
+        self._shared.renew(self._module)
+        for model in self._shared.family:
+            model._know_tree()
+
+    def _know_tree(self) -> None:
+        self._names = Names(self._module, self._rename, Envoy)
+        kept = [e for e in (self, *self._envoys.values()) if e._module in self._markers.paths]
+        for envoy in kept:  # what a user holds stays good
+            envoy._path = self._markers.paths[envoy._module]
+        self._envoys = {id(e._module): e for e in kept}
+
+    tracer = _of_shared("tracer", "The trace or edit that is open.")
+    _markers = _of_shared("markers")
+    _scanner = _of_shared("scanner")
+    _captures = _of_shared("captures")
+
+    def _adopt(self, module: nn.Module) -> None:
+        """Go on with another module of the same structure; every envoy stays, and gets its part of it."""
+        for path, attached in self._attached.items():
+            where, _, name = path.rpartition(".")
+            setattr(module.get_submodule(where), name, attached)
+        for envoy in [e for model in self._shared.family for e in model._envoys.values()]:
+            envoy._module = module.get_submodule(envoy._path)
+        self._module_changed()
+
+    def dispatch(self) -> None:
+        """Load the weights of a model that has none yet."""
 
     def _envoy_of(self, module: nn.Module) -> Envoy:
         if id(module) not in self._envoys:
             if module not in self._markers.paths:
                 self._module_changed()
             path = self._markers.paths[module]
-            self._envoys[id(module)] = Envoy(module, path, self, self._names_of(path))
+            cls = self._names.chosen(self._envoy_classes, module, Envoy)
+            self._envoys[id(module)] = cls(module, path, self)
         return self._envoys[id(module)]
-
-    def _names_of(self, path: str) -> dict[str, str]:
-        """Aliases of the children of `path`."""
-        found = {}
-        for old, new in self._rename.items():
-            where, _, name = old.rpartition(".")
-            if "." not in old.lstrip(".") or where.lstrip(".") == path:
-                for alias in [new] if isinstance(new, str) else new:
-                    found[alias] = name or old.lstrip(".")
-        return found
 
     # -- traces --------------------------------------------------------------------------------------------------
 
@@ -97,9 +174,15 @@ class NNsight(Envoy):
         `model.compile()` was called. `fn` names another method to trace, `pad_to` fixes the padded length of prompts.
         `trace=False` just runs the model and returns its output. Every other keyword is the model's.
         """
+        self._check_fn(fn)
+        self.dispatch()
+        if not trace and self._edits:
+            with self.trace(*args, compile=compile, fn=fn, pad_to=pad_to, **kwargs) as tracer:
+                result = save(tracer.result)
+            return result
         if not trace:
-            batch = self._collate([self._prepare(args, kwargs)], pad_to=pad_to)
-            return (self._module if fn is None else getattr(self._module, fn))(*batch.args, **batch.kwargs)
+            batch = self._arguments(fn, [self._prepare(args, kwargs)], pad_to)
+            return callee(self._module, fn)(*batch.args, **batch.kwargs)
         return Tracer(self, args, kwargs, compile=compile, fn=fn, pad_to=pad_to)
 
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -117,6 +200,67 @@ class NNsight(Envoy):
             scan_only=True,
         )
 
+    def _part_trace(self, part: Envoy, args: tuple, kwargs: dict, fn: str | None) -> Any:
+        """A trace of one module of the model, whose inputs are not the model's."""
+        return NNsight.trace(Plain(self), *args, fn=".".join(p for p in (part._path, fn) if p), **kwargs)  # type: ignore[arg-type]
+
+    def _check_fn(self, fn: str | None) -> None:
+        try:
+            callee(self._module, fn)
+        except AttributeError as error:
+            known = [n for n in dir(self._module) if not n.startswith("_") and callable(getattr(self._module, n, None))]
+            raise UnknownModuleError(
+                f"{user_line()}: `{fn}` is no method of the model; {nearest(fn or '', known)}"
+            ) from error
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        if self.tracer is None and self._caller is not None:
+            return self._caller(*args, **kwargs)
+        return super().__call__(*args, hook=hook, **kwargs)
+
+    def edit(self, *, inplace: bool = False) -> Editor:
+        """Record interventions that hold in every later trace, before its own, over the whole batch.
+
+        ```python
+        with model.edit() as (tracer, edited):  # or: as edited
+            edited.transformer.h[1].mlp.output[:] = 0
+        with edited.trace(prompt):
+            logits = edited.lm_head.output.save()  # without that layer's MLP; `model` still has it
+        ```
+
+        `edited` shares the weights, and what was captured, with `model`. With `inplace=True` the edit is made to this model
+        itself. Edits add up, in the order in which they were made; `clear_edits()` takes them all off. The block runs once,
+        before any input is known: its values have no shapes, only operations. Calling the module itself ignores edits.
+        """
+        return Editor(self, inplace)
+
+    def clear_edits(self) -> None:
+        """Take off every edit of this model."""
+        self._edits = []
+
+    def _copy(self) -> NNsight:
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, _root=made, _envoys={}, _edits=list(self._edits))
+        made._envoys[id(made._module)] = made
+        self._shared.family.add(made)
+        return made
+
+    def _replay_edits(self, tape: Tape) -> None:
+        """The operations of the edits, each in a worker of its own, in front of the trace's."""
+        for n, edit in enumerate(self._edits):
+            tape.invoke = Invoke(n)
+            replay(edit, tape)
+        tape.invoke = Invoke(len(self._edits))
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._unpacks is not None and self._unpacks[0] == user_line():  # `as (tracer, edited)`
+            return iter((self._unpacks[1], self))
+        return super().__iter__()
+
+    def session(self) -> Session:
+        """Several traces whose values flow from one to the next without `.save()`; see `Session`."""
+        return Session()
+
     def explain(self) -> Explanation:
         """What ran how: engine, segments, compiles and cache hits, passes, and everything that ran outside captured code."""
         return Explanation(self._module, list(self._captures.values()), self._compiled)
@@ -126,14 +270,18 @@ class NNsight(Envoy):
         return bool(kwargs)
 
     def _prepare(self, args: tuple, kwargs: dict) -> Batch:
-        """One invoke's input, on the model's device."""
-        device = self.device
+        """One invoke's input, on the model's device; where its weights are not loaded, as it came."""
+        device = None if self.device == torch.device("meta") else self.device
         leaves, spec = tree.flatten((args, kwargs))
         moved = [x.to(device) if isinstance(x, torch.Tensor) and device is not None else x for x in leaves]
         if any(a is not b for a, b in zip(leaves, moved, strict=True)):  # else the model gets the user's own lists
             args, kwargs = tree.unflatten(moved, spec, (args, kwargs))
         tensors = [x for x in moved if isinstance(x, torch.Tensor) and x.dim() > 0]
         return Batch(args, kwargs, rows=tensors[0].shape[0] if tensors else 1)
+
+    def _given(self, args: tuple, kwargs: dict, rows: int) -> Batch:
+        """What a generation calls the model with: as it is."""
+        return Batch(args, kwargs, rows)
 
     def _collate(self, batches: list[Batch], pad_to: int | None = None) -> Batch:
         """Several inputs as one: tensors are concatenated on dimension 0."""
@@ -198,15 +346,31 @@ class NNsight(Envoy):
         _torch.set_stance(_torch.eager_stance())
         return lambda: _torch.set_stance(old)
 
-    def _wave(self, tracer: Tracer, first: Batch, alone: bool) -> Wave:
+    def _wave(self, tracer: Tracer, first: Any, alone: bool) -> Wave:
+        if tracer.generation is not None:
+            return tracer.generation.wave()
         return Wave(self, tracer, first, alone)
 
+    def _generation(self, tracer: Tracer, first: Batch) -> Generation | None:
+        """The generation that a trace is, if its function runs the model many times."""
+        if tracer.fn != "generate" or tracer.scan_only:
+            return None
+        batch = self._arguments(tracer.fn, [first], tracer.pad_to)
+        return Generation(self, tracer, batch.args, batch.kwargs)
+
+    def _arguments(self, fn: str | None, batches: list[Batch], pad_to: int | None) -> Batch:
+        """What a function of the model is called with."""
+        batch = self._collate(batches, pad_to=pad_to)
+        if fn == "generate" and not any("position_ids" in b.kwargs for b in batches):
+            batch.kwargs.pop("position_ids", None)  # it counts them itself, step by step
+        return batch
+
     def _run(self, wave: Wave, plan: Any, constants: list, lines: list) -> Run:
-        fn = wave.tracer.fn
+        fn = wave.fn
         batch = wave.batch
 
         def call() -> Any:
-            return (self._module if fn is None else getattr(self._module, fn))(*batch.args, **batch.kwargs)
+            return callee(self._module, fn)(*batch.args, **batch.kwargs)
 
         capture = self._capture_for(wave.tracer.compile)
         if capture is not None and plan.sees_objects:
@@ -237,6 +401,12 @@ class NNsight(Envoy):
 
             run.start(capture, stop_at, sites, entry, removes)
         return run
+
+    def _cache(
+        self, tracer: Any, modules: Any, device: Any, dtype: Any, detach: bool, output: bool, inputs: bool
+    ) -> CacheView:
+        kinds = [kind for kind, wanted in (("input", inputs), ("output", output)) if wanted]
+        return cache(tracer, modules, kinds, observed(detach, device, dtype))
 
     def _capture_for(self, compile: bool | dict | None) -> Capture | None:
         """The capture that a trace runs on, or `None` for the hook engine."""

@@ -12,7 +12,7 @@ from nnsight_fx.capture._torch import SET_GRAD
 from nnsight_fx.tracing.encode import Identity, Key
 from nnsight_fx.tracing.interleave import Cut as CutHere
 from nnsight_fx.tracing.interleave import Firing, Interleaver
-from nnsight_fx.tracing.plan import MODULE, SKIP, Op, Site, fx_target
+from nnsight_fx.tracing.plan import MODULE, SKIP, Observed, Op, Site, fx_target
 
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
 from .job import Job, backward, constant, fetch, gradient, parameter, put_rows, rows, set_gradient, settled, tap
@@ -81,6 +81,11 @@ class Emitter(Interleaver):
             return new
         return self._emit("call_function", put_rows, (leaf, new, *group, self.plan.groups.total, batched))
 
+    def observed(self, leaf: Any, how: Observed) -> Any:
+        for name, kwargs in how.steps if isinstance(leaf, fx.Node) else ():
+            leaf = self._emit("call_method", name, (leaf,), dict(kwargs))
+        return leaf
+
     def _group(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:
         groups = self.plan.groups.rows
         return groups[invoke] if invoke < len(groups) and isinstance(leaf, fx.Node) and batched is not False else None
@@ -137,6 +142,21 @@ class Emitter(Interleaver):
             if new is not own or (m, 0) in self.plan.changed:
                 self._emit("call_function", set_gradient, (got, self.put_rows(got, new, *part) if part else new))
         self._emit("call_function", settled, (back,))
+
+    def _visit(self, n: int, op: Op) -> None:
+        """All of a visit or nothing: what others wrote there would be lost in a graph that is cut inside."""
+        done, at, env, made = set(self.done), list(self.at), dict(self.env), set(self.made)
+        before = set(self.graph.nodes)
+        try:
+            super()._visit(n, op)
+        except CutHere:
+            self.done, self.at, self.env, self.made = done, at, env, made
+            sources = set(self.fetched.values())
+            for node in reversed(list(self.graph.nodes)):
+                if node not in before and node not in sources:
+                    self.job.emitted.discard(node)
+                    self.graph.erase_node(node)
+            raise
 
     def execute(self, n: int, op: Op) -> Any:
         args, kwargs = self.arguments(op)

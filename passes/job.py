@@ -52,7 +52,7 @@ class Job:
         default_factory=list
     )  # extra inputs: ("constant", slot) | ("fetch", value) | ("parameter", path, name)
     gives: list[Value] = field(default_factory=list)  # extra outputs
-    aliases: dict[Value, tuple[int, tuple | None]] = field(default_factory=dict)  # values that lie in an input's memory
+    aliases: dict[tuple, tuple[int, tuple | None]] = field(default_factory=dict)  # what lies in an input's memory
     exports: dict[Value, fx.Node] = field(default_factory=dict)
     exit: Any = None  # the interleaver after the segment
     cut: Cut | None = None

@@ -31,7 +31,7 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
     last = next((n for n in reversed(gm.graph.nodes) if n.op == "placeholder"), None)
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node in sources:
-        if node.target is fetch and node.args in job.aliases:
+        if node.args in job.aliases:
             _share(gm, job, node, inputs)
             made += 1
             continue

@@ -92,15 +92,14 @@ class Weaver(Emitter):
                 "Write it before the sync point, or trace with `compile=False`."
             )
         if here not in self.supplied and self.job.cut is None:
-            self._replace({old: new for old, new in zip(before, leaves, strict=True) if new is not old})
+            self._take_over({old: new for old, new in zip(before, leaves, strict=True) if new is not old})
         return len(self.job.emitted) - emitted
 
-    def _replace(self, new: dict[fx.Node, Any]) -> None:
-        """Give what comes behind a site its new leaves, all at once: a leaf may have become another one (a swap)."""
-        users = dict.fromkeys(user for old in new for user in old.users if user not in self.job.emitted)
-        for user in users:
-            user.args = fx.map_arg(user.args, lambda node: new.get(node, node))
-            user.kwargs = fx.map_arg(user.kwargs, lambda node: new.get(node, node))
+    def _take_over(self, new: dict[fx.Node, Any]) -> None:
+        """The model goes on with the written leaves: all at once, since they may be each other's (a swap)."""
+        for user in {u: None for old in new for u in old.users if u not in self.job.emitted}:
+            user.args = fx.map_arg(user.args, lambda n: new.get(n, n))
+            user.kwargs = fx.map_arg(user.kwargs, lambda n: new.get(n, n))
 
     def _write(self, op: Op, firing: Firing | None) -> None:
         assert firing is not None
@@ -109,9 +108,7 @@ class Weaver(Emitter):
         if fits:
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
-                    firing.leaves[i] = self.put_rows(
-                        firing.leaves[i], value, op.invoke, batched[i] if batched else None
-                    )
+                    firing.leaves[i] = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
         else:
             old = list(firing.leaves)
             firing.leaves[:] = [

@@ -486,7 +486,7 @@ def test_a_folder_without_tokenizer_says_how_to_give_one(folder):
 def test_a_folder_without_weights_or_config(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=f"`{folder}` gave no model .*model.safetensors"):
-        LanguageModel(folder)
+        LanguageModel(folder, dispatch=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no config.json; it has nothing"):
         LanguageModel(tmp_path / "empty")
@@ -524,8 +524,8 @@ def test_code_of_a_model_runs_only_when_asked(monkeypatch, folder):
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda where, **o: asked.append(o) or make_tokenizer())
-    LanguageModel("some/model", revision="r", dtype="auto")
-    LanguageModel("some/model", trust_remote_code=True)
+    LanguageModel("some/model", revision="r", dtype="auto", dispatch=True)
+    LanguageModel("some/model", trust_remote_code=True, dispatch=True)
     assert asked == [
         {"trust_remote_code": False, "revision": "r", "dtype": "auto"},
         {"trust_remote_code": False, "revision": "r"},

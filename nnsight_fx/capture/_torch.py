@@ -74,12 +74,14 @@ def cannot_trace(error: Exception) -> bool:
     return isinstance(error, Unsupported)
 
 
-def holders(t: torch.Tensor) -> int:
-    """How many references Python holds, the caller's own included.
+def alone(held: list[torch.Tensor]) -> bool:
+    """Does Python hold the one tensor in this list nowhere else?
 
-    torch >= 2.10 adds one reference of its own while C++ (an autograd graph, say) holds the tensor too.
+    Measured against a new tensor in the same place, since a call may hold its arguments twice (it does while Dynamo
+    evaluates frames). torch >= 2.10 adds one reference of its own while C++ (an autograd graph, say) holds the tensor too.
     """
-    return sys.getrefcount(t) - 2 - (t._use_count() > 1)  # type: ignore[attr-defined]
+    new = [torch.empty(0)]
+    return sys.getrefcount(held[0]) == sys.getrefcount(new[0]) + (held[0]._use_count() > 1)  # type: ignore[attr-defined]
 
 
 def function_modes(take: bool = False) -> list[TorchFunctionMode]:
@@ -244,6 +246,15 @@ def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool
     return lambda values: env.evaluate_guards_expression(code, [values[i] for i in where])
 
 
+def guards_hold(env: Any, since: int, fakes: list) -> Callable[[list], bool]:
+    """The check of the guards on sizes added since `since`, over the values of the symbols `fakes`."""
+    new = env.guards[since:]
+    if not new:
+        return lambda values: True
+    code = env.produce_guards_expression(fakes, guards=new)
+    return (lambda values: env.evaluate_guards_expression(code, values)) if code else lambda values: True
+
+
 def fake_like(context: Any, facts: tuple) -> torch.Tensor:
     """A fake input of a variant, from what a plan knows of a real tensor."""
     shape, stride, dtype, device, requires_grad = facts
@@ -280,14 +291,22 @@ def capturing() -> Iterator[None]:
 
 
 def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, fullgraph: bool) -> Callable:
-    """`torch.compile`, without the guards on what our hooks are made of: they never change."""
+    """`torch.compile`, without the guards on what our hooks are made of: they never change. The user's keep theirs."""
 
     def keep(guards: Any) -> list[bool]:
-        return [
-            not any(table in guard.name for table in ("_forward_hooks[", "_forward_pre_hooks[")) for guard in guards
-        ]
+        tables = ("_forward_hooks[", "_forward_pre_hooks[")
+        user = tuple(
+            guard.name
+            for guard in guards
+            if guard.guard_type == "CLOSURE_MATCH" and guard.has_value and not _library(guard.value)
+        )
+        return [guard.name.startswith(user) or not any(t in guard.name for t in tables) for guard in guards]
 
     return torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)(function)
+
+
+def _library(hook: Any) -> bool:
+    return (getattr(hook, "__module__", "") or "").startswith(("nnsight_fx.", "transformers.", "accelerate."))
 
 
 def undisturbed(function: Callable) -> Callable:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import torch.nn as nn
 
+_INSTALLED = "_output_capturing_hooks_installed"
+
 
 def settle(module: nn.Module) -> None:
-    """Install transformers' output-collecting hooks, which it would install at the first call that asks for them."""
+    """Install transformers' output-collecting hooks, which it would install at the first call that asks for them.
+
+    Not on a model with a part that has them: installing goes through all parts, and does not look whether they do.
+    """
     try:
         from transformers import PreTrainedModel
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
     except ImportError:  # an older transformers installs nothing lazily
         return
     for each in module.modules():
-        if isinstance(each, PreTrainedModel):
+        parts = (m for m in each.modules() if m is not each)
+        if isinstance(each, PreTrainedModel) and not any(vars(m).get(_INSTALLED) for m in parts):
             maybe_install_capturing_hooks(each)
 
 

@@ -312,16 +312,16 @@ def _insert(table: dict, hook: Callable, comes_after: Callable[[Any], bool]) -> 
     table.update(later)
 
 
-def override(module: nn.Module, forward: Callable) -> Callable[[], None]:
-    """Replace an instance's `forward`; the undo puts back exactly what was there."""
-    had = "forward" in module.__dict__
-    old = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+def override(module: nn.Module, function: Callable, name: str = "forward") -> Callable[[], None]:
+    """Replace an instance's `forward`, or another method; the undo puts back exactly what was there."""
+    had = name in module.__dict__
+    old = module.__dict__.get(name)
+    module.__dict__[name] = function
 
     def restore() -> None:
         if had:
-            module.__dict__["forward"] = old
+            module.__dict__[name] = old
         else:
-            module.__dict__.pop("forward", None)
+            module.__dict__.pop(name, None)
 
     return restore

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,10 +40,16 @@ PLAIN: tuple = (
 )
 
 
+def callee(module: nn.Module, fn: str | None) -> Callable:
+    """What a trace calls: the model, a method of it (`"encode"`), a part (`"layers.3"`), or a method of a part."""
+    return functools.reduce(getattr, fn.split("."), module) if fn else module  # type: ignore[return-value]
+
+
 def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
     """A copy of a module's structure on fake tensors, without the user's hooks."""
     with FakeCopyMode(fakes), torch.no_grad():
         made = copy.deepcopy(module)
+        _from_meta(made)
     for m in made.modules():
         m._compiled_call_impl = None
         for table in ("_forward_hooks", "_forward_pre_hooks"):
@@ -59,11 +66,26 @@ def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
     return made
 
 
+def _from_meta(module: nn.Module) -> None:
+    """What is not loaded yet as if it were on the CPU, where the inputs are."""
+    moved: dict[int, torch.Tensor] = {}
+    for m in module.modules():
+        tables: list[Any] = [m._parameters, m._buffers]
+        for table in tables:
+            for name, t in table.items():
+                if t is not None and t.device.type == "meta":
+                    if id(t) not in moved:
+                        made = torch.empty_like(t, device="cpu")
+                        moved[id(t)] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
+                    table[name] = moved[id(t)]
+
+
 class Scan:
     """What one fake forward saw."""
 
     def __init__(self):
         self.sites: dict[Site, SiteMeta] = {}
+        self.counts: dict[tuple[str, str], int] = {}  # how often each site was passed
         self.ended: BaseException | None = None  # why it could not go on
         self.stop_site: Site | None = None
 
@@ -72,7 +94,8 @@ class Scan:
             return self.sites[site]
         if self.ended is not None:
             return Missing(f"the scan ended before it: {type(self.ended).__name__}: {self.ended}")
-        return Missing("never called")
+        guessed = bool(self.sites) and next(reversed(self.sites.values())).unsure
+        return Missing("never called", certain=not guessed)
 
 
 def scan(
@@ -86,7 +109,7 @@ def scan(
 ) -> Scan:
     """Run `call(copied)` on fakes and note every site; with `plan`, its interventions take effect on the way."""
     found = Scan()
-    counts: dict[tuple[str, str], int] = {}
+    counts = found.counts
 
     def note(path: str, kind: str, value: Any) -> Any:
         n = counts.get((path, kind), 0)

@@ -30,16 +30,19 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
     release()
     while found:
         lazy, held = found.pop()
+        if not isinstance(held[0], torch.Tensor):  # the scan took it for one
+            continue
         for name in ("_tape", "_key", "_fake", "_line"):
             vars(lazy).pop(name, None)
-        _torch.swap(lazy, _own(held.pop()))
+        _torch.swap(lazy, _own(held))
 
 
-def _own(real: torch.Tensor) -> torch.Tensor:
-    """A tensor that nobody else holds: `real` where it lies on an autograd graph and is ours alone, so that later gradients
+def _own(held: list[torch.Tensor]) -> torch.Tensor:
+    """A tensor that nobody else holds: the one in the list where it lies on an autograd graph and is ours alone, so that later gradients
     find it there; else an alias, which shares storage and version counter."""
-    if real.grad_fn is not None and _torch.holders(real) == 1:
-        return real
+    if held[0].grad_fn is not None and _torch.alone(held):
+        return held.pop()
+    real = held.pop()
     with torch.inference_mode(real.is_inference()), torch.set_grad_enabled(real.requires_grad):
         return (
             real.view_as(real)

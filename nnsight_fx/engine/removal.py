@@ -44,10 +44,10 @@ def removable(plan: InterventionGraph, tape: Tape, root: nn.Module) -> bool:
 
 def _alone(plan: InterventionGraph, tape: Tape, root: nn.Module, path: str, call: int) -> bool:
     """Is a module skipped for all rows, without hooks, and without an argument that it could change?"""
-    skippers = {op.invoke for op in plan.ops if op.target == (path, "output", call) and op.kind == SKIP}
-    members = {i for i, rows in enumerate(plan.groups.rows) if rows is not None}
+    skips = [op for op in plan.ops if op.target == (path, "output", call) and op.kind == SKIP]
+    skippers = {plan.groups.rows[op.invoke] for op in skips}
     found = tape.sites.lookup(tape, (path, "input", call))
-    if not members <= skippers or not isinstance(found, SiteMeta) or _hooked(root.get_submodule(path)):
+    if not plan.groups.inputs <= skippers or not isinstance(found, SiteMeta) or _hooked(root.get_submodule(path)):
         return False
     arguments = [spec for part in found.spec[3] for spec in part[3]]
     return not any(map(_mutable, arguments)) and all(isinstance(x, (torch.Tensor, *PLAIN)) for x in found.leaves)

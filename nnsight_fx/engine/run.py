@@ -19,7 +19,7 @@ from ..tracing.ambient import under
 from ..tracing.encode import Key
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.lazy import Line
-from ..tracing.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Op
+from ..tracing.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Op, Site
 from .switch import Coroutine, State
 
 
@@ -70,8 +70,8 @@ class Run(TensorInterleaver):
         """Run as far as the plan's last operation, a sync, needs; returns the look-up of values."""
         self.closed = False
         self.extend(plan)
+        self.everything = True
         if self.coroutine is None:
-            self.everything = True
             self.coroutine = Coroutine(self._suspendable, state)
         if not self.coroutine.ended:
             self._resume()
@@ -98,6 +98,7 @@ class Run(TensorInterleaver):
     def finish(self, plan: InterventionGraph) -> None:
         """The body is done: run the model to its end."""
         self.extend(plan)
+        self.check_skips(self.lines)
         try:
             if self.coroutine is None:
                 self.forward()
@@ -124,7 +125,7 @@ class Run(TensorInterleaver):
         """The model passes a site with `value`; what it goes on with is returned."""
         call = self.count(path, kind)
         site = (path, kind, call)
-        if self.closed and site not in self.plan.touches and not (kind == "input" and path in self.plan.skips):
+        if self.closed and not self._watches(site):
             return value
         leaves, spec = tree.flatten(value)
         old = list(leaves)
@@ -137,6 +138,11 @@ class Run(TensorInterleaver):
         if any(a is not b for a, b in zip(old, leaves, strict=True)):
             return tree.replace(value, old, leaves)
         return value
+
+    def _watches(self, site: Site) -> bool:
+        path, kind, _ = site
+        plan = self.plan
+        return site in plan.touches or (kind == "input" and path in plan.skips) or (path, kind) in plan.followed
 
     def skip_value(self, path: str, call: int) -> tuple[list, tree.Spec] | None:
         """The output that the plan gives to a skipped call, if it is one."""

@@ -17,8 +17,8 @@ from torch.fx.experimental.symbolic_shapes import (
     free_unbacked_symbols,
 )
 
-from ..capture._torch import ConstantSource, FakeCopyMode, FakeTensorMode, GuardOnDataDependentSymNode
-from ..capture.scan import PLAIN, Scan, scan, skeleton
+from ..capture._torch import ConstantSource, FakeCopyMode, FakeTensorMode, GuardOnDataDependentSymNode, guards_hold
+from ..capture.scan import PLAIN, Scan, callee, scan, skeleton
 from ..errors import PaddedLengthUnknown
 from ..tracing import ambient, tree
 from ..tracing.ambient import under
@@ -26,6 +26,7 @@ from ..tracing.interleave import TensorInterleaver
 from ..tracing.lazy import user_line
 from ..tracing.plan import MODULE, Groups, Op, Site
 from ..tracing.tape import Missing, SiteMeta, Step, Tape
+from .past import Past, copied, growing, is_cache, state
 
 # Sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers.
 ROWS, LENGTH = 11, 13
@@ -74,8 +75,11 @@ class Shapes(ShapeEnv):
 class Signature:
     """What all recordings over inputs of one kind share: the tree of steps and the scan."""
 
-    def __init__(self, found: Scan, keep: Any):
-        self.root, self.scan, self.keep = Step(), found, keep
+    def __init__(self, found: Scan, keep: Any, fn: str | None = None):
+        self.root, self.scan, self.keep, self.fn = Step(), found, keep, fn
+        self.inputs: Callable[[], Any] = lambda: ((), {})  # fresh fakes of them: a forward fills a cache
+        self.past: dict[Any, int] = {}  # symbols of sizes that grow with a cache, and what each is beyond its length
+        self.holds: Callable[[list], bool] = lambda values: True  # is it the scan for such lengths
         self.rescans: OrderedDict[Step, Scan] = OrderedDict()
         self.symbols: tuple[Any, Any] = (None, None)  # of rows and length, in a scan over unknown sizes
         self.metas: dict[tuple, SiteMeta | Missing] = {}
@@ -93,9 +97,10 @@ class Scanner:
         self.modules = list(self.module_.modules())
         self.shapes = Shapes()
         self.fakes = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
-        self.length = self.shapes.create_unbacked_symint()
-        torch._check(self.length >= 1)
-        torch._check(self.length <= 2**24)
+        self.rows, self.length = (self.shapes.create_unbacked_symint() for _ in range(2))
+        for symbol in (self.rows, self.length):
+            torch._check(symbol >= 1)
+            torch._check(symbol <= 2**24)
         self.signatures: OrderedDict[tuple, Signature] = OrderedDict()
         self._copy: tuple[tuple, nn.Module | Exception] | None = None
 
@@ -121,13 +126,29 @@ class Scanner:
 
     def signature(self, batch: Any, fn: str | None, unknown: tuple | None) -> Signature:
         """The signature of an input. `unknown` gives the dims of each tensor leaf that hold rows and length."""
+        return self._signature(batch, fn, unknown, None)
+
+    def continued(self, batch: Any) -> tuple[Signature, int | None]:
+        """The signature of a forward that may go on from a cache, whose length is then a symbol, and that length."""
+        past = growing(batch)
+        if past is not None:
+            found = self._signature(batch, None, None, past)
+            if found.scan.ended is None and found.holds([past.length + more for more in found.past.values()]):
+                return found, past.length
+        return self._signature(batch, None, None, None), None
+
+    def _signature(self, batch: Any, fn: str | None, unknown: tuple | None, past: Past | None) -> Signature:
         leaves, spec = tree.flatten((batch.args, batch.kwargs))
         described = tuple(
-            (("?" if unknown else tuple(x.shape)), x.dim(), x.dtype, x.device, x.requires_grad)
+            (
+                ("?" if unknown else past.shape(x) if past else tuple(x.shape)),
+                x.dim(),
+                x.dtype,
+                x.device,
+                x.requires_grad,
+            )
             if isinstance(x, torch.Tensor)
-            else (type(x), x)
-            if isinstance(x, PLAIN)
-            else (type(x), id(x))
+            else state(x, past)
             for x in leaves
         )
         fixed = _fixed(leaves, unknown) if unknown else None
@@ -139,14 +160,17 @@ class Scanner:
         key = (spec, described, fixed, unknown, fn, ambient.current(), modes)
         found = self.signatures.get(key)
         if found is None:
-            found = self.signatures[key] = self._scan(copied, leaves, spec, fn, unknown)
+            found = self.signatures[key] = self._scan(copied, leaves, spec, fn, unknown, past)
             if len(self.signatures) > SIGNATURES:
                 self.signatures.popitem(last=False)
         self.signatures.move_to_end(key)
         return found
 
-    def _scan(self, copied: Any, leaves: list, spec: tree.Spec, fn: str | None, unknown: tuple | None) -> Signature:
-        found = Signature(Scan(), leaves)
+    def _scan(
+        self, copied: Any, leaves: list, spec: tree.Spec, fn: str | None, unknown: tuple | None, past: Past | None
+    ) -> Signature:
+        kept = [x for x in leaves if not isinstance(x, (torch.Tensor, *PLAIN)) and not is_cache(x)]
+        found = Signature(Scan(), kept, fn)
         if isinstance(copied, Exception):
             found.scan.ended = copied
             return found
@@ -155,10 +179,14 @@ class Scanner:
                 self._unknown(x, unknown[i], found) if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)
             ]
         else:
-            made = [_faked(self.fakes, x) for x in leaves]
-        args, kwargs = tree.unflatten(made, spec)
+            made = [_faked(self.fakes, x, past and past.faker(self.fakes, found)) for x in leaves]
+        found.inputs = lambda: tree.unflatten([_again(x) for x in made], spec)
+        args, kwargs = found.inputs()
+        before = len(self.shapes.guards)
         found.scan = self.run(copied, fn, args, kwargs, found)
-        found.inputs = (args, kwargs)  # type: ignore[attr-defined]
+        if found.past:
+            fakes = [self.shapes.create_symintnode(s, hint=None) for s in found.past]
+            found.holds = guards_hold(self.shapes, before, fakes)
         return found
 
     def run(
@@ -171,7 +199,7 @@ class Scanner:
             return rows is not None and isinstance(first, torch.SymInt) and first.node.expr == rows
 
         def call(m: nn.Module) -> Any:
-            return (m if fn is None else getattr(m, fn))(*args, **kwargs)
+            return callee(m, fn)(*args, **kwargs)
 
         self.shapes.guessing, self.shapes.guessed = True, False
         try:
@@ -211,13 +239,20 @@ def _fixed(leaves: list, unknown: tuple) -> tuple:
     )
 
 
-def _faked(fakes: FakeTensorMode, x: Any) -> Any:
+def _faked(fakes: FakeTensorMode, x: Any, make: Callable | None = None) -> Any:
     if isinstance(x, torch.Tensor):
-        return fakes.from_tensor(x, static_shapes=True)
+        return make(x) if make else fakes.from_tensor(x, static_shapes=True)
     if isinstance(x, PLAIN) or callable(x):
         return x
+    if make:
+        return copied(x, make)
     with FakeCopyMode(fakes):
         return copy.deepcopy(x)
+
+
+def _again(x: Any) -> Any:
+    """An input for another scan: what a forward changes of an object is its own."""
+    return x if isinstance(x, (torch.Tensor, *PLAIN)) or callable(x) else copied(x, lambda t: t)
 
 
 class WaveSites:
@@ -230,12 +265,18 @@ class WaveSites:
         rows_of: Callable[[int], Any],
         length: Any,
         alone: Callable[[int], Signature | None] = lambda index: None,
+        past: int | None = None,
     ):
         self.scanner, self.signature = scanner, signature
         self.rows_of, self.length = rows_of, length  # an invoke's rows; the padded length, an int or a symbol
+        self.past = past  # the length of the cache, where it is a symbol of the scan
         self.alone = alone  # the scan of one invoke's own input, where no length is unknown
 
     def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing:
+        if self.past is not None:
+            known = {s: sympy.Integer(self.past + more) for s, more in self.signature.past.items()}
+            scanned = self._rescanned(tape) if tape.reshaped else self.signature.scan
+            return _known(self._substituted(scanned.lookup(site), known))
         if tape.reshaped:
             return _known(self._rescanned(tape).lookup(site))
         if self.signature.symbols == (None, None):
@@ -244,7 +285,7 @@ class WaveSites:
         key = (site, str(rows), str(self.length))
         found = self.signature.metas.get(key)
         if found is None:
-            found = _known(self._sized(self.signature.scan.lookup(site), rows), self.length)
+            found = _known(self._sized(self.signature.scan.lookup(site), rows), rows, self.length)
             if isinstance(found, Missing) and self.signature.scan.ended is not None:
                 found = self._alone(tape.invoke.index, site) or found
             self.signature.metas[key] = found
@@ -274,23 +315,28 @@ class WaveSites:
         plan = tape.plan(Groups((None,) * (max((op.invoke for op in tape.ops), default=0) + 1), 0))
         constants = [tape.fake_of(("c", i)) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)]
         interleaver = FakeInterleaver(plan, constants, self)
-        args, kwargs = self.signature.inputs  # type: ignore[attr-defined]
-        return self.scanner.run(self.scanner.skeleton(), None, args, kwargs, self.signature, interleaver)
+        args, kwargs = self.signature.inputs()
+        return self.scanner.run(self.scanner.skeleton(), self.signature.fn, args, kwargs, self.signature, interleaver)
 
     def _sized(self, meta: SiteMeta | Missing, rows: Any) -> SiteMeta | Missing:
         """A site's metadata for one invoke: the symbols of the scan replaced by what this trace knows."""
-        if isinstance(meta, Missing):
-            return meta
         known = {
             s: v.node.expr if isinstance(v, torch.SymInt) else sympy.Integer(v)
             for s, v in zip(self.signature.symbols, (rows, self.length), strict=True)
             if s is not None
         }
+        return self._substituted(meta, known)
+
+    def _substituted(self, meta: SiteMeta | Missing, known: dict) -> SiteMeta | Missing:
+        if isinstance(meta, Missing):
+            return meta
+        sizes: list = []
 
         def size(n: Any) -> Any:
             if not isinstance(n, torch.SymInt):
                 return n
             expr = sympy.sympify(n.node.expr).xreplace(known)
+            sizes.append(expr)
             return int(expr) if expr.is_number else self.symbol(expr)
 
         leaves = []
@@ -298,15 +344,16 @@ class WaveSites:
             if isinstance(leaf, torch.SymInt):
                 leaf = size(leaf)
             elif isinstance(leaf, torch.Tensor):
-                with self.scanner.fakes, torch.no_grad():
-                    leaf = torch.empty_strided(
+                with self.scanner.fakes:
+                    made = torch.empty_strided(
                         [size(n) for n in leaf.shape],
                         [size(n) for n in leaf.stride()],
                         dtype=leaf.dtype,
                         device=leaf.device,
-                    ).requires_grad_(leaf.requires_grad)
+                    )
+                    leaf = made.requires_grad_() if leaf.requires_grad and leaf.is_leaf else _computed(made, leaf)
             leaves.append(leaf)
-        return meta._replace(leaves=tuple(leaves))
+        return meta._replace(leaves=tuple(leaves) if sizes else meta.leaves, sizes=tuple(sizes))
 
     def symbol(self, expr: Any) -> Any:
         """The size that an expression over the padded length stands for."""
@@ -317,14 +364,22 @@ class WaveSites:
         return self.scanner.skeleton().get_submodule(path).forward
 
 
-def _known(meta: SiteMeta | Missing, length: Any = None) -> SiteMeta | Missing:
+def _computed(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`made` as the result of an operation, where `like` requires grad: no leaf, so that a body can change it in place."""
+    if like.requires_grad:
+        with torch.enable_grad():
+            made.add_(torch.zeros((), dtype=made.dtype, device=made.device, requires_grad=True))
+    return made
+
+
+def _known(meta: SiteMeta | Missing, *symbols: Any) -> SiteMeta | Missing:
     """`meta`, unless a size in it depends on data: such a site must be looked at."""
     if isinstance(meta, Missing):
         return meta
     sizes = [
         n for leaf in meta.leaves if isinstance(leaf, torch.Tensor) for n in leaf.shape if isinstance(n, torch.SymInt)
     ]
-    known = {length.node.expr} if isinstance(length, torch.SymInt) else set()
+    known = {s.node.expr for s in symbols if isinstance(s, torch.SymInt)}
     if any(free_unbacked_symbols(n) - known for n in sizes):
         return Missing("its size depends on data")
     return meta

@@ -18,6 +18,7 @@ from ..capture import _torch
 from ..capture._torch import FakeTensor, detect_fake_mode
 from ..capture._transformers import settle
 from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, mark, site, supply
+from ..capture.scan import callee
 from ..capture.segment import Segment
 from ..errors import PlanMismatchError
 from ..passes.job import NotDifferentiable
@@ -133,9 +134,11 @@ watch = Watch()
 
 
 def _inner(module: torch.nn.Module, fn: str | None) -> Callable:
+    called = callee(module, fn)
+
     def inner(args: tuple, kwargs: dict) -> Any:
         try:
-            out = module(*args, **kwargs) if fn is None else getattr(module, fn)(*args, **kwargs)
+            out = called(*args, **kwargs)
         except Stop:
             return None
         return mark(out, "", "result") if torch.compiler.is_compiling() else out

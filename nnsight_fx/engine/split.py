@@ -22,10 +22,12 @@ class Part:
     numbers: dict[int, int]  # operation in the recording -> operation in the plan
 
 
-def parts(tape: Tape, members: int) -> list[list[int]]:
+def parts(tape: Tape, members: list[int]) -> list[list[int]]:
     """The invokes of each forward, in order."""
-    starts = [0, *sorted(tape.splits), members]
-    return [list(range(a, b)) for a, b in zip(starts, starts[1:], strict=False) if b > a]
+    found: dict[int, list[int]] = {}
+    for member in members:
+        found.setdefault(sum(start <= member for start in tape.splits), []).append(member)
+    return list(found.values())
 
 
 def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Key], Any]) -> Part:
@@ -56,7 +58,7 @@ def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Key], A
     lines, specs = [tape.lines[n] for n in own], [tape.specs[n] for n in own]
     for value in sorted(_used_later(tape, members)):
         keep = ("t", tuple, (("v", numbers[value[0]], value[1]),))
-        ops.append(Op(SAVE, 0, None, keep, ("d", (), ()), None, ""))
+        ops.append(Op(SAVE, members.index(tape.ops[value[0]].invoke), None, keep, ("d", (), ()), None, ""))
         lines.append(tape.lines[value[0]])
         specs.append(None)
     plan = InterventionGraph.of(tuple(ops), groups, tape.recapture, tuple(specs))
@@ -65,5 +67,5 @@ def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Key], A
 
 def _used_later(tape: Tape, members: list[int]) -> set[tuple[int, int]]:
     """Values made by these invokes that later ones use."""
-    used = {v for op in tape.ops if op.invoke > members[-1] for v in references((op.args, op.kwargs))}
+    used = {v for op in tape.ops if op.invoke not in members for v in references((op.args, op.kwargs))}
     return {v for v in used if tape.ops[v[0]].invoke in members}

@@ -45,7 +45,11 @@ class Variant:
 
 def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     """The variant of a segment for where a run's plan stands: found, or compiled now."""
-    aliases = _aliases(run, args) if run.env and run.plan.writes else {}
+    aliases: dict = _aliases(run, args) if run.env and run.plan.writes else {}
+    if run.plan.backs:  # a parameter that the body uses, too, is one leaf
+        own = {id(arg): i for i, arg in enumerate(args)}
+        constants = ((slot, own.get(id(c))) for slot, c in enumerate(run.constants) if isinstance(c, torch.Tensor))
+        aliases.update({(slot, "tensor"): (i, None) for slot, i in constants if i is not None})
     key = (run.entry_key(), tuple(aliases.items()))
     found = segment.variants.setdefault(key, [])
     for each in found:
@@ -105,6 +109,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
     with _torch.tracing(segment.context):
         passes.run(gm, job, pipeline, run.capture.disable)
     check(job, run.removes)
+    job.skeleton = None  # it knows the run, and the variant, which knows the job, outlives that
     if job.differentiates and not run.plan.backs <= job.exit.done:
         raise NotDifferentiable("the loss is not in the first captured segment")
     with _torch.tracing(segment.context), torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None):

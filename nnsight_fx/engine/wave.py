@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,13 +21,20 @@ from .sites import Signature, WaveSites
 from .split import Part, part, parts
 
 
+class Shadow(NamedTuple):
+    """A worker that observes the rows of an invoke."""
+
+    of: int
+
+
 class Wave:
     """Invokes that run together. `alone` is a trace with one direct input."""
 
     def __init__(self, host: Any, tracer: Tracer, first: Any, alone: bool):
         """`first` is the first input; a list of them when all are given first."""
-        self.host, self.tracer, self.alone = host, tracer, alone
-        self.members: list[Invoker | None] = []
+        self.host, self.tracer, self.alone, self.fn = host, tracer, alone, tracer.fn
+        self.edits = len(host._edits)
+        self.members: list[Invoker | Shadow | None] = [None] * (self.edits + alone)  # `None`: over the whole batch
         self.batches: list[Any] = [first] if alone else []
         self.run: Run | None = None
         self.done: list[tuple[Part, Run]] = []  # the forwards of a recording that does not fit one
@@ -35,16 +42,17 @@ class Wave:
         self.fixed: int | None = tracer.pad_to  # the padded length, once it is known
         if alone:
             batch = self.batch = host._collate([first], pad_to=tracer.pad_to)
-            signature = scanner.signature(batch, tracer.fn, None)
+            signature = scanner.signature(batch, self.fn, None)
         else:
             given = first if isinstance(first, list) else [first]
-            signature = scanner.signature(given[0], tracer.fn, host._unknown_dims(given[0]))
+            signature = scanner.signature(given[0], self.fn, host._unknown_dims(given[0]))
         length = tracer.pad_to if tracer.pad_to is not None else scanner.length
         if isinstance(first, list):
             self.batch = host._collate(first, pad_to=tracer.pad_to)
             length = host._length(self.batch) or length
         sites = WaveSites(scanner, signature, self.rows_of, length, self._signature_of)
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
+        host._replay_edits(self.tape)
 
     # -- members -------------------------------------------------------------------------------------------------
 
@@ -62,9 +70,19 @@ class Wave:
     def index_of(self, invoker: Invoker) -> int:
         return self.members.index(invoker)
 
+    def shadow(self, of: int) -> int:
+        """A further worker, over the rows of an invoke."""
+        self.members.append(Shadow(of))
+        return len(self.members) - 1
+
     def rows_of(self, index: int) -> Any:
         """The rows of an invoke; of the whole batch so far for one without input."""
-        batch = self.members[index].batch if index < len(self.members) and self.members[index] is not None else None  # type: ignore[union-attr]
+        member = self.members[index] if index < len(self.members) else None
+        if isinstance(member, Shadow):
+            return self.rows_of(member.of)
+        if member is None and not self.batches:  # an edit: the inputs are still to come
+            return self.host._scanner.rows
+        batch = member.batch if member is not None else None
         return batch.rows if batch is not None else sum(b.rows for b in self.batches)
 
     def _signature_of(self, index: int) -> Signature | None:
@@ -72,16 +90,20 @@ class Wave:
         batch = self.members[index].batch if index < len(self.members) and self.members[index] is not None else None  # type: ignore[union-attr]
         if batch is None or any(length is not None for _, length in self.host._unknown_dims(batch)):
             return None
-        return self.host._scanner.signature(batch, self.tracer.fn, None)
+        return self.host._scanner.signature(batch, self.fn, None)
 
     def groups(self) -> Groups:
         if self.alone:
-            return Groups((None,), 0)
+            return Groups((None,) * len(self.members), 0)
         return self._groups_of(list(range(len(self.members))))
 
     def _groups_of(self, members: list[int]) -> Groups:
-        rows, start = [], 0
+        rows: list[tuple[int, int] | None] = []
+        start = 0
         for member in (self.members[i] for i in members):
+            if isinstance(member, Shadow):
+                rows.append(rows[members.index(member.of)])
+                continue
             batch = member.batch if member is not None else None
             rows.append((start, batch.rows) if batch is not None else None)
             start += batch.rows if batch is not None else 0
@@ -91,13 +113,15 @@ class Wave:
         """The recording so far, as data."""
         tape, tracer, module = self.tape, self.tracer, self.host._module
         tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        members = [None if self.alone else m for m in self.members] or [None]
-        batches = [self.batches[0]] if self.alone else [m.batch if m is not None else None for m in members]
+        members = self.members or [None]
+        batches = (
+            [None] * self.edits + [self.batches[0]] if self.alone else [getattr(m, "batch", None) for m in members]
+        )
         recording = Recording(
             parameters={id(tensor): name for name, tensor in tensors},
             inputs=[None if b is None else (b.args, b.kwargs) for b in batches],
             alone=self.alone,
-            together=not self.alone and all(m is not None and m.prepared for m in members),
+            together=not self.alone and all(getattr(m, "prepared", False) for m in members),
             fn=tracer.fn,
             pad_to=tracer.pad_to,
             sites=tape.found(),
@@ -108,6 +132,19 @@ class Wave:
         constants = [tape.negative.get(slot, value) for slot, value in enumerate(tape.constants)]
         return Graph(tape.plan(self.groups()), tape.lines, constants, recording=recording)
 
+    # -- occurrences ---------------------------------------------------------------------------------------------
+
+    forward = True  # is it a forward of the model? Not what follows the last one of a generation
+
+    def calls(self, path: str, kind: str) -> int:
+        """How often the forward passes a site, as its scan saw it."""
+        scan = self.tape.sites.signature.scan  # type: ignore[attr-defined]
+        found = scan.counts.get((path, kind), 0)
+        return found if scan.ended is None else max(found, 1)
+
+    def most_calls(self) -> int:
+        return max(self.tape.sites.signature.scan.counts.values(), default=1)  # type: ignore[attr-defined]
+
     # -- running -------------------------------------------------------------------------------------------------
 
     def _start(self) -> Run:
@@ -115,8 +152,7 @@ class Wave:
             return self.run
         if not self.alone:
             self.batch = self.host._collate(self.batches, pad_to=self.tracer.pad_to)
-        self._groups = self.groups()
-        run = self.run = self.host._run(self, self.tape.plan(self._groups), self.tape.constants, self.tape.lines)
+        run = self.run = self.host._run(self, self.tape.plan(self.groups()), self.tape.constants, self.tape.lines)
         return run
 
     def _scan(self) -> None:
@@ -135,7 +171,7 @@ class Wave:
         if self.run is not None and tape is not self.tracer.waves[-1].tape:
             return self.run.lookup  # a later wave asks for a value of this one
         run = self._start()
-        return run.until(tape.plan(self._groups), self.tracer.state)
+        return run.until(tape.plan(self.groups()), self.tracer.state)
 
     def finish(self) -> None:
         if self.tracer.scan_only:
@@ -143,7 +179,7 @@ class Wave:
         if self.tape.splits and self.run is None:
             return self._finish_parts()
         run = self._start()
-        plan = self.tape.plan(self._groups)
+        plan = self.tape.plan(self.groups())
         run.finish(plan)
         missed = run.unfinished()
         if missed and not run.stopping:
@@ -158,7 +194,7 @@ class Wave:
                 f"{self.tracer.line}: invoke {first} uses early in the model what an earlier invoke computes late, so it needs a "
                 f"forward of its own; {why}, which a second forward would move twice. Use two traces."
             )
-        for members in parts(self.tape, len(self.members)):
+        for members in self._parts():
             batches = [b for i in members if (b := getattr(self.members[i], "batch", None)) is not None]
             if not batches:
                 raise InvokeError(
@@ -173,8 +209,16 @@ class Wave:
             if missed and not run.stopping:
                 raise run.missed_error(missed)
 
+    def _parts(self) -> list[list[int]]:
+        """The members of each forward: the edits go with all, whoever observes an invoke goes with it."""
+        shadows = {i: m.of for i, m in enumerate(self.members) if isinstance(m, Shadow)}
+        edits, own = list(range(self.edits)), [i for i in range(self.edits, len(self.members)) if i not in shadows]
+        return [[*edits, *p, *(i for i, of in shadows.items() if of in p)] for p in parts(self.tape, own)]
+
     def value(self, key: Key) -> Any:
         """A value of this wave, from whichever of its forwards made it."""
+        if self.tracer.scan_only:
+            return self._meta(key)
         for piece, run in self.done:
             if key[0] == "v" and key[1] in piece.numbers:
                 return run.lookup(("v", piece.numbers[key[1]], key[2]))
@@ -182,15 +226,27 @@ class Wave:
             raise KeyError(key)
         return self.run.lookup(key)
 
+    def visits(self, n: int) -> list:
+        """What an observation of every call has seen."""
+        return self.value(("v", n, -1)) if self.performed(n) and not self.tracer.scan_only else []
+
     def abandon(self) -> None:
         if self.run is not None:
             self.run.abandon()
 
     def deliver(self) -> None:
+        for told in self.tape.told:
+            told(self)
         if self.tracer.scan_only:
             deliver(self.tape, self._meta, lambda: None)
         if self.run is not None or self.done:
             deliver(self.tape, self.value, self._release)
+
+    def performed(self, n: int) -> bool:
+        """Did the run get to an operation?"""
+        if self.done:
+            return any(n in piece.numbers and piece.numbers[n] in run.done for piece, run in self.done)
+        return self.tracer.scan_only or (self.run is not None and n in self.run.done)
 
     def _release(self) -> None:
         """The values now belong to whoever saved them."""
@@ -210,6 +266,6 @@ class Wave:
         """What the sizes that were unknown turned out to be."""
         if self.alone:
             return {}
-        symbol = self.host._scanner.length.node.expr
-        length = self.host._length(self.batch)
-        return {} if length is None else {symbol: length}
+        scanner = self.host._scanner
+        known = ((scanner.rows, self.batch.rows), (scanner.length, self.host._length(self.batch)))
+        return {symbol.node.expr: n for symbol, n in known if n is not None}

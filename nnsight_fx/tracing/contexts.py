@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
+from ..config import quiet
 from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
-from . import saving
+from . import ambient, saving, tree
 from .graph import Graph
-from .lazy import user_line
+from .iteration import Cursor, Iterations, Never
+from .lazy import Line, user_line
 from .recorder import Recorder
-from .tape import Invoke, Tape
+from .tape import Invoke, Tape, held
 
 
 class Wave(Protocol):
     """One forward in the making, as a trace sees it."""
 
     tape: Tape
+
+    def calls(self, path: str, kind: str) -> int: ...
 
     def finish(self) -> None: ...
 
@@ -60,7 +67,11 @@ class Tracer:
         self.given: list[Invoker] = []
         self.recorder = Recorder()
         self.line = user_line()
-        self.called = 0
+        self.barriers: list[tuple[int, list[int], Line]] = []
+        self.cursor = Cursor(self)
+        self.generation: Any = None  # a function that runs the model many times, forward by forward
+        self.missed: MissedSiteError | None = None
+        self.counted: dict[tuple[str, str], tuple[int, int]] = {}
 
     # -- the context ---------------------------------------------------------------------------------------------
 
@@ -73,20 +84,34 @@ class Tracer:
         self.host.tracer = self
         try:
             self.line = user_line()
+            self.args, self.kwargs = held(self.args), held(self.kwargs)
             self.state = self.host._state()
+            self.modes = contextlib.ExitStack()
             if self.args or self.host._has_input(self.kwargs):
-                self._begin(self.host._prepare(self.args, self.kwargs), alone=True)
+                first = self.host._prepare(self.args, self.kwargs)
+                self.generation = self.host._generation(self, first)
+                if self.generation is not None:
+                    self.modes.enter_context(ambient.under(self.generation.modes))
+                self._begin(first, alone=True)
             self.resume_body = self.host._suspend()
             self.recorder.__enter__()
         except BaseException:
+            self._abort()
+            self.modes.close()
             self.host.tracer = None
             raise
         return self
 
+    @quiet
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         self.recorder.__exit__(None, None, None)
+        self.modes.close()
         self.resume_body()
         try:
+            if isinstance(error, Never):  # found out before the run, told after it
+                with contextlib.suppress(MissedSiteError):
+                    self._finish()
+                return False
             if error is not None and not isinstance(error, Stopping):
                 self._abort()
                 if isinstance(error, MissedSiteError):
@@ -101,7 +126,11 @@ class Tracer:
                     "`with model.trace() as tracer:` and in it `with tracer.invoke(prompt):`."
                 )
             try:
-                self._finish()
+                session = saving.session()
+                if session is None:
+                    self.run()
+                else:
+                    session.run(self)
             except BaseException:
                 self._abort()
                 raise
@@ -110,28 +139,44 @@ class Tracer:
                 wave.tape.open = False
                 saving.closed(wave.tape)
             self.host.tracer = None
-        return isinstance(error, Stopping)
+        return type(error) is Stopping
 
     def _begin(self, first: Any, alone: bool) -> None:
         wave = self.host._wave(self, first, alone)
         self.waves.append(wave)
-        self.recorder.tape = wave.tape
+        self.recorder.tape, self.recorder.inside = wave.tape, alone
         saving.opened(wave.tape)
 
-    def _finish(self) -> None:
+    def run(self) -> None:
+        """The body is done: run what is left of it, and deliver what was saved."""
+        for n, (reached,), line in self.barriers:
+            if reached % n:
+                raise InvokeError(
+                    f"{line}: a barrier was never reached by every block: `barrier({n})` was called {reached} times. Call it "
+                    "in each of the invokes, or give it their number."
+                )
+        if self.generation is not None:
+            self.generation.to_the_end()
+            while self.can_advance:
+                self.advance()
+        self._run_open()
+        self._deliver()
+        if self.missed is not None:
+            raise self.missed
+
+    def _run_open(self) -> None:
+        """Run what is recorded of the open wave. A site that it never reaches is told when everything else is delivered."""
         wave = self.waves[-1]
         wave.tape.settle()
         for each in self.waves:
             saving.collect(each.tape)
-        missed = None
+        if self.can_advance:
+            wave.tape.close_step()
         try:
             with wave.tape.running():
                 wave.finish()
         except MissedSiteError as e:
-            missed = e
-        self._deliver()
-        if missed is not None:
-            raise missed
+            self.missed = self.missed or e
 
     def _deliver(self) -> None:
         for wave in self.waves:
@@ -140,6 +185,51 @@ class Tracer:
     def _abort(self) -> None:
         for wave in self.waves:
             wave.abandon()
+        if self.generation is not None:
+            self.generation.abandon()
+
+    # -- the forwards of a generation ------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The forward that is open."""
+        return len(self.waves) - 1 if self.generation is not None else 0
+
+    @property
+    def can_advance(self) -> bool:
+        """Does anything come after the open forward?"""
+        return self.generation is not None and self.waves[-1].forward
+
+    def advance(self) -> None:
+        """Run the open forward. The next one is open then, or, after the last, what follows the generation."""
+        with _paused(self.recorder):
+            self._run_open()
+            self._begin(None, alone=True)
+            tape = self.recorder.tape
+        self.recorder.tape = tape
+        for wave in self.waves[:-2]:
+            wave.forget()
+
+    def calls(self, path: str, kind: str, step: int) -> int:
+        """How often a forward passes a site."""
+        return self.waves[step if self.generation is not None else -1].calls(path, kind)
+
+    def before(self, path: str, kind: str, step: int) -> int:
+        """How often the forwards before one have passed a site."""
+        at, total = self.counted.get((path, kind), (0, 0))
+        if at > step:
+            at, total = 0, 0
+        total += sum(self.calls(path, kind, i) for i in range(at, step))
+        self.counted[(path, kind)] = (step, total)
+        return total
+
+    def most_calls(self, step: int) -> int:
+        """How often a forward passes the site that it passes most."""
+        return self.waves[step if self.generation is not None else -1].most_calls()
+
+    def containers(self) -> list:
+        """What `nnsight_fx.save(container)` got."""
+        return [c for wave in self.waves for c in wave.tape.containers]
 
     # -- invokes -------------------------------------------------------------------------------------------------
 
@@ -185,8 +275,34 @@ class Tracer:
 
     @own_error
     def result(self) -> Any:
-        """What the traced function returns, after every intervention."""
-        return self.tape.read(("", "result", 0))
+        """What the traced function returns, after every intervention. A generation runs to its end for it."""
+        if self.generation is None:
+            return self.tape.read(("", "result", 0))
+        self.generation.to_the_end()
+        while self.can_advance:
+            self.advance()
+        return self.known(self.generation.result)
+
+    def known(self, value: Any) -> Any:
+        """A real value as a recorded one, to be saved like any other."""
+        tape = self.tape
+        return tree.tree_map(
+            lambda x: tape.call(torch.Tensor.view_as, (x, x), {}) if isinstance(x, torch.Tensor) else x, value
+        )
+
+    @property
+    def iter(self) -> Iterations:
+        """Chosen occurrences: `for step in tracer.iter[:]`, `tracer.iter[2]`, `tracer.iter[1:3]`, `tracer.iter[[0, 4]]`."""
+        return Iterations(self)
+
+    def all(self) -> Iterations:
+        """Every occurrence: `tracer.iter[:]`."""
+        return Iterations(self)
+
+    def next(self, step: int = 1) -> Tracer:
+        """From here on, the next occurrence of every site."""
+        self.cursor.next(step)
+        return self
 
     def stop(self) -> None:
         """End the model's forward here: nothing after the latest site runs, no buffer moves, no cache fills."""
@@ -201,16 +317,50 @@ class Tracer:
             reached[0] += 1
             self.tape.barrier()
 
-        self.barriers = [*getattr(self, "barriers", []), (n, reached, user_line())]
+        self.barriers.append((n, reached, user_line()))
         return barrier
+
+    def cache(
+        self,
+        modules: list | None = None,
+        device: Any = "cpu",
+        dtype: Any = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+    ) -> Any:
+        """Keep what many modules return (`include_output`) or get (`include_inputs`), after every intervention.
+
+        ```python
+        with model.trace(prompt) as tracer:
+            cache = tracer.cache()
+        cache["model.transformer.h.0"].output  # or cache.model.transformer.h[0].output
+        ```
+
+        `modules` are envoys or paths, all by default. Each tensor is detached, moved to `device` (`None`: left where it
+        is) and cast to `dtype`. It holds the rows of the invoke in which it is declared. Objects (a KV cache) are not kept.
+
+        Raises:
+            InvokeError: a value was read or changed before (a `ValueError`).
+            UnknownModuleError: `modules` names one that there is not.
+        """
+        return self.host._cache(self, modules, device, dtype, detach, include_output, include_inputs)
 
     def apply(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
         """`fn(*args, **kwargs)` on the real values, when the model gets there; a sync point."""
         return self.tape.apply(fn, args, kwargs)
 
     def log(self, *values: Any) -> None:
-        """Print values when the model gets there."""
-        self.tape.apply(print, values, {})
+        """`print` values, in lists and dicts too, when the model gets there; no sync point, the body goes on at once."""
+        self.tape.later(print, values)
+
+    def constant(self, value: Any) -> torch.Tensor:
+        """`value` (a number, a nested list, an array) as a tensor on the model's device.
+
+        A number that operations take as an argument is part of a plan's structure, and another one compiles again
+        (`h.pow(2.5)`); a tensor never is: `h.pow(tracer.constant(2.5))` compiles once for all exponents.
+        """
+        return torch.as_tensor(value, device=self.host.device)
 
     @own_error
     def graph(self) -> Graph:
@@ -232,6 +382,13 @@ class Tracer:
 
 class Stopping(BaseException):
     """Leaves the body at `tracer.stop()`; never leaves the `with` block."""
+
+
+class Leaving(Stopping):
+    """Leaves a session at `session.stop()`: the blocks in it, and the session's own."""
+
+    def __init__(self, scope: Any):
+        self.scope = scope
 
 
 class Invoker:
@@ -262,6 +419,7 @@ class Invoker:
             raise InvokeError(
                 f"{user_line()}: cannot open an invoke with one already open. Leave the other `with` block first."
             )
+        self.args, self.kwargs = held(self.args), held(self.kwargs)
         if self.batch is None and (self.args or self.kwargs):
             with _paused(tracer.recorder):
                 self.batch = tracer.host._prepare(self.args, self.kwargs)
@@ -282,9 +440,10 @@ class Invoker:
         wave = tracer.waves[-1]
         wave.add(self)
         wave.tape.invoke = Invoke(wave.index_of(self))
+        tracer.cursor.reset()
         if not self.prepared:
             tracer.given.append(self)
-        tracer.invoker = self
+        tracer.invoker, tracer.recorder.inside = self, True
         return self
 
     def _check_second_wave(self) -> None:
@@ -298,10 +457,10 @@ class Invoker:
             )
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        self.tracer.invoker = None
+        self.tracer.invoker, self.tracer.recorder.inside = None, False
         if error is None or isinstance(error, Stopping):
             self.tracer.waves[-1].tape.settle()
-        return isinstance(error, Stopping)
+        return type(error) is Stopping
 
 
 class _paused:

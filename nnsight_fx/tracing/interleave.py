@@ -19,17 +19,21 @@ from .plan import (
     AT_SITE,
     BACKWARD,
     BARRIER,
+    EVERY,
     GRAD,
     LIVE,
     OBJECT,
+    OBSERVE,
     READ,
     SAVE,
     SET_GRAD,
     SKIP,
     STOP,
     SYNC,
+    VISIT,
     WRITE,
     InterventionGraph,
+    Observed,
     Op,
     Site,
 )
@@ -51,6 +55,11 @@ class Firing(NamedTuple):
     site: Site
     leaves: list
     spec: tree.Spec
+    own: bool = False  # are the leaves one invoke's rows, of a call that it makes itself
+
+    def batched(self, leaf: int, batched: tuple | None) -> bool | None:
+        """Does a leaf hold the rows of all invokes? `None`: its size tells."""
+        return False if self.own else batched[leaf] if batched else None
 
 
 class Interleaver:
@@ -68,6 +77,7 @@ class Interleaver:
             Value, tuple
         ] = {}  # the leaf, invoke and rows that a value is a part of: its gradient is that leaf's
         self.replaced: dict[int, Any] = {}  # gradients that the plan sets, until the backward comes by
+        self.visiting: set[int] = set()  # the invokes in a module that they call
 
     # What a subclass gives.
     def constant(self, key: Key) -> Any:
@@ -85,6 +95,10 @@ class Interleaver:
         """A leaf with an invoke's rows replaced."""
         raise NotImplementedError
 
+    def observed(self, leaf: Any, how: Observed) -> Any:
+        """A leaf as an observation keeps it."""
+        raise NotImplementedError
+
     def check(self, n: int, leaves: list, expected: tuple) -> None:
         """Is a site what the scan guessed it to be?"""
 
@@ -96,11 +110,14 @@ class Interleaver:
             # behind an operation that waits for a later site: what needs nothing of it is served now
             if n not in self.done and self.ready(n) and self.plan.ops[n].kind in (READ, WRITE, OBJECT):
                 self.perform(n, firing)
+        for n in (*self.plan.touches.get(firing.site, ()), *self.plan.followed.get(firing.site[:2], ())):
+            if self.plan.ops[n].kind == OBSERVE:  # when everybody is done with the site
+                self.perform(n, firing)
 
     def work(self, firing: Firing | None) -> None:
         """Advance every invoke as far as it can go."""
         for worker in range(len(self.plan.workers)):
-            while self.at[worker] < len(self.plan.workers[worker]):
+            while worker not in self.visiting and self.at[worker] < len(self.plan.workers[worker]):
                 n = self.plan.workers[worker][self.at[worker]]
                 if n not in self.done:
                     op = self.plan.ops[n]
@@ -139,7 +156,7 @@ class Interleaver:
         if firing is None:
             return False
         path, kind, call = op.target
-        return firing.site == ((path, "input", call) if op.kind == SKIP else op.target)
+        return op.kind != OBSERVE and firing.site == ((path, "input", call) if op.kind == SKIP else op.target)
 
     def ready(self, n: int) -> bool:
         """Are all values that operation `n` needs there?"""
@@ -150,13 +167,16 @@ class Interleaver:
         if op.kind == READ:
             assert firing is not None
             batched, expected = op.extra or (None, None)
-            leaves = [self.rows(x, op.invoke, batched[i] if batched else None) for i, x in enumerate(firing.leaves)]
+            leaves = [self.rows(x, op.invoke, firing.batched(i, batched)) for i, x in enumerate(firing.leaves)]
             if expected is not None:
                 self.check(n, leaves, expected)
             for i, (base, own) in enumerate(zip(firing.leaves, leaves, strict=True)):
                 if base is not own and ((n, i) in self.plan.tapped or not self.closed):
-                    self.bases[(n, i)] = (base, op.invoke, batched[i] if batched else None)
+                    self.bases[(n, i)] = (base, op.invoke, firing.batched(i, batched))
             self._keep(n, leaves, firing.spec)
+        elif op.kind == OBSERVE:
+            assert firing is not None
+            self._observe(n, op, firing)
         elif op.kind == OBJECT:
             assert firing is not None
             self.env[(n, 0)] = firing.leaves[op.extra] if op.extra < len(firing.leaves) else None
@@ -178,12 +198,38 @@ class Interleaver:
         elif op.kind == BACKWARD:
             self.differentiate(n, op)
             self.flow()
+        elif op.kind == VISIT:
+            self._visit(n, op)
         elif op.kind not in (SAVE, BARRIER):
             if op.kind in LIVE and not self.live:
                 raise Cut
             self._store(n, op, self.execute(n, op))
         self.done.add(n)
         self._release(n)
+
+    def _visit(self, n: int, op: Op) -> None:
+        """A module that an invoke calls passes a site, and the other invokes act there."""
+        leaves = list(self.arguments(op)[0][0])
+        groups = self.plan.groups.rows
+        own = op.invoke < len(groups) and groups[op.invoke] is not None
+        self.visiting.add(op.invoke)
+        try:
+            self.fire(Firing(op.target, leaves, op.extra, own))
+        finally:
+            self.visiting.discard(op.invoke)
+        self._keep(n, leaves, op.extra)
+
+    def _observe(self, n: int, op: Op, firing: Firing) -> None:
+        """Keep what everybody has made of a site, detached, moved and cast."""
+        batched, how = op.extra
+        leaves = [
+            self.observed(self.rows(x, op.invoke, firing.batched(i, batched)), how) for i, x in enumerate(firing.leaves)
+        ]
+        if op.target[2] == EVERY:  # a list of all visits
+            before, (*kind, specs) = self.env.get((n, -1), ([], ("list", list, (), ())))
+            self.env[(n, -1)] = ([*before, *leaves], (*kind, (*specs, firing.spec)))
+        else:
+            self._keep(n, leaves, firing.spec)
 
     live = True  # can this interleaver run Python on real values?
     closed = True  # is the plan whole? Not while a sync point may still add to it
@@ -212,9 +258,7 @@ class Interleaver:
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
                     value = firing.leaves[value.index] if isinstance(value, Keep) else value
-                    firing.leaves[i] = self.put_rows(
-                        firing.leaves[i], value, op.invoke, batched[i] if batched else None
-                    )
+                    firing.leaves[i] = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
         else:
             old = list(firing.leaves)
             firing.leaves[:] = [old[v.index] if isinstance(v, Keep) else v for v in new]
@@ -244,12 +288,19 @@ class Interleaver:
     def count(self, path: str, kind: str) -> int:
         """The call index of a site that is passed now."""
         n = self.counts.get((path, kind), 0)
+        while (path, kind, n) in self.plan.visits:
+            n += 1
         self.counts[(path, kind)] = n + 1
         return n
 
     def unfinished(self) -> list[int]:
         """The operations that the run did not get to."""
-        return [n for worker in self.plan.workers for n in worker if n not in self.done]
+        return [
+            n
+            for i, worker in enumerate(self.plan.workers)
+            for n in worker
+            if n not in self.done and i not in self.plan.observers
+        ]
 
     def skip_of(self, at: Site, invoke: int) -> int:
         """The operation by which an invoke skips a call."""
@@ -258,15 +309,27 @@ class Interleaver:
 
     def skip_parts(self, at: Site, lines: Sequence) -> dict[int, tuple] | None:
         """What each invoke gives for a skipped call, or `None` where none does."""
-        parts = self.skipped.get(at)
-        members = {i for i, rows in enumerate(self.plan.groups.rows) if rows is not None}
-        if parts is None or not set(parts) < members:
-            return parts
+        parts = in_force(self.skipped.get(at), self.plan.groups)
+        if parts is not None:
+            self._check_all(at, set(parts), lines)
+        return parts
+
+    def check_skips(self, lines: Sequence) -> None:
+        """Before anything runs: is each call that is skipped skipped by everybody?"""
+        for path, calls in self.plan.skips.items():
+            for call in calls:
+                at = (path, "output", call)
+                self._check_all(at, {op.invoke for op in self.plan.ops if op.kind == SKIP and op.target == at}, lines)
+
+    def _check_all(self, at: Site, invokes: set[int], lines: Sequence) -> None:
+        groups = self.plan.groups
+        if not {groups.rows[i] for i in invokes} < groups.inputs:
+            return
         written = ", ".join(
             str(lines[n]) for n in self.plan.touches[at] if self.plan.ops[n].kind == SKIP and n < len(lines)
         )
         raise SkipError(
-            f"`{at[0]}` is skipped in {len(parts)} of {len(members)} invokes ({written}); "
+            f"`{at[0]}` is skipped in {len(invokes)} of {len(groups.inputs)} invokes ({written}); "
             "one forward cannot both run and skip a module. Skip it in every invoke, or use two traces."
         )
 
@@ -285,6 +348,9 @@ class TensorInterleaver(Interleaver):
 
     def constant(self, key: Key) -> Any:
         return self.constants[key[1]]
+
+    def observed(self, leaf: Any, how: Observed) -> Any:
+        return observed(leaf, how)
 
     def _batched(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:
         groups = self.plan.groups
@@ -305,9 +371,26 @@ class TensorInterleaver(Interleaver):
         return torch.cat([leaf.narrow(0, 0, start), new, leaf.narrow(0, start + size, leaf.shape[0] - start - size)])
 
 
+def observed(leaf: Any, how: Observed) -> Any:
+    """A leaf as an observation keeps it."""
+    for name, kwargs in how.steps if isinstance(leaf, torch.Tensor) else ():
+        leaf = getattr(leaf, name)(**dict(kwargs))
+    return leaf
+
+
+def in_force(parts: dict[int, tuple] | None, groups: Any) -> dict[int, tuple] | None:
+    """Who of those that skip a call has the last word: one over the whole batch, or those over rows behind it."""
+    found: dict[int, tuple] = {}
+    for i in sorted(parts or ()):
+        whole = i >= len(groups.rows) or groups.rows[i] is None
+        keep = {} if whole else {j: p for j, p in found.items() if groups.rows[j] is not None}
+        found = {**keep, i: parts[i]}  # type: ignore[index]
+    return found if parts is not None else None
+
+
 def gather(parts: dict[int, tuple], groups: Any) -> tuple[list, tree.Spec]:
     """The output of a skipped module from what each invoke gave: rows concatenated leaf by leaf."""
-    ordered = [parts[i] for i in sorted(parts)]
+    ordered = list((in_force(parts, groups) or {}).values())
     if len(ordered) == 1:
         return ordered[0][1], ordered[0][0]
     leaves = [

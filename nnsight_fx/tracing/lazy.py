@@ -46,6 +46,8 @@ class LazyTensor(torch.Tensor):
     _key: tuple  # its key in the recording: ("v", op, leaf)
     _fake: torch.Tensor  # shape, dtype, device: all that is known of it
     _line: Line  # where it was made
+    _placed = True  # is it known where it will be
+    _held: torch.Tensor | None = None  # the real tensor, between the run of its trace and the end of the session
 
     @staticmethod
     def __new__(cls, tape: Tape, key: tuple, fake: torch.Tensor, line: Line) -> LazyTensor:
@@ -79,6 +81,14 @@ class LazyTensor(torch.Tensor):
     def save(self) -> LazyTensor:
         """Keep this value: after the trace this very object is a plain `torch.Tensor`."""
         self._tape.save(self)
+        return self
+
+    def update(self, value: Any) -> LazyTensor:
+        """From here on this very object stands for `value`, a tensor or a number: what was made of it stays as it was.
+
+        Also where it was saved before. Returns the object itself.
+        """
+        self._tape.update(self, value)
         return self
 
     # Sync points: Python needs the numbers, so the model runs up to here, once, and the body goes on.

@@ -17,11 +17,13 @@ from .encode import Key, references
 Site = tuple[str, str, int]  # module path, "input" | "output" | "result", call index
 
 # The dialect: operations that are not torch calls. Everything else is `call`.
-READ, WRITE, SKIP, OBJECT, STOP, SAVE, CALL, MODULE, APPLY, SYNC, BARRIER = (
-    *("read", "write", "skip", "object", "stop", "save", "call", "module", "apply", "sync", "barrier"),
+READ, WRITE, SKIP, OBJECT, OBSERVE, STOP, SAVE, CALL, MODULE, APPLY, SYNC, BARRIER = (
+    *("read", "write", "skip", "object", "observe", "stop", "save", "call", "module", "apply", "sync", "barrier"),
 )
 BACKWARD, GRAD, SET_GRAD = "backward", "grad", "set_grad"  # a gradient belongs to the backward that follows it
-AT_SITE = {READ, WRITE, SKIP, OBJECT}  # take effect at a site of their own
+VISIT = "visit"  # a module that the body calls passes a site
+AT_SITE = {READ, WRITE, SKIP, OBJECT, OBSERVE}  # take effect at a site of their own
+EVERY = -1  # the call index of an observation of every call
 LIVE = {APPLY, SYNC}  # need real values and Python: nothing compiled can hold them
 
 
@@ -38,11 +40,22 @@ class Op(NamedTuple):
     extra: Any = None  # write, skip: the spec of the written tree; read: which leaves hold the batch in their rows
 
 
+class Observed(NamedTuple):
+    """What an observation does to each tensor leaf: methods by name, with their keywords."""
+
+    steps: tuple[tuple[str, tuple], ...]
+
+
 class Groups(NamedTuple):
     """Each invoke's rows `(start, size)` of the batch; `None` for an invoke over the whole batch."""
 
     rows: tuple[tuple[int, int] | None, ...]
     total: int
+
+    @property
+    def inputs(self) -> set[tuple[int, int]]:
+        """The rows of each input."""
+        return {rows for rows in self.rows if rows is not None}
 
 
 class InterventionGraph:
@@ -78,6 +91,25 @@ class InterventionGraph:
         for n, op in enumerate(self.ops):
             if op.kind in AT_SITE:
                 found.setdefault(op.target, []).append(n)
+        return found
+
+    @cached_property
+    def visits(self) -> frozenset[Site]:
+        """The sites of modules that the body calls: the model's own calls are counted around them."""
+        return frozenset(op.target for op in self.ops if op.kind == VISIT)
+
+    @cached_property
+    def observers(self) -> frozenset[int]:
+        """The workers that only observe: what they do not get to is nothing that the run missed."""
+        return frozenset(op.invoke for op in self.ops if op.kind == OBSERVE)
+
+    @cached_property
+    def followed(self) -> dict[tuple[str, str], list[int]]:
+        """The observations of whatever a module does, as often as it is called."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for n, op in enumerate(self.ops):
+            if op.kind == OBSERVE and op.target[2] == EVERY:
+                found.setdefault(op.target[:2], []).append(n)
         return found
 
     @cached_property
@@ -169,7 +201,9 @@ class InterventionGraph:
     @cached_property
     def sees_objects(self) -> bool:
         """Does it read leaves that only a live site has: objects, or a structure that no scan could tell?"""
-        return any((op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops)
+        return bool(self.followed) or any(
+            (op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops
+        )
 
 
 def fx_target(func: Any) -> tuple[str, Any, tuple]:

@@ -21,6 +21,7 @@ from .names import RANDOM, RANDOM_IN_PLACE, effect_of
 from .tape import Tape
 
 _RANDOM = RANDOM | RANDOM_IN_PLACE
+_GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
 
 
 class Recorder(TorchFunctionMode):
@@ -29,6 +30,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, tape: Tape | None = None):
         super().__init__()
         self.tape = tape
+        self.inside = True  # not between two invokes, where what names no recorded value is the user's own
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -41,10 +43,9 @@ class Recorder(TorchFunctionMode):
             return tape.call(func, args, kwargs)
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _concerns(tape: Tape, func: Any, args: tuple, kwargs: dict) -> bool:
+    def _concerns(self, tape: Tape, func: Any, args: tuple, kwargs: dict) -> bool:
         name = name_of(func)
-        if name in _RANDOM:
+        if (name in _RANDOM and self.inside) or (tape.gradients.backwards and func == _GET_GRAD):
             return True
         leaves: list | None = None
         if tape.changed or _hidden(args) or _hidden(kwargs.values()):

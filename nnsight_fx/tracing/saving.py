@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from ..errors import OutsideTraceError
 from . import tree
+from .functions import INSIDE
 from .lazy import LazyObject, LazyTensor, user_line
 from .tape import Tape
 
@@ -14,20 +15,28 @@ T = TypeVar("T")
 
 
 class _Open(threading.local):
+    """What this thread has open, innermost last: sessions, and the tapes of traces."""
+
     def __init__(self):
-        self.tapes: list[Tape] = []
+        self.stack: list[Any] = []
 
 
-_open = _Open()  # the tapes of this thread's open traces, innermost last
+_open = _Open()
 
 
-def opened(tape: Tape) -> None:
-    _open.tapes.append(tape)
+def opened(scope: Any) -> None:
+    """A tape or a session, which has `containers`, too."""
+    _open.stack.append(scope)
 
 
-def closed(tape: Tape) -> None:
-    if tape in _open.tapes:
-        _open.tapes.remove(tape)
+def closed(scope: Any) -> None:
+    if scope in _open.stack:
+        _open.stack.remove(scope)
+
+
+def session() -> Any:
+    """The innermost open session, or `None`."""
+    return next((s for s in reversed(_open.stack) if not isinstance(s, Tape)), None)
 
 
 def save(value: T) -> T:
@@ -46,15 +55,14 @@ def save(value: T) -> T:
     Raises:
         OutsideTraceError: no trace is open.
     """
-    if not _open.tapes:
+    if isinstance(value, LazyTensor):
+        value.save()
+        return value
+    if not _open.stack:
         raise OutsideTraceError(
             f"{user_line()}: `save` was called where no trace is open. Call it inside `with model.trace(...)`."
         )
-    tape = _open.tapes[-1]
-    if isinstance(value, LazyTensor):
-        value.save()
-    else:
-        tape.containers.append(value)
+    _open.stack[-1].containers.append(value)
     return value
 
 
@@ -80,13 +88,18 @@ def lazies(value: Any) -> list:
 
 
 def collect(tape: Tape) -> None:
-    """Save what the saved containers hold now."""
+    """The body is done: save what the saved containers hold now, in a session all that anybody still holds."""
     for container in tape.containers:
         for lazy in lazies(container):
             if isinstance(lazy, LazyTensor):
                 lazy.save()
             else:
-                tape.keep_object(lazy)
+                lazy._tape.keep_object(lazy)
+    if session() is not None:
+        tape.forget_reads()
+        for lazy in list(tape.values.values()):
+            if id(lazy) not in tape.saved and lazy._key[1] != INSIDE:
+                tape.keep(lazy)
 
 
 def put_objects(container: Any) -> None:

@@ -8,6 +8,7 @@ graph. Sizes and dtypes are known at once, and what torch would refuse is refuse
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import weakref
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn as nn
 
 from ..capture._torch import FakeTensor, FakeTensorMode, NoTorchFunction, shares_memory, transforms
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
@@ -22,6 +24,7 @@ from . import ambient, tree
 from .encode import Identity, Keep, Key, Lifted, decode, encode, facts, references
 from .functions import INSIDE, custom_function
 from .gradients import LATE, Gradients
+from .interleave import observed
 from .lazy import LazyObject, LazyTensor, Line, user_line
 from .lifting import lift, name_of
 from .names import (
@@ -38,17 +41,21 @@ from .plan import (
     APPLY,
     BARRIER,
     CALL,
+    EVERY,
     GRAD,
     MODULE,
     OBJECT,
+    OBSERVE,
     READ,
     SAVE,
     SKIP,
     STOP,
     SYNC,
+    VISIT,
     WRITE,
     Groups,
     InterventionGraph,
+    Observed,
     Op,
     Site,
 )
@@ -60,6 +67,7 @@ class Missing(NamedTuple):
     """Why the metadata of a site is not known before the run: its reads are sync points."""
 
     reason: str
+    certain: bool = False  # is it known that the run does not pass it
 
 
 class SiteMeta(NamedTuple):
@@ -70,6 +78,7 @@ class SiteMeta(NamedTuple):
     batched: tuple[bool | None, ...]  # leaf by leaf: does dimension 0 hold the batch; `None`: where its size says so
     order: int  # its place among all sites of a run
     unsure: bool = False  # did the scan guess, so that a read must look whether it was right
+    sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
 
 
 class Opaque(NamedTuple):
@@ -95,7 +104,7 @@ class Step:
 
     def __init__(self, parent: Step | None = None, op: Op | None = None):
         self.parent, self.op = parent, op
-        self.children: dict[Op, Step] = {}
+        self.children: dict[Op | tuple[Op, tuple], Step] = {}
         self.plans: dict[tuple, InterventionGraph] = {}
         self.needs = references((op.args, op.kwargs)) if op is not None else frozenset()
         self.spec: tree.Spec = None
@@ -146,26 +155,34 @@ class Tape:
         self.kept: dict[int, Key] = {}  # id of a saved value -> its key, which it loses when it becomes real
         self.objects: dict[int, tuple[LazyObject, Key]] = {}  # objects in saved containers
         self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
+        self.told: list[Callable[[Any], None]] = []  # told of the run when it is over: caches, a session
         self.recapture = (
             ""  # does the plan change what the model's Python sees ("changes"), or leave parts out ("removes")
         )
         self.reshaped = False  # does it change the metadata of later sites
         self.open = True
+        self.bridged = False  # its trace has run, and its session has not ended: values that somebody holds are there
         self.base = ambient.current()
         self.grad = self.base.grad  # the grad mode of the body, whatever `Function.apply` makes of it
         self.transforms, self.thread = transforms(), threading.get_ident()
+        self.closed = False  # has the forward run that this recording is of, while the trace goes on
         self.busy = False  # is the model running? Then nothing is recorded
         self.invoke = Invoke(0)
         self.passed: tuple[Site, Line] | None = None  # how far a sync point has run the model
         self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
         self.refusal: Exception | None = None  # what an operation below the Python API was told
         self.gradients = Gradients(self)
+        self.visits: dict[
+            Site, tuple[SiteMeta, int, Line]
+        ] = {}  # sites of modules called in the body; by whom, and where
         self.scope: Any = None  # the custom autograd function whose forward is running
 
     # -- operations ---------------------------------------------------------------------------------------------
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Record `func(*args, **kwargs)`, or answer it where it needs no data, or sync where it needs Python numbers."""
+        if self.bridged:
+            return func(*held(args), **held(kwargs))
         self.check_open(args, kwargs)
         if transforms() != self.transforms:
             raise NotRecordableError(
@@ -241,10 +258,12 @@ class Tape:
         effect: str = "",
         extra: Any = None,
         result: Any = None,
+        sizes: tuple = (),
     ) -> Any:
         """Record one operation and return its result with lazy tensors for new values.
 
-        `result()` computes the fake result where calling the function on fakes does not.
+        `result()` computes the fake result where calling the function on fakes does not; `sizes` is what it depends on
+        beside the operation.
         """
         self.settle()
         marks = len(self.constants)
@@ -258,7 +277,8 @@ class Tape:
             effect,
             extra,
         )
-        step = self.step.children.get(op)
+        key = (op, sizes) if sizes else op
+        step = self.step.children.get(key)
         if step is None:
             try:
                 step = self._evaluate(op, result)
@@ -268,7 +288,7 @@ class Tape:
             if kind == CALL and not effect and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves):
                 self._forget(marks)
                 return tree.unflatten(step.leaves, step.spec)
-            self.step.children[op] = step
+            self.step.children[key] = step
         return self._advance(step, op)
 
     def _forget(self, marks: int) -> None:
@@ -388,7 +408,7 @@ class Tape:
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake of a tensor, recorded or real."""
         if isinstance(tensor, LazyTensor):
-            return tensor._fake
+            return tensor._fake if tensor._tape is self else self.fake_of(self._tensor_key(tensor))
         key = self.slots.get(id(tensor))
         return self.fake_of(key) if key is not None else tensor
 
@@ -410,7 +430,9 @@ class Tape:
         return self.fake_of(leaf) if isinstance(leaf, tuple) else leaf  # type: ignore[return-value]
 
     def earlier(self, lazy: LazyTensor) -> torch.Tensor:
-        """The real tensor of a value of an earlier wave of the same trace."""
+        """The real tensor of a value of an earlier wave of the same trace, or of an earlier trace of the session."""
+        if lazy._held is not None:
+            return lazy._held
         self.check_open((lazy,), {})
         key = lazy._key
         if key not in self.reals:
@@ -436,7 +458,7 @@ class Tape:
         return None if now == self.base else now
 
     def check_open(self, args: Any, kwargs: dict) -> None:
-        if self.open and not self.busy:
+        if (self.open and not self.busy) or self.bridged:
             return
         from .lazy import _first
 
@@ -449,7 +471,8 @@ class Tape:
             )
         raise UnsavedValueError(
             f"{user_line()}: {made} was used after its trace, but not saved: it has no data. "
-            "Add `.save()` to it inside the trace (or `nnsight_fx.save(container)`)."
+            "Add `.save()` to it inside the trace (or `nnsight_fx.save(container)`), or put both traces into one "
+            "`with model.session():`, in which values flow from trace to trace."
         )
 
     def describe(self, key: Key) -> str:
@@ -457,13 +480,15 @@ class Tape:
         if op is None:
             return "value"
         if op.kind == READ:
-            return ".".join(p for p in op.target[:2] if p) + (f"[{key[2]}]" if key[2] else "")
+            return ".".join(p for p in op.target[:2] if p) + (f"[{key[2]}]" if key[2] > 0 else "")
         return repr(op.target) if isinstance(op.target, Identity) else f"{op.kind} {op.target}"
 
     # -- sites --------------------------------------------------------------------------------------------------
 
     def meta(self, site: Site) -> SiteMeta | Missing:
         """What is known of a site, given what was recorded so far."""
+        if site in self.visits:
+            return self.invoke.metas.setdefault(site, self.visits[site][0])
         if site not in self.invoke.metas:
             with NoTorchFunction():  # the scan's own work is nobody's to record
                 found = self.sites.lookup(self, site)
@@ -499,6 +524,7 @@ class Tape:
                 {},
                 extra=(meta.batched, _expected(meta)),
                 result=lambda: tree.unflatten(leaves, meta.spec),
+                sizes=meta.sizes,
             )
         self._touch(site)
         if isinstance(meta, SiteMeta) and opaque and not whole and not _replaceable(meta):
@@ -507,6 +533,27 @@ class Tape:
         self.invoke.values[site] = value
         self._watch(site, value)
         return value
+
+    def observe(self, site: Site, how: Observed) -> tuple[int, Any]:
+        """A saved read of a site as everybody leaves it; the operation's number and the value."""
+        n, meta = len(self.ops), self.meta(site)
+        assert isinstance(meta, SiteMeta)
+        leaves = [LazyObject(self, site, i, x.type) if isinstance(x, Opaque) else x for i, x in enumerate(meta.leaves)]
+        value = self.add(
+            *(OBSERVE, site, (), {}),
+            extra=(meta.batched, how),
+            result=lambda: tree.unflatten([observed(x, how) for x in leaves], meta.spec),
+        )
+        kept = [x for x in tree.flatten(value)[0] if isinstance(x, LazyTensor)]
+        self.saved.update((id(x), x) for x in kept)
+        self.add(SAVE, None, tuple(kept), {}, result=lambda: None)
+        return n, value
+
+    def follow(self, path: str, kind: str, how: Observed) -> int:
+        """An observation of every call of a module, of which nothing is known before the run."""
+        n = len(self.ops)
+        self.add(OBSERVE, (path, kind, EVERY), (), {}, extra=(None, how), result=lambda: None)
+        return n
 
     def _read_live(self, site: Site) -> Any:
         """A read whose value must be looked at: the model runs up to it."""
@@ -522,13 +569,14 @@ class Tape:
 
     def look(self, site: Site, leaf: int) -> Any:
         """The real object at a leaf of a site, by a sync point."""
+        self.check_open((), {})
         n = len(self.ops)
         self.add(READ, site, (), {}, extra=None, result=lambda: None)
         return tree.flatten(self._sync([("v", n, -1)])[0])[0][leaf]
 
     def keep_object(self, lazy: LazyObject) -> None:
         """A saved container holds an object: the run shall give it."""
-        if "_real" not in lazy.__dict__ and id(lazy) not in self.objects:
+        if "_real" not in lazy.__dict__ and id(lazy) not in self.objects and not self.closed:
             n = len(self.ops)
             self.add(OBJECT, lazy._site, (), {}, extra=lazy._leaf, result=lambda: None)
             self.objects[id(lazy)] = (lazy, ("v", n, 0))
@@ -561,6 +609,7 @@ class Tape:
         if isinstance(meta, SiteMeta):
             leaves = [self._to_device(x, meta, i) for i, x in enumerate(leaves)]
         fits = isinstance(meta, SiteMeta) and self._fits(site, leaves, spec, meta)
+        self._check_visited(site, fits)
         self.recapture = self.recapture if fits else "changes"
         self.reshaped = self.reshaped or not fits
         batched = meta.batched if isinstance(meta, SiteMeta) else None
@@ -587,8 +636,33 @@ class Tape:
         }
         self.invoke.metas.pop(site, None)
 
+    def read_input(self, site: Site) -> Any:
+        """The first argument at an input: positional, else by keyword."""
+        args, kwargs = self.read(site, whole=False)
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if any(isinstance(x, Opaque) for x in tree.flatten(first)[0]):
+            args, kwargs = self.read(site)
+            first = args[0] if args else next(iter(kwargs.values()))
+        return first
+
+    def write_input(self, site: Site, value: Any) -> None:
+        """Set the first argument, and leave the others."""
+        meta = self.meta(site)
+        if isinstance(meta, SiteMeta):
+            args, kwargs = tree.unflatten([Keep(i) for i in range(len(meta.leaves))], meta.spec)
+        else:
+            args, kwargs = self.read(site)
+        if args:
+            args = (value, *args[1:])
+        elif kwargs:
+            kwargs = {**kwargs, next(iter(kwargs)): value}
+        else:
+            raise ValueError(f"{user_line()}: `{site[0]}` is called without arguments: there is no input to write")
+        self.write(site, (args, kwargs))
+
     def _written_order(self, leaves: list) -> tuple[int, Site, int] | None:
-        found = [self.order[x._key[1:]] for x in leaves if isinstance(x, LazyTensor) and x._key[1:] in self.order]
+        own = [x._key[1:] for x in leaves if isinstance(x, LazyTensor) and x._tape is self]
+        found = [self.order[value] for value in own if value in self.order]
         return max(found, key=lambda f: f[0]) if found else None
 
     def _to_device(self, leaf: Any, meta: SiteMeta, i: int) -> Any:
@@ -627,6 +701,7 @@ class Tape:
         """The module's `forward` is not run; its output is `value`."""
         site = (path, "input", call)
         self._check_passed(site, "skipped")
+        self._check_visited(site, False)
         leaves, spec = tree.flatten(value)
         out = self.meta((path, "output", call))
         batched = out.batched if isinstance(out, SiteMeta) and len(out.batched) == len(leaves) else None
@@ -662,6 +737,89 @@ class Tape:
 
         return self.add(MODULE, path, args, kwargs, effect="random", result=result)
 
+    def hooked(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Call a module of the model on values in sight of the trace: it and all in it pass their sites."""
+        handles = []
+        for name, m in module.named_modules():
+            where = ".".join(p for p in (path, name) if p)
+            enter, leave = functools.partial(self._enter, where), functools.partial(self._leave, where)
+            handles.append(m.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(m.register_forward_hook(leave, with_kwargs=True))
+        try:
+            return module(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        return self._visit(path, "input", (args, kwargs))
+
+    def _leave(self, path: str, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        return self._visit(path, "output", out)
+
+    def _visit(self, path: str, kind: str, value: Any) -> Any:
+        """Pass a site of a called module: earlier and later invokes may act there."""
+        site = (path, kind, self._call_now(path, kind))
+        if any(op.kind == SKIP and op.target == (path, "output", site[2]) for op in self.ops):
+            raise NotRecordableError(
+                f"{user_line()}: `{path}` is called with `hook=True`; such a call cannot be skipped."
+            )
+        leaves, spec = tree.flatten(value)
+
+        def result() -> Any:
+            fakes = [self.fake(x).view_as(self.fake(x)) if isinstance(x, torch.Tensor) else x for x in leaves]
+            return tree.unflatten(fakes, spec, value)
+
+        made = self.add(VISIT, site, (tuple(leaves),), {}, effect="inplace", extra=spec, result=result)
+        passed = tree.flatten(made)[0]
+        fakes = tuple(self.fake(x) if isinstance(x, torch.Tensor) else x for x in passed)
+        meta = SiteMeta(spec, fakes, (None,) * len(fakes), self.invoke.order)  # type: ignore[arg-type]
+        self.visits[site] = (meta, self.invoke.index, user_line())
+        self.invoke.values[site] = made
+        return made
+
+    def _call_now(self, path: str, kind: str) -> int:
+        """The call index that a call has here: behind the model's own calls up to here, and those of the body."""
+        call = 0
+        while (path, kind, call) in self.visits or self._came(path, kind, call):
+            call += 1
+        return call
+
+    def _came(self, path: str, kind: str, call: int) -> bool:
+        taken = sum(site[:2] == (path, kind) and site[2] < call for site in self.visits)
+        with NoTorchFunction():
+            found = self.sites.lookup(self, (path, kind, call - taken))
+        return isinstance(found, SiteMeta) and found.order <= self.invoke.order
+
+    def _check_visited(self, site: Site, fits: bool) -> None:
+        """A call in the body has passed a site for its own invoke; others may change what it holds, not how."""
+        if site not in self.visits:
+            return
+        _, invoke, line = self.visits[site]
+        if invoke == self.invoke.index:
+            raise OutOfOrderError(
+                f"{user_line()}: `{_name(site)}` was passed by the call at {line}; change its arguments or its result instead."
+            )
+        if not fits:
+            raise NotRecordableError(
+                f"{user_line()}: `{_name(site)}` is in a call with `hook=True`, at {line}: it can only be written with a value of "
+                "the same shape, dtype and structure, and not be skipped."
+            )
+
+    def later(self, fn: Callable, args: tuple) -> None:
+        """Call `fn` on the real values when the model gets there; nobody waits for it."""
+        self.add(APPLY, Identity(fn), args, {}, effect="inplace", result=lambda: None)
+
+    def update(self, lazy: LazyTensor, value: Any) -> None:
+        """From here on `lazy` stands for `value`."""
+        self.check_open((lazy,), {})
+        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+        now = self.call(torch.Tensor.view_as, (tensor, tensor), {})
+        lazy._key, lazy._fake, lazy._line = now._key, now._fake, user_line()
+        self.values[lazy._key] = lazy
+        if self.saved.pop(id(lazy), None) is not None:
+            self.save(lazy)
+
     def apply(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         """Call `fn` on the real values when the model gets there; what it returns is looked at, so this syncs."""
         n = len(self.ops)
@@ -680,6 +838,10 @@ class Tape:
         leaves, spec = tree.flatten(value)
         if _mutable(spec):
             self.invoke.containers[site] = (value, leaves, spec)
+
+    def forget_reads(self) -> None:
+        """Hold no value that the body does not hold."""
+        self.invoke = Invoke(self.invoke.index)
 
     def settle(self) -> None:
         """Record as writes what the user did to the containers he was given."""
@@ -706,10 +868,30 @@ class Tape:
         self.check_open((lazy,), {})
         if id(lazy) not in self.saved:
             self.saved[id(lazy)], self.kept[id(lazy)] = lazy, lazy._key
-            self.add(SAVE, None, (lazy,), {}, result=lambda: None)
+            self.keep(lazy)
+
+    def keep(self, lazy: LazyTensor) -> None:
+        """The run shall give a value, whether or not it is delivered."""
+        if not self.open or self.closed:  # a forward that has run has kept what was held then
+            return
+        self.settle()
+        mine, self.invoke = self.invoke, Invoke(self.ops[lazy._key[1]].invoke)  # whoever made it waits for nobody
+        self.add(SAVE, None, (lazy,), {}, result=lambda: None)
+        self.invoke = mine
+
+    def close_step(self) -> None:
+        """Nothing is recorded here any more: keep, for what comes later, the values that the body still holds."""
+        self.settle()
+        self.invoke = Invoke(self.invoke.index)
+        for lazy in sorted(self.values.values(), key=lambda x: x._key):
+            if id(lazy) not in self.saved and lazy._key[1] != INSIDE:
+                self.add(SAVE, None, (lazy,), {}, result=lambda: None)
+        self.closed = True
 
     def sync(self, lazies: list[LazyTensor]) -> list[torch.Tensor]:
         """The real tensors of recorded values; the model runs as far as they need."""
+        if self.bridged:
+            return [self.earlier(x) for x in lazies]
         self.check_open(lazies, {})
         if any(x._key[1] == INSIDE for x in lazies):
             raise NotRecordableError(
@@ -781,6 +963,15 @@ def _facts_of(leaf: Any) -> list | None:
     if not isinstance(leaf, torch.Tensor):
         return None
     return [[n if isinstance(n, int) else None for n in leaf.shape], str(leaf.dtype)]
+
+
+def held(args: Any) -> Any:
+    """Arguments with the values of earlier traces of a session as the real tensors that they are by now."""
+    leaves, spec = tree.flatten(args)
+    real = [x._tape.earlier(x) if isinstance(x, LazyTensor) and x._tape.bridged else x for x in leaves]
+    if all(a is b for a, b in zip(leaves, real, strict=True)):
+        return args  # containers, and whoever holds them, stay what they are
+    return tree.unflatten(real, spec, args)
 
 
 def _fake_args(tape: Tape, args: Any) -> Any:

@@ -435,4 +435,4 @@ def test_an_exception_of_the_model_reaches_the_body_at_the_sync_point():
         with model.trace(x()):
             assert model.a.output.sum().item() is not None
             model.output.sum().item()
-    assert model.tracer is None and not nnsight_fx.tracing.saving._open.tapes
+    assert model.tracer is None and not nnsight_fx.tracing.saving._open.stack

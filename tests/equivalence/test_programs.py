@@ -19,6 +19,18 @@ from .programs import PROGRAMS
 
 EXACT = ("hooks", "eager")
 ENGINES = (*EXACT, "aot_eager", "inductor")
+LARGE = ("gpt2", "neox", "bert")  # Llama stands for them in `make test` where a program is not of the core
+CORE = (
+    "read",
+    "steer",
+    "write_input",
+    "skip",
+    "stop",
+    "patch_across_invokes",
+    "promptless",
+    "train_a_vector",
+    "logit_lens",
+)
 FUSED = {("gpt2", "steer")}
 QUICK = {
     *FUSED,
@@ -35,7 +47,8 @@ def cases():
                 if name not in program.models or (engine == "inductor" and not program.fused):
                     continue
                 marks: list = [pytest.mark.inductor] if engine == "inductor" else []
-                if engine not in EXACT and (name, program.name) not in (FUSED if marks else QUICK):
+                later = engine == "eager" and name in LARGE and program.name not in CORE
+                if later or (engine not in EXACT and (name, program.name) not in (FUSED if marks else QUICK)):
                     marks.append(pytest.mark.slow)  # minutes in all: `make test-slow`, `make test-inductor`
                 marks.append(pytest.mark.xdist_group(f"{name}-{engine}"))  # one worker: one capture
                 yield pytest.param((name, engine), program, id=f"{name}-{engine}-{program.name}", marks=marks)

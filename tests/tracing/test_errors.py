@@ -73,7 +73,7 @@ def clean(model: NNsight) -> None:
     assert model.tracer is None
     assert not torch.overrides._get_current_function_mode_stack()
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    assert not nnsight_fx.tracing.saving._open.tapes
+    assert not nnsight_fx.tracing.saving._open.stack
     assert getattr(nnsight_fx.capture.markers.active, "run", None) is None
     with model.trace(x()):
         got = model.output.save()

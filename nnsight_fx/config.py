@@ -1,0 +1,60 @@
+"""`CONFIG`: settings of the process, and tracebacks that show the user's code and the model's, not this package's."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_OURS = (_PACKAGE + os.sep, os.path.realpath(os.path.join(_PACKAGE, "passes")) + os.sep)
+
+
+@dataclass
+class App:
+    """How the library behaves.
+
+    `DEBUG` keeps this package's own frames in the tracebacks of errors that leave a trace; it is read when an error
+    leaves. The environment variable `NNSIGHT_FX_DEBUG=1` sets it.
+    """
+
+    DEBUG: bool = field(default_factory=lambda: os.environ.get("NNSIGHT_FX_DEBUG", "0") not in ("", "0"))
+
+
+@dataclass
+class Config:
+    """The type of `nnsight_fx.CONFIG`."""
+
+    APP: App = field(default_factory=App)
+
+
+CONFIG = Config()
+
+
+def own_frames_out(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback without this package's frames, unless `CONFIG.APP.DEBUG`."""
+    if CONFIG.APP.DEBUG or trace is None:
+        return trace
+    rest = own_frames_out(trace.tb_next)
+    if trace.tb_frame.f_code.co_filename.startswith(_OURS):
+        return rest
+    return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
+
+
+def quiet(leave: Callable[..., bool]) -> Callable[..., bool]:
+    """For `__exit__`: errors that pass through it or arise in it lose this package's frames."""
+
+    @functools.wraps(leave)
+    def wrapped(self: Any, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        try:
+            swallowed = leave(self, kind, error, trace)
+        except BaseException as arisen:
+            raise arisen.with_traceback(own_frames_out(arisen.__traceback__)) from arisen.__cause__
+        if error is not None and not swallowed:
+            error.__traceback__ = own_frames_out(error.__traceback__)
+        return swallowed
+
+    return wrapped

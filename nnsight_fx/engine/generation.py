@@ -1,0 +1,255 @@
+"""A function that runs the model many times (`generate`), forward by forward.
+
+It runs in a greenlet of its own and stops at each forward of the model. What the body records then is the plan of that
+forward alone: a wave like any other, with values of earlier forwards as constants. When the body goes on to the next
+forward, this one runs, with its plan in it, and the generation goes on to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..capture.markers import active, override
+from ..capture.scan import Scan
+from ..errors import MissedSiteError
+from ..tracing import tree
+from ..tracing.interleave import Stopped
+from ..tracing.lazy import user_line
+from ..tracing.plan import Groups, Site
+from ..tracing.tape import SiteMeta, Step, Tape
+from .run import Run
+from .sites import Signature, WaveSites
+from .switch import Coroutine
+from .wave import Wave
+
+STREAMER = "generator.streamer"  # the path of what is given to a streamer
+
+
+class Generation:
+    """One call of `generate`, from forward to forward."""
+
+    def __init__(self, host: Any, tracer: Any, args: tuple, kwargs: dict):
+        self.host, self.tracer, self.module = host, tracer, host._module
+        self.args, self.kwargs = args, {"disable_compile": True, **kwargs}  # captured by us, or not at all
+        if _beams(self.module, kwargs) == 1:
+            self.kwargs["streamer"] = Streamer(self, kwargs.get("streamer"))
+        self.calls = 0  # forwards begun
+        self.inputs: tuple[tuple, dict] = ((), {})  # of the forward that is to run
+        self.run: Run | None = None  # the one of the forward that is running, or has just run
+        self.given: list[Any] = []  # what the streamer got: the prompt, and the tokens of each forward
+        self.free = False  # is the body done? Then nothing stops any more
+        self.result: Any = None
+        self.restore: Callable[[], None] = lambda: None
+        self.coroutine = Coroutine(self._generate, tracer.state)
+        self.coroutine.go_on()
+
+    @property
+    def ended(self) -> bool:
+        return self.coroutine.ended
+
+    @property
+    def modes(self) -> Any:
+        """The modes that hold where the model is called: those of the body too."""
+        return self.coroutine.states[self.coroutine.model].ambient if not self.ended else self.tracer.state.ambient
+
+    def _generate(self) -> None:
+        active.run = None
+        self._watch()
+        try:
+            self.result = self.module.generate(*self.args, **self.kwargs)
+        except Stopped:
+            pass
+        finally:
+            self.restore()
+
+    def _watch(self) -> None:
+        self.restore = override(self.module, self._called, "_compiled_call_impl")
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
+        """The model is called: wait for the plan of this forward, and run it."""
+        self.restore()
+        self.inputs, self.run = (args, kwargs), None
+        self.calls += 1
+        if self.free:
+            self.run = self.wave()._start()
+        else:
+            self.coroutine.pause()
+        assert self.run is not None
+        self.run.forward()
+        if self.run.stopping:
+            raise Stopped
+        self._watch()
+        return self.run.result
+
+    def put(self, value: Any) -> None:
+        """The streamer is given `value`."""
+        self.given.append(value)
+        if self.run is not None:
+            self.run.pass_site(STREAMER, "output", value)
+
+    def wave(self) -> Wave:
+        """The open forward; what follows the last one."""
+        return Following(self) if self.ended else Forward(self)
+
+    def to_the_end(self) -> None:
+        """The body is done with it: it goes on without stopping."""
+        self.free = True
+
+    def abandon(self) -> None:
+        self.coroutine.abandon()
+
+
+def _beams(module: Any, kwargs: dict) -> int:
+    config = kwargs.get("generation_config") or getattr(module, "generation_config", None)
+    return kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+
+
+class Streamer:
+    """Passes on to the user's streamer, if there is one, and to the sites of the body."""
+
+    def __init__(self, generation: Generation, users: Any):
+        self.generation, self.users = generation, users
+
+    def put(self, value: Any) -> None:
+        if self.users is not None:
+            self.users.put(value)
+        self.generation.put(value)
+
+    def end(self) -> None:
+        if self.users is not None:
+            self.users.end()
+
+
+class Turn:
+    """The coroutine of a generation as the run of one forward has it: over when the next forward is to begin."""
+
+    def __init__(self, generation: Generation):
+        self.generation, self.number = generation, generation.calls
+
+    @property
+    def ended(self) -> bool:
+        return self.generation.ended or self.generation.calls > self.number
+
+    def go_on(self) -> None:
+        self.generation.coroutine.go_on()
+
+    def pause(self) -> None:
+        self.generation.coroutine.pause()
+
+    def abandon(self) -> None:
+        self.generation.abandon()
+
+
+class Forward(Wave):
+    """One forward of a generation, as a wave."""
+
+    def __init__(self, generation: Generation):
+        args, kwargs = generation.inputs
+        leaves = tree.flatten((args, kwargs))[0]
+        rows = next((x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()), 1)
+        batch = generation.host._given(args, kwargs, rows)
+        self.host, self.tracer, self.alone, self.fn = generation.host, generation.tracer, True, None
+        self.generation, self.batch, self.batches, self.members = generation, batch, [batch], []
+        self.run, self.done, self.fixed = None, [], None
+        scanner = self.host._scanner
+        signature, past = scanner.continued(batch)
+        sites = ForwardSites(scanner, signature, self.rows_of, None, past=past)
+        sites.rows = rows
+        self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
+
+    def _start(self) -> Run:
+        begun = self.run is not None
+        run = super()._start()
+        if not begun:
+            run.coroutine = Turn(self.generation)  # type: ignore[assignment]
+            self.generation.run = run
+        return run
+
+    def calls(self, path: str, kind: str) -> int:
+        return 1 if path == STREAMER else super().calls(path, kind)
+
+    def forget(self) -> None:
+        """Free what no name holds any more."""
+        if self.run is not None and self.run.env:
+            held = {key[1:] for key in list(self.tape.values)}
+            objects = {key[1:] for _, key in self.tape.objects.values()}
+            self.run.env = {v: x for v, x in self.run.env.items() if v in held or v in objects}
+            self.run.result = None
+            self.run.call = lambda: None  # it holds the inputs
+        self.batch = None
+
+
+class ForwardSites(WaveSites):
+    """The sites of the model in a forward, and the streamer's behind it."""
+
+    rows = 1
+
+    def lookup(self, tape: Tape, site: Site) -> Any:
+        if site[0] != STREAMER:
+            return super().lookup(tape, site)
+        with self.scanner.fakes:
+            fake = torch.empty(self.rows, dtype=torch.int64)
+        return SiteMeta(None, (fake,), (False,), 2**40, sizes=("streamer", self.rows))
+
+
+class Ended:
+    """The coroutine of a run without a model."""
+
+    ended = True
+
+    def abandon(self) -> None:
+        pass
+
+
+class Following(Wave):
+    """What the body does when the generation is over: work on values, and its result."""
+
+    forward = False
+
+    def __init__(self, generation: Generation):
+        self.host, self.tracer, self.alone, self.fn = generation.host, generation.tracer, True, None
+        self.generation, self.members, self.batches = generation, [], []
+        self.run, self.done, self.fixed = None, [], None
+        scanner = self.host._scanner
+        sites = WaveSites(scanner, Signature(Scan(), None), self.rows_of, None)
+        self.tape = Tape(Step(), scanner.fakes, sites, self._until)
+
+    def _start(self) -> Run:
+        if self.run is None:
+            self._groups = Groups((None,), 0)
+            plan, tape = self.tape.plan(self._groups), self.tape
+            modules = self.host._module.get_submodule
+            self.run = Run(plan, tape.constants, tape.lines, self.host._markers, lambda: None, modules, {})
+            self.run.coroutine = Ended()  # type: ignore[assignment]
+        return self.run
+
+    def calls(self, path: str, kind: str) -> int:
+        return 0
+
+    def most_calls(self) -> int:
+        return 0
+
+    def forget(self) -> None:
+        pass
+
+
+def streamed(tracer: Any) -> Any:
+    """`model.generator.streamer.output`: the tokens that the streamer is given behind the open forward; occurrence 0 is the prompt."""
+    generation = tracer.generation
+    if generation is None or "streamer" not in generation.kwargs:
+        raise MissedSiteError(f"{user_line()}: there is a streamer in `model.generate` only, and not with beams.")
+    cursor = tracer.cursor
+    if cursor.hit is not None:
+        return tracer.tape.read((STREAMER, "output", cursor.call(STREAMER, "output")))
+    pin = cursor.pin
+    if (pin or 0) < len(generation.given):
+        return tracer.known(generation.given[pin or 0])
+    cursor.pin = (pin or 0) - 1  # the forward behind which it comes: occurrence 0 was the prompt
+    try:
+        call = cursor.call(STREAMER, "output")
+    finally:
+        cursor.pin = pin
+    return tracer.tape.read((STREAMER, "output", call))

@@ -1,0 +1,216 @@
+"""Recording a body before any input is known: an edit.
+
+Nothing can be evaluated, so nothing is: an operation on a `DraftTensor` gives another one, whatever it turns out to be (a
+tensor, a tuple, a size). `replay` does the same operations again on the values of a trace, which have shapes.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NoReturn
+
+import torch
+
+from ..errors import NotRecordableError
+from . import tree
+from .ambient import under
+from .encode import Identity, Key, decode
+from .lazy import LazyTensor, Line, user_line
+from .lifting import name_of
+from .names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY, effect_of
+from .plan import BARRIER, CALL, MODULE, READ, SKIP, STOP, WRITE, Op, Site
+from .recorder import Recorder
+from .tape import Missing, SiteMeta, Step, Tape
+
+FIRST = "first"  # of a read or write: the first argument alone
+
+
+class DraftTensor(LazyTensor):
+    """What an edit works on: nothing is known of it, not even that it is a tensor."""
+
+    _placed = False
+
+    @staticmethod
+    def __new__(cls, tape: Tape, key: tuple, line: Line) -> DraftTensor:
+        made = torch.Tensor._make_wrapper_subclass(cls, ())  # type: ignore[attr-defined]
+        made.__dict__.update(_tape=tape, _key=key, _line=line)
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._tape.add(CALL, Identity(getattr), (self, name), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            self._tape.add(CALL, Identity(setattr), (self, name, value), {}, effect="inplace")
+
+    def __len__(self) -> int:
+        parts = _bounds(self._tape.ops[self._key[1]])
+        return parts if parts is not None else _refuse("its length")
+
+    def __iter__(self) -> Any:
+        parts = _bounds(self._tape.ops[self._key[1]])
+        if parts is not None:  # `*h.shape[:2]`
+            return iter([self[i] for i in range(parts)])
+        _refuse("how many parts it has: take them by index (`out[0]`)")
+
+    def __index__(self) -> int:
+        _refuse("a number")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"DraftTensor({self._tape.describe(self._key)}, made at {self._line})"
+
+
+class Draft(Tape):
+    """The recording of an edit."""
+
+    def __init__(self):
+        super().__init__(Step(), None, None, _no_run)  # type: ignore[arg-type]
+
+    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        self.check_open(args, kwargs)
+        name = name_of(func)
+        if name == "__hash__":
+            return id(args[0])
+        if name in NEEDS_DATA | NEEDS_MEMORY | LIVE_CALLS:
+            _refuse(f"`{name}`")
+        return self.add(CALL, Identity(func), args, kwargs, effect=effect_of(name, kwargs))
+
+    def add(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple,
+        kwargs: dict,
+        *,
+        effect: str = "",
+        extra: Any = None,
+        result: Any = None,
+    ) -> Any:
+        self.check_open(args, kwargs)
+        op = Op(kind, 0, target, self.encode(args), self.encode(kwargs), self.modes(), effect, extra)
+        line = user_line()
+        self.ops.append(op)
+        self.lines.append(line)
+        self.specs.append(None)
+        return DraftTensor(self, ("v", len(self.ops) - 1, -1), line)
+
+    def meta(self, site: Site) -> SiteMeta | Missing:
+        return Missing("an edit is written before any input is known")
+
+    def fake(self, tensor: torch.Tensor) -> Any:
+        _refuse("its shape")
+
+    def read(self, site: Site, whole: bool = True) -> Any:
+        return self.add(READ, site, (), {})
+
+    def read_input(self, site: Site) -> Any:
+        return self.add(READ, site, (), {}, extra=FIRST)
+
+    def write(self, site: Site, value: Any) -> None:
+        self.add(WRITE, site, (value,), {}, effect="inplace")
+
+    def write_input(self, site: Site, value: Any) -> None:
+        self.add(WRITE, site, (value,), {}, effect="inplace", extra=FIRST)
+
+    def skip(self, path: str, call: int, value: Any) -> None:
+        self.add(SKIP, (path, "output", call), (value,), {}, effect="inplace")
+
+    def module(self, path: str, args: tuple, kwargs: dict) -> Any:
+        return self.add(MODULE, path, args, kwargs, effect="random")
+
+    def hooked(self, path: str, module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
+        return self.add(MODULE, path, args, kwargs, effect="random", extra=Identity(module))
+
+    def settle(self) -> None:
+        """What the body does to containers is recorded as it does it."""
+
+    def save(self, lazy: LazyTensor) -> NoReturn:
+        raise NotRecordableError(
+            f"{user_line()}: an edit has no values to save; save them in a trace of the edited model."
+        )
+
+    def _sync(self, keys: list[Key]) -> NoReturn:
+        _refuse("a number")
+
+
+def _bounds(op: Op) -> int | None:
+    """How many parts a slice from one known place to another has, of a size or a tuple that is long enough."""
+    if op.kind != CALL or name_of(op.target.obj) != "__getitem__" or op.args[2][1][0] != "k":
+        return None
+    start, stop, step = (key[2] if key[0] == "l" else -1 for key in op.args[2][1][1:])
+    known = type(stop) is int and (start is None or type(start) is int) and step is None
+    return stop - (start or 0) if known and stop >= (start or 0) >= 0 else None
+
+
+def _refuse(what: str) -> NoReturn:
+    raise NotRecordableError(
+        f"{user_line()}: an edit is recorded once, before any input is known, so this line cannot have {what}. Compute with "
+        "the value as it is (`torch.where` for an `if`, `out[0]` for a part), or do this in the traces."
+    )
+
+
+def _no_run(tape: Tape) -> NoReturn:
+    _refuse("a number")
+
+
+def replay(draft: Draft, tape: Tape) -> None:
+    """Do what a draft has recorded, on the values of a recording with an input, in the invoke that is open."""
+    results: list[Any] = []
+
+    def lookup(key: Key) -> Any:
+        return results[key[1]] if key[0] == "v" else draft.constants[key[1]]
+
+    for op, line in zip(draft.ops, draft.lines, strict=True):
+        mark = len(tape.ops)
+        try:
+            with under(op.ambient), Recorder(tape):
+                results.append(_again(tape, op, decode(op.args, lookup), decode(op.kwargs, lookup)))
+        except Exception as error:
+            error.add_note(f"nnsight_fx: in the edit at {line}")
+            raise
+        tape.lines[mark:] = [line] * (len(tape.lines) - mark)
+    tape.settle()
+
+
+def _again(tape: Tape, op: Op, args: tuple, kwargs: dict) -> Any:
+    if op.kind == READ:
+        return tape.read_input(op.target) if op.extra == FIRST else tape.read(op.target, whole=False)
+    if op.kind == WRITE:
+        return (tape.write_input if op.extra == FIRST else tape.write)(op.target, *args)
+    if op.kind == SKIP:
+        return tape.skip(op.target[0], op.target[2], *args)
+    if op.kind == MODULE:
+        if op.extra is not None:
+            return tape.hooked(op.target, op.extra.obj, args, kwargs)
+        return tape.module(op.target, args, kwargs)
+    if op.kind in (STOP, BARRIER):
+        return tape.stop() if op.kind == STOP else None
+    return _called(op.target.obj, args, kwargs)
+
+
+def _called(func: Any, args: tuple, kwargs: dict) -> Any:
+    """A recorded call, as Python makes it on what the values turned out to be."""
+    name = name_of(func)
+    first = args[0] if args else None
+    if isinstance(first, torch.Tensor) or not _of_tensors(func):
+        return func(*args, **kwargs)
+    if name == "__get__":  # an attribute that tensors have, too
+        return getattr(first, func.__self__.__name__)
+    if hasattr(operator, name):
+        return getattr(operator, name)(*args)
+    if name.startswith("__r") and hasattr(operator, f"__{name[3:]}"):
+        return getattr(operator, f"__{name[3:]}")(args[1], first)
+    return getattr(first, name)(*args[1:], **kwargs)
+
+
+def _of_tensors(func: Any) -> bool:
+    """Is a function that torch recorded a method or attribute of tensors?"""
+    owner = getattr(func, "__self__", None)
+    return getattr(torch.Tensor, name_of(func), None) is func or getattr(owner, "__objclass__", None) is not None
+
+
+__all__ = ["Draft", "DraftTensor", "replay", "tree"]
