@@ -307,14 +307,15 @@ class Replay:
     def _read(self, tape: Tape, site: Site, op: dict) -> Any:
         value = tape.read(site, whole=False)
         leaves: list[Any] = tree.flatten(value)[0]
-        found: list | None = op["found"]
+        found: Any = op["found"]
         name = ".".join(p for p in site[:2] if p)
         if found is not None and len(found) != len(leaves):
             raise PlanError(
                 f"`{self.plan.path}` does not fit this model: `{name}` has {len(leaves)} values, and had {len(found)} when "
                 f"{op['line']} was recorded."
             )
-        for leaf, was in zip(leaves, found or (), strict=False):
+        before: list[Any] = found or []
+        for leaf, was in zip(leaves, before, strict=False):
             if was is None or not isinstance(leaf, torch.Tensor):
                 continue
             shape, dtype = was

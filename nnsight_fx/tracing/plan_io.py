@@ -32,7 +32,7 @@ from .ambient import Ambient
 from .encode import Keep, Key
 from .lazy import user_line
 from .operators import name_of_operator
-from .plan import APPLY, BACKWARD, CALL, GRAD, OBJECT, READ, SAVE, SKIP, SYNC, WRITE, Op
+from .plan import APPLY, BACKWARD, CALL, GRAD, OBJECT, OBSERVE, READ, SAVE, SKIP, SYNC, VISIT, WRITE, Op
 from .printing import leaf_paths, short
 
 FORMAT = "nnsight_fx.plan"
@@ -138,6 +138,9 @@ class Writer:
             raise self.refuse(
                 n, "it runs Python on real values, and a plan holds no code. Write it in torch operations"
             )
+        if op.kind in (OBSERVE, VISIT):
+            why = {OBSERVE: "a cache", VISIT: "a call with `hook=True`"}[op.kind]
+            raise self.refuse(n, f"it belongs to {why}, which a plan cannot hold yet. Save the values themselves")
         if op.kind == OBJECT or (op.kind == READ and op.extra is None):
             raise self.refuse(n, "it reads an object, or a structure that only the run knows")
         target: Any = op.target
