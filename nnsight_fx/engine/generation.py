@@ -152,13 +152,14 @@ class Forward(Wave):
         rows = next((x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()), 1)
         batch = generation.host._given(args, kwargs, rows)
         self.host, self.tracer, self.alone, self.fn = generation.host, generation.tracer, True, None
-        self.generation, self.batch, self.batches, self.members = generation, batch, [batch], []
-        self.run, self.done, self.fixed = None, [], None
+        self.generation, self.batch, self.batches, self.edits = generation, batch, [batch], len(self.host._edits)
+        self.members, self.run, self.done, self.fixed = [None] * (self.edits + 1), None, [], None
         scanner = self.host._scanner
         signature, past = scanner.continued(batch)
         sites = ForwardSites(scanner, signature, self.rows_of, None, past=past)
         sites.rows = rows
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
+        self.host._replay_edits(self.tape)
 
     def _start(self) -> Run:
         begun = self.run is not None
@@ -211,7 +212,7 @@ class Following(Wave):
 
     def __init__(self, generation: Generation):
         self.host, self.tracer, self.alone, self.fn = generation.host, generation.tracer, True, None
-        self.generation, self.members, self.batches = generation, [], []
+        self.generation, self.members, self.batches, self.edits = generation, [None], [], 0
         self.run, self.done, self.fixed = None, [], None
         scanner = self.host._scanner
         sites = WaveSites(scanner, Signature(Scan(), None), self.rows_of, None)

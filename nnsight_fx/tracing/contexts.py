@@ -110,7 +110,7 @@ class Tracer:
         try:
             if isinstance(error, Never):  # found out before the run, told after it
                 with contextlib.suppress(MissedSiteError):
-                    self._finish()
+                    self.run()
                 return False
             if error is not None and not isinstance(error, Stopping):
                 self._abort()

@@ -11,7 +11,7 @@ from nnsight_fx import MissedSiteError, NNsight, SkipError, UnsavedValueError, a
 
 from .models import BatchNorm, Block, Recurrent, Returns, State, as_dict, as_tuple
 
-ENGINES = ["hooks", "eager", "aot_eager"]
+ENGINES = ["hooks", "eager", pytest.param("aot_eager", marks=pytest.mark.slow)]  # `make test-slow`
 PACKS = {"tuple": as_tuple, "dict": as_dict, "dataclass": State}
 
 

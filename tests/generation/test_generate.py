@@ -12,7 +12,7 @@ from nnsight_fx import LanguageModel, MissedSiteError, OutOfOrderError, assert_m
 from nnsight_fx.capture.markers import KEY
 from nnsight_fx.engine.spliced import watch
 
-ENGINES = ["hooks", "eager", "aot_eager"]
+ENGINES = ["hooks", "eager", pytest.param("aot_eager", marks=pytest.mark.slow)]  # `make test-slow`
 STEPS = 5
 
 
@@ -513,3 +513,21 @@ def test_other_lengths_take_no_new_captures():
         with Hooks(module):
             assert got.shape == (2, length + STEPS)
     assert watch.compiles == before
+
+
+@pytest.mark.parametrize("engine", ["hooks", "eager"])
+def test_an_edit_holds_in_every_forward(engine):
+    module, vector = gpt2(), torch.randn(32) * 3
+    handle = module.transformer.h[0].register_forward_hook(lambda m, args, out: out + vector)
+    want = plain(module, ids())
+    handle.remove()
+    assert not torch.equal(want, plain(module, ids()))
+    model = wrap(module, engine)
+    with model.edit() as edited:
+        edited.transformer.h[0].output = edited.transformer.h[0].output + vector
+    with edited.generate(ids(), **options()) as tracer:
+        kept = nnsight_fx.save([])
+        for _ in tracer.iter[:]:
+            kept.append(edited.lm_head.output[:, -1].argmax(-1))
+        got = tracer.result.save()
+    assert torch.equal(got, want) and torch.equal(torch.stack(kept, 1), want[:, 7:])

@@ -9,7 +9,7 @@ import torch.nn as nn
 import nnsight_fx
 from nnsight_fx import MissedSiteError, NNsight, assert_no_fallback
 
-ENGINES = ["hooks", "eager", "aot_eager"]
+ENGINES = ["hooks", "eager", pytest.param("aot_eager", marks=pytest.mark.slow)]  # `make test-slow`
 
 
 class Twice(nn.Module):

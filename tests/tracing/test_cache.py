@@ -18,7 +18,7 @@ from nnsight_fx import (
 from tests.equivalence.models import Shared as CalledTwice
 from tests.equivalence.models import build, inputs
 
-ENGINES = ["hooks", "eager", "aot_eager"]
+ENGINES = ["hooks", "eager", pytest.param("aot_eager", marks=pytest.mark.slow)]  # `make test-slow`
 
 
 def wrap(engine, module, **options):

@@ -16,7 +16,7 @@ from nnsight_fx import (
     assert_no_fallback,
 )
 
-ENGINES = ["hooks", "eager", "aot_eager"]
+ENGINES = ["hooks", "eager", pytest.param("aot_eager", marks=pytest.mark.slow)]  # `make test-slow`
 
 
 @dataclasses.dataclass

@@ -459,6 +459,7 @@ PARENTS = {
     "NotRecordableError": (RuntimeError,),
     "PaddedLengthUnknown": (RuntimeError,),
     "SkipError": (ValueError,),
+    "PlanError": (ValueError,),
     "PlanMismatchError": (RuntimeError,),
     "FallbackError": (AssertionError,),
     "RecompileError": (AssertionError,),
