@@ -212,7 +212,8 @@ class Following(Wave):
 
     def __init__(self, generation: Generation):
         self.host, self.tracer, self.alone, self.fn = generation.host, generation.tracer, True, None
-        self.generation, self.members, self.batches, self.edits = generation, [None], [], 0
+        self.members = [None]
+        self.generation, self.batches, self.edits = generation, [], 0
         self.run, self.done, self.fixed = None, [], None
         scanner = self.host._scanner
         sites = WaveSites(scanner, Signature(Scan(), None), self.rows_of, None)
