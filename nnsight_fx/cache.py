@@ -51,7 +51,7 @@ class Cache:
 
     def record(self, tape: Tape) -> None:
         """Add the observations to a recording, in the order in which the model passes the sites."""
-        known: list[tuple[int, tuple]] = []
+        known: list[tuple[float, tuple]] = []
         for path in self.paths:
             for kind in self.kinds:
                 call = 0

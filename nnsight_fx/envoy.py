@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn as nn
@@ -20,18 +20,15 @@ _TAKEN = (
     "input",
     "inputs",
     "output",
+    "source",
 )  # a child module of such a name is reached by it, the value by `nns_<name>`
 
 
-class Envoy:
-    """One module of a wrapped model.
+class Observed:
+    """Something that the model calls: it has inputs and an output, and can be skipped."""
 
-    `.output` is what the module returns, `.inputs` is `(args, kwargs)`, `.input` the first of them; each can be read,
-    assigned, and changed in place inside a trace. Children are attributes (`model.transformer.h[3].mlp`).
-    """
-
-    def __init__(self, module: nn.Module, path: str, root: Any):
-        self._module, self._path, self._root = module, path, root
+    _path: str
+    _root: Any
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -48,7 +45,7 @@ class Envoy:
             return tracer.tape, (self._path, kind or what, call)
         return tracer.tape, (self._path, kind or what, 0)
 
-    def next(self, step: int = 1) -> Envoy:
+    def next(self, step: int = 1) -> Self:
         """From here on, the next occurrence of this module: `model.lm_head.next().output`."""
         tracer = self._root.tracer
         if tracer is None:
@@ -94,6 +91,35 @@ class Envoy:
         tape, (path, _, call) = self._at("skip", "input")
         tape.skip(path, call, value)
 
+    @property
+    def path(self) -> str:
+        """The path, from `model` on."""
+        return ".".join(p for p in ("model", self._path) if p)
+
+
+class Envoy(Observed):
+    """One module of a wrapped model.
+
+    `.output` is what the module returns, `.inputs` is `(args, kwargs)`, `.input` the first of them; each can be read,
+    assigned, and changed in place inside a trace. Children are attributes (`model.transformer.h[3].mlp`), what happens
+    inside its `forward` is `.source`.
+    """
+
+    def __init__(self, module: nn.Module, path: str, root: Any):
+        self._module, self._path, self._root = module, path, root
+
+    @own_error
+    def nns_source(self) -> Any:
+        """The operations inside the module's `forward`: `print(module.source)` lists them.
+
+        `module.source.torch_relu_0.output` is what the first call of `torch.relu` in it returned; `.inputs`, `.input`,
+        `.skip(value)` and assignment work as for modules. An operation's own `.source` looks into the function that it
+        calls. Raises `SourceNotAvailable`; an unknown operation is an `AttributeError`.
+        """
+        from .source import source_of  # which needs `Observed`
+
+        return source_of(self)
+
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         """Inside a trace: the module applied to values, on its parameters' device. Outside: the module itself.
 
@@ -123,11 +149,6 @@ class Envoy:
         return self._root._part_trace(self, args, kwargs, fn)
 
     # -- the tree ------------------------------------------------------------------------------------------------
-
-    @property
-    def path(self) -> str:
-        """The module's path, from `model` on."""
-        return ".".join(p for p in ("model", self._path) if p)
 
     @property
     def root(self) -> Any:
@@ -173,6 +194,7 @@ class Envoy:
             "input",
             "inputs",
             "skip",
+            "source",
         ]
         return UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
 
@@ -280,7 +302,7 @@ def _value(name: str) -> property:
             raise AttributeError(f"{user_line()}: `{self.path}.{name}` is a module; its value is `.nns_{name}`")
         setattr(self, f"nns_{name}", value)
 
-    return own_error(get, put, doc=getattr(Envoy, f"nns_{name}").__doc__)
+    return own_error(get, put if name != "source" else None, doc=getattr(Envoy, f"nns_{name}").__doc__)
 
 
 for _name in _TAKEN:

@@ -30,6 +30,14 @@ class UnknownModuleError(NNsightFXError, AttributeError):
     """A module path that the wrapped model does not have."""
 
 
+class UnknownOperationError(NNsightFXError, AttributeError):
+    """A `.source` operation that a module's `forward` does not have."""
+
+
+class SourceNotAvailable(NNsightFXError):
+    """A function whose operations cannot be listed: it is not written in Python, or its text is not at hand."""
+
+
 class OutsideTraceError(NNsightFXError, ValueError):
     """A site, `save` or `stop` used where no trace of the model is open."""
 

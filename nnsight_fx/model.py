@@ -391,13 +391,14 @@ class NNsight(Envoy):
         )
         if isinstance(run, SplicedRun) and capture is not None:
             sites: Any = wave.tape.sites
-            removes = capture.shares(fn, plan) and removable(plan, wave.tape, self._module)
+            frames = self._markers.operations.frames(plan)
+            removes = not frames and capture.shares(fn, plan) and removable(plan, wave.tape, self._module)
 
             def stop_at() -> Any:
                 return sites.replay(wave.tape).stop_site if plan.stops else None
 
             def entry(half: Any) -> Any:
-                return capture.entry(self._module, fn, half)(batch.args, batch.kwargs)
+                return capture.entry(self._module, fn, half, frames)(batch.args, batch.kwargs)
 
             run.start(capture, stop_at, sites, entry, removes)
         return run

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import site, supply
+from nnsight_fx.capture.markers import anchor, site, supply
 from nnsight_fx.tracing.names import RANDOM, RANDOM_IN_PLACE
 
 TORCH = {  # where functions live that only compute; `None`: builtins of torch without a module
@@ -28,7 +28,7 @@ def effect(node: fx.Node) -> str | None:
 
     Errs to one side: a function that is not known to be pure counts as one that is not.
     """
-    if node.op in ("placeholder", "get_attr") or node.target in (site, supply):
+    if node.op in ("placeholder", "get_attr") or node.target in (anchor, site, supply):
         return None
     if isinstance(node.target, torch._ops.OpOverload):
         return _of_schema(node.target)

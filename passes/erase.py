@@ -7,7 +7,7 @@ import operator
 import torch
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.markers import anchor, site
 
 from .job import Job
 
@@ -28,8 +28,11 @@ def erase(gm: fx.GraphModule, job: Job | None = None) -> int:
     erased = 0
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target is site:
-            node.replace_all_uses_with(node.args[0])
+            marked = node.args[0]
+            node.replace_all_uses_with(marked)
             gm.graph.erase_node(node)
+            if marked.target is anchor:
+                gm.graph.erase_node(marked)
             erased += 1
     emitted = job.emitted if job is not None else set()
     for node in reversed(list(gm.graph.nodes)):

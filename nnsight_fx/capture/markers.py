@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..tracing import tree
 from ..tracing.encode import Keep
+from .operations import Operations
 
 active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
 
@@ -37,6 +38,11 @@ def site(x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> torch.
     """Tensor leaf `leaf` of a site; `last` on the last one of the value. A graph node; identity."""
     capture = getattr(active, "capture", None)
     return x if capture is None else capture.fake_site(x, path, kind, leaf, last)
+
+
+def anchor() -> torch.Tensor:
+    """What a marker passes where a site has no tensor. A graph node."""
+    return torch.empty(0)
 
 
 def supply(path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
@@ -127,10 +133,14 @@ def _mark(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, 
     return value, leaf + 1, left
 
 
-def mark(value: Any, path: str, kind: str) -> Any:
-    """`value` with markers, while Dynamo traces."""
+def mark(value: Any, path: str, kind: str, always: bool = False) -> Any:
+    """`value` with markers, while Dynamo traces; with `always` there is one also where it has no tensor."""
     left = _tensors(value)
-    return value if left == 0 else _mark(value, path, kind, 0, left)[0]
+    if left == 0:
+        if always:
+            site(anchor(), path, kind, 0, True)
+        return value
+    return _mark(value, path, kind, 0, left)[0]
 
 
 def _leaves(value: Any) -> list:
@@ -186,7 +196,9 @@ class Markers:
         self.half: dict[tuple[str, str, int], Replacement] | None = None  # the capture half of the active run
         self.stop_at: tuple[str, str, int] | None = None
         self.skippers: dict[nn.Module, Callable] = {}
+        self.originals: dict[nn.Module, Callable] = {}
         self.skip_live: dict[nn.Module, Callable] = {}
+        self.operations = Operations(self)
         self.calls: dict[tuple[str, str], list[int]] = {}  # counted by Dynamo itself, for modules in the capture half
 
     def _hooks(self, path: str) -> tuple[Callable, Callable]:
@@ -211,9 +223,9 @@ class Markers:
 
         return before, after
 
-    def traced(self, value: Any, path: str, kind: str) -> Any:
+    def traced(self, value: Any, path: str, kind: str, always: bool = False) -> Any:
         """A site while Dynamo traces: the graph half is left to splicing, the capture half is applied now."""
-        value = mark(value, path, kind)
+        value = mark(value, path, kind, always)
         if self.half is None or (path, kind) not in self.calls:
             return value
         cell = self.calls[(path, kind)]
@@ -225,31 +237,59 @@ class Markers:
             raise Stop
         return value
 
+    def skip_traced(self, path: str) -> tuple[bool, Any]:
+        """While Dynamo traces: is this call skipped, and its output then."""
+        if self.half is None or (path, "skip") not in self.calls:
+            return False, None
+        cell = self.calls[(path, "skip")]
+        call = cell[0]
+        cell[0] = call + 1
+        if (path, "skip", call) not in self.half:
+            return False, None
+        half = self.half[(path, "skip", call)]
+        return True, _build(half.spec, _supplied(path, call, half), 0)[0]
+
+    def running(self) -> Any:
+        """The run that this model's markers belong to now, if there is one."""
+        run = getattr(active, "run", None)
+        return run if run is not None and run.owner is self else None
+
+    def forward_of(self, module: nn.Module) -> Callable:
+        """A module's own `forward`, also where a skip stands in for it."""
+        now = module.forward
+        ours = (self.skippers.get(module), self.operations.bodies.get(self.paths[module]))
+        return self.originals[module] if any(now is f for f in ours if f is not None) else now
+
     def skipper(self, module: nn.Module, skip: Callable) -> Callable:
         """The `forward` that a skipped module has for the length of a run; one function a module, as Dynamo guards on it."""
         self.skip_live[module] = skip
         if module not in self.skippers:
             path, original = self.paths[module], module.forward
+            self.originals[module] = original
 
             def forward(*args: Any, **kwargs: Any) -> Any:
+                body = self.operations.bodies.get(path, original)
                 if torch.compiler.is_compiling():
-                    cell = self.calls[(path, "skip")]
-                    call = cell[0]
-                    cell[0] = call + 1
-                    if self.half is not None and (path, "skip", call) in self.half:
-                        half = self.half[(path, "skip", call)]
-                        return _build(half.spec, _supplied(path, call, half), 0)[0]
-                    return original(*args, **kwargs)
-                return self.skip_live[module](original, args, kwargs)
+                    skipped, out = self.skip_traced(path)
+                    return out if skipped else body(*args, **kwargs)
+                return self.skip_live[module](body, args, kwargs)
 
             self.skippers[module] = forward
         return self.skippers[module]
 
     @contextlib.contextmanager
-    def installed(self, modules: list[nn.Module], skips: dict[str, Callable]) -> Iterator[None]:
-        """The hooks on `modules` and `forward` replaced where a plan skips, for the length of a block; nothing stays."""
+    def installed(
+        self, modules: list[nn.Module], skips: dict[str, Callable], frames: Collection[str] = ()
+    ) -> Iterator[None]:
+        """The hooks on `modules` and `forward` replaced where a plan skips or looks inside, for the length of a block; nothing
+        stays."""
         undo: list[Callable[[], None]] = []
         try:
+            self.operations.bodies, self.operations.inner = {}, {}
+            for module, body in list(self.operations.use(frames)):
+                if self.paths[module] not in skips:  # else what replaces it calls this body
+                    self.originals[module] = module.forward
+                    undo.append(override(module, body))
             for module in modules:
                 put(module, *self.hooks[module])
                 if skips and self.paths[module] in skips:
@@ -260,6 +300,7 @@ class Markers:
                 restore()
             for module in modules:
                 take(module)
+            self.operations.bodies, self.operations.inner = {}, {}
 
 
 def _supplied(path: str, call: int, half: Replacement) -> list:

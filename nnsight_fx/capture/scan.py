@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..tracing import tree
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.plan import Site
 from ..tracing.tape import Missing, Opaque, SiteMeta
+from . import operations, source
 from ._torch import FakeCopyMode, FakeTensorMode
 from .markers import override, put, take
 
@@ -88,6 +90,7 @@ class Scan:
         self.counts: dict[tuple[str, str], int] = {}  # how often each site was passed
         self.ended: BaseException | None = None  # why it could not go on
         self.stop_site: Site | None = None
+        self.called: dict[str, Any] = {}  # what each operation inside a module called first
 
     def lookup(self, site: Site) -> SiteMeta | Missing:
         if site in self.sites:
@@ -106,27 +109,65 @@ def scan(
     plan: TensorInterleaver | None = None,
     batched: Callable[[torch.Tensor], bool] = lambda t: False,
     unsure: Callable[[], bool] = lambda: False,
+    frames: Collection[str] = (),
+    real: Callable[[nn.Module], Any] = lambda m: None,
 ) -> Scan:
-    """Run `call(copied)` on fakes and note every site; with `plan`, its interventions take effect on the way."""
-    found = Scan()
-    counts = found.counts
+    """Run `call(copied)` on fakes and note every site; with `plan`, its interventions take effect on the way.
 
-    def note(path: str, kind: str, value: Any) -> Any:
+    The operations in `frames` have sites too. `real` gives the module that one of the copy stands for.
+    """
+    found = Scan()
+    counts, clock = found.counts, Clock()
+
+    def known(x: Any) -> Any:
+        if isinstance(x, (torch.Tensor, FunctionType, BuiltinFunctionType, *PLAIN)):
+            return x
+        module = real(x) if isinstance(x, nn.Module) else None
+        return Opaque(type(x)) if module is None else module
+
+    def note(path: str, kind: str, value: Any, depth: int = 0) -> Any:
         n = counts.get((path, kind), 0)
         counts[(path, kind)] = n + 1
         site = (path, kind, n)
         leaves, spec = tree.flatten(value)
         if plan is not None:
             value, leaves, spec = _fire(plan, site, value, leaves, spec)
-        described = tuple(x if isinstance(x, (torch.Tensor, *PLAIN)) else Opaque(type(x)) for x in leaves)
+        described = tuple(known(x) for x in leaves)
         rows = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and batched(x) for x in leaves)
-        found.sites[site] = SiteMeta(spec, described, rows, len(found.sites), unsure())
+        found.sites[site] = SiteMeta(spec, described, rows, clock.tick(depth), unsure())
         if plan is not None and plan.stopping:
             found.stop_site = site
             raise Stopped
         return value
 
+    def observer(frame: str, depth: int) -> Callable:
+        def op(name: str, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            path = f"{frame}.{name}"
+            args, kwargs = note(path, "input", (args, kwargs), depth)
+            found.called.setdefault(path, fn)
+            parts = plan.skipped.get((path, "output", counts[(path, "input")] - 1)) if plan is not None else None
+            if parts is not None:
+                leaves, spec = gather(parts, plan.plan.groups)  # type: ignore[union-attr]
+                out = tree.unflatten(leaves, spec)
+            elif fn is None:
+                out = args[0]
+            else:
+                if operations.frame(path) in frames:
+                    fn = rewritten(operations.frame(path), fn, depth + 1)
+                out = fn(*args, **kwargs)
+            return note(path, "output", out, depth)
+
+        return op
+
+    def rewritten(frame: str, called: Any, depth: int) -> Callable:
+        function, method = source.plain(called)
+        made = source.instrumented(function, observer(frame, depth))
+        return MethodType(made, called.__self__) if method else made
+
     undo = []
+    for path, module in copied.named_modules():
+        if operations.frame(path) in frames:
+            undo.append(override(module, rewritten(operations.frame(path), module.forward, 1)))
     for path, module in copied.named_modules():
 
         def before(m: nn.Module, args: tuple, kwargs: dict, path: str = path) -> Any:
@@ -161,6 +202,27 @@ def scan(
         for module in copied.modules():
             take(module)
     return found
+
+
+class Clock:
+    """Places in a run: a whole number for each site of a module, and fractions for what happens inside it before the next.
+
+    So a scan that looks inside more modules gives every site the place it had: between two sites of modules only one
+    module's own frame runs.
+    """
+
+    STEPS = 2**12  # more operations than that between two sites of modules share a place
+
+    def __init__(self):
+        self.hands = [-1]
+
+    def tick(self, depth: int) -> float:
+        self.hands[depth + 1 :] = []
+        self.hands += [0] * (depth + 1 - len(self.hands))
+        self.hands[depth] += 1
+        if depth == 0:
+            return self.hands[0]
+        return self.hands[0] + sum(min(k, self.STEPS - 1) / self.STEPS**i for i, k in enumerate(self.hands) if i)
 
 
 def _fire(

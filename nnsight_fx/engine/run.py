@@ -109,6 +109,16 @@ class Run(TensorInterleaver):
         finally:
             self._untap(list(self.taps))
 
+    def extend(self, plan: InterventionGraph) -> None:
+        super().extend(plan)
+        if self.coroutine is not None and not self.coroutine.ended:
+            self.look_inside(self.owner.operations.frames(plan))
+
+    def look_inside(self, frames: frozenset[str]) -> None:
+        """A body that looked at a value goes on to operations inside modules: they are observed from here on."""
+        for _ in self.owner.operations.use(frames):  # every module's `forward` is ours by now, and calls these
+            pass
+
     def abandon(self) -> None:
         self._untap(list(self.taps))
         if self.coroutine is not None:
@@ -148,6 +158,13 @@ class Run(TensorInterleaver):
         """The output that the plan gives to a skipped call, if it is one."""
         parts = self.skip_parts((path, "output", call), self.lines)
         return None if parts is None else gather(parts, self.plan.groups)
+
+    def operation(self, path: str, fn: Callable, args: tuple, kwargs: dict) -> Any:
+        """An operation inside a module: `fn(*args, **kwargs)` with a site before and one behind it."""
+        args, kwargs = self.pass_site(path, "input", (args, kwargs))
+        found = self.skip_value(path, self.counts[(path, "input")] - 1) if path in self.plan.skips else None
+        out = fn(*args, **kwargs) if found is None else tree.unflatten(*found)
+        return self.pass_site(path, "output", out)
 
     def skip(self, path: str) -> Callable:
         """The `forward` of a module that the plan skips."""
@@ -293,10 +310,14 @@ class Run(TensorInterleaver):
             if op.kind in (READ, WRITE, SKIP):
                 path, kind, call = op.target
                 what = {READ: "read", WRITE: "written", SKIP: "skipped"}[op.kind]
+                inside = path not in self.owner.operations.modules
                 seen = self.counts.get((path, "input" if op.kind == SKIP else kind), 0)
                 why = (
-                    f"its module was called {seen} time(s)"
+                    f"its {'operation ran' if inside else 'module was called'} {seen} time(s)"
                     if seen
+                    else "that line was not run (its module was skipped, stopped before, or took another branch), or its `forward` had "
+                    "begun when it was first asked for"
+                    if inside
                     else "its module was not called as a module in this run (it was skipped, stopped before, on a branch not taken, "
                     "or its parent uses its weight or `forward` directly: try the parent's `.source`)"
                 )
@@ -317,5 +338,6 @@ def live(run: Run, everything: bool) -> Any:
         if not everything
         else list(owner.paths)
     )
-    with owner.installed(modules, {path: run.skip(path) for path in run.skips}):
+    frames = owner.operations.frames(run.plan)
+    with owner.installed(modules, {path: run.skip(path) for path in run.skips}, frames):
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy
@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from ..capture._torch import ConstantSource, FakeCopyMode, FakeTensorMode, GuardOnDataDependentSymNode, guards_hold
+from ..capture.operations import frames_of
 from ..capture.scan import PLAIN, Scan, callee, scan, skeleton
 from ..errors import PaddedLengthUnknown
 from ..tracing import ambient, tree
@@ -83,6 +84,7 @@ class Signature:
         self.rescans: OrderedDict[Step, Scan] = OrderedDict()
         self.symbols: tuple[Any, Any] = (None, None)  # of rows and length, in a scan over unknown sizes
         self.metas: dict[tuple, SiteMeta | Missing] = {}
+        self.frames: frozenset[str] = frozenset()  # the modules that the scan looks into
 
 
 class Scanner:
@@ -95,6 +97,7 @@ class Scanner:
     def reset(self) -> None:
         """Forget everything: the module tree has changed."""
         self.modules = list(self.module_.modules())
+        self.paths = {path for path, _ in self.module_.named_modules()}
         self.shapes = Shapes()
         self.fakes = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         self.rows, self.length = (self.shapes.create_unbacked_symint() for _ in range(2))
@@ -203,7 +206,16 @@ class Scanner:
 
         self.shapes.guessing, self.shapes.guessed = True, False
         try:
-            done = scan(copied, call, self.fakes, plan=plan, batched=batched, unsure=lambda: self.shapes.guessed)
+            done = scan(
+                copied,
+                call,
+                self.fakes,
+                plan=plan,
+                batched=batched,
+                unsure=lambda: self.shapes.guessed,
+                frames=of.frames,
+                real=dict(zip(copied.modules(), self.modules, strict=True)).get,
+            )
         finally:
             self.shapes.guessing = False
         replaced = self.shapes.replacements
@@ -211,6 +223,20 @@ class Scanner:
             done = Scan()
             done.ended = RuntimeError("the model's shapes depend on the number of rows or the length themselves")
         return done
+
+    def look_inside(self, of: Signature, paths: Iterable[str]) -> None:
+        """Have the sites of the operations among `paths` in a signature's scan."""
+        frames = frames_of(paths, self.paths) - of.frames
+        if not frames or (of.scan.ended is not None and not of.scan.sites):
+            return
+        of.frames |= frames
+        of.rescans.clear()
+        args, kwargs = of.inputs()
+        again = self.run(self.skeleton(), of.fn, args, kwargs, of)
+        of.scan.sites = {**again.sites, **of.scan.sites}  # what is known stays what it was
+        of.scan.counts.update(again.counts)
+        of.scan.called = again.called
+        of.scan.ended = of.scan.ended or again.ended
 
     def _unknown(self, x: torch.Tensor, dims: tuple[int | None, int | None], of: Signature) -> torch.Tensor:
         """A fake of an input whose rows and length are symbols."""
@@ -273,6 +299,8 @@ class WaveSites:
         self.alone = alone  # the scan of one invoke's own input, where no length is unknown
 
     def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing:
+        if site[0] not in self.scanner.paths:
+            self.scanner.look_inside(self.signature, [site[0]])
         if self.past is not None:
             known = {s: sympy.Integer(self.past + more) for s, more in self.signature.past.items()}
             scanned = self._rescanned(tape) if tape.reshaped else self.signature.scan
@@ -291,9 +319,29 @@ class WaveSites:
             self.signature.metas[key] = found
         return found
 
+    def calls(self, path: str, kind: str) -> int:
+        """How often the forward passes a site, as its scan saw it."""
+        if path not in self.scanner.paths:
+            self.scanner.look_inside(self.signature, [path])
+        scan = self.signature.scan
+        found = scan.counts.get((path, kind), 0)
+        return found if scan.ended is None else max(found, 1)
+
+    def called(self, path: str) -> Any:
+        """What an operation inside a module calls, if the scan came by."""
+        self.scanner.look_inside(self.signature, [path])
+        found = self.signature.scan.called.get(path)
+        alone = self.alone(0) if found is None and self.signature.scan.ended is not None else None
+        if alone is not None:
+            self.scanner.look_inside(alone, [path])
+            found = alone.scan.called.get(path)
+        return found
+
     def _alone(self, index: int, site: Site) -> SiteMeta | None:
         """A site as one invoke alone would have it, where the model does not take sizes that are symbols (an LSTM)."""
         signature = self.alone(index)
+        if signature is not None:
+            self.scanner.look_inside(signature, [site[0]])
         meta = None if signature is None else _known(signature.scan.lookup(site))
         return meta._replace(batched=(None,) * len(meta.leaves)) if isinstance(meta, SiteMeta) else None
 

@@ -17,7 +17,7 @@ from .. import passes
 from ..capture import _torch
 from ..capture._torch import FakeTensor, detect_fake_mode
 from ..capture._transformers import settle
-from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, mark, site, supply
+from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, anchor, mark, site, supply
 from ..capture.scan import callee
 from ..capture.segment import Segment
 from ..errors import PlanMismatchError
@@ -66,21 +66,35 @@ class Capture:
     unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
 
     def __post_init__(self):
-        _torch.register(site, supply)
+        _torch.register(site, supply, anchor)
         self.compiler = _torch.backend(
             self.options.backend, self.options.mode, dict(self.options.options) or None, self.options.dynamic
         )
         self.passing = _torch.undisturbed(SplicedRun.live_site)
-        for function in (*next(iter(self.markers.hooks.values())), SplicedRun.pass_site, Run.skip, mark):
+        for function in (
+            *next(iter(self.markers.hooks.values())),
+            SplicedRun.pass_site,
+            Run.operation,
+            Run.skip,
+            mark,
+            self.markers.operations.op(""),
+        ):
             _torch.never_compile(function)
 
     def reset(self) -> None:
         self.entries.clear()
         self.segments.clear()
 
-    def entry(self, module: torch.nn.Module, fn: str | None, plan: InterventionGraph | None) -> Callable:
-        """The captured function that runs a plan: one for all plans that leave the model's Python alone, else one a plan."""
-        key = (fn, plan)
+    def entry(
+        self,
+        module: torch.nn.Module,
+        fn: str | None,
+        plan: InterventionGraph | None,
+        frames: frozenset[str] = frozenset(),
+    ) -> Callable:
+        """The captured function that runs a plan: one for all plans that leave the model's Python alone and look into the
+        same modules, else one a plan."""
+        key = (fn, plan, frames)
         if key not in self.entries:
             settle(module)
             inner = _renamed(_inner(module, fn))
@@ -91,7 +105,12 @@ class Capture:
     def shares(self, fn: str | None, plan: InterventionGraph) -> bool:
         """Can a plan that leaves parts out be tried in the graph of all plans: is there one, and none for it alone?"""
         pure = any(s.pure and s.plan is None for s in self.segments)
-        return pure and (fn, None) in self.entries and (fn, plan) not in self.entries and plan not in self.unfit
+        return (
+            pure
+            and (fn, None, frozenset()) in self.entries
+            and (fn, plan, frozenset()) not in self.entries
+            and plan not in self.unfit
+        )
 
     def backend(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
         """What Dynamo calls with each graph it captured."""
@@ -175,6 +194,7 @@ class SplicedRun(Run):
         self.removes = removes
         self.skeleton = lambda path: sites.scanner.skeleton().get_submodule(path)
         self.segments_run = 0
+        self.frames = self.owner.operations.frames(self.plan)
         self.live_sites: set[str] = set()
         self.result_marked = False
         plan, plain = self.plan, self.call
@@ -300,6 +320,21 @@ class SplicedRun(Run):
         super().perform(n, firing)
         if op.kind == SKIP:  # the module may be called in a later segment
             self.env.update({(n, j): x for j, x in enumerate(self.skipped[op.target][op.invoke][1])})
+
+    def look_inside(self, frames: frozenset[str]) -> None:
+        """What runs was captured without the markers of these operations."""
+        new = frames - self.frames
+        if not new:
+            return
+        path, n = next(
+            (op.target[0], n)
+            for n, op in enumerate(self.plan.ops)
+            if op.kind in (READ, WRITE, SKIP) and op.target[0].rpartition(".")[0] in new
+        )
+        raise PlanMismatchError(
+            f"{self.lines[n]}: `{path}` is inside a module that nothing before the sync point looked into, and the captured run has "
+            "begun without it. Touch an operation of that module before the sync point, or trace with `compile=False`."
+        )
 
     # -- live parts ----------------------------------------------------------------------------------------------
 

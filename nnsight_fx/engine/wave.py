@@ -138,9 +138,7 @@ class Wave:
 
     def calls(self, path: str, kind: str) -> int:
         """How often the forward passes a site, as its scan saw it."""
-        scan = self.tape.sites.signature.scan  # type: ignore[attr-defined]
-        found = scan.counts.get((path, kind), 0)
-        return found if scan.ended is None else max(found, 1)
+        return self.tape.sites.calls(path, kind)  # type: ignore[attr-defined]
 
     def most_calls(self) -> int:
         return max(self.tape.sites.signature.scan.counts.values(), default=1)  # type: ignore[attr-defined]

@@ -76,7 +76,7 @@ class SiteMeta(NamedTuple):
     spec: tree.Spec
     leaves: tuple  # fakes; anything else as it is (an `Opaque` where it holds data)
     batched: tuple[bool | None, ...]  # leaf by leaf: does dimension 0 hold the batch; `None`: where its size says so
-    order: int  # its place among all sites of a run
+    order: float  # its place among all sites of a run; the sites inside a module are between two whole numbers
     unsure: bool = False  # did the scan guess, so that a read must look whether it was right
     sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
 
@@ -95,6 +95,8 @@ class Sites(Protocol):
     def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing: ...
 
     def module(self, path: str) -> Callable: ...
+
+    def called(self, path: str) -> Any: ...
 
 
 class Step:
@@ -121,7 +123,7 @@ class Invoke:
         self.partial: dict[Site, Any] = {}  # read without their objects
         self.metas: dict[Site, SiteMeta] = {}
         self.containers: dict[Site, tuple[Any, list, tree.Spec]] = {}
-        self.order = -1  # the latest site touched, in model order
+        self.order: float = -1  # the latest site touched, in model order
         self.latest: Site | None = None
 
 
@@ -146,7 +148,7 @@ class Tape:
         self.changed: dict[int, torch.Tensor] = {}  # real tensors that a recorded operation changes in place
         self.values: weakref.WeakValueDictionary[Key, LazyTensor] = weakref.WeakValueDictionary()
         self.order: dict[
-            tuple[int, int], tuple[int, Site, int]
+            tuple[int, int], tuple[float, Site, int]
         ] = {}  # the latest site a value depends on, and whose invoke's
         self.splits: set[int] = (
             set()
@@ -660,7 +662,7 @@ class Tape:
             raise ValueError(f"{user_line()}: `{site[0]}` is called without arguments: there is no input to write")
         self.write(site, (args, kwargs))
 
-    def _written_order(self, leaves: list) -> tuple[int, Site, int] | None:
+    def _written_order(self, leaves: list) -> tuple[float, Site, int] | None:
         own = [x._key[1:] for x in leaves if isinstance(x, LazyTensor) and x._tape is self]
         found = [self.order[value] for value in own if value in self.order]
         return max(found, key=lambda f: f[0]) if found else None
