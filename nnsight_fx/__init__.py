@@ -19,7 +19,9 @@ from .errors import (
     PlanMismatchError,
     RecompileError,
     SkipError,
+    SourceNotAvailable,
     UnknownModuleError,
+    UnknownOperationError,
     UnsavedValueError,
 )
 from .helpers import TraceDict, steer
@@ -52,8 +54,10 @@ __all__ = [
     "PromptError",
     "RecompileError",
     "SkipError",
+    "SourceNotAvailable",
     "TraceDict",
     "UnknownModuleError",
+    "UnknownOperationError",
     "UnsavedValueError",
     "assert_max_compiles",
     "assert_no_fallback",

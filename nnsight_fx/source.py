@@ -9,7 +9,6 @@ from typing import Any
 import torch.nn as nn
 
 from .capture import operations
-from .capture._torch import NoTorchFunction
 from .capture.source import Frame, plain
 from .capture.source import operations as frame_of
 from .envoy import Observed
@@ -43,8 +42,7 @@ class Operation(Observed):
                 raise OutsideTraceError(
                     f"{user_line()}: what `{self.path}` calls is known only inside a trace: open one, `with model.trace(...):`."
                 )
-            with NoTorchFunction():  # the scan's own work is nobody's to record
-                called = self._root.tracer.tape.sites.called(self._path)
+            called = self._root.tracer.tape.sites.called(self._path)
             with _named(self.path, user_line()):
                 if called is None:
                     raise SourceNotAvailable("it is an assignment, or is not run in this trace")

@@ -55,5 +55,7 @@ def test_each_error_of_the_manual_is_raised_with_its_text(title, code, text):
 
 
 def test_every_public_error_is_in_the_manual():
-    public = {n for n in nnsight_fx.__all__ if n.endswith("Error") or n == "PaddedLengthUnknown"}
+    public = {
+        n for n in nnsight_fx.__all__ if n.endswith("Error") or n in {"PaddedLengthUnknown", "SourceNotAvailable"}
+    }
     assert len(EXAMPLES) >= 12 and {n for n in public if f"`{n}`" not in ERRORS} == set()

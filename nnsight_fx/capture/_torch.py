@@ -49,7 +49,7 @@ __all__ = [
     "detect_fake_mode",
 ]
 SET_GRAD = torch._C._set_grad_enabled
-NoTorchFunction = torch._C.DisableTorchFunction
+NoTorchFunction, TorchFunction = torch._C.DisableTorchFunction, torch._C._EnableTorchFunction
 
 
 def transforms() -> int | None:

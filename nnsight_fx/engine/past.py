@@ -10,7 +10,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 
-from ..capture._torch import ConstantSource, FakeTensorMode
+from ..capture._torch import ConstantSource, FakeTensorMode, TorchFunction
 from ..capture.scan import PLAIN
 
 LENGTH = 23  # stands for the cache's length in a scan: shows up as a symbol, never as a number
@@ -110,5 +110,5 @@ class _Copies(TorchFunctionMode):
 
 def copied(x: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A deep copy of an object in which `make` gives the tensors."""
-    with _Copies(make):
+    with TorchFunction(), _Copies(make):
         return copy.deepcopy(x)

@@ -17,7 +17,14 @@ from torch.fx.experimental.symbolic_shapes import (
     free_unbacked_symbols,
 )
 
-from ..capture._torch import ConstantSource, FakeCopyMode, FakeTensorMode, GuardOnDataDependentSymNode, guards_hold
+from ..capture._torch import (
+    ConstantSource,
+    FakeCopyMode,
+    FakeTensorMode,
+    GuardOnDataDependentSymNode,
+    NoTorchFunction,
+    guards_hold,
+)
 from ..capture.operations import frames_of
 from ..capture.scan import PLAIN, Scan, callee, scan, skeleton
 from ..errors import PaddedLengthUnknown
@@ -231,8 +238,9 @@ class Scanner:
             return
         of.frames |= frames
         of.rescans.clear()
-        args, kwargs = of.inputs()
-        again = self.run(self.skeleton(), of.fn, args, kwargs, of)
+        with NoTorchFunction():  # the scan's own work is nobody's to record
+            args, kwargs = of.inputs()
+            again = self.run(self.skeleton(), of.fn, args, kwargs, of)
         of.scan.sites = {**again.sites, **of.scan.sites}  # what is known stays what it was
         of.scan.counts.update(again.counts)
         of.scan.called = again.called

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 
-from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
+from nnsight_fx import LanguageModel, NNsight, assert_max_compiles, assert_no_fallback, save
 from nnsight_fx.capture.source import instrumented, operations
 from nnsight_fx.errors import MissedSiteError, OutsideTraceError, SourceNotAvailable, UnknownOperationError
 
@@ -432,3 +433,62 @@ def test_text_that_is_not_the_code_is_refused(tmp_path):
     exec(compile("def forward(self, other, more):\n    return other\n", str(path), "exec"), names)
     with pytest.raises(SourceNotAvailable, match="not the code that runs"):
         operations(names["forward"])
+
+
+class Loop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+
+    def forward(self, v):
+        for _ in range(3):
+            v = torch.tanh(self.lin(v))
+        return v
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_turn_of_a_loop_is_a_call_of_its_own(engine):
+    raw, given = Loop(), torch.randn(2, 3)
+    model = NNsight(nn.Sequential(raw))
+    if engine != "hooks":
+        model.compile(backend=engine, fullgraph=True)
+    with assert_no_fallback(), model.trace(given) as tracer:
+        found = save([])
+        for turn in tracer.iter[:]:
+            op = model[0].source.torch_tanh_0
+            found.append(op.output)
+            if turn == 1:
+                op.output = op.output * 2
+    with model.trace(given):
+        second = model[0].source.torch_tanh_0.next().output.save()
+    h, wanted = given, []
+    for turn in range(3):
+        h = torch.tanh(raw.lin(h))
+        wanted.append(h)
+        h = h * 2 if turn == 1 else h
+    torch.testing.assert_close((found, second), (wanted, wanted[1]))
+
+
+def test_in_every_step_of_a_generation():
+    raw = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=2, n_embd=32, n_head=4, vocab_size=99, n_positions=64, eos_token_id=None, bos_token_id=1
+        )
+    ).eval()
+    raw.set_attn_implementation("eager")
+    results = []
+    for engine in ("hooks", "eager"):
+        model = LanguageModel(raw)
+        if engine == "eager":
+            model.compile(backend="eager")
+        with model.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=4, do_sample=False, pad_token_id=0) as tracer:
+            scores = save([])
+            for step in tracer.iter[:]:
+                attention = model.transformer.h[1].attn.source.attention_interface_0
+                scores.append(attention.source.nn_functional_softmax_0.output)
+                if step == 2:
+                    attention.output[0][:] = 0
+            out = tracer.result.save()
+        assert [tuple(s.shape) for s in scores] == [(1, 4, 4, 4), (1, 4, 1, 5), (1, 4, 1, 6), (1, 4, 1, 7)]
+        results.append((scores, out))
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -452,6 +452,8 @@ PARENTS = {
     "OutOfOrderError": (),
     "MissedSiteError": (),
     "UnknownModuleError": (AttributeError,),
+    "UnknownOperationError": (AttributeError,),
+    "SourceNotAvailable": (),
     "OutsideTraceError": (ValueError,),
     "NestedTraceError": (ValueError,),
     "InvokeError": (ValueError,),
