@@ -59,11 +59,11 @@ class Editor:
 
     def _not_here(self, *_: Any, **__: Any) -> NoReturn:
         raise InvokeError(
-            f"{user_line()}: an edit has no inputs and runs nothing, so it has no invokes, caches or `apply`. Use them in a "
+            f"{user_line()}: an edit has no inputs and runs nothing, so it has no invokes, caches, `apply` or `cond`. Use them in a "
             "trace of the edited model."
         )
 
-    invoke = batch = cache = apply = log = barrier = _not_here
+    invoke = batch = cache = apply = log = barrier = cond = _not_here
 
     def __getattr__(self, name: str) -> Any:
         own_error.reraise(self)

@@ -376,6 +376,9 @@ class NNsight(Envoy):
         if capture is not None and plan.sees_objects:
             capture.fall_back("hook engine: the body looks at objects, or at a site that no scan could tell")
             capture = None
+        if capture is not None and plan.chooses:
+            capture.fall_back("hook engine: a `tracer.cond` decides whether the model skips a call, or stops")
+            capture = None
         if capture is not None and plan in capture.refused:
             capture.fall_back(capture.refused[plan])
             capture = None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch.fx as fx
 
+from .conditional import conditional
 from .differentiate import differentiate
 from .erase import erase
 from .expose import expose
@@ -27,7 +28,7 @@ from .truncate import truncate
 
 Pass = Callable[[fx.GraphModule, Job], int]
 
-PIPELINE: tuple[Pass, ...] = (skip, splice, truncate, narrow, lift_constants, expose, erase, differentiate)
+PIPELINE: tuple[Pass, ...] = (skip, splice, truncate, narrow, lift_constants, expose, erase, conditional, differentiate)
 
 
 def run(
@@ -49,6 +50,7 @@ __all__ = [
     "Entry",
     "Job",
     "Pass",
+    "conditional",
     "differentiate",
     "erase",
     "expose",

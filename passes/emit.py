@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.nn as nn
 
 from nnsight_fx.capture._torch import SET_GRAD
 from nnsight_fx.tracing.encode import Identity, Key
 from nnsight_fx.tracing.interleave import Cut as CutHere
 from nnsight_fx.tracing.interleave import Firing, Interleaver
-from nnsight_fx.tracing.plan import MODULE, SKIP, Observed, Op, Site, fx_target
+from nnsight_fx.tracing.plan import MODULE, SKIP, STOP, Observed, Op, Site, fx_target
 
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
-from .job import Job, backward, constant, fetch, gradient, parameter, put_rows, rows, set_gradient, settled, tap
+from .job import Job, backward, constant, fetch, gradient, parameter, put_rows, rows, select, set_gradient, settled, tap
+
+STILL = {  # modules that only compute in train mode, too
+    *(
+        getattr(nn, name)
+        for name in ("Linear", "Identity", "Embedding", "LayerNorm", "RMSNorm", "GroupNorm", "Sequential")
+    ),
+    *(
+        getattr(nn, name)
+        for name in ("ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "Softmax", "Flatten", "Conv1d", "Conv2d")
+    ),
+}
 
 
 class Emitter(Interleaver):
@@ -32,13 +45,14 @@ class Emitter(Interleaver):
         self.closed = job.closed
         self.fetched: dict[tuple, fx.Node] = {}
         self.made: set[tuple[int, int]] = set()
+        self.predicates: dict[tuple[Key, ...], fx.Node] = {}
         self.taps: dict[int, tuple] = {}  # gradient -> its tap, the node that has it, the rows that a value has of that
         self.supplied: dict[Site, list] = {}  # what the model's Python sees replaced
 
     # -- values --------------------------------------------------------------------------------------------------
 
-    def ready(self, n: int) -> bool:
-        return all(v in self.env or v in self.job.entry.known for v in self.plan.needs[n])
+    def has(self, value: tuple[int, int]) -> bool:
+        return value in self.env or value in self.job.entry.known
 
     def lookup(self, key: Key) -> Any:
         if key[0] != "v":
@@ -104,7 +118,7 @@ class Emitter(Interleaver):
             raise CutHere
         super().perform(n, firing)
         op = self.plan.ops[n]
-        if op.kind == SKIP:
+        if op.kind == SKIP and op.invoke in self.skipped.get(op.target, ()):
             for j, leaf in enumerate(self.skipped[op.target][op.invoke][1]):
                 if isinstance(leaf, fx.Node):
                     self.env[(n, j)] = leaf
@@ -158,6 +172,42 @@ class Emitter(Interleaver):
                     self.graph.erase_node(node)
             raise
 
+    # -- conditions ----------------------------------------------------------------------------------------------
+
+    def holds(self, op: Op) -> bool:
+        """What only computes is computed in any case, and what changes something selects; the rest runs live."""
+        effect = op.effect if op.kind != MODULE else "random" if self._moves(op.target) else ""
+        if op.kind in (SKIP, STOP) or effect == "random" or "out" in op.kwargs[1]:
+            raise CutHere
+        return True
+
+    def _moves(self, path: str) -> bool:
+        """Can a call of a module draw numbers or move buffers?"""
+        return self.job.skeleton is None or any(
+            m.training and type(m) not in STILL for m in self.job.skeleton(path).modules()
+        )
+
+    def select(self, op: Op, new: Any, old: Any) -> Any:
+        if not op.when or new is old:
+            return new
+        return self._emit("call_function", select, (self._predicate(op.when), new, old))
+
+    def _predicate(self, when: tuple[Key, ...]) -> fx.Node:
+        if when not in self.predicates:
+            last, *rest = map(self.lookup, reversed(when))
+            for other in rest:
+                last = self._emit("call_function", torch.logical_and, (other, last))
+            self.predicates[when] = last
+        return self.predicates[when]
+
+    def _changed(self, op: Op, kind: str, target: Any, args: tuple, kwargs: dict) -> fx.Node:
+        """A conditional in-place operation: on a copy, which is copied back where the condition holds."""
+        old, *rest = args
+        new = self._emit("call_method", "clone", (old,))
+        made = self._emit(kind, target, (new, *rest), kwargs)
+        self._emit("call_method", "copy_", (old, self.select(op, new, old)))
+        return made
+
     def execute(self, n: int, op: Op) -> Any:
         args, kwargs = self.arguments(op)
         leave = self._enter(op.ambient)
@@ -167,7 +217,8 @@ class Emitter(Interleaver):
             fn = op.target.obj if isinstance(op.target, Identity) else op.target
             kind, target, lead = fx_target(fn)
             target = target if kind == "call_method" or printable(target) else FunctionCall(target)
-            node = self._emit(kind, target, (*args, *lead), kwargs)
+            emit = functools.partial(self._changed, op) if op.when and op.effect == "inplace" else self._emit
+            node = emit(kind, target, (*args, *lead), kwargs)
         leave()
         return n, node
 

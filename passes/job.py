@@ -119,6 +119,11 @@ def rows(x: Any, start: int, size: int, total: int, batched: bool | None) -> Any
     raise RuntimeError("lowered by narrow")
 
 
+def select(holds: Any, new: Any, old: Any) -> Any:
+    """`new` where a condition holds, before `conditional`."""
+    raise RuntimeError("lowered by conditional")
+
+
 def put_rows(x: Any, new: Any, start: int, size: int, total: int, batched: bool | None) -> Any:
     """A leaf with an invoke's rows replaced, before `narrow`."""
     raise RuntimeError("lowered by narrow")

@@ -17,7 +17,7 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
     ```
     c = constant(0, "tensor")        ->  %c : placeholder
     i = constant(1, "int")           ->  %i : placeholder (0-d int64);  n = i.item();  check(n >= 0)
-    f = constant(2, "float")         ->  %f : placeholder (0-d float64)
+    f = constant(2, "float")         ->  %f : placeholder (0-d float64, beside 0-d values their dtype)
     v = fetch(3, 0)                  ->  %v : placeholder
     ```
 

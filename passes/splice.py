@@ -108,12 +108,15 @@ class Weaver(Emitter):
         if fits:
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
-                    firing.leaves[i] = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
+                    new_leaf = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
+                    firing.leaves[i] = self.select(op, new_leaf, firing.leaves[i])
         else:
             old = list(firing.leaves)
             firing.leaves[:] = [
                 (old[v.index] if v.index < len(old) else None) if isinstance(v, Keep) else v for v in new
             ]
+            if op.when:
+                firing.leaves[:] = [self.select(op, v, x) for v, x in zip(firing.leaves, old, strict=True)]
             self.supplied[firing.site] = firing.leaves
 
     def supplied_leaf(self, node: fx.Node) -> Any:

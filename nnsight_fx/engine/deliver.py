@@ -26,7 +26,8 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
     for lazy in tape.saved.values():
         if type(lazy) is LazyTensor:
             with contextlib.suppress(KeyError):
-                found.append((lazy, [value(lazy._key)]))
+                if tape.conditions.hold(lazy, value):
+                    found.append((lazy, [value(lazy._key)]))
     release()
     while found:
         lazy, held = found.pop()

@@ -80,7 +80,8 @@ class Session:
         for lazy in list(tape.values.values()):
             if type(lazy) is LazyTensor and id(lazy) not in tape.saved:
                 with contextlib.suppress(KeyError):
-                    lazy._held = wave.value(lazy._key)
+                    if tape.conditions.hold(lazy, wave.value):
+                        lazy._held = wave.value(lazy._key)
 
 
 def _held(tape: Tape, key: Any) -> Any:

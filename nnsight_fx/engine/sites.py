@@ -32,7 +32,7 @@ from ..tracing import ambient, tree
 from ..tracing.ambient import under
 from ..tracing.interleave import TensorInterleaver
 from ..tracing.lazy import user_line
-from ..tracing.plan import MODULE, Groups, Op, Site
+from ..tracing.plan import MODULE, SKIP, STOP, Groups, Op, Site
 from ..tracing.tape import Missing, SiteMeta, Step, Tape
 from .past import Past, copied, growing, is_cache, state
 
@@ -447,6 +447,13 @@ class FakeInterleaver(TensorInterleaver):
     def __init__(self, plan: Any, constants: list, sites: WaveSites):
         super().__init__(plan, constants)
         self.sites = sites
+
+    def holds(self, op: Op) -> bool:
+        """Fakes cannot tell, and what a conditional operation changes keeps its metadata; a skip or stop may not come."""
+        return op.kind not in (SKIP, STOP)
+
+    def select(self, op: Op, new: Any, old: Any) -> Any:
+        return torch.where(self.lookup(op.when[-1]), new, old) if op.when else new
 
     def tap(self, n: int, op: Op) -> None:
         value = self.lookup(op.args[2][0])

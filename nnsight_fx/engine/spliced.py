@@ -318,7 +318,9 @@ class SplicedRun(Run):
                 "an earlier sync point has begun the captured run. Trace with `compile=False`."
             )
         super().perform(n, firing)
-        if op.kind == SKIP:  # the module may be called in a later segment
+        if op.kind == SKIP and op.invoke in self.skipped.get(
+            op.target, ()
+        ):  # the module may be called in a later segment
             self.env.update({(n, j): x for j, x in enumerate(self.skipped[op.target][op.invoke][1])})
 
     def look_inside(self, frames: frozenset[str]) -> None:
@@ -473,6 +475,8 @@ class DynamoInterleaver(FakeInterleaver):
             firing.leaves[:] = [
                 (old[v.index] if v.index < len(old) else None) if isinstance(v, Keep) else v for v in new
             ]
+            if op.when:
+                firing.leaves[:] = [self.select(op, v, x) for v, x in zip(firing.leaves, old, strict=True)]
             self.supplied[firing.site] = firing.leaves
 
     def supply(self, at: Site, leaf: int) -> torch.Tensor:

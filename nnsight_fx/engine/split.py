@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..tracing.encode import Key, facts, references
+from ..tracing.encode import Key, facts
 from ..tracing.plan import SAVE, Groups, InterventionGraph, Op
 from ..tracing.tape import Tape
 
@@ -51,7 +51,10 @@ def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Key], A
 
     ops = [
         tape.ops[n]._replace(
-            invoke=members.index(tape.ops[n].invoke), args=rekey(tape.ops[n].args), kwargs=rekey(tape.ops[n].kwargs)
+            invoke=members.index(tape.ops[n].invoke),
+            args=rekey(tape.ops[n].args),
+            kwargs=rekey(tape.ops[n].kwargs),
+            when=rekey(tape.ops[n].when),
         )
         for n in own
     ]
@@ -67,5 +70,5 @@ def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Key], A
 
 def _used_later(tape: Tape, members: list[int]) -> set[tuple[int, int]]:
     """Values made by these invokes that later ones use."""
-    used = {v for op in tape.ops if op.invoke not in members for v in references((op.args, op.kwargs))}
+    used = {v for op in tape.ops if op.invoke not in members for v in op.needs}
     return {v for v in used if tape.ops[v[0]].invoke in members}

@@ -209,9 +209,12 @@ def source(run: SplicedRun, take: tuple) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
+NUMBERS = {"int": torch.int64, "float": torch.float64, "float32": torch.float32, "float64": torch.float64}
+
+
 def number(take: tuple, value: Any) -> torch.Tensor:
     """A lifted number as the 0-d tensor that the graph takes."""
-    return torch.tensor(value, dtype=torch.int64 if take[2] == "int" else torch.float64)
+    return torch.tensor(value, dtype=NUMBERS[take[2]])
 
 
 def extras(run: SplicedRun, found: Variant) -> list:

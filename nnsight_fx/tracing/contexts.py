@@ -11,6 +11,7 @@ import torch
 from ..config import quiet
 from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
 from . import ambient, saving, tree
+from .conditions import Condition, Stopping
 from .graph import Graph
 from .iteration import Cursor, Iterations, Never
 from .lazy import Line, user_line
@@ -69,6 +70,7 @@ class Tracer:
         self.line = user_line()
         self.barriers: list[tuple[int, list[int], Line]] = []
         self.cursor = Cursor(self)
+        self.conditions: list[Condition] = []
         self.generation: Any = None  # a function that runs the model many times, forward by forward
         self.missed: MissedSiteError | None = None
         self.counted: dict[tuple[str, str], tuple[int, int]] = {}
@@ -145,6 +147,7 @@ class Tracer:
         wave = self.host._wave(self, first, alone)
         self.waves.append(wave)
         self.recorder.tape, self.recorder.inside = wave.tape, alone
+        wave.tape.conditions.blocks = self.conditions
         saving.opened(wave.tape)
 
     def run(self) -> None:
@@ -309,6 +312,27 @@ class Tracer:
         self.tape.stop()
         raise Stopping
 
+    def cond(self, value: Any) -> Condition:
+        """A block that takes effect only where `value` is true (a recorded value of one element, or a Python one).
+
+        ```python
+        with model.trace(prompt) as tracer:
+            h = model.transformer.h[5].output
+            with tracer.cond(h.norm() > 40):
+                model.transformer.h[5].output = h * 0.5
+                scaled = model.transformer.h[6].output.save()
+        ```
+
+        The run decides: one compiled program has both outcomes, and nothing syncs. The lines of the block are recorded in any
+        case; where the condition does not hold, they change nothing, what is saved in the block stays undefined, and so does
+        whatever uses a value made in it. Blocks nest. For an `else` open a second block, `tracer.cond(~c)`.
+
+        Raises:
+            RuntimeError: `value` is a tensor with more than one element.
+            NotRecordableError: a write in the block has another shape or dtype than its site, or a backward depends on it.
+        """
+        return Condition(self, value)
+
     def barrier(self, n: int) -> Callable[[], None]:
         """A point that `n` invokes share. Values flow between invokes anyway; it only asserts the order."""
         reached = [0]
@@ -378,10 +402,6 @@ class Tracer:
         if name.startswith("_") or "host" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.host, name)
-
-
-class Stopping(BaseException):
-    """Leaves the body at `tracer.stop()`; never leaves the `with` block."""
 
 
 class Leaving(Stopping):

@@ -12,7 +12,12 @@ from .operators import name_of_operator
 from .plan import InterventionGraph, Op
 
 FACTS = ("shape", "stride", "dtype", "device", "requires_grad", "is_leaf", "type")
-FIELDS = {"ambient": "the grad or autocast mode", "effect": "its effect", "extra": "the structure or rows of its site"}
+FIELDS = {
+    "ambient": "the grad or autocast mode",
+    "effect": "its effect",
+    "extra": "the structure or rows of its site",
+    "when": "its conditions",
+}
 
 
 class Difference(NamedTuple):

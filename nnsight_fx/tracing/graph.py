@@ -74,7 +74,7 @@ class Graph:
                 self.lines[n] if n < len(self.lines) else None,
                 op.invoke,
                 tuple(sorted({m for m, _ in self.plan.needs[n]})),
-                tuple(dict.fromkeys(_slots((op.args, op.kwargs)))),
+                tuple(dict.fromkeys(_slots((op.args, op.kwargs, op.when)))),
                 printer.line(n),
             )
             for n, op in enumerate(self.plan.ops)

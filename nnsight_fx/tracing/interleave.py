@@ -72,7 +72,7 @@ class Interleaver:
         self.at: list[int] = [0] * len(plan.workers)  # how far each invoke has come
         self.counts: dict[tuple[str, str], int] = {}
         self.skipped: dict[Site, dict[int, tuple]] = {}  # site -> invoke -> (spec, leaves, batched)
-        self.stopping = False
+        self.stopping = self.chosen = False  # does the model stop; did a value decide that
         self.bases: dict[
             Value, tuple
         ] = {}  # the leaf, invoke and rows that a value is a part of: its gradient is that leaf's
@@ -158,12 +158,32 @@ class Interleaver:
         path, kind, call = op.target
         return op.kind != OBSERVE and firing.site == ((path, "input", call) if op.kind == SKIP else op.target)
 
+    def has(self, value: Value) -> bool:
+        return value in self.env
+
     def ready(self, n: int) -> bool:
-        """Are all values that operation `n` needs there?"""
-        return all(v in self.env for v in self.plan.needs[n])
+        """Are all values that operation `n` needs there, or left out for good?"""
+        return all(map(self.has, self.plan.needs[n])) or self._left_out(n)
+
+    def _left_out(self, n: int) -> bool:
+        """Does an operation need something made in a block that did not take effect?"""
+        lost = [v for v in self.plan.needs[n] if not self.has(v)] if self.plan.ops[n].when else []
+        return any(v[0] in self.done for v in lost)
+
+    def holds(self, op: Op) -> bool:
+        """Do an operation's conditions hold?"""
+        return all(bool(self.lookup(key)) for key in op.when)
+
+    def select(self, op: Op, new: Any, old: Any) -> Any:
+        """What a conditional operation makes of a leaf, where `holds` cannot tell."""
+        return new
 
     def perform(self, n: int, firing: Firing | None) -> None:
         op = self.plan.ops[n]
+        if op.when and (self._left_out(n) or not self.holds(op)):
+            self.done.add(n)
+            self._release(n)
+            return
         if op.kind == READ:
             assert firing is not None
             batched, expected = op.extra or (None, None)
@@ -190,7 +210,7 @@ class Interleaver:
                 batched,
             )
         elif op.kind == STOP:
-            self.stopping = True
+            self.stopping, self.chosen = True, bool(op.when)
         elif op.kind == GRAD:
             self.tap(n, op)
         elif op.kind == SET_GRAD:
@@ -258,7 +278,8 @@ class Interleaver:
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
                     value = firing.leaves[value.index] if isinstance(value, Keep) else value
-                    firing.leaves[i] = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
+                    new_leaf = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
+                    firing.leaves[i] = self.select(op, new_leaf, firing.leaves[i])
         else:
             old = list(firing.leaves)
             firing.leaves[:] = [old[v.index] if isinstance(v, Keep) else v for v in new]
@@ -295,6 +316,8 @@ class Interleaver:
 
     def unfinished(self) -> list[int]:
         """The operations that the run did not get to."""
+        if self.chosen:
+            return []
         return [
             n
             for i, worker in enumerate(self.plan.workers)

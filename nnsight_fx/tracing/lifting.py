@@ -65,10 +65,19 @@ def lift(name: str, args: tuple, kwargs: dict, shape_of: Any) -> tuple[tuple, di
         if -len(shape) <= args[1] < len(shape):
             return (args[0], args[1], _position(args[2], shape[args[1]])), kwargs
     if base in FLOAT_OPERANDS and any(type(a) is float for a in args):
-        floating = [shape_of(a)[1].is_floating_point for a in args if isinstance(a, torch.Tensor)]
-        if any(floating):
-            return tuple(Lifted("float", a) if type(a) is float else a for a in args), kwargs
+        kind = _kind([shape_of(a) for a in args if isinstance(a, torch.Tensor)])
+        if kind is not None:
+            return tuple(Lifted(kind, a) if type(a) is float else a for a in args), kwargs
     return args, kwargs
+
+
+def _kind(operands: list) -> str | None:
+    """The kind of a float beside these operands: a 0-d tensor that changes neither the result's dtype nor its rounding."""
+    floating = [(len(shape), dtype) for shape, dtype in operands if dtype.is_floating_point]
+    if any(dims for dims, _ in floating):
+        return "float"
+    widest = {dtype for _, dtype in floating}  # among 0-d tensors a wider one would win
+    return {torch.float32: "float32", torch.float64: "float64"}.get(widest.pop()) if len(widest) == 1 else None
 
 
 def name_of(func: Any) -> str:

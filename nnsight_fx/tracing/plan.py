@@ -38,6 +38,12 @@ class Op(NamedTuple):
     ambient: tuple | None  # grad mode, autocast ... where they differ from those the trace was opened under
     effect: str  # "" pure, "inplace" changes an argument, "random" draws numbers
     extra: Any = None  # write, skip: the spec of the written tree; read: which leaves hold the batch in their rows
+    when: tuple[Key, ...] = ()  # the values that must all be true for it to take effect: `tracer.cond`
+
+    @property
+    def needs(self) -> set[tuple[int, int]]:
+        """The values that it uses."""
+        return references((self.args, self.kwargs, self.when))
 
 
 class Observed(NamedTuple):
@@ -133,9 +139,14 @@ class InterventionGraph:
         return any(op.kind == STOP for op in self.ops)
 
     @cached_property
+    def chooses(self) -> bool:
+        """Does a value decide whether the model skips a call or stops?"""
+        return any(op.when and op.kind in (SKIP, STOP) for op in self.ops)
+
+    @cached_property
     def needs(self) -> list[set[tuple[int, int]]]:
         """The values that each operation uses."""
-        return [references((op.args, op.kwargs)) for op in self.ops]
+        return [op.needs for op in self.ops]
 
     @cached_property
     def binds(self) -> dict[int, int]:

@@ -186,8 +186,10 @@ class Printer:
 
     def line(self, n: int) -> str:
         """One operation, without its comment."""
-        text, makes = self.expression(n, self.plan.ops[n])
-        return f"v{n} = {text}" if makes else text
+        op = self.plan.ops[n]
+        text, makes = self.expression(n, op)
+        when = f"if {' and '.join(map(self.show, op.when))}: " if op.when else ""
+        return f"{when}v{n} = {text}" if makes else when + text
 
 
 def function_name(op: Op) -> str:

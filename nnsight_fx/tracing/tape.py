@@ -21,7 +21,8 @@ import torch.nn as nn
 from ..capture._torch import FakeTensor, FakeTensorMode, NoTorchFunction, shares_memory, transforms
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
 from . import ambient, tree
-from .encode import Identity, Keep, Key, Lifted, decode, encode, facts, references
+from .conditions import Conditions
+from .encode import Identity, Keep, Key, Lifted, decode, encode, facts
 from .functions import INSIDE, custom_function
 from .gradients import LATE, Gradients
 from .interleave import observed
@@ -108,7 +109,7 @@ class Step:
         self.parent, self.op = parent, op
         self.children: dict[Op | tuple[Op, tuple], Step] = {}
         self.plans: dict[tuple, InterventionGraph] = {}
-        self.needs = references((op.args, op.kwargs)) if op is not None else frozenset()
+        self.needs = op.needs if op is not None else frozenset()
         self.spec: tree.Spec = None
         self.leaves: list = []  # FakeTensor: a new value; Key: an argument itself; else a literal
         self.rebound: list[tuple[Key, torch.Tensor]] = []  # what an in-place operation made of its argument
@@ -168,12 +169,14 @@ class Tape:
         self.grad = self.base.grad  # the grad mode of the body, whatever `Function.apply` makes of it
         self.transforms, self.thread = transforms(), threading.get_ident()
         self.closed = False  # has the forward run that this recording is of, while the trace goes on
+        self.deciding = False  # is a sync point looking at conditions
         self.busy = False  # is the model running? Then nothing is recorded
         self.invoke = Invoke(0)
         self.passed: tuple[Site, Line] | None = None  # how far a sync point has run the model
         self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
         self.refusal: Exception | None = None  # what an operation below the Python API was told
         self.gradients = Gradients(self)
+        self.conditions = Conditions(self)
         self.visits: dict[
             Site, tuple[SiteMeta, int, Line]
         ] = {}  # sites of modules called in the body; by whom, and where
@@ -269,16 +272,9 @@ class Tape:
         """
         self.settle()
         marks = len(self.constants)
-        op = Op(
-            kind,
-            self.invoke.index,
-            target,
-            self.encode(args),
-            self.encode(kwargs),
-            self.modes(),
-            effect,
-            extra,
-        )
+        keys = self.encode(args), self.encode(kwargs)
+        when = self.conditions.of(kind, keys)
+        op = Op(kind, self.invoke.index, target, *keys, self.modes(), effect, extra, when)
         key = (op, sizes) if sizes else op
         step = self.step.children.get(key)
         if step is None:
@@ -438,7 +434,10 @@ class Tape:
         self.check_open((lazy,), {})
         key = lazy._key
         if key not in self.reals:
-            self.reals[key] = self.run_until(self)(key)
+            value = self.run_until(self)
+            if not self.conditions.hold(lazy, value):
+                raise self.conditions.error(lazy)
+            self.reals[key] = value(key)
         return self.reals[key]
 
     def unsettled(self, x: Any) -> bool:
@@ -471,6 +470,8 @@ class Tape:
                 f"{user_line()}: {made} was used by a function that runs on real values (`tracer.apply`, a checkpoint, a custom "
                 "autograd.Function, a hook). Pass it as an argument, so that the function gets the real value."
             )
+        if lazy is not None and self.conditions.undefined(lazy):
+            raise self.conditions.error(lazy)
         raise UnsavedValueError(
             f"{user_line()}: {made} was used after its trace, but not saved: it has no data. "
             "Add `.save()` to it inside the trace (or `nnsight_fx.save(container)`), or put both traces into one "
@@ -593,7 +594,7 @@ class Tape:
         self.settle()
         meta = self.meta(site)
         leaves, spec = tree.flatten(value)
-        order = self._written_order(leaves)
+        order = self._written_order([*leaves, *(block.predicate for block in self.conditions.blocks)])
         if (
             order is not None
             and isinstance(meta, SiteMeta)
@@ -612,6 +613,7 @@ class Tape:
             leaves = [self._to_device(x, meta, i) for i, x in enumerate(leaves)]
         fits = isinstance(meta, SiteMeta) and self._fits(site, leaves, spec, meta)
         self._check_visited(site, fits)
+        self._check_conditional(site, leaves, spec, meta, fits)
         self.recapture = self.recapture if fits else "changes"
         self.reshaped = self.reshaped or not fits
         batched = meta.batched if isinstance(meta, SiteMeta) else None
@@ -630,13 +632,32 @@ class Tape:
         self.invoke.values.pop(site, None)
         self.invoke.partial.pop(site, None)
         self.invoke.containers.pop(site, None)
-        if not any(isinstance(x, Keep) for x in leaves):
+        if not self.conditions.blocks and not any(isinstance(x, Keep) for x in leaves):
             self.invoke.values[site] = tree_value
             self._watch(site, tree_value)
         self.invoke.metas = {
             s: m for s, m in self.invoke.metas.items() if not self.reshaped or m.order <= getattr(meta, "order", -1)
         }
         self.invoke.metas.pop(site, None)
+
+    def _check_conditional(
+        self, site: Site, leaves: list, spec: tree.Spec, meta: SiteMeta | Missing, fits: bool
+    ) -> None:
+        """What is written in a `tracer.cond` can be there or not, and the model goes on alike."""
+        if fits or not self.conditions.blocks:
+            return
+
+        def like(new: Any, old: Any) -> bool:
+            if not isinstance(new, torch.Tensor) or not isinstance(old, torch.Tensor):
+                return new is old
+            fake = self.fake(new)
+            return fake.shape == old.shape and fake.dtype == old.dtype
+
+        if not isinstance(meta, SiteMeta) or spec != meta.spec or not all(map(like, leaves, meta.leaves)):
+            raise NotRecordableError(
+                f"{user_line()}: `{_name(site)}` is written in a `tracer.cond` with another shape, dtype or structure than it has. "
+                "Decide in Python, `if value:`, which runs the model up to there."
+            )
 
     def read_input(self, site: Site) -> Any:
         """The first argument at an input: positional, else by keyword."""
@@ -868,6 +889,7 @@ class Tape:
 
     def save(self, lazy: LazyTensor) -> None:
         self.check_open((lazy,), {})
+        self.conditions.save(lazy)
         if id(lazy) not in self.saved:
             self.saved[id(lazy)], self.kept[id(lazy)] = lazy, lazy._key
             self.keep(lazy)
@@ -908,6 +930,12 @@ class Tape:
                 "Look at it in the body itself, and hand the number over."
             )
         self.settle()
+        if not self.deciding:
+            self.deciding = True
+            try:
+                self.conditions.decide(keys, lambda key: self._sync([key])[0])
+            finally:
+                self.deciding = False
         for key in keys:
             op = Op(SYNC, self.invoke.index, None, ("t", tuple, (key,)), ("d", (), ()), None, "inplace")
             self.ops.append(op)

@@ -13,7 +13,6 @@ import warnings
 from typing import Any
 
 from ..tracing import plan as dialect
-from ..tracing.encode import references
 from ..tracing.printing import Printer, describe, leaf_paths, module_name, short
 
 Style = dict[str, str]
@@ -62,7 +61,7 @@ def to_dot(graph: Any) -> str:
         rows += nodes
     for op, raw in zip(graph, plan.ops, strict=True):
         rows += [f"  c{slot} -> v{op.index};" for slot in op.constants]
-        for n, leaf in sorted(references((raw.args, raw.kwargs))):
+        for n, leaf in sorted(raw.needs):
             paths = leaf_paths(plan.specs[n])
             label = paths[leaf] if 0 <= leaf < len(paths) else ""
             look = {"label": label} if label else {}

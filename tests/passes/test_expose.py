@@ -78,4 +78,4 @@ def test_a_real_model():
     model.compile(backend="eager")
     with model.trace(X):
         out = model.output.save()
-    assert capture(model).last[-1][-3][:2] == ("expose", 1) and torch.equal(out, module(X))
+    assert ("expose", 1) in [step[:2] for step in capture(model).last[-1]] and torch.equal(out, module(X))

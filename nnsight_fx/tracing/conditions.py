@@ -1,0 +1,134 @@
+"""`tracer.cond(value)`: a block that takes effect only where a value is true, which the run decides.
+
+The body of the block is recorded whether or not it will take effect. Each operation in it carries the predicates that
+must hold (`Op.when`), and so does everything that uses a value made in it. Reading a site changes nothing, and is not
+conditional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import NotRecordableError, UnsavedValueError
+from .encode import Key, references
+from .lazy import LazyObject, LazyTensor, user_line
+from .plan import BACKWARD, BARRIER, GRAD, OBJECT, OBSERVE, READ, SET_GRAD, VISIT
+
+if TYPE_CHECKING:
+    from .contexts import Tracer
+    from .tape import Tape
+
+ALWAYS = {READ, OBJECT, OBSERVE, BARRIER}
+NEVER = {
+    GRAD: "a gradient",
+    SET_GRAD: "a gradient",
+    BACKWARD: "a backward",
+    VISIT: "a call with `hook=True`",
+}
+
+
+class Stopping(BaseException):
+    """Leaves the body at `tracer.stop()`; never leaves the `with` block."""
+
+
+class Left(BaseException):
+    """Leaves a block whose condition a sync point has found not to hold."""
+
+    def __init__(self, block: Condition):
+        self.block = block
+
+
+class Condition:
+    """`with tracer.cond(value):`, open."""
+
+    def __init__(self, tracer: Tracer, value: Any):
+        self.tracer, self.value, self.line = tracer, value, user_line()
+
+    def __enter__(self) -> None:
+        self.predicate = predicate(self.value, self.tracer.constant)
+        self.tracer.conditions.append(self)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self.tracer.conditions.remove(self)
+        return type(error) is Stopping or (isinstance(error, Left) and error.block is self)
+
+
+def predicate(value: Any, constant: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """The truth of a value as a 0-d tensor, of a recorded one a recorded tensor."""
+    if isinstance(value, LazyObject) or not isinstance(value, torch.Tensor):
+        return constant(bool(value))
+    if value.numel() != 1:
+        raise RuntimeError(
+            f"{user_line()}: the condition has shape {tuple(value.shape)}: Boolean value of Tensor with more than one value is "
+            "ambiguous. Use `.any()` or `.all()`."
+        )
+    return value.ne(0).reshape(())
+
+
+class Conditions:
+    """Those of one recording."""
+
+    def __init__(self, tape: Tape):
+        self.tape = tape
+        self.blocks: list[Condition] = []  # the open ones, outermost first; the trace's own list
+        self.saves: dict[int, tuple[Key, ...]] = {}  # id of a value that is saved in blocks only -> what must hold
+
+    def open(self) -> tuple[Key, ...]:
+        """The predicates of the open blocks."""
+        return tuple(self.tape._tensor_key(block.predicate) for block in self.blocks)
+
+    def of(self, kind: str, keys: Any) -> tuple[Key, ...]:
+        """What must hold for an operation of `kind` on arguments `keys`."""
+        if kind in ALWAYS:
+            return ()
+        when = tuple(dict.fromkeys([*self.open(), *self._made(references(keys))]))
+        if when and kind in NEVER:
+            raise NotRecordableError(
+                f"{user_line()}: {NEVER[kind]} depends on a `tracer.cond` and cannot be recorded. Decide in Python, `if value:`, which "
+                "runs the model up to there."
+            )
+        return when
+
+    def _made(self, values: Iterable[tuple[int, int]]) -> list[Key]:
+        return [key for n, _ in sorted(values) if n >= 0 for key in self.tape.ops[n].when]
+
+    def save(self, lazy: LazyTensor) -> None:
+        """A value is saved here: undefined after the trace where the open blocks do not hold, unless it is saved elsewhere."""
+        here = self.open()
+        if id(lazy) not in self.tape.saved and here:
+            self.saves[id(lazy)] = here
+        elif not here:
+            self.saves.pop(id(lazy), None)
+
+    def hold(self, lazy: LazyTensor, value: Callable[[Key], Any]) -> bool:
+        """Has the run made a value, and saved it?"""
+        when = [*self._made([lazy._key[1:3]] if lazy._key[0] == "v" else []), *self.saves.get(id(lazy), ())]
+        try:
+            return all(held.is_meta or bool(held) for held in map(value, when))  # a scan cannot tell
+        except KeyError:  # a predicate in a block that did not hold
+            return False
+
+    def undefined(self, lazy: LazyTensor) -> bool:
+        """Can a value be without data because a block did not take effect?"""
+        return id(lazy) in self.saves or bool(lazy._key[0] == "v" and self._made([lazy._key[1:3]]))
+
+    def error(self, lazy: LazyTensor) -> UnsavedValueError:
+        return UnsavedValueError(
+            f"{user_line()}: `{self.tape.describe(lazy._key)}`, made at {lazy._line}, has no value: it was made or saved in a "
+            "`tracer.cond` that did not hold in this run."
+        )
+
+    def decide(self, keys: list[Key], look: Callable[[Key], Any]) -> None:
+        """Before values are looked at: are they there? Leaves the innermost open block that is not; `look` syncs."""
+        for block, key in zip(list(self.blocks), self.open(), strict=True):
+            if not look(key):
+                raise Left(block)
+        for key in self._made(references(tuple(keys))):
+            if not look(key):
+                raise UnsavedValueError(
+                    f"{user_line()}: `{self.tape.describe(keys[0])}` has no value: it was made in a `tracer.cond` that did not hold "
+                    "in this run."
+                )
