@@ -32,7 +32,7 @@ def parts(tape: Tape, members: list[int]) -> list[list[int]]:
 
 def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Key], Any]) -> Part:
     """The plan of one forward; `real` gives the values of earlier ones, which become constants of this one."""
-    own = [n for n, op in enumerate(tape.ops) if op.invoke in members]
+    own = [n for n, op in enumerate(tape.ops) if op.invoke in members and not _left_out(tape, op, members, real)]
     numbers = {n: i for i, n in enumerate(own)}
     constants, slots = list(tape.constants), {}
 
@@ -61,11 +61,24 @@ def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Key], A
     lines, specs = [tape.lines[n] for n in own], [tape.specs[n] for n in own]
     for value in sorted(_used_later(tape, members)):
         keep = ("t", tuple, (("v", numbers[value[0]], value[1]),))
-        ops.append(Op(SAVE, members.index(tape.ops[value[0]].invoke), None, keep, ("d", (), ()), None, ""))
+        by = tape.ops[value[0]]
+        ops.append(Op(SAVE, members.index(by.invoke), None, keep, ("d", (), ()), None, "", None, rekey(by.when)))
         lines.append(tape.lines[value[0]])
         specs.append(None)
     plan = InterventionGraph.of(tuple(ops), groups, tape.recapture, tuple(specs))
     return Part(members, plan, constants, lines, numbers)
+
+
+def _left_out(tape: Tape, op: Op, members: list[int], real: Callable[[Key], Any]) -> bool:
+    """Has an earlier forward decided that an operation does not take effect?"""
+    for key in op.when:
+        if key[0] == "v" and tape.ops[key[1]].invoke not in members:
+            try:
+                if not real(key):
+                    return True
+            except KeyError:  # its own condition did not hold
+                return True
+    return False
 
 
 def _used_later(tape: Tape, members: list[int]) -> set[tuple[int, int]]:

@@ -72,7 +72,7 @@ class Interleaver:
         self.at: list[int] = [0] * len(plan.workers)  # how far each invoke has come
         self.counts: dict[tuple[str, str], int] = {}
         self.skipped: dict[Site, dict[int, tuple]] = {}  # site -> invoke -> (spec, leaves, batched)
-        self.stopping = self.chosen = False  # does the model stop; did a value decide that
+        self.stopping = False
         self.bases: dict[
             Value, tuple
         ] = {}  # the leaf, invoke and rows that a value is a part of: its gradient is that leaf's
@@ -210,7 +210,7 @@ class Interleaver:
                 batched,
             )
         elif op.kind == STOP:
-            self.stopping, self.chosen = True, bool(op.when)
+            self.stopping = True
         elif op.kind == GRAD:
             self.tap(n, op)
         elif op.kind == SET_GRAD:
@@ -316,8 +316,6 @@ class Interleaver:
 
     def unfinished(self) -> list[int]:
         """The operations that the run did not get to."""
-        if self.chosen:
-            return []
         return [
             n
             for i, worker in enumerate(self.plan.workers)

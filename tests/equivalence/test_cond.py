@@ -259,3 +259,23 @@ def test_what_a_block_cannot_hold(engine):
     with model.trace(x) as tracer:  # nothing is left behind
         out = tracer.result.save()
     assert out.shape == (3, 2) and model.tracer is None
+
+
+def test_across_two_forwards(engine):
+    """What one invoke computes late in a block, another uses early: or does not, where the block did not hold."""
+    model, raw = wrap(engine)
+    x, y = torch.randn(2, 4), torch.randn(2, 4)
+    for holds in (1.0, 0.0):
+        with model.trace() as tracer:
+            with tracer.invoke(x):
+                with tracer.cond(model[3].output.sum() * 0 + holds):
+                    late = model[3].output * 2
+            with tracer.invoke(y):
+                model[0].output[:, :2] += late
+                model[0].output[:, 2:] += 1
+                out = model[3].output.save()
+        h = raw[0](y).clone()
+        h[:, 2:] += 1
+        if holds:
+            h[:, :2] += raw(x) * 2
+        torch.testing.assert_close(out, raw[3](raw[2](raw[1](h))))
