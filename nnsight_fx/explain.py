@@ -2,68 +2,98 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch.nn as nn
 
+from .capture import _torch
+from .engine.notes import Notes
 from .engine.spliced import Capture
+
+NEAR = 4  # captures left before the recompile limit, from which on it is said
 
 
 class Explanation:
-    """Readable as text, `.to_dict()` for tools."""
+    """Readable as text, `.to_dict()` for tools.
 
-    def __init__(self, module: nn.Module, captures: list[Capture], current: Capture | None):
-        self.module, self.captures, self.current = module, captures, current
+    For each set of compile options: the captured segments with their sites, why each ended and at which line of the model,
+    what runs live between them, the passes of the latest compile with what each rewrote, compiles and cache hits, everything
+    that ran outside captured code and why, and the recompile limit when it is near. Then the latest trace: its sync points
+    with their lines, what it saved, and what keeps a forward alive for a backward.
+    """
+
+    def __init__(self, module: nn.Module, captures: list[Capture], current: Capture | None, trace: Notes | None = None):
+        self.module, self.captures, self.current, self.trace = module, captures, current, trace
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts as plain data."""
         return {
             "model": type(self.module).__name__,
             "engine": "hooks" if self.current is None else f"spliced, backend={self.current.options.backend}",
-            "captures": [self._of(c) for c in self.captures],
-        }
-
-    @staticmethod
-    def _of(capture: Capture) -> dict[str, Any]:
-        return {
-            "options": {k: v for k, v in vars(capture.options).items() if v not in (None, (), False)},
-            "segments": [
-                {
-                    "sites": len(s.sites),
-                    "first": ".".join(s.sites[0]) if s.sites else "",
-                    "variants": sum(map(len, s.variants.values())),
-                }
-                for s in capture.segments
-            ],
-            "captures": capture.captures,
-            "compiles": capture.compiles,
-            "hits": capture.hits,
-            "live": sorted(capture.live_sites),
-            "fallbacks": list(capture.fallbacks),
-            "passes": [
-                {"pass": name, "rewrites": rewrites, "nodes": nodes}
-                for name, rewrites, nodes in (capture.last or [[]])[-1]
-            ],
+            "captures": [_of(c) for c in self.captures],
+            "trace": None if self.trace is None else asdict(self.trace),
         }
 
     def __str__(self) -> str:
         facts = self.to_dict()
         lines = [f"{facts['model']}: {facts['engine']}"]
         for each in facts["captures"]:
-            lines.append(f"  {', '.join(f'{k}={v}' for k, v in each['options'].items())}")
-            lines.append(
-                f"    {each['captures']} segments captured, {each['compiles']} compiles, {each['hits']} cache hits"
-            )
-            for i, segment in enumerate(each["segments"]):
-                lines.append(
-                    f"    segment {i}: {segment['sites']} sites from {segment['first']}, {segment['variants']} variants"
-                )
-            for n, step in enumerate(each["passes"], 1):
-                lines.append(f"    pass {n} {step['pass']}: {step['rewrites']} rewrites, {step['nodes']} nodes after")
-            for name in each["live"]:
-                lines.append(f"    live, between segments: {name}")
-            for why in each["fallbacks"]:
-                lines.append(f"    fallback: {why}")
+            lines += _text(each)
+        if self.trace is not None:
+            lines += [f"  {line}" for line in str(self.trace).split("\n")]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _of(capture: Capture) -> dict[str, Any]:
+    entries, limit = _torch.recompiles([inner for _, inner in capture.entries.values()])
+    before, report = capture.last[-1] if capture.last else (0, [])
+    passes = []
+    for name, rewrites, nodes in report:
+        passes.append({"pass": name, "rewrites": rewrites, "nodes": nodes, "change": nodes - before})
+        before = nodes
+    return {
+        "options": {k: v for k, v in vars(capture.options).items() if v not in (None, (), False)},
+        "segments": [
+            {
+                "sites": len(s.sites),
+                "first": ".".join(filter(None, s.sites[0])) if s.sites else "",
+                "last": ".".join(filter(None, s.sites[-1])) if s.sites else "",
+                "paths": [".".join(filter(None, at)) for at in s.sites],
+                "variants": sum(map(len, s.variants.values())),
+                "break": None if s.ended is None else {"reason": s.ended.reason, "line": s.ended.line},
+            }
+            for s in capture.segments
+        ],
+        "captures": capture.captures,
+        "compiles": capture.compiles,
+        "hits": capture.hits,
+        "recompiles": {"most": entries, "limit": limit},
+        "live": sorted(capture.live_sites),
+        "fallbacks": list(capture.fallbacks),
+        "passes": passes,
+    }
+
+
+def _text(facts: dict[str, Any]) -> list[str]:
+    lines = [f"  {', '.join(f'{k}={v}' for k, v in facts['options'].items())}"]
+    lines.append(f"    {facts['captures']} segments captured, {facts['compiles']} compiles, {facts['hits']} cache hits")
+    for i, segment in enumerate(facts["segments"]):
+        span = f" from {segment['first']} to {segment['last']}" if segment["sites"] else ""
+        lines.append(f"    segment {i}: {segment['sites']} sites{span}, {segment['variants']} variants")
+        if segment["break"]:
+            lines.append(f"      graph break at {segment['break']['line']}: {segment['break']['reason']}")
+    lines += [f"    live, between segments: {name}" for name in facts["live"]]
+    for n, step in enumerate(facts["passes"], 1):
+        lines.append(
+            f"    pass {n} {step['pass']}: {step['rewrites']} rewrites, {step['nodes']} nodes ({step['change']:+d})"
+        )
+    lines += [f"    fallback: {why}" for why in facts["fallbacks"]]
+    most, limit = facts["recompiles"]["most"], facts["recompiles"]["limit"]
+    if most > limit - NEAR:
+        lines.append(
+            f"    one entry was captured {most} times, and at {limit} Dynamo gives up: let sizes be dynamic (`dynamic=True`), or pad them"
+        )
+    return lines

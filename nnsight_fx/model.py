@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from .capture.markers import Markers
 from .capture.scan import PLAIN, callee
 from .edit import Editor
 from .engine.generation import Generation
+from .engine.notes import Notes
 from .engine.removal import removable
 from .engine.run import Run
 from .engine.session import Session
@@ -115,6 +118,7 @@ class NNsight(Envoy):
         super().__init__(module, "", self)
         self._compiled: Capture | None = None
         self._edits: list[Draft] = []
+        self._latest: Notes | None = None
         self._unpacks: tuple | None = None  # of an edit that is open: its line, and itself
         self._module_changed()
 
@@ -261,9 +265,19 @@ class NNsight(Envoy):
         """Several traces whose values flow from one to the next without `.save()`; see `Session`."""
         return Session()
 
-    def explain(self) -> Explanation:
-        """What ran how: engine, segments, compiles and cache hits, passes, and everything that ran outside captured code."""
-        return Explanation(self._module, list(self._captures.values()), self._compiled)
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """What ran how: engine, segments and graph breaks, compiles, passes, what ran outside captured code, the latest trace.
+
+        With inputs the model runs on them first, without interventions.
+        """
+        if args or kwargs:
+            with self.trace(*args, **kwargs):
+                pass
+        return Explanation(self._module, list(self._captures.values()), self._compiled, self._latest)
+
+    def _note(self, tracer: Tracer) -> None:
+        """A trace has run."""
+        self._latest = functools.reduce(operator.add, tracer.notes) if tracer.notes else self._latest
 
     def _has_input(self, kwargs: dict) -> bool:
         """Do keywords alone make an input of this model?"""
@@ -373,14 +387,9 @@ class NNsight(Envoy):
             return callee(self._module, fn)(*batch.args, **batch.kwargs)
 
         capture = self._capture_for(wave.tracer.compile)
-        if capture is not None and plan.sees_objects:
-            capture.fall_back("hook engine: the body looks at objects, or at a site that no scan could tell")
-            capture = None
-        if capture is not None and plan.chooses:
-            capture.fall_back("hook engine: a `tracer.cond` decides whether the model skips a call, or stops")
-            capture = None
-        if capture is not None and plan in capture.refused:
-            capture.fall_back(capture.refused[plan])
+        why = capture.refusal(plan) if capture is not None else None
+        if capture is not None and why is not None:
+            capture.fall_back(why)
             capture = None
         cls = Run if capture is None else SplicedRun
         run = cls(
@@ -392,6 +401,7 @@ class NNsight(Envoy):
             self._module.get_submodule,
             wave.symbols,
         )
+        run.report += [why] if why is not None else []
         if isinstance(run, SplicedRun) and capture is not None:
             sites: Any = wave.tape.sites
             frames = self._markers.operations.frames(plan)

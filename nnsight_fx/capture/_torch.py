@@ -277,13 +277,33 @@ def as_input(context: Any, fake: Any) -> Any:
     return fake_like(context, (fake.shape, fake.stride(), fake.dtype, fake.device, fake.requires_grad))
 
 
+def break_of(gm: torch.fx.GraphModule) -> tuple[str, str] | None:
+    """In a backend's callback: why Dynamo ended this graph where it did, and at which line; `None` at a frame's end."""
+    ended = getattr(gm, "compile_subgraph_reason", None)
+    if ended is None or not ended.graph_break:
+        return None
+    line = ended.user_stack[-1] if ended.user_stack else None
+    reason = " ".join(str(ended.reason).strip().split("\n")[0].split())
+    return reason, f"{line.filename}:{line.lineno}" if line is not None else "an unknown line"
+
+
+RECOMPILES = 64  # captures of one entry; Dynamo's own default is 8
+
+
+def recompiles(functions: list[Callable]) -> tuple[int, int]:
+    """How many captures the function with the most has, and how many it may have."""
+    count = torch._dynamo.eval_frame._debug_get_cache_entry_list
+    limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
+    return max((len(count(f.__code__)) for f in functions), default=0), limit
+
+
 @contextlib.contextmanager
 def capturing() -> Iterator[None]:
     """Dynamo's settings while it captures for us: floats of the model are structure, since variants compile too late to ask
     Dynamo to look again; a model with many graph breaks has many variants of one frame."""
     config = torch._dynamo.config
     old = config.specialize_float, config.recompile_limit
-    config.specialize_float, config.recompile_limit = True, max(64, old[1])
+    config.specialize_float, config.recompile_limit = True, max(RECOMPILES, old[1])
     try:
         yield
     finally:

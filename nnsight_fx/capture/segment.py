@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.fx as fx
 
@@ -13,12 +13,20 @@ from ._transformers import restored
 from .markers import site, supply
 
 
+class Break(NamedTuple):
+    """Where Dynamo could not go on in one graph."""
+
+    reason: str
+    line: str  # file:line of the model's
+
+
 class Segment:
     """A captured graph with its markers, fake inputs and tracing context. It holds no model and no run."""
 
     def __init__(self, gm: fx.GraphModule, fakes: list, context: Any, guards: int, pure: bool = False):
         self.gm, self.fakes, self.context, self.guards = gm, fakes, context, guards
         self.pure = pure  # does the frame change no object that existed before it
+        self.ended: Break | None = None
         self.plan: Any = None  # whose capture half it was captured for
         self.variants: dict[tuple, list[Any]] = {}
         self.tails: dict[int, tuple[Segment, list[int], list[int]]] = {}
@@ -31,7 +39,10 @@ class Segment:
         for old, new in zip(gm.graph.nodes, kept.graph.nodes, strict=True):
             new.meta = dict(old.meta)
         pure = _torch.replays_nothing(restored)
-        return cls(kept, _torch.placeholder_fakes(gm), context, _torch.guard_count(context), pure)
+        made = cls(kept, _torch.placeholder_fakes(gm), context, _torch.guard_count(context), pure)
+        found = _torch.break_of(gm)
+        made.ended = None if found is None else Break(*found)
+        return made
 
     def copy(self) -> fx.GraphModule:
         """The graph, to be rewritten."""

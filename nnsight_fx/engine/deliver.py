@@ -15,8 +15,11 @@ from ..tracing.saving import put_objects
 from ..tracing.tape import Tape
 
 
-def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]) -> None:
-    """Turn every saved value that was computed into the real tensor; `release` makes the runs let go of theirs."""
+def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]) -> list[tuple[int, bool]]:
+    """Turn every saved value that was computed into the real tensor; `release` makes the runs let go of theirs.
+
+    Returns, for each, its bytes and whether it lies on an autograd graph.
+    """
     for lazy, key in tape.objects.values():
         with contextlib.suppress(KeyError):
             lazy.__dict__["_real"] = value(key)
@@ -29,13 +32,16 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
                 if tape.conditions.hold(lazy, value):
                     found.append((lazy, [value(lazy._key)]))
     release()
+    delivered = []
     while found:
         lazy, held = found.pop()
         if not isinstance(held[0], torch.Tensor):  # the scan took it for one
             continue
         for name in ("_tape", "_key", "_fake", "_line"):
             vars(lazy).pop(name, None)
+        delivered.append((held[0].nbytes, held[0].grad_fn is not None))
         _torch.swap(lazy, _own(held))
+    return delivered
 
 
 def _own(held: list[torch.Tensor]) -> torch.Tensor:

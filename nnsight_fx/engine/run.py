@@ -42,7 +42,8 @@ class Run(TensorInterleaver):
         self.result: Any = None
         self.everything = False  # hook every module: the plan may still grow
         self.written: tuple[str, Line] | None = None  # the last write: whom to name when the model cannot use it
-        self.report: list[str] = []  # what ran live, for explain()
+        self.report: list[str] = []  # why it ran on hooks, where it should not
+        self.compiles = self.hits = 0
         self.taps: dict[int, tuple[torch.Tensor, Any]] = {}  # gradient -> the tensor that has it, and its hook
         self.flowing: int | None = None  # the backward that runs
 

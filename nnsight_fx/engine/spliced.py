@@ -128,12 +128,21 @@ class Capture:
     def note_compile(self, segment: Segment, job: Any) -> None:
         self.compiles += 1
         watch.compiles += 1
-        self.last = [*self.last[-9:], job.report]
+        self.last = [*self.last[-9:], (len(segment.gm.graph.nodes), job.report)]
 
-    def refuse(self, plan: InterventionGraph, why: str) -> None:
+    def refusal(self, plan: InterventionGraph) -> str | None:
+        """Why a plan runs on the hook engine, if it does."""
+        if plan.sees_objects:
+            return "hook engine: the body looks at objects, or at a site that no scan could tell"
+        if plan.chooses:
+            return "hook engine: a `tracer.cond` decides whether the model skips a call, or stops"
+        return self.refused.get(plan)
+
+    def refuse(self, plan: InterventionGraph, why: str) -> str:
         """This plan's backward runs on the hook engine, now and later."""
         self.refused[plan] = f"hook engine: a backward that no captured graph can hold: {why}"
         self.fall_back(self.refused[plan])
+        return self.refused[plan]
 
     def fall_back(self, why: str) -> None:
         if why not in self.fallbacks:
@@ -205,11 +214,11 @@ class SplicedRun(Run):
                 with self.half(self.capture_half), _torch.capturing():
                     return entry(self.capture_half)
             except NotDifferentiable as why:  # nothing has run yet
-                self.capture.refuse(plan, str(why))
+                self.report.append(self.capture.refuse(plan, str(why)))
             except Exception as error:
                 if not self._captures_nothing(error):
                     raise
-                self.capture.fall_back(
+                self.fall_back(
                     f"hook engine: Dynamo could not trace the model with what was written ({type(error).__name__})"
                 )
             self.segments_run += 1  # it is said already
@@ -217,6 +226,10 @@ class SplicedRun(Run):
 
         self.call = call
         return self
+
+    def fall_back(self, why: str) -> None:
+        self.capture.fall_back(why)
+        self.report.append(why)
 
     def _captures_nothing(self, error: Exception) -> bool:
         """Did tracing fail on what the plan writes, before anything of the model ran?"""
@@ -371,7 +384,7 @@ class SplicedRun(Run):
         self._root_objects()
         self.capture.live_sites.update(self.live_sites)
         if not self.segments_run and not self.stopping:
-            self.capture.fall_back("nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)")
+            self.fall_back("nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)")
             warnings.warn(
                 "nnsight_fx: nothing of the model ran captured in this trace (Dynamo's recompile limit, or compilation is "
                 "disabled); the hook engine did the work. `model.explain()` has the details.",

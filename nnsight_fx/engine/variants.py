@@ -55,6 +55,7 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     for each in found:
         if each.guards(list(args)):
             run.capture.hits += 1
+            run.hits += 1
             return each
     made = _compile(segment, run, args, aliases)
     found.append(made)
@@ -116,6 +117,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
         call = run.capture.compiler(gm, inputs())
     guards = _torch.added_guards(segment.context, segment.guards, segment.fakes)
     run.capture.note_compile(segment, job)
+    run.compiles += 1
     return Variant(
         call,
         guards,

@@ -16,6 +16,7 @@ from ..tracing.plan import Groups
 from ..tracing.plan_io import Recording
 from ..tracing.tape import Tape
 from .deliver import deliver
+from .notes import Notes, notes_of
 from .run import Run
 from .sites import Signature, WaveSites
 from .split import Part, part, parts
@@ -37,6 +38,7 @@ class Wave:
         self.members: list[Invoker | Shadow | None] = [None] * (self.edits + alone)  # `None`: over the whole batch
         self.batches: list[Any] = [first] if alone else []
         self.run: Run | None = None
+        self.notes: Notes | None = None  # when it has run
         self.done: list[tuple[Part, Run]] = []  # the forwards of a recording that does not fit one
         scanner = host._scanner
         self.fixed: int | None = tracer.pad_to  # the padded length, once it is known
@@ -238,7 +240,8 @@ class Wave:
         if self.tracer.scan_only:
             deliver(self.tape, self._meta, lambda: None)
         if self.run is not None or self.done:
-            deliver(self.tape, self.value, self._release)
+            runs = [*(run for _, run in self.done), *([self.run] if self.run is not None else [])]
+            self.notes = notes_of(self.tracer.line, runs, deliver(self.tape, self.value, self._release))
 
     def performed(self, n: int) -> bool:
         """Did the run get to an operation?"""

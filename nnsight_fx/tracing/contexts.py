@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -23,6 +25,7 @@ class Wave(Protocol):
     """One forward in the making, as a trace sees it."""
 
     tape: Tape
+    notes: Any
 
     def calls(self, path: str, kind: str) -> int: ...
 
@@ -184,6 +187,7 @@ class Tracer:
     def _deliver(self) -> None:
         for wave in self.waves:
             wave.deliver()
+        self.host._note(self)
 
     def _abort(self) -> None:
         for wave in self.waves:
@@ -377,6 +381,21 @@ class Tracer:
     def log(self, *values: Any) -> None:
         """`print` values, in lists and dicts too, when the model gets there; no sync point, the body goes on at once."""
         self.tape.later(print, values)
+
+    def explain(self) -> Any:
+        """What this trace did, once it has run: its engine, compiles, sync points with their lines, what it saved, and why
+        anything ran outside captured code. `model.explain()` has the model's captures, too."""
+        if not self.notes:
+            raise OutsideTraceError(
+                f"{user_line()}: this trace has not run, so there is nothing to explain yet. Ask behind its block; what is "
+                "recorded so far is `print(tracer.graph)`."
+            )
+        return functools.reduce(operator.add, self.notes)
+
+    @property
+    def notes(self) -> list:
+        """Of each forward that has run."""
+        return [wave.notes for wave in self.waves if wave.notes is not None]
 
     def constant(self, value: Any) -> torch.Tensor:
         """`value` (a number, a nested list, an array) as a tensor on the model's device.
