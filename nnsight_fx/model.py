@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from . import bug_report
 from .aliasing import Names, Rename
 from .cache import CacheView, cache, observed
 from .capture import _torch
@@ -274,6 +275,9 @@ class NNsight(Envoy):
             with self.trace(*args, **kwargs):
                 pass
         return Explanation(self._module, list(self._captures.values()), self._compiled, self._latest)
+
+    def _bug_report(self, tracer: Tracer, path: Any, inputs: bool) -> None:
+        bug_report.write(tracer, path, inputs)
 
     def _note(self, tracer: Tracer) -> None:
         """A trace has run."""

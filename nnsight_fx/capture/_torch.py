@@ -290,6 +290,12 @@ def break_of(gm: torch.fx.GraphModule) -> tuple[str, str] | None:
 RECOMPILES = 64  # captures of one entry; Dynamo's own default is 8
 
 
+def guards(function: Callable) -> list[str]:
+    """What Dynamo checks before it uses each capture of a function, as text."""
+    found = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
+    return [str(entry.guard_manager).strip() for entry in found]
+
+
 def recompiles(functions: list[Callable]) -> tuple[int, int]:
     """How many captures the function with the most has, and how many it may have."""
     count = torch._dynamo.eval_frame._debug_get_cache_entry_list

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -391,6 +392,11 @@ class Tracer:
                 "recorded so far is `print(tracer.graph)`."
             )
         return functools.reduce(operator.add, self.notes)
+
+    def bug_report(self, path: str | os.PathLike, inputs: bool = False) -> None:
+        """Write what happened to a zip archive: plan, segments, guards, versions and `explain()`. No weights and no prompts;
+        with `inputs=True` the tensors that the model was given."""
+        self.host._bug_report(self, path, inputs)
 
     @property
     def notes(self) -> list:
