@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import types
 import warnings
@@ -124,6 +125,33 @@ class Capture:
             return active.run.run_segment(segment, args)
 
         return run_segment
+
+    def build(self, gm: torch.fx.GraphModule, inputs: Callable[[], list], report: list[str]) -> Callable:
+        """A rewritten segment, compiled; where its compiler fails by `aot_eager`, and where that fails the graph as it is."""
+        if self.options.backend == "eager":
+            return self.compiler(gm, inputs())
+        spare = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        try:
+            return self.compiler(gm, inputs())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            cause = error
+        try:
+            gm = torch.fx.GraphModule(spare, copy.deepcopy(spare.graph))
+            made, instead = _torch.backend("aot_eager", None, None, self.options.dynamic)(gm, inputs()), "aot_eager"
+        except Exception:
+            made, instead = spare, "eager"
+        name = (
+            self.options.backend
+            if isinstance(self.options.backend, str)
+            else getattr(self.options.backend, "__name__", "backend")
+        )
+        why = f"`{name}` could not compile a segment, which runs with `{instead}`: {type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
+        self.fall_back(why)
+        report.append(why)
+        warnings.warn(f"nnsight_fx: {why}", stacklevel=2)
+        return made
 
     def note_compile(self, segment: Segment, job: Any) -> None:
         self.compiles += 1

@@ -114,7 +114,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
     if job.differentiates and not run.plan.backs <= job.exit.done:
         raise NotDifferentiable("the loss is not in the first captured segment")
     with _torch.tracing(segment.context), torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None):
-        call = run.capture.compiler(gm, inputs())
+        call = run.capture.build(gm, inputs, run.report)
     guards = _torch.added_guards(segment.context, segment.guards, segment.fakes)
     run.capture.note_compile(segment, job)
     run.compiles += 1
