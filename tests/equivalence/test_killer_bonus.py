@@ -220,9 +220,12 @@ def test_b10_threads_with_models_of_their_own(engine):
                 failures.append((y - want).abs().max().item())
 
     threads = [threading.Thread(target=work, args=each) for each in zip(models, vectors, wants, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with assert_no_fallback():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert failures == []
+    compiled = torch.compile(lambda t: t.sin() if torch.compiler.is_compiling() else t.cos(), backend="eager")
+    assert torch.equal(compiled(x), x.sin())  # the process's stance is what it was
     assert all(isinstance(model, NNsight) and model.tracer is None for model in models)
