@@ -17,7 +17,18 @@ def tests(request):
     asked = [Path(a).resolve() for a in request.config.args]
     if any(a in (ROOT, ROOT / "tests") for a in asked):
         return request.config.stash[semantics.KEY].tests
-    command = [sys.executable, "-m", "pytest", "tests", "--collect-only", "-q", "-m", "not gpu", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests",
+        "--collect-only",
+        "-q",
+        "-m",
+        "not gpu",
+        "-p",
+        "no:cacheprovider",
+    ]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
     return [line.removeprefix("tests/") for line in found.stdout.splitlines() if "::" in line]

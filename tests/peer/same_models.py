@@ -2,6 +2,7 @@
 
 import torch
 
+
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
