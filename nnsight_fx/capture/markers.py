@@ -183,10 +183,7 @@ def _alike(value: Any, spec: tree.Spec) -> bool:
         return False
     if spec[0] == "dict" and list(spec[2]) != list(value):
         return False
-    for child, of in zip(kids, spec[3], strict=True):
-        if not _alike(child, of):
-            return False
-    return True
+    return all([_alike(child, of) for child, of in zip(kids, spec[3], strict=True)])
 
 
 def _filled(value: Any, spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:

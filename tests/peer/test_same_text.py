@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import same_models
-from nnsight_fx import LanguageModel, NNsight
+from nnsight_fx import NNsight
 from nnsight_peer import run_peer
 
 pytestmark = pytest.mark.peer
