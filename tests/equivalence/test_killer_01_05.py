@@ -1,5 +1,7 @@
 """Killer cases 1 to 5: aliases, views, modules that run twice or have two paths."""
 
+import warnings
+
 import pytest
 import torch.nn as nn
 
@@ -86,7 +88,9 @@ def view_replaced_by_hand(m, x, out):
 
 def view_in_place_under_grad(m, x, out):
     """Both halves come from one `chunk`: torch refuses to change one of them in place."""
-    with pytest.raises(RuntimeError, match="multiple views"):
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="multiple views"):
+        # a compiler meets torch's refusal first, says so, and the graph runs as it is
+        warnings.filterwarnings("ignore", "nnsight_fx: .* could not compile a segment")
         with m.trace(x):
             m.view.output[:, 0] = 5
     with m.trace(x) as tracer:
