@@ -23,7 +23,6 @@ from .engine.generation import Generation
 from .engine.notes import Notes
 from .engine.removal import removable
 from .engine.run import Run
-from .engine.session import Session
 from .engine.sites import Scanner
 from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
@@ -31,6 +30,7 @@ from .engine.wave import Wave
 from .envoy import Envoy
 from .errors import UnknownModuleError, nearest
 from .explain import Explanation
+from .sweep.session import Session
 from .tracing import tree
 from .tracing.contexts import Tracer
 from .tracing.draft import Draft, replay

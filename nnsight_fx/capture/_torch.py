@@ -268,6 +268,11 @@ def _as_before(effects: Any, variable: Any) -> bool:
     )
 
 
+def any_size(x: torch.Tensor, dim: int) -> None:
+    """Let a capture hold for every size of a dimension, from 2 up."""
+    torch._dynamo.mark_dynamic(x, dim)
+
+
 def guard_count(context: Any) -> int:
     env = context.fake_mode.shape_env
     return 0 if env is None else len(env.guards)

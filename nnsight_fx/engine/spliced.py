@@ -61,6 +61,7 @@ class Capture:
     segments: list[Segment] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
+    rowwise: dict[str | None, Callable] = field(default_factory=dict)  # what captures a function for any number of rows
     entries: dict[tuple, tuple[Callable, Any]] = field(default_factory=dict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
@@ -84,6 +85,7 @@ class Capture:
 
     def reset(self) -> None:
         self.entries.clear()
+        self.rowwise.clear()
         self.segments.clear()
 
     def entry(
@@ -98,7 +100,7 @@ class Capture:
         key = (fn, plan, frames)
         if key not in self.entries:
             settle(module)
-            inner = _renamed(_inner(module, fn))
+            inner = entry_point(module, fn)
             compiled = _torch.dynamo_compile(inner, self.backend, self.options.dynamic, self.options.fullgraph)
             self.entries[key] = (compiled, inner)
         return self.entries[key][0]
@@ -156,7 +158,8 @@ class Capture:
     def note_compile(self, segment: Segment, job: Any) -> None:
         self.compiles += 1
         watch.compiles += 1
-        self.last = [*self.last[-9:], (len(segment.gm.graph.nodes), job.report)]
+        if job is not None:
+            self.last = [*self.last[-9:], (len(segment.gm.graph.nodes), job.report)]
 
     def refusal(self, plan: InterventionGraph) -> str | None:
         """Why a plan runs on the hook engine, if it does."""
@@ -200,6 +203,11 @@ def _inner(module: torch.nn.Module, fn: str | None) -> Callable:
         return mark(out, "", "result") if torch.compiler.is_compiling() else out
 
     return inner
+
+
+def entry_point(module: torch.nn.Module, fn: str | None) -> Callable:
+    """The function that Dynamo captures: with a code object of its own."""
+    return _renamed(_inner(module, fn))
 
 
 def _renamed(inner: Callable) -> Callable:

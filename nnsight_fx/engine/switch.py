@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import greenlet
@@ -61,6 +61,20 @@ class State:
         _torch.push_function_modes(self.functions)
         _torch.frame_callback(self.frames)
         return guard
+
+
+@contextlib.contextmanager
+def within(state: State) -> Iterator[None]:
+    """Run a block in the state of another moment, and go on in one's own."""
+    mine = State(take=True)
+    guard = state.restore()
+    try:
+        yield
+    finally:
+        _torch.function_modes(take=True)
+        _torch.dispatch_modes(take=True)
+        guard.close()
+        mine.restore()
 
 
 class Coroutine:

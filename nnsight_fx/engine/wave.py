@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import InvokeError, NotRecordableError
+from ..tracing import saving
 from ..tracing.contexts import Invoker, Tracer
 from ..tracing.encode import Key
 from ..tracing.graph import Graph
@@ -152,6 +153,7 @@ class Wave:
             return self.run
         if not self.alone:
             self.batch = self.host._collate(self.batches, pad_to=self.tracer.pad_to)
+        self.tape.resolve()
         run = self.run = self.host._run(self, self.tape.plan(self.groups()), self.tape.constants, self.tape.lines)
         return run
 
@@ -170,6 +172,8 @@ class Wave:
             )
         if self.run is not None and tape is not self.tracer.waves[-1].tape:
             return self.run.lookup  # a later wave asks for a value of this one
+        if self.run is None:
+            saving.catch_up()
         run = self._start()
         return run.until(tape.plan(self.groups()), self.tracer.state)
 
@@ -194,6 +198,7 @@ class Wave:
                 f"{self.tracer.line}: invoke {first} uses early in the model what an earlier invoke computes late, so it needs a "
                 f"forward of its own; {why}, which a second forward would move twice. Use two traces."
             )
+        self.tape.resolve()
         for members in self._parts():
             batches = [b for i in members if (b := getattr(self.members[i], "batch", None)) is not None]
             if not batches:

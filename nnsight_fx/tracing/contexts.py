@@ -95,6 +95,8 @@ class Tracer:
             self.modes = contextlib.ExitStack()
             if self.args or self.host._has_input(self.kwargs):
                 first = self.host._prepare(self.args, self.kwargs)
+                if self.fn == "generate":
+                    saving.catch_up()
                 self.generation = self.host._generation(self, first)
                 if self.generation is not None:
                     self.modes.enter_context(ambient.under(self.generation.modes))
@@ -156,20 +158,34 @@ class Tracer:
 
     def run(self) -> None:
         """The body is done: run what is left of it, and deliver what was saved."""
+        self._check_barriers()
+        if self.generation is not None:
+            self.generation.to_the_end()
+            while self.can_advance:
+                self.advance()
+        self._run_open()
+        self.deliver()
+
+    def put_off(self) -> None:
+        """The body is done, and nothing runs yet: a session does that later, by `run_recorded`."""
+        self._check_barriers()
+        tape = self.waves[-1].tape
+        tape.settle()
+        saving.collect(tape, held=False)
+        tape.forget_reads()
+
+    def run_recorded(self) -> None:
+        """Run what was put off, and deliver what was saved."""
+        self._finish(self.waves[-1])
+        self.deliver()
+
+    def _check_barriers(self) -> None:
         for n, (reached,), line in self.barriers:
             if reached % n:
                 raise InvokeError(
                     f"{line}: a barrier was never reached by every block: `barrier({n})` was called {reached} times. Call it "
                     "in each of the invokes, or give it their number."
                 )
-        if self.generation is not None:
-            self.generation.to_the_end()
-            while self.can_advance:
-                self.advance()
-        self._run_open()
-        self._deliver()
-        if self.missed is not None:
-            raise self.missed
 
     def _run_open(self) -> None:
         """Run what is recorded of the open wave. A site that it never reaches is told when everything else is delivered."""
@@ -179,11 +195,20 @@ class Tracer:
             saving.collect(each.tape)
         if self.can_advance:
             wave.tape.close_step()
+        self._finish(wave)
+
+    def _finish(self, wave: Any) -> None:
         try:
             with wave.tape.running():
                 wave.finish()
         except MissedSiteError as e:
             self.missed = self.missed or e
+
+    def deliver(self) -> None:
+        """What was saved is there; then a site that was never reached is told."""
+        self._deliver()
+        if self.missed is not None:
+            raise self.missed
 
     def _deliver(self) -> None:
         for wave in self.waves:

@@ -87,7 +87,10 @@ LITERALS = (
 
 
 def facts(tensor: torch.Tensor) -> tuple:
-    """What a plan depends on in a real tensor: everything but its numbers."""
+    """What a plan depends on in a real tensor, or in one that an earlier trace will give: everything but its numbers."""
+    fake = getattr(tensor, "_fake", None)
+    if fake is not None:
+        return (tuple(fake.shape), fake.stride(), fake.dtype, fake.device, False, True, torch.Tensor)
     return (
         tuple(tensor.shape),
         tensor.stride() if tensor.layout is torch.strided else None,

@@ -39,6 +39,13 @@ def session() -> Any:
     return next((s for s in reversed(_open.stack) if not isinstance(s, Tape)), None)
 
 
+def catch_up() -> None:
+    """A model begins to run in the middle of a trace: what this thread's sessions have put off runs before it."""
+    for scope in list(_open.stack):
+        if not isinstance(scope, Tape):
+            scope.catch_up()
+
+
 def save(value: T) -> T:
     """Keep a value, or everything a container holds when the trace ends.
 
@@ -87,15 +94,15 @@ def lazies(value: Any) -> list:
     return found
 
 
-def collect(tape: Tape) -> None:
-    """The body is done: save what the saved containers hold now, in a session all that anybody still holds."""
+def collect(tape: Tape, held: bool = True) -> None:
+    """The body is done: save what the saved containers hold now, in a session all that anybody still holds (`held`)."""
     for container in tape.containers:
         for lazy in lazies(container):
             if isinstance(lazy, LazyTensor):
                 lazy.save()
             else:
                 lazy._tape.keep_object(lazy)
-    if session() is not None:
+    if held and session() is not None:
         tape.forget_reads()
         for lazy in list(tape.values.values()):
             if id(lazy) not in tape.saved and lazy._key[1] != INSIDE:

@@ -164,7 +164,10 @@ class Tape:
         )
         self.reshaped = False  # does it change the metadata of later sites
         self.open = True
-        self.bridged = False  # its trace has run, and its session has not ended: values that somebody holds are there
+        self.bridged = False  # its trace is over and its session is not: values that somebody holds are there
+        self.pending: Callable[[], None] | None = None  # runs its trace, which its session has put off
+        self.awaited: dict[int, tuple] = {}  # what each slot expects that holds a value of a trace which is put off
+        self.begun = False  # has the model begun to run, at a sync point
         self.base = ambient.current()
         self.grad = self.base.grad  # the grad mode of the body, whatever `Function.apply` makes of it
         self.transforms, self.thread = transforms(), threading.get_ident()
@@ -224,6 +227,8 @@ class Tape:
         if name in LIVE_CALLS:
             return self.add(APPLY, Identity(func), args, kwargs, effect="inplace")
         effect = effect_of(name, kwargs)
+        if effect == "inplace" and args:
+            args = (held(args[0]), *args[1:])  # what is changed must be there
         args, kwargs = lift(name, args, kwargs, lambda t: (self.fake(t).shape, self.fake(t).dtype))
         try:
             return self.add(CALL, Identity(func), args, kwargs, effect=effect)
@@ -390,7 +395,10 @@ class Tape:
         if isinstance(tensor, LazyTensor):
             if tensor._tape is self:
                 return tensor._key
-            tensor = tensor._tape.earlier(tensor)
+            if tensor._tape.pending is None or self.begun:
+                tensor = tensor._tape.earlier(tensor)
+            elif id(tensor) not in self.slots:
+                self.awaited[len(self.constants)] = facts(tensor)
         key = self.slots.get(id(tensor))
         if key is None:
             key = self.slots[id(tensor)] = ("c", len(self.constants), facts(tensor))
@@ -416,7 +424,15 @@ class Tape:
             return lazy._fake if lazy is not None else self._fake_in_history(key)
         slot = key[1]
         if slot not in self.const_fakes:
-            self.const_fakes[slot] = self.fakes.from_tensor(self.constants[slot], static_shapes=True)
+            value = self.constants[slot]
+            if type(value) is LazyTensor and value._tape.fakes is self.fakes:  # of a trace that its session has put off
+                self.const_fakes[slot] = value._fake
+            elif type(value) is LazyTensor:
+                shape, stride, dtype, device, *_ = facts(value)
+                with NoTorchFunction(), self.fakes:
+                    self.const_fakes[slot] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            else:
+                self.const_fakes[slot] = self.fakes.from_tensor(value, static_shapes=True)
         return self.const_fakes[slot]
 
     def _fake_in_history(self, key: Key) -> torch.Tensor:
@@ -429,6 +445,10 @@ class Tape:
 
     def earlier(self, lazy: LazyTensor) -> torch.Tensor:
         """The real tensor of a value of an earlier wave of the same trace, or of an earlier trace of the session."""
+        if lazy._held is None and self.pending is not None:
+            self.pending()
+            if type(lazy) is not LazyTensor:
+                return lazy  # it was saved
         if lazy._held is not None:
             return lazy._held
         self.check_open((lazy,), {})
@@ -439,6 +459,16 @@ class Tape:
                 raise self.conditions.error(lazy)
             self.reals[key] = value(key)
         return self.reals[key]
+
+    def resolve(self) -> None:
+        """The values of earlier traces that this recording uses, as the real tensors: the model is about to run."""
+        for slot, (shape, stride, dtype, device, *_) in self.awaited.items():
+            value = self.constants[slot]
+            real = value._tape.earlier(value) if type(value) is LazyTensor else value
+            if facts(real)[:4] != (shape, stride, dtype, device):  # the scan saw other strides
+                real = torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(real)
+            self.constants[slot] = real
+        self.awaited = {}
 
     def unsettled(self, x: Any) -> bool:
         """Is an argument a recorded value, or a real tensor (or a view of one) that recorded operations change?"""
@@ -945,7 +975,7 @@ class Tape:
             if step is None:
                 step = self.step.children[op] = Step(self.step, op)
             self.step = step
-        line = user_line()
+        line, self.begun = user_line(), True
         with self.running():
             value = self.run_until(self)
         if self.invoke.latest is not None and (self.passed is None or self.passed[0] != self.invoke.latest):
@@ -998,7 +1028,7 @@ def _facts_of(leaf: Any) -> list | None:
 def held(args: Any) -> Any:
     """Arguments with the values of earlier traces of a session as the real tensors that they are by now."""
     leaves, spec = tree.flatten(args)
-    real = [x._tape.earlier(x) if isinstance(x, LazyTensor) and x._tape.bridged else x for x in leaves]
+    real = [x._tape.earlier(x) if type(x) is LazyTensor and x._tape.bridged else x for x in leaves]
     if all(a is b for a, b in zip(leaves, real, strict=True)):
         return args  # containers, and whoever holds them, stay what they are
     return tree.unflatten(real, spec, args)
@@ -1025,7 +1055,7 @@ def _own(fake: torch.Tensor) -> torch.Tensor:
 
 
 def _aliases(x: torch.Tensor, others: Iterable) -> bool:
-    return any(isinstance(t, torch.Tensor) and shares_memory(x, t) for t in others)
+    return any(isinstance(t, torch.Tensor) and type(t) is not LazyTensor and shares_memory(x, t) for t in others)
 
 
 def _changed_key(op: Op) -> Key | None:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nnsight_fx import NNsight
 from nnsight_fx.capture.markers import site
 from nnsight_fx.engine.spliced import Capture
+from nnsight_fx.passes.demand import take
 from nnsight_fx.passes.job import Entry, Job
 from nnsight_fx.tracing.plan import InterventionGraph
 
@@ -36,7 +37,7 @@ def net() -> Net:
 
 def graph(function: Callable, *inputs: torch.Tensor) -> fx.GraphModule:
     """The graph of a function that calls `site`; with inputs, fakes stand on its nodes as capture leaves them."""
-    gm = fx.GraphModule({}, fx.Tracer(autowrap_functions=(site,)).trace(function))
+    gm = fx.GraphModule({}, fx.Tracer(autowrap_functions=(site, take)).trace(function))
     if inputs:
         mode = FakeTensorMode()
         Noting(gm).run(*(mode.from_tensor(x) for x in inputs))

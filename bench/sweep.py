@@ -1,0 +1,196 @@
+"""A patching grid (every layer and position) through a session, against a loop of traces and nnsight 0.8.1.
+
+    python bench/sweep.py [--layers 30] [--tokens 14] [--runs 3] [--sample 20] [--no-peer] [--out result.json]
+
+A model of SmolLM2-135M's shape with random weights; a cell puts one position of one layer's output of a clean run into a
+corrupted one and reads the difference of two logits at the last position. Recording is part of every time, compiling is
+told apart. The loops are timed on `--sample` cells, spread over the grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from nnsight_fx import NNsight
+
+if __package__:
+    from .steer import smollm2
+else:
+    from steer import smollm2
+
+ROWS = 16  # a forward of the peer, batched by hand
+
+
+def grid(model: NNsight, clean: torch.Tensor, corrupt: torch.Tensor, cells: list, session: bool) -> tuple[Any, list]:
+    """The difference of two logits for each cell: as a session, or one trace after the other."""
+    layers, scores, scope = model.model.layers, [], None
+
+    def patch(cached: list) -> None:
+        for layer, position in cells:
+            with model.trace(corrupt, use_cache=False):
+                layers[layer].output[:, position] = cached[layer][:, position]
+                logits = model.lm_head.output[:, -1]
+                scores.append((logits[:, 7] - logits[:, 9]).save())
+
+    with torch.no_grad():
+        if session:
+            with model.session() as scope:
+                with model.trace(clean, use_cache=False):
+                    cached = [layer.output for layer in layers]
+                patch(cached)
+        else:
+            with model.trace(clean, use_cache=False):
+                cached = [layer.output.save() for layer in layers]
+            patch(cached)
+    return scope, [s.item() for s in scores]
+
+
+PEER = """
+import time
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+module = LlamaForCausalLM(LlamaConfig(**config)).eval().requires_grad_(False)
+module.load_state_dict(torch.load(weights))
+model = NNsight(module)
+layers = model.model.layers
+
+def metric(logits):
+    return logits[:, 7] - logits[:, 9]
+
+with torch.no_grad():
+    with model.trace(input_ids=clean, use_cache=False):
+        cached = nnsight.save([layer.output for layer in model.model.layers])
+    cached = [c[0] if isinstance(c, tuple) else c for c in cached]
+
+    def one(layer, position):
+        with model.trace(input_ids=corrupt, use_cache=False):
+            model.model.layers[layer].output[:, position] = cached[layer][:, position]
+            score = metric(model.lm_head.output[:, -1]).save()
+        return score
+
+    def many(rows):
+        here = [torch.zeros(len(rows), corrupt.shape[1], 1, dtype=torch.bool) for _ in cached]
+        for row, (layer, position) in enumerate(rows):
+            here[layer][row, position] = True
+        with model.trace(input_ids=corrupt.repeat(len(rows), 1), use_cache=False):
+            for layer, chosen, c in zip(model.model.layers, here, cached):
+                layer.output = torch.where(chosen, c, layer.output)
+            score = metric(model.lm_head.output[:, -1]).save()
+        return score
+
+    one(*cells[0])
+    start, cpu = time.perf_counter(), time.process_time()
+    out["loop"] = [one(*cell).item() for cell in cells]
+    out["loop_s"] = (time.perf_counter() - start) / len(cells)
+    out["loop_cpu_s"] = (time.process_time() - cpu) / len(cells)
+    batch = (cells * rows)[:rows]
+    many(batch)
+    start, cpu = time.perf_counter(), time.process_time()
+    out["batch"] = many(batch).tolist()
+    out["batch_s"] = (time.perf_counter() - start) / rows
+    out["batch_cpu_s"] = (time.process_time() - cpu) / rows
+"""
+
+
+def peer(module: Any, clean: torch.Tensor, corrupt: torch.Tensor, cells: list, folder: Path) -> dict[str, Any]:
+    """The same cells on nnsight 0.8.1: in a loop, and 16 rows a forward with a mask at every layer."""
+    from nnsight_peer import run_peer
+
+    weights = folder / "weights.pt"
+    torch.save(module.state_dict(), weights)
+    config = {k: v for k, v in module.config.to_dict().items() if isinstance(v, int | float | bool)}
+    values = {"config": config, "weights": str(weights), "rows": ROWS}
+    return run_peer(PEER, clean=clean, corrupt=corrupt, cells=[list(c) for c in cells], **values)
+
+
+def timed(call: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
+
+
+def measure(layers: int, tokens: int, runs: int, sample: int, with_peer: bool, backend: str) -> dict[str, Any]:
+    """Milliseconds a cell, each way; and the largest difference in the score."""
+    module = smollm2(layers)
+    clean, corrupt = torch.randint(0, 49152, (2, 1, tokens))
+    cells = [(layer, position) for layer in range(layers) for position in range(tokens)]
+    some = cells[:: max(1, len(cells) // sample)][:sample]
+    model = NNsight(module)
+    model.compile(backend=backend)
+    (_, scores), first = timed(lambda: grid(model, clean, corrupt, cells, True))
+    times, cpu, scope = [], [], None
+    for _ in range(runs):
+        before = time.process_time()
+        (scope, scores), seconds = timed(lambda: grid(model, clean, corrupt, cells, True))
+        times.append(seconds / len(cells))
+        cpu.append((time.process_time() - before) / len(cells))
+    hooks = NNsight(module)
+    grid(hooks, clean, corrupt, some[:1], False)
+    before = time.process_time()
+    (_, one), alone = timed(lambda: grid(hooks, clean, corrupt, some, False))
+    alone_cpu = time.process_time() - before
+    by_cell = dict(zip(cells, scores, strict=True))
+    ours = statistics.median(times)
+    found: dict[str, Any] = {
+        "workload": f"{layers} x {tokens} cells, {layers} layers of SmolLM2's shape, 1 x {tokens} tokens",
+        "backend": backend,
+        "first_s": first,
+        "ms_a_cell": {"session": ours * 1e3, "hooks, one by one": alone / (len(some) + 1) * 1e3},
+        "cpu_ms_a_cell": {  # of all threads: what other processes do to the clock is not in it
+            "session": statistics.median(cpu) * 1e3,
+            "hooks, one by one": alone_cpu / (len(some) + 1) * 1e3,
+        },
+        "largest_difference": max(abs(by_cell[c] - s) for c, s in zip(some, one, strict=True)),
+        "explain": None if scope is None else scope.explain().to_dict(),
+        "compiles": model.explain().to_dict()["captures"][0]["compiles"],
+    }
+    if with_peer:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = peer(module, clean, corrupt, some, Path(folder))
+        found["ms_a_cell"] |= {"nnsight 0.8.1, loop": theirs["loop_s"] * 1e3}
+        found["ms_a_cell"] |= {f"nnsight 0.8.1, {ROWS} rows a forward": theirs["batch_s"] * 1e3}
+        found["cpu_ms_a_cell"] |= {"nnsight 0.8.1, loop": theirs["loop_cpu_s"] * 1e3}
+        found["cpu_ms_a_cell"] |= {f"nnsight 0.8.1, {ROWS} rows a forward": theirs["batch_cpu_s"] * 1e3}
+        found["ratio"] = {"loop": theirs["loop_s"] / ours, "batch": theirs["batch_s"] / ours}
+        used = statistics.median(cpu)
+        found["cpu_ratio"] = {"loop": theirs["loop_cpu_s"] / used, "batch": theirs["batch_cpu_s"] / used}
+        found["largest_difference_to_peer"] = max(
+            abs(by_cell[c] - s) for c, s in zip(some, theirs["loop"], strict=True)
+        )
+    for group in (found["explain"] or {"groups": []})["groups"]:
+        group["lines"] = [line.rpartition("/")[2] for line in group["lines"]]
+    found["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    found["versions"]["python"] = platform.python_version()
+    found["hardware"] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    found["hardware"]["load"] = os.getloadavg()[0]  # of the machine, other processes' too
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"layers": 30, "tokens": 14, "runs": 3, "sample": 20}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--backend", default="inductor")
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    found = measure(args.layers, args.tokens, args.runs, args.sample, not args.no_peer, args.backend)
+    print(json.dumps(found, indent=2))
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Traces as rows of one walk over a graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ..capture.markers import site
+from ..engine.run import Run
+from ..passes.outline import seams
+from ..tracing.encode import Keep
+from ..tracing.interleave import Firing
+from ..tracing.plan import WRITE, Op, Site
+from .batch import move_aliases
+from .rows import Mixed
+
+
+class Cell(Run):
+    """One trace in a forward of many: it is given its rows of a site, and gives back what it makes of them."""
+
+    size = 1  # its rows
+    start = 0  # the first of them: of the clean run, until it leaves that
+    leaves: Site | None = None  # the site at which it does, to have rows of its own
+    joins_at = 0  # where those are
+    ones: list = []  # its constants, where the site that is read last holds one position of a row
+
+    def _write(self, op: Op, firing: Firing | None) -> None:
+        assert firing is not None
+        for i, value in enumerate(self.arguments(op)[0][0]):
+            if not (isinstance(value, Keep) and value.index == i):
+                firing.leaves[i] = firing.leaves[value.index] if isinstance(value, Keep) else value
+
+    def part(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Its rows of a tensor."""
+        return x.narrow(dim, self.start, self.size)
+
+    @property
+    def over(self) -> bool:
+        return self.stopping or len(self.done) == len(self.plan.ops)
+
+
+class Finished(Exception):
+    """Nobody wants anything of what is left. Never reaches the user."""
+
+
+class Walk(fx.Interpreter):
+    """An outlined, forked graph on real values, with the traces' operations at its sites."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        regions: dict[str, Callable],
+        cells: list[Cell],
+    ):
+        super().__init__(gm)
+        self.regions, self.cells = regions, cells
+        self.groups = {group[-1]: (where, group) for where, group in seams(gm)}
+        self.flops = 0.0
+        self.cost = {
+            name: sum(n.meta.get("flops", 0) for n in region.graph.nodes)  # type: ignore[union-attr]
+            for name, region in gm.named_children()
+        }
+
+    def go(self, *args: Any) -> None:
+        for cell in self.cells:
+            cell.work(None)
+        with contextlib.suppress(Finished):
+            self.run(*args)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module":
+            args: Any = self.map_nodes_to_values(n.args, n)
+            held = [(x, _rows(a)) for a, x in zip(n.args, args, strict=True)]
+            rows = max((x.shape[d] for x, d in held if d is not None), default=0)
+            self.flops += self.cost[str(n.target)] * rows
+            return self.regions[str(n.target)](*args)
+        if n.op == "output":
+            return None
+        if n.target is not site:
+            return super().run_node(n)
+        value = self.env[n.args[0]]  # type: ignore[index]
+        if n not in self.groups:
+            return value
+        where, group = self.groups[n]
+        leaves = self._fire(where, group, value)
+        for other in group[:-1]:
+            self.env[other] = leaves[other.args[3]]  # type: ignore[index]
+        if all(cell.over for cell in self.cells):
+            raise Finished
+        return leaves[n.args[3]]  # type: ignore[index]
+
+    def _fire(self, where: Site, group: list[fx.Node], last: Any) -> list:
+        leaves: list[Any] = [None] * (max(n.args[3] for n in group) + 1)  # type: ignore[type-var]
+        dims: list[int | None] = [None] * len(leaves)
+        for n in group:
+            leaves[n.args[3]] = last if n is group[-1] else self.env[n]  # type: ignore[index]
+            dims[n.args[3]] = n.args[0].meta.get("rows")  # type: ignore[index, union-attr]
+        written: set[int] = set()
+        for cell in self.cells:
+            if cell.leaves == where:
+                cell.start = cell.joins_at
+            if where in cell.plan.touches and not cell.stopping:
+                self._visit(cell, where, leaves, dims, written)
+        return leaves
+
+    def _visit(self, cell: Cell, where: Site, leaves: list, dims: list, written: set[int]) -> None:
+        """One trace at one site, on its own rows; what it replaces is replaced in a copy, which nothing else aliases."""
+        changes = cell.plan.writes or any(cell.plan.ops[n].kind == WRITE for n in cell.plan.touches[where])
+        used = {j for n in cell.plan.touches[where] for j in range(len(leaves)) if (n, j) in cell.plan.last_use}
+        if changes and any(dims[j] is None and leaves[j] is not None for j in used):
+            raise Mixed(f"`{'.'.join(where[:2])}` holds a tensor that all rows share")
+        own = [x if d is None or x is None else cell.part(x, d) for x, d in zip(leaves, dims, strict=True)]
+        firing = Firing(where, list(own), None)
+        cell.fire(firing)
+        for j, (old, new) in enumerate(zip(own, firing.leaves, strict=True)):
+            if new is old:
+                continue
+            if dims[j] is None:
+                raise Mixed(f"`{'.'.join(where[:2])}` holds a tensor that all rows share")
+            if j not in written:
+                leaves[j] = leaves[j].clone()
+                written.add(j)
+            place = cell.part(leaves[j], dims[j])
+            place.copy_(new)
+            move_aliases(cell.env, new, place)
+
+
+def _rows(node: Any) -> int | None:
+    dim = node.meta.get("rows") if isinstance(node, fx.Node) else None
+    return dim if isinstance(dim, int) else None

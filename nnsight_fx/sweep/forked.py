@@ -1,0 +1,263 @@
+"""Forked batches: traces share the clean run, and each becomes a row of its own where it first changes something.
+
+The captured graph is cut at the sites that the traces touch, and at the model's blocks. Between cuts it runs as compiled
+regions, each distinct one compiled once, over all rows that there are; at a cut the traces' operations run on their rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ..capture import _torch
+from ..capture.markers import site
+from ..capture.segment import Segment
+from ..engine.spliced import Capture
+from ..passes.demand import demand, take
+from ..passes.effects import changes
+from ..passes.fork import fork
+from ..passes.outline import outline, seams, unmark
+from ..tracing import tree
+from .cells import Cell, Walk
+from .memory import chunks, free, out_of_memory
+from .pending import Pending
+from .report import Group
+from .rowgraph import annotated, captured
+from .rows import Mixed
+from .where import blocks, fork_of, keep_until, positions
+
+_compiled: weakref.WeakKeyDictionary[Segment, dict] = weakref.WeakKeyDictionary()  # regions, by structure
+
+
+def forked(group: list[Pending], told: Group) -> None:
+    """Run traces as rows that leave the clean run at their own sites; `Mixed` where that gives them other numbers."""
+    _run([p for cells in _bases(group) for p in cells], told)
+
+
+def _run(cells: list[Pending], told: Group) -> None:
+    try:
+        sheet = Sheet(cells, told)
+        size = sheet.fits
+        if len(cells) <= size:
+            sheet.run()
+            for p in cells:
+                p.tracer.deliver()
+            return
+    except Exception as error:
+        if not out_of_memory(error) or len(cells) == 1:
+            raise
+        told.notes.append(f"out of memory with {len(cells)} traces in a forward: halved")
+        size = -(-len(cells) // 2)
+    for some in chunks(cells, size):
+        _run(some, told)
+
+
+def _bases(group: list[Pending]) -> list[list[Pending]]:
+    """The traces by the values of their input."""
+    found: dict[Any, list[Pending]] = {}
+    for p in group:
+        found.setdefault(_input(p), []).append(p)
+    return list(found.values())
+
+
+def _input(p: Pending) -> tuple:
+    def known(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        if x.device.type == "cpu" and x.numel() * x.element_size() <= 2**16 and x.dtype is not torch.bfloat16:
+            return (tuple(x.shape), x.dtype, x.contiguous().numpy().tobytes())
+        return id(x)
+
+    return tuple(known(x) for x in tree.flatten((p.wave.batch.args, p.wave.batch.kwargs))[0])
+
+
+class Sheet:
+    """One forward of many traces."""
+
+    def __init__(self, pending: list[Pending], told: Group):
+        self.pending, self.told = pending, told
+        first = pending[0]
+        host = first.host
+        self.capture: Capture = host._capture_for(first.tracer.compile)
+        self.bases = _bases(pending)
+        batches = [cells[0].wave.batch for cells in self.bases]
+        self.size = batches[0].rows  # rows of one trace
+        while len(batches) * self.size < 2:
+            batches = [*batches, batches[0]]
+        self.base_rows = len(batches) * self.size
+        self.segment, self.args = captured(host, self.capture, first.wave.fn, _collated(host, batches))
+        self.gm = annotated(self.segment, self.args)
+        self.plans = list(dict.fromkeys(p.plan for p in pending))
+        self.order = {where: i for i, (where, _) in enumerate(seams(self.gm))}
+        self.naive = sum(n.meta.get("flops", 0) for n in self.gm.graph.nodes) * self.size
+        touched = {where for plan in self.plans for where in plan.touches}
+        missing = touched - self.order.keys()
+        if missing:
+            raise Mixed(f"`{'.'.join(map(str, min(missing)[:2]))}` is not in the captured graph")
+        self.cuts = touched | blocks(self.order)
+        self.forks = {plan: fork_of(plan, self.order) for plan in self.plans}
+        self.last = max(touched, key=lambda where: self.order[where])
+
+    @property
+    def fits(self) -> int:
+        """How many traces a forward has memory for."""
+        largest, here = 0.0, 0.0
+        for node in self.gm.graph.nodes:
+            here += node.meta.get("bytes", 0)
+            if node.target is site and (*map(str, node.args[1:3]), 0) in self.cuts:
+                largest, here = max(largest, here), 0.0
+        device = next((x.device for x in self.args if isinstance(x, torch.Tensor)), torch.device("cpu"))
+        return max(1, int(free(device) / 4 / max(1.0, largest, here) / self.size))
+
+    def run(self) -> None:
+        for p in self.pending:
+            p.tape.resolve()
+        cells = [self._cell(p, b) for b, group in enumerate(self.bases) for p in group]
+        self.pending = [p for group in self.bases for p in group]
+        leaving = sorted({c.leaves for c in cells if c.leaves is not None}, key=lambda where: self.order[where])
+        indices, count = [], self.base_rows
+        for where in leaving:
+            rows: list[int] = []
+            for cell in cells:
+                if cell.leaves == where:
+                    rows += range(cell.start, cell.start + self.size)
+                    cell.joins_at, count = count, count + self.size
+            indices.append(torch.tensor(rows, dtype=torch.int64, device=self._device))
+        indices = [*self._demanded(cells, count), *indices]
+        if not outline(self.gm, at=self.cuts):
+            raise Mixed("what lies between two sites gives more than tensors")
+        try:
+            fork(self.gm, at=leaving)
+        except ValueError as error:
+            raise Mixed(str(error)) from error
+        self.gm.graph.lint()
+        self.gm.recompile()
+        walk = Walk(self.gm, self._regions(), cells)
+        with torch.no_grad():
+            walk.go(*self.args, *indices)
+        if any(cell.unfinished() and not cell.stopping for cell in cells):
+            raise Mixed("a site that was asked for was never reached")
+        for p, cell in zip(self.pending, cells, strict=True):
+            p.wave.run, p.done = cell, True
+        self.told.forwards += 1
+        self.told.flops = (self.told.flops or 0) + int(walk.flops)
+        self.told.naive = (self.told.naive or 0) + int(self.naive * len(cells))
+
+    def _demanded(self, cells: list[Cell], rows: int) -> list[torch.Tensor]:
+        """Leave out what nobody reads: what comes behind the last site, and there all positions but one of each row.
+
+        Returns the positions, an input of the graph behind those that it has.
+        """
+        last = self.last
+        keep_until(self.gm, last)
+        unmark(self.gm, self.cuts)
+        found = positions(cells, last, rows, self.size)
+        group = dict(seams(self.gm)).get(last, [])
+        leaf: Any = group[0].args[0] if len(group) == 1 else None
+        if found is None or leaf is None or leaf.meta.get("rows") != 0 or group[0].args[3] != 0:
+            return []
+        sources = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        with self.gm.graph.inserting_after(sources[-1]):
+            given = self.gm.graph.placeholder("positions")
+        fake = leaf.meta["example_value"]
+        with fake.fake_mode:
+            given.meta["example_value"] = torch.empty(fake.shape[0], dtype=torch.int64, device=fake.device)
+        with self.gm.graph.inserting_before(group[0]):
+            taken = self.gm.graph.call_function(take, (leaf, given))
+        taken.meta = {**leaf.meta, "flops": 0}
+        group[0].args = (taken, *group[0].args[1:])
+        if not demand(self.gm):  # nothing to gain
+            group[0].args = (leaf, *group[0].args[1:])
+            self.gm.graph.erase_node(taken)
+            self.gm.graph.erase_node(given)
+            return []
+        self.told.notes.append(f"`{'.'.join(last[:2])}` was computed at one position of a row")
+        for cell in cells:
+            cell.constants = cell.ones
+        return [torch.tensor(found, dtype=torch.int64, device=self._device)]
+
+    @property
+    def _device(self) -> Any:
+        return next(x.device for x in self.args if isinstance(x, torch.Tensor))
+
+    def _cell(self, p: Pending, base: int) -> Cell:
+        host = p.host
+        cell = Cell(
+            *(p.plan, p.tape.constants, p.tape.lines, host._markers, lambda: None, host._module.get_submodule, {})
+        )
+        cell.size, cell.start, cell.joins_at, cell.ones = self.size, base * self.size, base * self.size, cell.constants
+        if len(self.bases[base]) > 1:  # else nobody but it has these rows
+            cell.leaves = self.forks[p.plan]
+        return cell
+
+    def _regions(self) -> dict[str, Callable]:
+        """The submodules, compiled: each distinct one once, for any number of rows."""
+        known = _compiled.setdefault(self.segment, {})
+        found = {}
+        for name, region in self.gm.named_children():
+            assert isinstance(region, fx.GraphModule)
+            if _changes_inputs(region):
+                raise Mixed("the model changes a value in place on which a site may be looked at")
+            key = _structure(region)
+            if key not in known:
+                known[key] = self._compile(region)
+            found[name] = known[key]
+        return found
+
+    def _compile(self, region: fx.GraphModule) -> Callable:
+        fakes = [
+            _torch.as_input(self.segment.context, n.meta.get("example_value"))
+            for n in region.graph.nodes
+            if n.op == "placeholder"
+        ]
+        region.recompile()
+        with _torch.tracing(self.segment.context), torch.no_grad():
+            call = self.capture.compiler(region, fakes)
+        self.capture.note_compile(self.segment, None)
+        return call
+
+
+def _collated(host: Any, batches: list) -> Any:
+    joined = host._collate(batches)
+    if len(batches) > 1:
+        return joined
+    args, kwargs = tree.tree_map(
+        lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (joined.args, joined.kwargs)
+    )
+    return type(joined)(args, kwargs, joined.rows)
+
+
+def _changes_inputs(region: fx.GraphModule) -> bool:
+    """Does a region change in place what it was given, or a view of it?"""
+    for node in region.graph.nodes:
+        if changes(node):
+            target: Any = node.kwargs.get("out") or node.args[0]
+            while isinstance(target, fx.Node) and target.op in ("call_method", "call_function") and target.args:
+                target = target.args[0]
+            if not isinstance(target, fx.Node) or target.op == "placeholder":
+                return True
+    return False
+
+
+def _structure(region: fx.GraphModule) -> tuple:
+    numbers = {n: i for i, n in enumerate(region.graph.nodes)}
+
+    def walk(arg: Any) -> Any:
+        return fx.map_arg(arg, lambda n: f"%{numbers[n]}")  # type: ignore[arg-type, return-value]
+
+    def fact(n: fx.Node) -> str:
+        value = n.meta.get("example_value")
+        return (
+            f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device}"
+            if isinstance(value, torch.Tensor)
+            else ""
+        )
+
+    return tuple(
+        (n.op, n.target if n.op != "placeholder" else fact(n), repr((walk(n.args), walk(n.kwargs))))
+        for n in region.graph.nodes
+    )

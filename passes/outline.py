@@ -1,0 +1,161 @@
+"""Cut a graph at sites, and make equal pieces one submodule."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Hashable
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from nnsight_fx.capture.markers import site
+from nnsight_fx.tracing.plan import Site
+
+from .job import Job
+
+
+def outline(gm: fx.GraphModule, job: Job | None = None, *, at: Collection[Site] = ()) -> int:
+    """Put what lies between the sites `at` into submodules; return how many calls of them there are.
+
+    ```
+    h0 = relu(linear(x, w0))                  r0 = region_0(x, w0);   h0 = r0[0]
+    s0 = site(h0, "l.0", "output", 0, True)   s0 = site(h0, "l.0", "output", 0, True)
+    h1 = relu(linear(s0, w1))           ->    r1 = region_0(s0, w1);  h1 = r1[0]
+    s1 = site(h1, "l.1", "output", 0, True)   s1 = site(h1, "l.1", "output", 0, True)
+    return (s1,)                              return (s1,)
+    ```
+
+    Parameters are inputs of a region, and so is every value from outside; its outputs are what is used behind it. Regions
+    that call the same functions on inputs of the same shapes are one submodule, to be compiled once. Other markers than
+    those `at` are erased: what tells equal blocks apart is the path in them.
+
+    Does not fire when: no region would have a tensor to give, or one would have to give something else (a size, a tuple).
+    """
+    pieces = _pieces(gm, set(at))
+    regions = [_region(gm, piece) for piece in pieces]
+    if not regions or any(not _gives_tensors(r) for r in regions):
+        return 0
+    unmark(gm, at)
+    known: dict[Hashable, str] = {}
+    for piece in _pieces(gm, set(at)):
+        region = _region(gm, piece)
+        if region.key not in known:
+            known[region.key] = f"region_{len(known)}"
+            gm.add_submodule(known[region.key], region.build(gm))
+        region.replace(gm, known[region.key])
+    return len(regions)
+
+
+def seams(gm: fx.GraphModule) -> list[tuple[Site, list[fx.Node]]]:
+    """The sites whose markers are in a graph, in order, each with its markers."""
+    counts: dict[tuple[str, str], int] = {}
+    found, group = [], []
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is site:
+            group.append(node)
+            if node.args[4]:
+                name = (str(node.args[1]), str(node.args[2]))
+                found.append(((*name, node.meta.get("call", counts.get(name, 0))), group))
+                counts[name] = counts.get(name, 0) + 1
+                group = []
+    return found
+
+
+def _pieces(gm: fx.GraphModule, at: set[Site]) -> list[list[fx.Node]]:
+    """The nodes between the markers of the sites `at`, in order."""
+    cuts = {node for where, group in seams(gm) if where in at for node in group}
+    pieces: list[list[fx.Node]] = [[]]
+    for node in gm.graph.nodes:
+        if node in cuts or node.op == "output":
+            pieces.append([])
+        elif node.op not in ("placeholder", "get_attr"):
+            pieces[-1].append(node)
+    return [p for p in pieces if any(n.target is not site for n in p)]
+
+
+def unmark(gm: fx.GraphModule, at: Collection[Site]) -> None:
+    """Erase all markers but those of the sites `at`, which keep the number of their call."""
+    for where, group in seams(gm):
+        for node in group:
+            if where in at:
+                node.meta["call"] = where[2]
+            else:
+                node.replace_all_uses_with(node.args[0])
+                gm.graph.erase_node(node)
+
+
+class _Region:
+    """Nodes that follow one another, as a function."""
+
+    def __init__(self, nodes: list[fx.Node]):
+        self.nodes, inside = nodes, set(nodes)
+        inputs = dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside)
+        self.inputs = list(inputs)
+        self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
+        numbers = {n: i for i, n in enumerate([*self.inputs, *nodes])}
+        self.key: Hashable = (
+            tuple(_facts(n) for n in self.inputs),
+            tuple((n.op, n.target, _described(n.args, numbers), _described(n.kwargs, numbers)) for n in nodes),
+            tuple(numbers[n] for n in self.outputs),
+        )
+
+    def build(self, root: fx.GraphModule) -> fx.GraphModule:
+        graph = fx.Graph()
+        mapped: dict[fx.Node, fx.Node] = {}
+        for n in self.inputs:
+            mapped[n] = graph.placeholder(n.name)
+            mapped[n].meta = dict(n.meta)
+        for n in self.nodes:
+            mapped[n] = graph.node_copy(n, lambda a: mapped[a])
+        graph.output(tuple(mapped[n] for n in self.outputs))
+        return fx.GraphModule(root, graph)
+
+    def replace(self, gm: fx.GraphModule, name: str) -> None:
+        with gm.graph.inserting_before(self.nodes[0]):
+            call = gm.graph.call_module(name, tuple(self.inputs))
+            for i, old in enumerate(self.outputs):
+                new = gm.graph.call_function(operator.getitem, (call, i))
+                new.meta = dict(old.meta)
+                old.replace_all_uses_with(new)
+        for node in reversed(self.nodes):
+            gm.graph.erase_node(node)
+
+
+def _region(gm: fx.GraphModule, nodes: list[fx.Node]) -> _Region:
+    return _Region(nodes)
+
+
+def _gives_tensors(region: _Region) -> bool:
+    return all(isinstance(_value(n), torch.Tensor) for n in region.outputs)
+
+
+def _value(node: fx.Node) -> Any:
+    while node.target is site:
+        node = node.args[0]  # type: ignore[assignment]
+    return node.meta.get("example_value")
+
+
+def _facts(node: fx.Node) -> Hashable:
+    value = _value(node)
+    if isinstance(value, torch.Tensor):
+        sizes = (*map(str, value.shape), "|", *map(str, value.stride()))
+        return (sizes, value.dtype, value.device, value.requires_grad, node.meta.get("rows"))
+    return str(value)
+
+
+def _described(arg: Any, numbers: dict[fx.Node, int]) -> Hashable:
+    """An argument by structure: nodes by their number, literals by type and value."""
+    if isinstance(arg, fx.Node):
+        return ("node", numbers[arg])
+    if isinstance(arg, list | tuple):
+        return (type(arg).__name__, *(_described(a, numbers) for a in arg))
+    if isinstance(arg, dict):
+        return ("dict", *((k, _described(v, numbers)) for k, v in arg.items()))
+    if isinstance(arg, slice):
+        return ("slice", *(_described(a, numbers) for a in (arg.start, arg.stop, arg.step)))
+    try:
+        hash(arg)
+    except TypeError:
+        return (type(arg), id(arg))
+    return (type(arg), repr(arg) if isinstance(arg, float) else arg)
