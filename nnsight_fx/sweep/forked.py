@@ -232,15 +232,15 @@ def _collated(host: Any, batches: list) -> Any:
 
 
 def _changes_inputs(region: fx.GraphModule) -> bool:
-    """Does a region change in place what it was given, or a view of it?"""
-    for node in region.graph.nodes:
-        if changes(node):
-            target: Any = node.kwargs.get("out") or node.args[0]
-            while isinstance(target, fx.Node) and target.op in ("call_method", "call_function") and target.args:
-                target = target.args[0]
-            if not isinstance(target, fx.Node) or target.op == "placeholder":
-                return True
-    return False
+    """Does a region change in place what it was given, or what shares its memory? The fakes that capture left tell."""
+    given = {_storage(n) for n in region.graph.nodes if n.op == "placeholder"}
+    targets = [n.kwargs.get("out") or n.args[0] for n in region.graph.nodes if changes(n)]
+    return any(not isinstance(t, fx.Node) or _storage(t) in given for t in targets)
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def _structure(region: fx.GraphModule) -> tuple:

@@ -161,6 +161,8 @@ class Session:
             del self.by_tape[id(p.tape)]
             p.keep(None if held else used)
             p.tape.pending = None
+        if not self.waiting:
+            self.copies = Copies()
         try:
             planner.run(ordered, self.report)
         except BaseException as error:

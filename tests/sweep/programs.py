@@ -170,3 +170,19 @@ def vectors(model):
 
 
 PROGRAMS = [patching, several, inputs, mixed, stops, chained, vectors]
+
+
+class InPlace(MLP):
+    """Changes a value that no site has, as `nn.ReLU(inplace=True)` does, and with `late` one that a site has."""
+
+    late = False
+
+    def forward(self, x):
+        h = self.blocks[0](x)
+        h = (h * 2).relu_()
+        h = self.blocks[1](h)
+        return self.head(self.norm(h.add_(1) if self.late else h))
+
+
+class Late(InPlace):
+    late = True

@@ -7,7 +7,7 @@ import torch
 
 from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
 
-from .programs import PROGRAMS, Breaks, Mixing, X, mlp, patching, same
+from .programs import PROGRAMS, Breaks, InPlace, Late, Mixing, X, mlp, patching, same
 
 ENGINES = ["hooks", "eager", "aot_eager"]
 
@@ -122,3 +122,23 @@ def test_the_fork_is_bit_equal_and_computes_one_position():
     facts = session.explain().to_dict()["groups"][-1]
     assert facts["notes"] == ["`head.output` was computed at one position of a row"]
     assert "of the FLOPs of the loop" in str(session.explain())
+
+
+@pytest.mark.parametrize(("cls", "together"), [(InPlace, True), (Late, False)])
+@pytest.mark.parametrize("engine", ["hooks", "eager"])
+def test_a_model_that_changes_values_in_place(cls, together, engine):
+    """A saved value shows what the model does to it later, as in a trace alone."""
+    module = mlp(cls)
+    model, found = wrap(engine, module), []
+    for scope in (contextlib.nullcontext(), model.session()):
+        outs = []
+        with scope:
+            for i in range(3):
+                with model.trace(X[0]):
+                    model.blocks[0].output[:, i] = 0
+                    outs += [model.blocks[1].output.save(), model.head.output.save()]
+        found.append(outs)
+    for a, b in zip(*found, strict=True):
+        same(b, a)
+    (group,) = scope.explain().to_dict()["groups"]
+    assert (group["strategy"] == "forked") == (together and engine == "eager"), group
