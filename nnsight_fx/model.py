@@ -29,7 +29,7 @@ from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
 from .engine.wave import Wave
 from .envoy import Envoy
-from .errors import UnknownModuleError, nearest
+from .errors import NestedTraceError, UnknownModuleError, nearest
 from .explain import Explanation
 from .tracing import tree
 from .tracing.contexts import Tracer
@@ -128,6 +128,14 @@ class NNsight(Envoy):
         self._shared.renew(self._module)
         for model in self._shared.family:
             model._know_tree()
+
+    def clear_cache(self) -> None:
+        """Forget all scans, captures and compiled plans, and free what they hold. They are bounded anyway, and made anew."""
+        if self.tracer is not None:
+            raise NestedTraceError(
+                f"{user_line()}: the open trace, from {self.tracer.line}, uses them. Leave it first."
+            )
+        self._module_changed()
 
     def _know_tree(self) -> None:
         self._names = Names(self._module, self._rename, Envoy)

@@ -8,6 +8,7 @@ import itertools
 import types
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ from .sites import FakeInterleaver
 from .variants import extras, variant
 
 _serial = itertools.count()
+ENTRIES = 128  # captures kept a model and set of options
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Capture:
     segments: list[Segment] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
-    entries: dict[tuple, tuple[Callable, Any]] = field(default_factory=dict)
+    entries: OrderedDict[tuple, tuple[Callable, Any]] = field(default_factory=OrderedDict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
     unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
@@ -99,8 +101,17 @@ class Capture:
         if key not in self.entries:
             settle(module)
             inner = _renamed(_inner(module, fn))
-            compiled = _torch.dynamo_compile(inner, self.backend, self.options.dynamic, self.options.fullgraph)
+            own = weakref.WeakMethod(self.backend)  # Dynamo keeps it with the code, where no collector sees the ring
+
+            def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
+                return own()(gm, inputs)  # type: ignore[misc]
+
+            compiled = _torch.dynamo_compile(inner, backend, self.options.dynamic, self.options.fullgraph)
             self.entries[key] = (compiled, inner)
+        self.entries.move_to_end(key)
+        if len(self.entries) > ENTRIES:
+            (_, old, _), _ = self.entries.popitem(last=False)
+            self.segments = [s for s in self.segments if old is None or s.plan is not old]
         return self.entries[key][0]
 
     def shares(self, fn: str | None, plan: InterventionGraph) -> bool:

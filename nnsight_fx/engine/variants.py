@@ -43,6 +43,9 @@ class Variant:
     ends: bool = False  # does the run end with it: the plan stops the model here
 
 
+VARIANTS = 512  # compiled plans kept a segment
+
+
 def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     """The variant of a segment for where a run's plan stands: found, or compiled now."""
     aliases: dict = _aliases(run, args) if run.env and run.plan.writes else {}
@@ -52,6 +55,7 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
         aliases.update({(slot, "tensor"): (i, None) for slot, i in constants if i is not None})
     key = (run.entry_key(), tuple(aliases.items()))
     found = segment.variants.setdefault(key, [])
+    segment.variants.move_to_end(key)
     for each in found:
         if each.guards(list(args)):
             run.capture.hits += 1
@@ -59,6 +63,8 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
             return each
     made = _compile(segment, run, args, aliases)
     found.append(made)
+    if len(segment.variants) > VARIANTS:
+        segment.variants.popitem(last=False)
     return made
 
 
@@ -110,7 +116,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
     with _torch.tracing(segment.context):
         passes.run(gm, job, pipeline, run.capture.disable)
     check(job, run.removes)
-    job.skeleton = None  # it knows the run, and the variant, which knows the job, outlives that
+    job.skeleton = job.inputs = None  # they know the run, and the variant, which knows the job, outlives that
     if job.differentiates and not run.plan.backs <= job.exit.done:
         raise NotDifferentiable("the loss is not in the first captured segment")
     with _torch.tracing(segment.context), torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None):

@@ -103,10 +103,13 @@ class Sites(Protocol):
 class Step:
     """One operation after others: its fake results, and the steps that followed it so far."""
 
-    __slots__ = ("children", "leaves", "needs", "op", "parent", "plans", "rebound", "spec")
+    __slots__ = ("children", "leaves", "needs", "op", "parent", "plans", "rebound", "root", "size", "spec")
 
     def __init__(self, parent: Step | None = None, op: Op | None = None):
         self.parent, self.op = parent, op
+        self.root: Step = self if parent is None else parent.root
+        self.size = 0  # of a root: how many steps follow it
+        self.root.size += 1
         self.children: dict[Op | tuple[Op, tuple], Step] = {}
         self.plans: dict[tuple, InterventionGraph] = {}
         self.needs = op.needs if op is not None else frozenset()
