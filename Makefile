@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
 
-.PHONY: demo test test-inductor test-slow lint bench clean
+.PHONY: demo test test-inductor test-slow test-peer semantics lint bench clean
 
 demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
@@ -21,6 +21,14 @@ test-inductor: .venv/.stamp .peer/.stamp
 
 test-slow: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest -n 2 --dist loadgroup tests -m "slow and not inductor and not gpu" $(ARGS)
+
+# The same texts on nnsight 0.8.1, in its own environment, and on ours.
+test-peer: .venv/.stamp .peer/.stamp
+	$(BIN)/pytest tests/peer $(ARGS)
+
+# Every test, the slow ones too; writes docs/semantics.md.
+semantics: .venv/.stamp .peer/.stamp
+	$(BIN)/pytest -n 2 --dist loadgroup tests -m "not gpu" --write-semantics $(ARGS)
 
 bench: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest bench -m "not gpu" --benchmark-enable --benchmark-only $(ARGS)

@@ -43,14 +43,25 @@ class Cache:
         self.named = modules is not None
         self.paths = list(dict.fromkeys(_path(root, m) for m in (root.modules() if modules is None else modules)))
         self.entries: dict[str, list[Entry]] = {}
-        self.recorded: list[tuple[str, str, int, int, Any]] = []  # path, kind, call, operation, value
-        self.followed: list[tuple[str, str, int]] = []  # sites that the scan does not know: path, kind, operation
+        self.real = False  # are the entries a run's, or still what was recorded
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "root": None, "recorded": [], "followed": []}
+        return {**self.__dict__, "root": None}
 
-    def record(self, tape: Tape) -> None:
+    def record(self, wave: Any) -> None:
+        """Observe a forward, in a worker over the rows of the invoke that is open."""
+        tape = wave.tape
+        mine = tape.invoke
+        tape.invoke = Invoke(wave.shadow(mine.index))
+        try:
+            self._record(tape)
+        finally:
+            tape.invoke = mine
+
+    def _record(self, tape: Tape) -> None:
         """Add the observations to a recording, in the order in which the model passes the sites."""
+        recorded: list[tuple[str, str, int, int, Any]] = []  # path, kind, call, operation, value
+        followed: list[tuple[str, str, int]] = []  # sites that the scan does not know: path, kind, operation
         known: list[tuple[float, tuple]] = []
         for path in self.paths:
             for kind in self.kinds:
@@ -59,25 +70,25 @@ class Cache:
                     known.append((meta.order, (path, kind, call)))
                     call += 1
                 if isinstance(meta, SiteMeta) or not (call or meta.certain):
-                    self.followed.append((path, kind, tape.follow(path, kind, self.how)))
-        followed = {f[:2] for f in self.followed}
+                    followed.append((path, kind, tape.follow(path, kind, self.how)))
         for _, site in sorted(known):
-            if site[:2] not in followed:
+            if site[:2] not in {f[:2] for f in followed}:
                 n, value = tape.observe(site, self.how)
-                self.recorded.append((*site, n, value))
-        tape.told.append(self.fill)
-        for path, kind, _, _, value in self.recorded:
+                recorded.append((*site, n, value))
+        tape.told.append(lambda wave: self._fill(wave, recorded, followed))
+        for path, kind, _, _, value in () if self.entries else recorded:
             self._put(path, kind, value)
 
-    def fill(self, wave: Any) -> None:
-        """After the run: keep the visits that took place."""
-        self.entries = {}
-        for path, kind, call, n, value in self.recorded:
+    def _fill(self, wave: Any, recorded: list, followed: list) -> None:
+        """After a forward: keep the visits that took place, behind those of the forwards before."""
+        self.entries, self.real = self.entries if self.real else {}, True
+        before = {path: len(visits) for path, visits in self.entries.items()}
+        for path, kind, call, n, value in recorded:
             if wave.performed(n):
-                self._put(path, kind, tree.tree_map(lambda x: _real(x, wave), value), call)
-        for path, kind, n in self.followed:
+                self._put(path, kind, tree.tree_map(lambda x: _real(x, wave), value), before.get(path, 0) + call)
+        for path, kind, n in followed:
             for call, value in enumerate(wave.visits(n)):
-                self._put(path, kind, value, call)
+                self._put(path, kind, value, before.get(path, 0) + call)
         missed = [p for p in self.paths if p not in self.entries] if self.named else []
         if missed:
             names = ", ".join(f"`{_shown(p)}`" for p in missed)
@@ -108,7 +119,7 @@ def _real(leaf: Any, wave: Any) -> Any:
 
 
 def cache(tracer: Any, modules: list | None, kinds: list[str], how: Observed) -> CacheView:
-    """Record a cache in the invoke of `tracer` that is open."""
+    """Record a cache in the invoke of `tracer` that is open; in a generation, in every forward from there on."""
     tape = tracer.tape
     mine = tape.invoke
     if any(op.invoke == mine.index for op in tape.ops):
@@ -117,11 +128,9 @@ def cache(tracer: Any, modules: list | None, kinds: list[str], how: Observed) ->
             "make it the first line of the trace, or of the invoke."
         )
     made = Cache(tracer.host, modules, kinds, how)
-    tape.invoke = Invoke(tracer.waves[-1].shadow(mine.index))
-    try:
-        made.record(tape)
-    finally:
-        tape.invoke = mine
+    made.record(tracer.waves[-1])
+    if tracer.generation is not None:
+        tracer.generation.caches.append(made)
     return CacheView(made, None)
 
 

@@ -369,7 +369,7 @@ class NNsight(Envoy):
     def _suspend(self) -> Callable[[], None]:
         """While a body runs, functions that the user compiled run as written; the return undoes it."""
         old = _torch.stance()
-        _torch.set_stance(_torch.eager_stance())
+        _torch.set_stance(_torch.body_stance())
         return lambda: _torch.set_stance(old)
 
     def _wave(self, tracer: Tracer, first: Any, alone: bool) -> Wave:

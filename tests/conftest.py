@@ -6,12 +6,19 @@ import sys
 import pytest
 import torch
 
+import semantics
+
 # Read when huggingface_hub and Inductor are imported, which conftest.py comes before.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compile processes under each worker
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-semantics", action="store_true", help="write docs/semantics.md from this run's tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    semantics.install(config)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 

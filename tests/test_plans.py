@@ -46,6 +46,7 @@ VECTOR = torch.linspace(-1, 1, 8)
 INPUT = torch.linspace(-2, 2, 2 * 6 * 8).reshape(2, 6, 8)
 OTHER = INPUT.flip(0) * 0.7
 ENGINES = [False, {"backend": "eager"}, {"backend": "aot_eager"}]
+NAMES = ["hooks", "eager", "aot_eager"]
 
 
 def steer(model, vector, position=-1, scale=2.5):
@@ -105,7 +106,7 @@ def saved_plan(path, program, **options):
     return model, tracer, saved
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("engine", ENGINES, ids=NAMES)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
 def test_a_loaded_plan_gives_what_its_trace_gave(program, engine, tmp_path):
     model, tracer, saved = saved_plan(tmp_path / "p", program)
@@ -177,7 +178,7 @@ def test_constants_have_names_and_take_other_values(tmp_path):
             plan(INPUT, constants=wrong)
 
 
-@pytest.mark.parametrize("engine", ENGINES[:2], ids=str)
+@pytest.mark.parametrize("engine", ENGINES[:2], ids=NAMES[:2])
 @pytest.mark.parametrize("together", [False, True])
 def test_invokes(together, engine, tmp_path):
     def body(a, b):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -116,21 +117,62 @@ def _eval_frame() -> Any:
     return sys.modules.get("torch._dynamo.eval_frame")
 
 
+class _Stance:
+    """Dynamo's stance while bodies run: on their threads compiled functions run as written, on others as ever.
+
+    The stance belongs to the process and bodies belong to threads, so one object stands for both, for as long as any
+    thread has a body open.
+    """
+
+    bodies = threading.local()  # .open: is this thread in a body
+    lock = threading.Lock()
+    count = 0  # the threads that are
+
+    def __init__(self, under: Any):
+        self.under = under
+
+    @property
+    def stance(self) -> str:
+        return "force_eager" if getattr(_Stance.bodies, "open", False) else self.under.stance
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.under, name)
+
+
 def stance() -> Any:
+    """The thread's stance: the one that the user has set, and whether a body is open."""
     module = _eval_frame()
-    return None if module is None else module._stance
+    if module is None:
+        return None
+    now = module._stance
+    return (now.under if isinstance(now, _Stance) else now), getattr(_Stance.bodies, "open", False)
 
 
 def set_stance(value: Any) -> None:
     module = _eval_frame()
     if module is not None and value is not None:
-        module._stance = value
+        under, body = value
+        with _Stance.lock:
+            _Stance.count += body - getattr(_Stance.bodies, "open", False)
+            _Stance.bodies.open = body
+            module._stance = _Stance(under) if _Stance.count else under
 
 
-def eager_stance() -> Any:
-    """The stance under which compiled functions run as written."""
-    module = _eval_frame()
-    return None if module is None else module.DynamoStance("force_eager")
+def body_stance(body: bool = True) -> Any:
+    """The stance under which compiled functions run as written; or, for a model that runs inside a body, as compiled."""
+    now = stance()
+    return now and (now[0], body)
+
+
+@contextlib.contextmanager
+def as_compiled() -> Iterator[None]:
+    """Compiled functions run as such in the block, also where it runs inside the body of another trace."""
+    old = stance()
+    set_stance(body_stance(False))
+    try:
+        yield
+    finally:
+        set_stance(old)
 
 
 def frame_callback(value: Any = None) -> Any:

@@ -133,12 +133,11 @@ def _mark(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, 
     return value, leaf + 1, left
 
 
-def mark(value: Any, path: str, kind: str, always: bool = False) -> Any:
-    """`value` with markers, while Dynamo traces; with `always` there is one also where it has no tensor."""
+def mark(value: Any, path: str, kind: str) -> Any:
+    """`value` with markers, while Dynamo traces: one at least, also where it has no tensor."""
     left = _tensors(value)
     if left == 0:
-        if always:
-            site(anchor(), path, kind, 0, True)
+        site(anchor(), path, kind, 0, True)
         return value
     return _mark(value, path, kind, 0, left)[0]
 
@@ -175,6 +174,41 @@ def _build(spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:
     return cls(**dict(zip(keys, values, strict=True))), at
 
 
+def _alike(value: Any, spec: tree.Spec) -> bool:
+    """Has `value` the structure of `spec`?"""
+    kids = _children(value)
+    if isinstance(value, torch.Tensor) or not (len(kids) > 0 or type(value) in (tuple, list, dict, OrderedDict)):
+        return spec is None
+    if spec is None or spec[1] is not type(value) or len(spec[3]) != len(kids):
+        return False
+    if spec[0] == "dict" and list(spec[2]) != list(value):
+        return False
+    return all([_alike(child, of) for child, of in zip(kids, spec[3], strict=True)])
+
+
+def _filled(value: Any, spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:
+    """`value` with other leaves: lists, dicts and dataclasses in place, since their owner holds them (`tree.replace`)."""
+    if spec is None:
+        return leaves[at], at + 1
+    if isinstance(value, tuple | ModelOutput):
+        items = []
+        for child, of in zip(_children(value), spec[3], strict=True):
+            item, at = _filled(child, of, leaves, at)
+            items.append(item)
+        return _build((*spec[:3], [None] * len(items)), items, 0)[0], at
+    if spec[0] == "list":
+        for i in range(len(value)):
+            value[i], at = _filled(value[i], spec[3][i], leaves, at)
+        return value, at
+    for key, of in zip(spec[2], spec[3], strict=True):
+        if spec[0] == "dict":
+            value[key], at = _filled(value[key], of, leaves, at)
+        else:
+            new, at = _filled(getattr(value, key), of, leaves, at)
+            setattr(value, key, new)
+    return value, at
+
+
 def _replaced(value: Any, path: str, kind: str, call: int, half: Replacement) -> Any:
     """The capture half, as Dynamo traces it."""
     old = _leaves(value)
@@ -184,7 +218,7 @@ def _replaced(value: Any, path: str, kind: str, call: int, half: Replacement) ->
         if isinstance(leaf, Keep):
             leaf = SUPPLIED if isinstance(old[leaf.index], torch.Tensor) else old[leaf.index]
         new.append(supply(path, kind, call, i) if leaf is SUPPLIED else leaf)
-    return _build(half.spec, new, 0)[0]
+    return (_filled(value, half.spec, new, 0) if _alike(value, half.spec) else _build(half.spec, new, 0))[0]
 
 
 class Markers:
@@ -223,9 +257,9 @@ class Markers:
 
         return before, after
 
-    def traced(self, value: Any, path: str, kind: str, always: bool = False) -> Any:
+    def traced(self, value: Any, path: str, kind: str) -> Any:
         """A site while Dynamo traces: the graph half is left to splicing, the capture half is applied now."""
-        value = mark(value, path, kind, always)
+        value = mark(value, path, kind)
         if self.half is None or (path, kind) not in self.calls:
             return value
         cell = self.calls[(path, kind)]

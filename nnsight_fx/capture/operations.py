@@ -100,11 +100,11 @@ class Operations:
 
     def traced(self, path: str, fn: Any, args: tuple, kwargs: dict) -> Any:
         """An operation while Dynamo traces."""
-        args, kwargs = self.markers.traced((args, kwargs), path, "input", True)
+        args, kwargs = self.markers.traced((args, kwargs), path, "input")
         skipped, out = self.markers.skip_traced(path)
         if not skipped:
             out = args[0] if fn is None else self.target(path, fn)(*args, **kwargs)
-        return self.markers.traced(out, path, "output", True)
+        return self.markers.traced(out, path, "output")
 
 
 def identity(value: Any) -> Any:

@@ -40,6 +40,7 @@ class Generation:
         self.inputs: tuple[tuple, dict] = ((), {})  # of the forward that is to run
         self.run: Run | None = None  # the one of the forward that is running, or has just run
         self.given: list[Any] = []  # what the streamer got: the prompt, and the tokens of each forward
+        self.caches: list[Any] = []  # what observes every forward
         self.free = False  # is the body done? Then nothing stops any more
         self.result: Any = None
         self.restore: Callable[[], None] = lambda: None
@@ -95,8 +96,8 @@ class Generation:
         return Following(self) if self.ended else Forward(self)
 
     def to_the_end(self) -> None:
-        """The body is done with it: it goes on without stopping."""
-        self.free = True
+        """The body is done with it: it goes on without stopping, unless each forward is observed."""
+        self.free = not self.caches
 
     def abandon(self) -> None:
         self.coroutine.abandon()
@@ -160,6 +161,8 @@ class Forward(Wave):
         sites.rows = rows
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
         self.host._replay_edits(self.tape)
+        for cache in generation.caches:
+            cache.record(self)
 
     def _start(self) -> Run:
         begun = self.run is not None

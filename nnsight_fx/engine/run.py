@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..capture import _torch
 from ..capture.markers import Markers, active
 from ..errors import MissedSiteError, PlanMismatchError
 from ..tracing import tree
@@ -57,7 +58,7 @@ class Run(TensorInterleaver):
             self.work(None)
             if self.stopping:
                 raise Stopped
-            with live(self, self.everything):
+            with _torch.as_compiled(), live(self, self.everything):
                 self.result = self.pass_site("", "result", self.call())
         except Stopped:
             pass

@@ -65,6 +65,7 @@ class Capture:
     live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
     entries: OrderedDict[tuple, tuple[Callable, Any]] = field(default_factory=OrderedDict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
+    nodes: int = 0  # of the segment that was compiled last, before its passes
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
     unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
 
@@ -167,7 +168,7 @@ class Capture:
     def note_compile(self, segment: Segment, job: Any) -> None:
         self.compiles += 1
         watch.compiles += 1
-        self.last = [*self.last[-9:], (len(segment.gm.graph.nodes), job.report)]
+        self.last, self.nodes = [*self.last[-9:], job.report], len(segment.gm.graph.nodes)
 
     def refusal(self, plan: InterventionGraph) -> str | None:
         """Why a plan runs on the hook engine, if it does."""

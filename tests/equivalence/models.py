@@ -234,9 +234,6 @@ MODELS = {
     "tuple": Spec(lambda: Returns(as_tuple), (3, 7, 16)),
     "dict": Spec(lambda: Returns(as_dict), (3, 7, 16)),
     "dataclass": Spec(lambda: Returns(State), (3, 7, 16)),
-    "alias": Spec(Alias, (3, 7, 16)),
-    "inplace": Spec(InPlace, (3, 7, 16)),
-    "views": Spec(Views, (3, 7, 16)),
 }
 
 

@@ -6,18 +6,17 @@ twice on a wrapped model, which all programs of a model share: the first time ma
 
 import contextlib
 import copy
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
+from nnsight_fx import assert_max_compiles, assert_no_fallback
 
+from .harness import EXACT, same, wrap
 from .models import MODELS, build, inputs
 from .programs import PROGRAMS
 
-EXACT = ("hooks", "eager")
 ENGINES = (*EXACT, "aot_eager", "inductor")
 LARGE = ("gpt2", "neox", "bert")  # Llama stands for them in `make test` where a program is not of the core
 CORE = (
@@ -34,7 +33,7 @@ CORE = (
 FUSED = {("gpt2", "steer")}
 QUICK = {
     *FUSED,
-    *(("llama", "patch_across_invokes"), ("mlp", "positions"), ("lstm", "zero_one_state")),
+    *(("llama", "patch_across_invokes"), ("mlp", "positions"), ("lstm", "patch_across_invokes")),
     *(("neox", "promptless"), ("bert", "skip"), ("cnn", "train_a_vector"), ("breaks", "steer"), ("shared", "read")),
 }
 
@@ -72,13 +71,6 @@ def wrapped(request):
     torch._dynamo.reset()
 
 
-def wrap(module, engine):
-    model = NNsight(module)
-    if engine != "hooks":
-        model.compile(backend=engine)
-    return model
-
-
 def outcome(program, model, name):
     """What a program leaves: its results, its input, the model's buffers."""
     module = getattr(model, "_module", model)
@@ -87,27 +79,6 @@ def outcome(program, model, name):
     out, x = {}, inputs(name)
     program(model, sites, x, out)
     return out | {"x": x, "buffers": {k: v.clone() for k, v in module.named_buffers()}}
-
-
-def same(got, want, exact, path="out"):
-    """Equal in structure, types and values, and every tensor a plain one."""
-    assert type(got) is type(want), f"{path}: {type(got)} is not {type(want)}"
-    if isinstance(want, torch.Tensor):
-        assert (got.shape, got.dtype, got.requires_grad) == (want.shape, want.dtype, want.requires_grad), path
-        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
-        torch.testing.assert_close(got, want, **tolerance, msg=lambda m: f"{path}: {m}")
-    elif isinstance(want, dict):
-        assert got.keys() == want.keys(), f"{path}: {list(got)} are not {list(want)}"
-        for key in want:
-            same(got[key], want[key], exact, f"{path}[{key!r}]")
-    elif isinstance(want, list | tuple):
-        assert len(got) == len(want), path
-        for i, each in enumerate(zip(got, want, strict=True)):
-            same(*each, exact, f"{path}[{i}]")
-    elif dataclasses.is_dataclass(want):
-        same(vars(got), vars(want), exact, path)
-    else:
-        assert got == want, path
 
 
 @pytest.mark.parametrize(("wrapped", "program"), list(cases()), indirect=["wrapped"])

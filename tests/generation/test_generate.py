@@ -531,3 +531,23 @@ def test_an_edit_holds_in_every_forward(engine):
             kept.append(edited.lm_head.output[:, -1].argmax(-1))
         got = tracer.result.save()
     assert torch.equal(got, want) and torch.equal(torch.stack(kept, 1), want[:, 7:])
+
+
+@pytest.mark.parametrize("engine", ["hooks", "eager"])
+def test_a_cache_sees_every_forward(engine):
+    """C3: one visit for each forward, those behind the body's last line too, each as the interventions left it."""
+    module = gpt2()
+    with Hooks(module).steer(module.transformer.h[0], {1}) as hooks:
+        blocks, logits = hooks.keep(module.transformer.h[0]), hooks.keep(module.lm_head)
+        want = plain(module, ids())
+    model = wrap(module, engine)
+    with assert_no_fallback(), model.generate(ids(), **options()) as tracer:
+        cache = tracer.cache([model.transformer.h[0], "model.lm_head"], include_inputs=True)
+        for _ in tracer.iter[1]:
+            steer(model.transformer.h[0])
+        got = tracer.result.save()
+    assert torch.equal(got, want)
+    assert [x.shape[1] for x in cache.transformer.h[0].output] == [7, 1, 1, 1, 1]
+    same(cache.transformer.h[0].output, blocks, engine)
+    same(cache["model.lm_head"].output, logits, engine)
+    assert len(cache["model.lm_head"]) == STEPS and cache["model.lm_head"][2].input.shape == (2, 1, 32)

@@ -11,6 +11,7 @@ from nnsight_fx import (
     UnsavedValueError,
     assert_max_compiles,
     assert_no_fallback,
+    save,
 )
 
 D = 6
@@ -219,7 +220,29 @@ def test_an_assigned_module_replaces_and_recaptures(model):
     assert model.layers[0] is kept and model.layers is inner and len(model.layers) == 3
 
 
-# -- log, update, constants ----------------------------------------------------------------------------------------
+# -- apply, log, update, constants ----------------------------------------------------------------------------------------
+
+
+def test_apply_calls_python_on_real_values(model):
+    """Any function, between two parts of the captured model; what it returns is a value like others, or an object."""
+    net, seen = model._module, []
+
+    def by_numpy(h, scale):
+        seen.append(type(h))
+        return torch.from_numpy(h.numpy() * scale), {"sum": float(h.sum())}
+
+    for seed in range(2):
+        x = torch.randn(2, D, generator=torch.Generator().manual_seed(seed))
+        with model.trace(x) as tracer:
+            h, facts = tracer.apply(by_numpy, model.layers[1].output, scale=seed + 2.0)
+            model.layers[1].output = h
+            behind = model.layers[2].input.save()
+            out, facts = model.output.save(), save(facts)
+        want = outputs(net, x, "layers.1", layers__1=lambda h, seed=seed: h * (seed + 2.0))
+        close(out, want["out"])
+        close(facts["sum"], outputs(net, x, "layers.1")["layers.1"].sum().item())
+        assert behind.shape == (2, D)
+    assert seen == [torch.Tensor] * 2
 
 
 def test_log_prints_real_values_when_the_model_gets_there(model, capsys):
