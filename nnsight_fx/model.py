@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 import torch.nn as nn
 
 from . import bug_report
+from . import edit_files
 from .aliasing import Names, Rename
 from .cache import CacheView, cache, observed
 from .capture import _torch
@@ -33,7 +35,7 @@ from .errors import UnknownModuleError, nearest
 from .explain import Explanation
 from .tracing import tree
 from .tracing.contexts import Tracer
-from .tracing.draft import Draft, replay
+from .tracing.draft import Draft
 from .tracing.lazy import user_line
 from .tracing.saving import save
 from .tracing.tape import Invoke, Tape
@@ -243,6 +245,45 @@ class NNsight(Envoy):
         """Take off every edit of this model."""
         self._edits = []
 
+    def export_edits(
+        self, name: str | None = None, export_dir: str | os.PathLike | None = None, variant: str = "__default__"
+    ) -> str:
+        """Write this model's edits into a file, `<export_dir>/<name>/<variant>.safetensors`, and return its path.
+
+        ```python
+        with model.edit() as edited:
+            edited.transformer.h[6].output[:, -1] += steering
+        edited.export_edits("steered", "edits")
+        # elsewhere, on the same model or one with the same modules:
+        model.import_edits("steered", "edits")
+        ```
+
+        The file holds operations, and the tensors that they use as they are now; parameters and buffers of the model are
+        kept by name. No pickle, no code. By default `name` is the model's own (its hub id, or its class) and `export_dir`
+        `~/.cache/nnsight_fx/edits`. The model may have no weights yet.
+
+        Raises:
+            PlanError: there are no edits, or one holds what is no data, with its line.
+
+        Source: nnsight 0.7's `export_edits`.
+        """
+        path = edit_files.place(self, name, export_dir, variant)
+        edit_files.export(self, path)
+        return path
+
+    def import_edits(
+        self, name: str | None = None, export_dir: str | os.PathLike | None = None, variant: str = "__default__"
+    ) -> None:
+        """Add the edits that `export_edits` wrote to this model, in place, behind those that it has.
+
+        Raises:
+            PlanError: there is no such file, it is no export of edits or of another version, it names an operation that is
+                not torch's, or a module or parameter that this model does not have. Shapes are known only in a trace,
+                which tells what does not fit, with the line of the edit.
+        """
+        path = edit_files.place(self, name, export_dir, variant)
+        self._edits = [*self._edits, *edit_files.imported(self, path)]
+
     def _copy(self) -> NNsight:
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__, _root=made, _envoys={}, _edits=list(self._edits))
@@ -254,7 +295,7 @@ class NNsight(Envoy):
         """The operations of the edits, each in a worker of its own, in front of the trace's."""
         for n, edit in enumerate(self._edits):
             tape.invoke = Invoke(n)
-            replay(edit, tape)
+            edit.replay(tape)
         tape.invoke = Invoke(len(self._edits))
 
     def __iter__(self) -> Iterator[Any]:

@@ -308,7 +308,7 @@ def call_of(document):
 @pytest.mark.parametrize(
     "change, text",
     [
-        (lambda d: d.update(version=99), "version 99, and this nnsight_fx reads version 1"),
+        (lambda d: d.update(version=99), "version 99, and this nnsight_fx reads version 2"),
         (lambda d: call_of(d).update(target="os.system"), "`os.system`, which is not among the torch operations"),
         (lambda d: call_of(d).update(target="torch.load"), "not among the torch operations"),
         (lambda d: call_of(d).update(target="torch.Tensor.numpy"), "not among the torch operations"),
