@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .errors import PlanError
+from .source import at, is_inside
 from .stored import Stored, arguments, line_of
 from .tracing import tree
 from .tracing.ambient import under
@@ -61,9 +62,11 @@ class Replay:
     def _operation(self, tape: Tape, op: dict) -> Any:
         kind: str = op["kind"]
         target: Any = op.get("target")
+        if kind in (READ, WRITE, SKIP) and is_inside(target[0]) and target[0] not in self.stored.paths:
+            at(self.stored.model, target[0])  # what operations call is learnt on the way
         args, kwargs = arguments(op, lambda n, leaf: self.values[n][leaf], self.constants.__getitem__)
         if kind == CALL:
-            return tape.call(self.stored.functions[target], tuple(args), kwargs)
+            return self.stored.functions[target](*args, **kwargs)  # the recorder sees it as it sees the body's
         if kind == READ:
             return self._read(tape, (*target,), op)
         if kind == WRITE:

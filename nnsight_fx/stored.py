@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .errors import NNsightFXError, PlanError, nearest
+from .source import at, is_inside
 from .tracing.forms import decode
 from .tracing.lazy import Line
 from .tracing.names import effect_of
@@ -54,7 +55,10 @@ class Stored:
             return held[data["parameter"]]
         wanted, own = torch.device(data["device"]), self.model.device
         device = own if wanted.type != "cpu" and own is not None else wanted  # a file from another machine's GPU
-        return tensors[data["tensor"]].to(device).requires_grad_(bool(data["requires_grad"]))
+        made = tensors[data["tensor"]].to(device)
+        if "stride" in data:  # the layout is part of what a plan is compiled for, and of how sums round
+            made = torch.empty_strided(made.shape, data["stride"], dtype=made.dtype, device=device).copy_(made)
+        return made.requires_grad_(bool(data["requires_grad"]))
 
     def _check(self, n: int, op: dict, kinds: frozenset[str]) -> None:
         kind, target = op["kind"], op.get("target")
@@ -86,7 +90,16 @@ class Stored:
                 raise PlanError(f"`{self.path}`: operation {n} (`{target}`) is not about a field of a value.")
 
     def known_module(self, path: str, line: str) -> None:
-        if path not in self.paths:
+        """Refuse a module, or an operation of one, that this model does not have."""
+        if path in self.paths:
+            return
+        if is_inside(path):
+            first = ".source.".join(f".{path}".split(".source.")[:2]).removeprefix(".")
+            try:
+                at(self.model, first)
+            except AttributeError as e:
+                raise PlanError(f"`{self.path}` does not fit this model: {line}: {e}") from e
+        else:
             raise PlanError(
                 f"`{self.path}`: {line} uses the module `{path}`, which this model does not have; {nearest(path, self.paths)}"
             )
@@ -116,7 +129,7 @@ def undamaged(path: str) -> Iterator[None]:
     """What a reader stumbles over in a file is told as that."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as e:
         if isinstance(e, NNsightFXError):
             raise
         raise PlanError(f"`{path}` is damaged: {type(e).__name__}: {e}") from e

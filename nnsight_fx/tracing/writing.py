@@ -120,6 +120,8 @@ class Writer:
             raise self.refuse(n, f"its {type(value).__name__} argument is no plain dense tensor")
         if id(value) in self.changed:
             raise self.refuse(n, "the body changes this tensor of yours in place, and its first value is gone")
+        if not value.is_contiguous() and not any(s == 0 for s in value.stride()):
+            made["stride"] = list(value.stride())
         key = f"{self.prefix}{slot}"
         self.tensors[key] = value.detach().cpu().contiguous().clone()
         return made | {"tensor": key, "device": str(value.device)}
@@ -276,6 +278,8 @@ class EditWriter(Writer):
             made["hook"] = op.extra is not None
         elif op.kind in (READ, WRITE):
             made["first"] = op.extra is not None
+        if op.kind in (READ, WRITE, SKIP) and f".{op.target[0]}".count(".source.") > 1:
+            raise self.refuse(n, "it looks into a function that an operation calls, which is known only in a trace")
         return made
 
 
