@@ -25,8 +25,8 @@ KINDS = frozenset({READ, WRITE, SKIP, CALL, MODULE, STOP, BARRIER})
 
 def place(model: Any, name: str | None, export_dir: str | os.PathLike | None, variant: str) -> str:
     """The file of a variant: `<export_dir>/<name>/<variant>.safetensors`."""
-    if name is None:
-        name = getattr(getattr(model._module, "config", None), "name_or_path", "") or type(model._module).__name__
+    known = getattr(getattr(model._module, "config", None), "name_or_path", "")
+    name = str(name or known or type(model._module).__name__)
     folder = os.path.expanduser(FOLDER) if export_dir is None else os.fspath(export_dir)
     return os.path.join(folder, name.strip(os.sep).replace(os.sep, "_").replace("/", "_"), f"{variant}.safetensors")
 
@@ -68,7 +68,9 @@ def _draft(stored: Stored) -> Draft:
     draft, values = Draft(), []
     for op in stored.operations:
         args, kwargs = arguments(op, lambda n, leaf: values[n], stored.constant)
-        kind, target, extra = op["kind"], op.get("target"), None
+        kind: str = op["kind"]
+        target: Any = op.get("target")
+        extra: Any = None
         effect = {CALL: "", MODULE: "random", READ: ""}.get(kind, "inplace")
         if kind == CALL:
             effect = "inplace" if target == "setattr" else effect_of(target.rpartition(".")[2], kwargs)

@@ -61,7 +61,8 @@ class Stored:
         return made.requires_grad_(bool(data["requires_grad"]))
 
     def _check(self, n: int, op: dict, kinds: frozenset[str]) -> None:
-        kind, target = op["kind"], op.get("target")
+        kind: str = op["kind"]
+        target: Any = op.get("target")
         if kind not in kinds:
             raise PlanError(f"`{self.path}`: operation {n} is a `{kind}`, which this version does not have.")
         if kind in (READ, WRITE, SKIP, VISIT, MODULE):

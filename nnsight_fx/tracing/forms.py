@@ -144,7 +144,8 @@ def decode(data: Any, value: Callable[[int, int], Any], constant: Callable[[int]
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as e:
             raise PlanError(f"damaged plan: {x!r} is no argument") from e
 
-    def container(kind: str, name: str, keys: list, items: list) -> Any:
+    def container(structure: list, items: list) -> Any:
+        kind, name, keys = structure
         return tree.construct(kind, _CONTAINERS[name], tuple(keys), [walk(i) for i in items])
 
     forms: dict[str, Callable[[Any], Any]] = {
@@ -156,7 +157,7 @@ def decode(data: Any, value: Callable[[int, int], Any], constant: Callable[[int]
         "t": lambda x: tuple(walk(i) for i in x),
         "d": lambda x: {k: walk(v) for k, v in x},
         "k": lambda x: slice(*map(walk, x)),
-        "x": lambda x: container(*x[0], x[1]),
+        "x": lambda x: container(*x),
         "tensor": lambda x: torch.ones(x[0], dtype=_LITERALS["dtype"][x[1]]),
     }
     return walk(data)
