@@ -38,7 +38,7 @@ def export(model: Any, path: str) -> None:
     module = model._module
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     parameters = {id(tensor): name for name, tensor in tensors}
-    writers = [EditWriter(draft, parameters, f"{i}.") for i, draft in enumerate(model._edits)]
+    writers = [EditWriter(draft, parameters, model.device, f"{i}.") for i, draft in enumerate(model._edits)]
     edits = [writer.document() for writer in writers]
     held: dict[str, torch.Tensor] = {}
     for writer in writers:

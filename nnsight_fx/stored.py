@@ -35,6 +35,8 @@ class Stored:
     ):
         self.path, self.model, self.functions = path, model, functions
         self.operations: list[dict] = data["operations"]
+        if any("parameter" in c or c.get("device", "cpu") != "cpu" for c in data["constants"]):
+            model.dispatch()  # the weights, and where they are
         held = dict(model._module.named_parameters(remove_duplicate=False))
         held |= dict(model._module.named_buffers(remove_duplicate=False))
         self.slots = [(c["name"], self._constant(c, tensors, held)) for c in data["constants"]]
@@ -53,8 +55,9 @@ class Stored:
                     + nearest(data["parameter"], held)
                 )
             return held[data["parameter"]]
-        wanted, own = torch.device(data["device"]), self.model.device
-        device = own if wanted.type != "cpu" and own is not None else wanted  # a file from another machine's GPU
+        own = self.model.device or torch.device("cpu")
+        wanted = own if data["device"] == "model" else torch.device(data["device"])
+        device = wanted if wanted.type in ("cpu", own.type) else own  # a file from another machine
         made = tensors[data["tensor"]].to(device)
         if "stride" in data:  # the layout is part of what a plan is compiled for, and of how sums round
             made = torch.empty_strided(made.shape, data["stride"], dtype=made.dtype, device=device).copy_(made)

@@ -193,6 +193,31 @@ def test_in_another_process(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_for_a_model_without_weights_they_are_loaded_where_the_edit_needs_them(tmp_path):
+    module = gpt2()
+    module.save_pretrained(tmp_path / "model")
+    vector = torch.arange(32.0)
+
+    def edit(m):
+        m.transformer.h[0].output = m.transformer.h[0].output * m.transformer.ln_f.weight + vector
+
+    model = LanguageModel(module)
+    with model.edit() as edited:
+        edit(edited)
+    edited.export_edits("mine", tmp_path)
+    fresh = LanguageModel(tmp_path / "model", tokenizer=object())
+    assert not fresh.dispatched
+    fresh.import_edits("mine", tmp_path)
+    with torch.no_grad(), fresh.trace(ids()):
+        got = fresh.lm_head.output.save()
+    handle = module.transformer.h[0].register_forward_hook(
+        lambda m, a, out: out * module.transformer.ln_f.weight + vector
+    )
+    with torch.no_grad():
+        assert torch.equal(got, module(ids()).logits)
+    handle.remove()
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -598,6 +598,7 @@ def call_of(document):
             lambda d: call_of(d).update(target="torch.Tensor.add_", args=[{"c": 1}, 1]),
             "changes a constant, which no plan may",
         ),
+        (lambda d: call_of(d).update(target="torch.lobpcg"), "not among the torch operations"),
         (lambda d: call_of(d).update(target="getattr"), "`getattr`, which is not among the torch operations"),
         (lambda d: call_of(d)["args"].append({"v": [99, 0]}), "damaged"),
         (lambda d: call_of(d)["args"].append({"eval": "1"}), "damaged"),

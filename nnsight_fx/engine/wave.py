@@ -117,6 +117,7 @@ class Wave:
         tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         recording = Recording(
             parameters={id(tensor): name for name, tensor in tensors},
+            device=self.host.device,
             members=[self._role(i) for i in range(len(self.members))],
             inputs=[(b.args, b.kwargs) for b in self.batches],
             caches=tape.caches,

@@ -39,6 +39,7 @@ class Recording:
     """What a plan is saved with besides its operations."""
 
     parameters: dict[int, str]  # id of a parameter or buffer of the model -> its name
+    device: torch.device | None  # the model's
     members: list[str]  # of each worker: "edit", "input", "whole" (an invoke without input), "cache"
     inputs: list[tuple[tuple, dict]]  # of each "input"
     caches: list[Any]  # the `tracing.tape.DeclaredCache`s
@@ -56,8 +57,16 @@ class Recording:
 class Writer:
     """The operations and constants of one recording."""
 
-    def __init__(self, lines: list[Line], parameters: dict[int, str], changed: set[int], prefix: str = ""):
-        self.lines, self.parameters, self.changed, self.prefix = lines, parameters, changed, prefix
+    def __init__(
+        self,
+        lines: list[Line],
+        parameters: dict[int, str],
+        device: torch.device | None,
+        changed: set[int],
+        prefix: str = "",
+    ):
+        self.lines, self.parameters, self.device = lines, parameters, device
+        self.changed, self.prefix = changed, prefix
         self.tensors: dict[str, torch.Tensor] = {}
         self.numbers: dict[int, int] = {}  # operation -> its number in the file
 
@@ -124,7 +133,7 @@ class Writer:
             made["stride"] = list(value.stride())
         key = f"{self.prefix}{slot}"
         self.tensors[key] = value.detach().cpu().contiguous().clone()
-        return made | {"tensor": key, "device": str(value.device)}
+        return made | {"tensor": key, "device": "model" if value.device == self.device else str(value.device)}
 
 
 class PlanWriter(Writer):
@@ -135,7 +144,8 @@ class PlanWriter(Writer):
             raise PlanError("this graph was not recorded by a trace; save the one that it was loaded from")
         self.graph, self.recording = graph, graph.recording
         self.plan: InterventionGraph = graph.plan
-        super().__init__(graph.lines, self.recording.parameters, self.recording.changed)
+        r = self.recording
+        super().__init__(graph.lines, r.parameters, r.device, r.changed)
         self.names: dict[int, str] = {}  # by id of a saved value, lifted tensor or cache
         self.slot_names: dict[str, str] = {}  # by the name that the printed plan gives a constant
         known = {id(c) for c in graph.constants if isinstance(c, torch.Tensor)} | set(self.recording.slots)
@@ -249,8 +259,8 @@ class PlanWriter(Writer):
 class EditWriter(Writer):
     """One edit: `model.export_edits`."""
 
-    def __init__(self, draft: Any, parameters: dict[int, str], prefix: str):
-        super().__init__(draft.lines, parameters, set(draft.changed), prefix)
+    def __init__(self, draft: Any, parameters: dict[int, str], device: torch.device | None, prefix: str):
+        super().__init__(draft.lines, parameters, device, set(draft.changed), prefix)
         self.draft = draft
 
     def code(self, n: int) -> str:
