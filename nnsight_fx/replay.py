@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +13,7 @@ from .source import at, is_inside
 from .stored import Stored, arguments, line_of
 from .tracing import tree
 from .tracing.ambient import under
-from .tracing.forms import ambient_of, spec_of
+from .tracing.forms import ambient_of, decode, spec_of
 from .tracing.plan import (
     BACKWARD,
     BARRIER,
@@ -34,6 +35,12 @@ from .tracing.tape import SiteMeta, Tape
 KINDS = frozenset({READ, WRITE, SKIP, CALL, MODULE, VISIT, SAVE, STOP, BARRIER, GRAD, SET_GRAD, BACKWARD})
 
 
+class Held(NamedTuple):
+    """A condition, as a recording has its open blocks."""
+
+    predicate: torch.Tensor
+
+
 class Replay:
     """`strict`: sizes must be those of the recording, and every error is one of not fitting."""
 
@@ -45,7 +52,7 @@ class Replay:
         for n in numbers:
             op, mark = self.stored.operations[n], len(tape.ops)
             try:
-                with under(ambient_of(op.get("ambient"))):
+                with under(ambient_of(op.get("ambient"))), self._conditions(tape, op):
                     self.values[n] = tree.flatten(self._operation(tape, op))[0]
             except PlanError:
                 raise
@@ -56,6 +63,20 @@ class Replay:
                 raise
             tape.lines[mark:] = [line_of(op)] * (len(tape.lines) - mark)
 
+    @contextlib.contextmanager
+    def _conditions(self, tape: Tape, op: dict) -> Iterator[None]:
+        """What must hold for the operation, as open blocks of `tracer.cond`."""
+        blocks: list[Any] = tape.conditions.blocks
+        held = decode(op.get("when", []), self._value, self.constants.__getitem__)
+        blocks += map(Held, held)
+        try:
+            yield
+        finally:
+            del blocks[len(blocks) - len(held) :]
+
+    def _value(self, n: int, leaf: int) -> Any:
+        return self.values[n][leaf]
+
     def _unfit(self, op: dict, why: str) -> PlanError:
         return PlanError(f"`{self.stored.path}` does not fit this model: {op['line']} {why}")
 
@@ -64,7 +85,7 @@ class Replay:
         target: Any = op.get("target")
         if kind in (READ, WRITE, SKIP) and is_inside(target[0]) and target[0] not in self.stored.paths:
             at(self.stored.model, target[0])  # what operations call is learnt on the way
-        args, kwargs = arguments(op, lambda n, leaf: self.values[n][leaf], self.constants.__getitem__)
+        args, kwargs = arguments(op, self._value, self.constants.__getitem__)
         if kind == CALL:
             return self.stored.functions[target](*args, **kwargs)  # the recorder sees it as it sees the body's
         if kind == READ:

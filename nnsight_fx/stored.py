@@ -77,7 +77,7 @@ class Stored:
 
         args = decode(list(op["args"]), value, self.constant)
         kwargs = op.get("kwargs", {})
-        decode(list(kwargs.values()), value, self.constant)
+        decode([*kwargs.values(), *op.get("when", ())], value, self.constant)
         if kind != CALL:
             return
         if target not in self.functions:

@@ -479,6 +479,39 @@ def test_the_edits_of_the_model_are_part_of_the_plan(engine, tmp_path):
         load_plan(tmp_path / "p", edited)
 
 
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_conditions(engine, tmp_path):
+    model = NNsight(net())
+
+    def body(x, limit):
+        with model.trace(x, compile=False) as tracer:
+            h = model.layers[0].output
+            with tracer.cond(h.sum() > limit):
+                model.layers[1].output = model.layers[1].output * 0 + VECTOR
+                with tracer.cond(h.mean() < 100.0):
+                    h[:, 0] = 1
+                    inner = (h * 2).save()
+                tripled = h * 3
+            late = (tripled - 1).save()
+            out = model.head.output.save()
+        return tracer, {"inner": inner, "late": late, "out": out}
+
+    limit = float(net().layers[0](INPUT).sum()) - 1.0
+    tracer, saved = body(INPUT, limit)
+    assert torch.equal(saved["inner"][:, 0], torch.full((2, 8), 2.0))
+    tracer.graph.save_plan(tmp_path / "p", names=saved)
+    plan = load_plan(tmp_path / "p", NNsight(net()))
+    assert plan.graph == tracer.graph
+    got = plan(INPUT, compile=engine)
+    assert all(torch.equal(got[name], value) for name, value in saved.items())
+    other = INPUT - 10 * net().layers[0].weight.sum(0)  # the condition does not hold
+    got, (_, want) = plan(other, compile=engine), body(other, limit)
+    assert torch.equal(got["out"], want["out"]) and torch.equal(got["out"], net()(other))
+    for name in ("inner", "late"):
+        with pytest.raises(nnsight_fx.UnsavedValueError, match="that did not hold"):
+            got[name] + 1
+
+
 class Repeats(nn.Module):
     def __init__(self):
         super().__init__()

@@ -104,6 +104,8 @@ class Writer:
         if op.kwargs[1]:
             values = [self.named(n, argument, k, self._number) for k in op.kwargs[2]]
             made["kwargs"] = dict(zip(op.kwargs[1], values, strict=True))
+        if op.when:
+            made["when"] = [self.named(n, argument, k, self._number) for k in op.when]
         self.numbers[n] = len(self.numbers)
         return made
 
