@@ -18,7 +18,7 @@ from .cache import CacheView, cache, observed
 from .capture import _torch
 from .capture.markers import Markers
 from .capture.scan import PLAIN, callee
-from .edit import Editor
+from .edit import Edits
 from .engine.generation import Generation
 from .engine.notes import Notes
 from .engine.removal import removable
@@ -33,10 +33,9 @@ from .errors import NestedTraceError, UnknownModuleError, nearest
 from .explain import Explanation
 from .tracing import tree
 from .tracing.contexts import Tracer
-from .tracing.draft import Draft, replay
 from .tracing.lazy import user_line
 from .tracing.saving import save
-from .tracing.tape import Invoke, Tape
+from .tracing.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _of_shared(name: str, doc: str = "") -> Any:
     return property(lambda self: getattr(self._shared, name), lambda self, v: setattr(self._shared, name, v), doc=doc)
 
 
-class NNsight(Envoy):
+class NNsight(Edits, Envoy):
     """Wrap any `nn.Module`.
 
     ```python
@@ -118,7 +117,7 @@ class NNsight(Envoy):
         self._envoy_classes = envoys if envoys is not None else type(self).envoys
         super().__init__(module, "", self)
         self._compiled: Capture | None = None
-        self._edits: list[Draft] = []
+        self._edits: list[Any] = []
         self._latest: Notes | None = None
         self._unpacks: tuple | None = None  # of an edit that is open: its line, and itself
         self._module_changed()
@@ -231,39 +230,12 @@ class NNsight(Envoy):
             return self._caller(*args, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 
-    def edit(self, *, inplace: bool = False) -> Editor:
-        """Record interventions that hold in every later trace, before its own, over the whole batch.
-
-        ```python
-        with model.edit() as (tracer, edited):  # or: as edited
-            edited.transformer.h[1].mlp.output[:] = 0
-        with edited.trace(prompt):
-            logits = edited.lm_head.output.save()  # without that layer's MLP; `model` still has it
-        ```
-
-        `edited` shares the weights, and what was captured, with `model`. With `inplace=True` the edit is made to this model
-        itself. Edits add up, in the order in which they were made; `clear_edits()` takes them all off. The block runs once,
-        before any input is known: its values have no shapes, only operations. Calling the module itself ignores edits.
-        """
-        return Editor(self, inplace)
-
-    def clear_edits(self) -> None:
-        """Take off every edit of this model."""
-        self._edits = []
-
     def _copy(self) -> NNsight:
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__, _root=made, _envoys={}, _edits=list(self._edits))
         made._envoys[id(made._module)] = made
         self._shared.family.add(made)
         return made
-
-    def _replay_edits(self, tape: Tape) -> None:
-        """The operations of the edits, each in a worker of its own, in front of the trace's."""
-        for n, edit in enumerate(self._edits):
-            tape.invoke = Invoke(n)
-            replay(edit, tape)
-        tape.invoke = Invoke(len(self._edits))
 
     def __iter__(self) -> Iterator[Any]:
         if self._unpacks is not None and self._unpacks[0] == user_line():  # `as (tracer, edited)`
