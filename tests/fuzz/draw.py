@@ -169,12 +169,14 @@ def programs(draw: Any, theme: str, net: Net, places: list[Place]) -> Program:
         return Program((Walk(draw, theme, net, places).body(2),))
     rows = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(1, 3)))]
     together = draw(st.booleans())
-    if not together and draw(st.integers(0, 3)) == 3:
-        rows.append(0)
     walk, bodies = Walk(draw, theme, net, places), []
     for n in rows:
         bodies.append(walk.body(n))
         walk.at = 0
+    looks = any(type(op) in (If, Item, Apply) for body in bodies for op in body.ops)
+    if not looks and draw(st.integers(0, 3)) == 3:
+        walk.at = len(places) // 2  # what it uses of the others is there by then
+        bodies.append(walk.body(0))
     return Program(tuple(bodies), alone=False, together=together)
 
 

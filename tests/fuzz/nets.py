@@ -283,8 +283,9 @@ class Net:
             call = counts[(path, kind)] = counts.get((path, kind), -1) + 1
             found.extend(Place(path, kind, call, leaf) for leaf in _leaves(value))
 
+        branches = [path for path, m in module.named_modules() if isinstance(m, Branch)]  # not every forward goes there
         for path, m in module.named_modules():
-            if isinstance(m, nn.ModuleList):
+            if isinstance(m, nn.ModuleList) or any(path.startswith(f"{b}.") for b in branches):
                 continue
             m.register_forward_pre_hook(lambda m, args, kw, p=path: passed(p, "input", [*args, *kw.values()][0]), with_kwargs=True)
             m.register_forward_hook(lambda m, args, out, p=path: passed(p, "output", out))

@@ -83,7 +83,7 @@ class Machine:
             yield envoy
 
     def keep(self, value: torch.Tensor) -> None:
-        self.kept.append((value.detach() if self.detaches else value).save())
+        self.kept.append(save(value.detach() if self.detaches else value))
 
 
 def fit(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -434,7 +434,7 @@ class Program:
         inputs = [given.x(i, body.rows) if body.rows else None for i, body in enumerate(self.bodies)]
         out["inputs"], out["kept"], out["caches"] = inputs, [], []
         args, constants = (inputs[0],) if self.alone else (), given.constants()
-        with model.trace(*args, **kwargs) as tracer:
+        with model.trace(*args, **(kwargs if self.alone else {})) as tracer:
             m = Machine(model, tracer, constants, detaches)
             out["kept"] = m.kept
             opened = tracer.batch(*(x for x in inputs if x is not None)) if self.together else None
