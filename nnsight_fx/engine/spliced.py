@@ -353,7 +353,7 @@ class SplicedRun(Run):
 
     def perform(self, n: int, firing: Firing | None) -> None:
         op = self.plan.ops[n]
-        if op.kind == READ and firing is not None and firing.spec is None and (n, -1) in self.plan.last_use:
+        if op.kind == READ and firing is not None and firing.spec is None and (n, -1) in self.plan.users:
             raise PlanMismatchError(
                 f"{self.lines[n]}: `{'.'.join(p for p in op.target[:2] if p)}` holds objects that captured code does not have, and "
                 "an earlier sync point has begun the captured run. Trace with `compile=False`."

@@ -36,14 +36,16 @@ class Figures:
     """What a session of fuzzing has done."""
 
     programs: int = 0
-    ran: int = 0
-    errors: Counter = field(default_factory=Counter)  # raised by both engines, by class
-    refused: Counter = field(default_factory=Counter)  # raised by the spliced engine alone, which says so
-    verbs: Counter = field(default_factory=Counter)  # programs that have it
-    layers: Counter = field(default_factory=Counter)
-    told: list = field(default_factory=list)
+    ran: int = 0  # programs of which a run goes through
+    agreed: int = 0  # programs of which a run raises, the same on both engines
+    refused: int = 0  # programs that the spliced engine alone refuses
+    failed: int = 0
     compiles: int = 0
+    fallbacks: int = 0
     seconds: float = 0.0
+    errors: Counter = field(default_factory=Counter)  # on which the engines agree: programs by class
+    verbs: Counter = field(default_factory=Counter)  # programs by what is in them
+    layers: Counter = field(default_factory=Counter)
 
     def add(self, other: Figures) -> None:
         for name, value in vars(other).items():
@@ -135,7 +137,7 @@ def check(case: Case) -> Figures:
     modules = case.net.build(), case.net.build()
     hooks, spliced = NNsight(modules[0]), NNsight(modules[1])
     spliced.compile(backend="eager")
-    figures, compiled = Figures(), watch.compiles
+    figures, compiled, fell_back = Figures(), watch.compiles, len(watch.fallbacks)
     for n, program in enumerate(case.programs):
         figures.programs += 1
         figures.verbs.update(set(program.verbs()))
@@ -143,14 +145,15 @@ def check(case: Case) -> Figures:
         outcomes = [_round(program, hooks, spliced, given, case.net, f"program {n}, {given}") for given in ROUNDS]
         refused = [o for o in outcomes if isinstance(o, PlanMismatchError)]
         if refused:  # the engines' states have parted
-            figures.refused[type(refused[0]).__name__] += 1
+            figures.refused += 1
             break
+        errors = {type(o).__name__ for o in outcomes if o is not None}
         figures.ran += any(o is None for o in outcomes)
-        figures.errors.update({type(o).__name__ for o in outcomes if o is not None})
-        figures.told.extend(str(o) for o in outcomes if o is not None)
+        figures.agreed += bool(errors)
+        figures.errors.update(errors)
     else:
         _afterwards(case.net, modules)
-    figures.compiles = watch.compiles - compiled
+    figures.compiles, figures.fallbacks = watch.compiles - compiled, len(watch.fallbacks) - fell_back
     return figures
 
 

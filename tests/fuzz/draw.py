@@ -47,6 +47,8 @@ THEMES: dict[str, dict[str, int]] = {
     "gradients": BASE | {"in place": 2, "grad": 5, "view": 1},
 }
 
+PER_CASE = 3  # programs that run on one model, one after the other
+
 layer = st.sampled_from([*LAYERS, AGAIN])
 age = st.integers(1, 4)
 slot = st.integers(0, 2)
@@ -82,7 +84,7 @@ class Walk:
         return self.draw(age)
 
     def op(self, verb: str, depth: int = 0) -> Any:
-        draw, args = self.draw, {}
+        draw = self.draw
         if verb == "read" or not self.values:
             place = self.place()
             self.values += 1
@@ -124,8 +126,8 @@ class Walk:
         if verb == "barrier":
             return Barrier()
         if verb == "grad":
-            return Grad(self.value(), draw(st.one_of(st.none(), slot)))
-        raise AssertionError((verb, args))
+            return Grad(self.value() if depth else 1, draw(st.one_of(st.none(), slot)))
+        raise AssertionError(verb)
 
     def skip(self) -> Skip | None:
         a, place = self.value(), self.place(lambda p: p.kind == "input" and p.path)
@@ -137,7 +139,12 @@ class Walk:
         return Skip(place, a, name if name in PACKS else None)
 
     def ops(self, verbs: list[str], least: int, most: int, depth: int = 0) -> tuple:
-        made = [self.op(self.draw(st.sampled_from(verbs)), depth) for _ in range(self.draw(st.integers(least, most)))]
+        made = []
+        for _ in range(self.draw(st.integers(least, most))):
+            verb = self.draw(st.sampled_from(verbs))
+            if verb == "grad" and not depth:  # of what the model itself goes on with, mostly
+                made.append(self.op("read"))
+            made.append(self.op(verb, depth))
         return tuple(op for op in made if op is not None)
 
     def body(self, rows: int) -> Body:
@@ -158,9 +165,9 @@ class Walk:
         draw = self.draw
         twice = draw(st.integers(0, 3)) == 3
         inner = ("grad", "pure", "save", "in place")
-        around = self.ops([*inner], 0, 3)
-        ops = (Backward(self.value(), around, retain=twice),)
-        return ops + (Backward(self.value()),) if twice else ops
+        around = self.ops([*inner], 0, 3, depth=1)
+        ops = (Read(self.places[-1]), Backward(1, around, retain=twice))
+        return (*ops, Backward(1)) if twice else ops
 
 
 @st.composite
@@ -184,4 +191,4 @@ def programs(draw: Any, theme: str, net: Net, places: list[Place]) -> Program:
 def cases(draw: Any, theme: str) -> Case:
     net = draw(nets(theme))
     places = net.places(ROUNDS[0].x(0, 2))
-    return Case(net, tuple(draw(programs(theme, net, places)) for _ in range(draw(st.integers(1, 4)))))
+    return Case(net, tuple(draw(programs(theme, net, places)) for _ in range(PER_CASE)))
