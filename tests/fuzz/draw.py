@@ -43,7 +43,7 @@ THEMES: dict[str, dict[str, int]] = {
     "values": BASE,
     "control": BASE | {"skip": 4, "stop": 2},
     "looks": BASE | {"if": 3, "item": 2, "apply": 2},
-    "invokes": BASE | {"skip": 1, "barrier": 1, "if": 1, "stop": 1},
+    "invokes": BASE | {"barrier": 1, "if": 1, "stop": 1},
     "gradients": BASE | {"in place": 2, "grad": 5, "view": 1},
 }
 
@@ -134,9 +134,12 @@ class Walk:
         if place is None:
             return None
         name = self.net.layers[int(place.path.split(".")[1])] if place.path.endswith(".part") else None
-        outs = [i for i, p in enumerate(self.places) if p[:3] == (place.path, "output", place.call)]
-        self.at = max(self.at, outs[0])
+        self.at = max(self.at, self.behind(place))
         return Skip(place, a, name if name in PACKS else None)
+
+    def behind(self, place: Place) -> int:
+        """Where the module has returned."""
+        return next(i for i, p in enumerate(self.places) if p[:3] == (place.path, "output", place.call))
 
     def ops(self, verbs: list[str], least: int, most: int, depth: int = 0) -> tuple:
         made = []
@@ -147,10 +150,11 @@ class Walk:
             made.append(self.op(verb, depth))
         return tuple(op for op in made if op is not None)
 
-    def body(self, rows: int) -> Body:
+    def body(self, rows: int, first: tuple = (), fresh: bool = False) -> Body:
         draw = self.draw
+        self.values *= not fresh
         verbs = [v for v, weight in THEMES[self.theme].items() for _ in range(weight) if v != "stop"]
-        ops = self.ops(verbs, 2, 9)
+        ops = first + self.ops(verbs, 2, 9)
         if self.theme == "gradients":
             ops += self.backward()
         elif draw(st.integers(0, 19)) < THEMES[self.theme].get("stop", 0):
@@ -159,7 +163,7 @@ class Walk:
             ops += (Save(self.value()),)
         if "Stop" not in map(lambda op: type(op).__name__, ops) and draw(st.integers(0, 3)):
             ops += (Result(),)
-        return Body(ops, rows, cache=draw(st.integers(0, 7)) == 7)
+        return Body(ops, rows, cache=draw(st.integers(0, 7)) == 7, fresh=fresh)
 
     def backward(self) -> tuple:
         draw = self.draw
@@ -176,10 +180,13 @@ def programs(draw: Any, theme: str, net: Net, places: list[Place]) -> Program:
         return Program((Walk(draw, theme, net, places).body(2),))
     rows = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(1, 3)))]
     together = draw(st.booleans())
-    walk, bodies = Walk(draw, theme, net, places), []
+    walk, bodies, skips = Walk(draw, theme, net, places), [], draw(st.integers(0, 3)) == 3
     for n in rows:
-        bodies.append(walk.body(n))
-        walk.at = 0
+        walk.at, first = 0, ()
+        if skips:  # all invokes or none
+            skip = bodies[0].ops[1] if bodies else walk.skip()
+            first, walk.at = (Read(skip.place), skip), walk.behind(skip.place)
+        bodies.append(walk.body(n, first, fresh=draw(st.integers(0, 2)) < 2))
     looks = any(type(op) in (If, Item, Apply) for body in bodies for op in body.ops)
     if not looks and draw(st.integers(0, 3)) == 3:
         walk.at = len(places) // 2  # what it uses of the others is there by then

@@ -10,6 +10,7 @@ from .verbs import (
     Body,
     Call,
     Grad,
+    If,
     Program,
     Read,
     Save,
@@ -33,10 +34,10 @@ FOUND = {
     ),
     # The children of a module that the body calls passed their sites once more, in the middle of the call: without end.
     "a module with children, called": Case(
-        Net(("residual",)),
+        Net(("residual", "again")),
         (
-            Program((Body((Read(Place("layers.0", "output")), Call("layers.0", 1), Save(1), Read(Place("layers.0.act", "output")), Save(1))),)),
-            Program((Body((Read(Place("layers.0.up", "output")), Save(1), Read(Place("layers.0", "output")), Call("layers.0", 1), Save(1))),)),
+            Program((Body((Read(Place("layers.0", "output")), If(1, 0), Call("layers.0", 1), If(1, 0), Save(1))),)),
+            Program((Body((Read(Place("layers.0", "output")), Call("layers.0", 1), Read(Place("layers.0.up", "output", 1)), Save(1))),)),
         ),
     ),
     # `make_fx` kept the number of the first run.

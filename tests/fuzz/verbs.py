@@ -404,11 +404,12 @@ class Backward:
 
 @dataclass(frozen=True)
 class Body:
-    """One invoke; without rows, over the whole batch."""
+    """One invoke; without rows, over the whole batch. `fresh`: it uses no value of those before."""
 
     ops: tuple
     rows: int = 2
     cache: bool = False
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -421,6 +422,7 @@ class Program:
         """The names of all verbs in it."""
         found = [name for body in self.bodies for op in body.ops for name in _verbs(op)]
         found += ["invokes"] * (len(self.bodies) > 1) + ["cache"] * any(b.cache for b in self.bodies)
+        found += ["value of another invoke"] * any(not b.fresh for b in self.bodies[1:])
         return found + ["together"] * self.together + ["whole batch"] * any(not b.rows for b in self.bodies)
 
     @property
@@ -445,6 +447,7 @@ class Program:
                 with invoke:
                     if body.cache:
                         out["caches"].append(tracer.cache(include_inputs=True))
+                    m.values = [] if body.fresh else m.values
                     m.do(body.ops)
 
 
