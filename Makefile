@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
 
-.PHONY: demo test test-inductor test-slow lint bench clean
+.PHONY: demo test test-inductor test-slow fuzz lint bench clean
 
 demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
@@ -21,6 +21,11 @@ test-inductor: .venv/.stamp .peer/.stamp
 
 test-slow: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest -n 2 --dist loadgroup tests -m "slow and not inductor and not gpu" $(ARGS)
+
+# 2,000 random programs, others in each run; ARGS="--hypothesis-seed=0" repeats one. The figures go to docs/equivalence.md.
+fuzz: .venv/.stamp
+	NNSIGHT_FX_FUZZ=full $(BIN)/pytest -n 2 tests/fuzz $(ARGS)
+	$(BIN)/python tests/fuzz/figures.py
 
 bench: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest bench -m "not gpu" --benchmark-enable --benchmark-only $(ARGS)

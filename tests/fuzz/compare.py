@@ -136,7 +136,7 @@ def check(case: Case) -> Figures:
     """Run all programs of a case on both engines; an `AssertionError` where they differ."""
     modules = case.net.build(), case.net.build()
     hooks, spliced = NNsight(modules[0]), NNsight(modules[1])
-    spliced.compile(backend="eager")
+    spliced.compile(backend="eager", dynamic=case.net.dynamic)
     figures, compiled, fell_back = Figures(), watch.compiles, len(watch.fallbacks)
     for n, program in enumerate(case.programs):
         figures.programs += 1
@@ -174,10 +174,16 @@ def _round(program: Program, hooks: NNsight, spliced: NNsight, given: Given, net
     told = unsure and {"cache", "Backward"} & set(program.verbs())  # behind a graph break hooks do these, and say so
     captured = assert_no_fallback() if fine and not told else contextlib.nullcontext()
     steady = given.seed in (1, 3) and fine and not unsure and program.steady
-    with captured, assert_max_compiles(0) if steady else contextlib.nullcontext():
-        got = attempt(program, spliced, given, net.memory())
+    try:
+        with captured, assert_max_compiles(0) if steady else contextlib.nullcontext():
+            got = attempt(program, spliced, given, net.memory())
+    except AssertionError as error:
+        error.add_note(f"in {what}")
+        raise
     for model in (hooks, spliced):
         model._module.zero_grad()
+    if not fine:  # what a failed forward has moved is nobody's promise
+        spliced._module.load_state_dict(hooks._module.state_dict())
     if fine and isinstance(got["error"], PlanMismatchError):
         return got["error"]
     if type(got["error"]) is not type(want["error"]):

@@ -47,7 +47,7 @@ THEMES: dict[str, dict[str, int]] = {
     "gradients": BASE | {"in place": 2, "grad": 5, "view": 1},
 }
 
-PER_CASE = 3  # programs that run on one model, one after the other
+PER_CASE = 4  # programs that run on one model, one after the other
 
 layer = st.sampled_from([*LAYERS, AGAIN])
 age = st.integers(1, 4)
@@ -56,11 +56,12 @@ slot = st.integers(0, 2)
 
 @st.composite
 def nets(draw: Any, theme: str) -> Net:
-    layers = draw(st.lists(layer, min_size=2, max_size=4))
+    layers = draw(st.lists(layer, min_size=1, max_size=3))
     if layers[0] == AGAIN:
         layers[0] = "linear"
     grad = theme == "gradients" or draw(st.integers(0, 3)) == 3
-    return Net(tuple(layers), train=draw(st.booleans()), grad=grad)
+    dynamic = draw(st.sampled_from([True, True, True, None]))  # one capture for all shapes is half of the time
+    return Net(tuple(layers), draw(st.booleans()), grad, dynamic)
 
 
 class Walk:

@@ -263,6 +263,7 @@ class Net:
     layers: tuple[str, ...]
     train: bool = False
     grad: bool = False  # do parameters require grad
+    dynamic: bool | None = None  # as `model.compile` has it
 
     @property
     def moves_state(self) -> bool:

@@ -30,7 +30,7 @@ settings.register_profile(
     database=None,
     max_examples=-(-PROGRAMS // (len(THEMES) * PER_CASE)),
     suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate, Phase.shrink],
+    phases=[Phase.generate, Phase.shrink] if FULL else [Phase.generate],
 )
 
 
