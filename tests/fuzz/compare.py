@@ -187,7 +187,9 @@ def _round(program: Program, hooks: NNsight, spliced: NNsight, given: Given, net
     if fine and isinstance(got["error"], PlanMismatchError):
         return got["error"]
     if type(got["error"]) is not type(want["error"]):
-        raise AssertionError(f"{what}: spliced {got['error']!r}, hooks {want['error']!r}") from got["error"] or want["error"]
+        raise AssertionError(f"{what}: spliced {got['error']!r}, hooks {want['error']!r}") from (
+            got["error"] or want["error"]
+        )
     if fine or isinstance(want["error"], MissedSiteError):
         for key in want.keys() - {"error"}:
             same(got[key], want[key], f"{what}: {key}")

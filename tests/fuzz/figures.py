@@ -65,8 +65,12 @@ def page() -> str:
         each["seconds"] = round(each["seconds"])
     rows = [[theme, *(each[name] for name in COUNTS)] for theme, each in found.items()]
     rows.append(["all", *(sum(each[name] for each in found.values()) for name in COUNTS)])
-    tallies = {name: sum((Counter(each[name]) for each in found.values()), Counter()) for name in ("errors", "verbs", "layers")}
-    listed = {name: ", ".join(f"{key} {n}" for key, n in tally.most_common()) or "none" for name, tally in tallies.items()}
+    tallies = {
+        name: sum((Counter(each[name]) for each in found.values()), Counter()) for name in ("errors", "verbs", "layers")
+    }
+    listed = {
+        name: ", ".join(f"{key} {n}" for key, n in tally.most_common()) or "none" for name, tally in tallies.items()
+    }
     listed["errors"] = listed["errors"].replace("_", r"\_")
     return TEXT.format(
         table=_table(["theme", *COUNTS], rows), torch=torch.__version__, python=platform.python_version(), **listed

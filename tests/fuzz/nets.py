@@ -139,7 +139,9 @@ class Packed(Stage):
 
     def forward(self, x):
         got = self.part(x=x, scale=0.5)
-        h, skip, step = got.values() if isinstance(got, dict) else vars(got).values() if isinstance(got, Record) else got
+        h, skip, step = (
+            got.values() if isinstance(got, dict) else vars(got).values() if isinstance(got, Record) else got
+        )
         return h + skip * step
 
 
@@ -288,7 +290,9 @@ class Net:
         for path, m in module.named_modules():
             if isinstance(m, nn.ModuleList) or any(path.startswith(f"{b}.") for b in branches):
                 continue
-            m.register_forward_pre_hook(lambda m, args, kw, p=path: passed(p, "input", [*args, *kw.values()][0]), with_kwargs=True)
+            m.register_forward_pre_hook(
+                lambda m, args, kw, p=path: passed(p, "input", [*args, *kw.values()][0]), with_kwargs=True
+            )
             m.register_forward_hook(lambda m, args, out, p=path: passed(p, "output", out))
         memory = self.memory()
         with torch.no_grad(), torch.random.fork_rng():

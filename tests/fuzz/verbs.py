@@ -459,4 +459,3 @@ def _verbs(op: Any) -> list[str]:
     named += ["does not fit"] if isinstance(op, Write) and not op.fits else []
     named += [f"{type(op).__name__} {op.fn}"] if hasattr(op, "fn") else []
     return [*named, *(name for each in inner for name in _verbs(each))]
-
