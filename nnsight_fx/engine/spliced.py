@@ -23,11 +23,13 @@ from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, anch
 from ..capture.scan import callee
 from ..capture.segment import Segment
 from ..errors import PlanMismatchError
+from ..passes.calls import ModuleCall
 from ..passes.job import NotDifferentiable
 from ..tracing import tree
+from ..tracing.ambient import under
 from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
-from ..tracing.plan import OBJECT, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
+from ..tracing.plan import MODULE, OBJECT, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
 from . import gradients
 from .removal import Unfit
 from .run import Run
@@ -365,7 +367,7 @@ class SplicedRun(Run):
 
     def perform(self, n: int, firing: Firing | None) -> None:
         op = self.plan.ops[n]
-        if op.kind == READ and firing is not None and firing.spec is None and (n, -1) in self.plan.last_use:
+        if op.kind == READ and firing is not None and firing.spec is None and (n, -1) in self.plan.users:
             raise PlanMismatchError(
                 f"{self.lines[n]}: `{'.'.join(p for p in op.target[:2] if p)}` holds objects that captured code does not have, and "
                 "an earlier sync point has begun the captured run. Trace with `compile=False`."
@@ -496,6 +498,7 @@ class DynamoInterleaver(FakeInterleaver):
             mode.from_tensor(c, static_shapes=True) if isinstance(c, torch.Tensor) else c for c in run.constants
         ]
         super().__init__(run.plan, constants, run.sites)
+        self.run, self.mode = run, mode
         self.at, self.done, self.counts = list(run.at), set(run.done), dict(run.counts)
         self.env = {
             k: mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for k, v in run.env.items()
@@ -510,6 +513,17 @@ class DynamoInterleaver(FakeInterleaver):
         }
         self.group: dict[int, torch.Tensor] = {}
         self.supplied: dict[Site, list] = {}
+
+    def execute(self, n: int, op: Op) -> Any:
+        if op.kind != MODULE:
+            return super().execute(n, op)
+        module, (args, kwargs) = self.run.modules(op.target), self.arguments(op)
+        tensors = {
+            name: self.mode.from_tensor(t, static_shapes=True)
+            for name, t in [*module.named_parameters(), *module.named_buffers()]
+        }
+        with under(op.ambient):
+            return ModuleCall(op.target, self.run.skeleton(op.target))(tensors, args, kwargs)
 
     def leaf(self, x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> None:
         self.group[leaf] = x

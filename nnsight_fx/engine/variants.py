@@ -94,7 +94,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
         plan=run.plan,
         entry=Entry(list(run.at), set(run.done), dict(run.counts), set(run.env), dict(run.skipped)),
         closed=run.closed,
-        raw_numbers=run.capture.options.backend == "eager",
+        raw_numbers=raw_numbers(run),
         skeleton=lambda path: run.skeleton(path),
         aliases=aliases,
         half=frozenset(run.owner.half or ()),
@@ -197,7 +197,7 @@ def _fake(segment: Segment, run: SplicedRun, take: tuple) -> Any:
     """The fake of an extra input."""
     value = source(run, take)
     if take[0] == "constant" and take[2] != "tensor":
-        if run.capture.options.backend == "eager":
+        if raw_numbers(run):
             return value
         value = number(take, value)
     if not isinstance(value, torch.Tensor):
@@ -220,6 +220,11 @@ def source(run: SplicedRun, take: tuple) -> Any:
 NUMBERS = {"int": torch.int64, "float": torch.float64, "float32": torch.float32, "float64": torch.float64}
 
 
+def raw_numbers(run: SplicedRun) -> bool:
+    """Are lifted numbers given as they are? A graph that is traced once more, for its backward, would keep the first ones."""
+    return run.capture.options.backend == "eager" and not run.plan.backs
+
+
 def number(take: tuple, value: Any) -> torch.Tensor:
     """A lifted number as the 0-d tensor that the graph takes."""
     return torch.tensor(value, dtype=NUMBERS[take[2]])
@@ -227,7 +232,7 @@ def number(take: tuple, value: Any) -> torch.Tensor:
 
 def extras(run: SplicedRun, found: Variant) -> list:
     """The extra inputs of a call."""
-    raw = run.capture.options.backend == "eager"
+    raw = raw_numbers(run)
     values = []
     for take in found.takes:
         value = source(run, take)
