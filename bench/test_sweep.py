@@ -22,5 +22,6 @@ def setup():
 @pytest.mark.parametrize("session", [True, False], ids=["session", "loop of traces"])
 @pytest.mark.benchmark(group="patching grid, 4 layers x 14 positions")
 def test_grid(benchmark, setup, session):
-    grid(*setup, session)
-    benchmark.pedantic(grid, (*setup, session), rounds=3)
+    model, clean, corrupt, cells = setup
+    grid(model, clean, corrupt, cells, session)
+    benchmark.pedantic(grid, (model, clean, corrupt, cells, session), rounds=3)

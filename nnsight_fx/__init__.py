@@ -1,6 +1,6 @@
 """nnsight_fx: interventions on neural networks, spliced into the model's own compiled graph."""
 
-from . import interventions
+from . import interventions, patching
 from .config import CONFIG
 from .engine.spliced import assert_max_compiles, assert_no_fallback
 from .envoy import Envoy
@@ -20,6 +20,7 @@ from .errors import (
     RecompileError,
     SkipError,
     SourceNotAvailable,
+    StoreError,
     UnknownModuleError,
     UnknownOperationError,
     UnsavedValueError,
@@ -28,6 +29,7 @@ from .helpers import TraceDict, steer
 from .language import LanguageModel
 from .loading import ModelNotFoundError
 from .model import NNsight
+from .parts import Parts
 from .plans import Plan, load_plan, save_plan
 from .tokens import PromptError
 from .tracing.saving import save
@@ -48,6 +50,7 @@ __all__ = [
     "OutOfOrderError",
     "OutsideTraceError",
     "PaddedLengthUnknown",
+    "Parts",
     "Plan",
     "PlanError",
     "PlanMismatchError",
@@ -55,6 +58,7 @@ __all__ = [
     "RecompileError",
     "SkipError",
     "SourceNotAvailable",
+    "StoreError",
     "TraceDict",
     "UnknownModuleError",
     "UnknownOperationError",
@@ -63,6 +67,7 @@ __all__ = [
     "assert_no_fallback",
     "interventions",
     "load_plan",
+    "patching",
     "save",
     "save_plan",
     "steer",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import platform
-import tempfile
 import zipfile
 from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
 
+from . import atomic
 from .capture._torch import guards
 from .tracing import tree
 
@@ -44,16 +45,11 @@ def write(tracer: Any, path: str | os.PathLike, inputs: bool = False) -> None:
         given = [leaf for wave in tracer.waves for b in wave.batches for leaf in tree.flatten((b.args, b.kwargs))[0]]
         tensors = {f"input_{i}": t.contiguous() for i, t in enumerate(given) if isinstance(t, torch.Tensor)}
         parts["inputs.safetensors"] = to_bytes(tensors)
-    folder = os.path.dirname(os.path.abspath(os.fspath(path)))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".report-")
-    try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, content in parts.items():
-                archive.writestr(name, content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    atomic.write(path, made.getvalue())
 
 
 def versions() -> dict[str, Any]:

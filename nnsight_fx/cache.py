@@ -14,7 +14,7 @@ from .envoy import Envoy
 from .errors import InvokeError, UnknownModuleError, nearest
 from .tracing import tree
 from .tracing.lazy import LazyTensor, user_line
-from .tracing.tape import Invoke, Observed, SiteMeta, Tape
+from .tracing.tape import DeclaredCache, Invoke, Observed, SiteMeta, Tape
 
 SLOTS = {"input": "inputs", "output": "output"}  # kind of site -> field of an `Entry`
 
@@ -44,6 +44,19 @@ class Cache:
         self.paths = list(dict.fromkeys(_path(root, m) for m in (root.modules() if modules is None else modules)))
         self.entries: dict[str, list[Entry]] = {}
         self.real = False  # are the entries a run's, or still what was recorded
+
+    def arguments(self) -> dict:
+        """What `tracer.cache` was told, as plain values."""
+        steps = {name: dict(given) for name, given in self.how.steps}
+        device, dtype = (steps.get("to", {}).get(name) for name in ("device", "dtype"))
+        return {
+            "modules": [_shown(p) for p in self.paths] if self.named else None,
+            "device": None if device is None else str(device),
+            "dtype": None if dtype is None else str(dtype),
+            "detach": "detach" in steps,
+            "include_output": "output" in self.kinds,
+            "include_inputs": "input" in self.kinds,
+        }
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "root": None}
@@ -131,7 +144,9 @@ def cache(tracer: Any, modules: list | None, kinds: list[str], how: Observed) ->
     made.record(tracer.waves[-1])
     if tracer.generation is not None:
         tracer.generation.caches.append(made)
-    return CacheView(made, None)
+    view = CacheView(made, None)
+    tape.caches.append(DeclaredCache(view, mine.index, user_line(), made.arguments()))
+    return view
 
 
 class CacheView:

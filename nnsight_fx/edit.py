@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NoReturn
 
+from . import edit_files
 from .errors import InvokeError, NestedTraceError, NotRecordableError, own_error
 from .tracing.contexts import Stopping
 from .tracing.draft import Draft
 from .tracing.lazy import user_line
 from .tracing.recorder import Recorder
+from .tracing.tape import Invoke, Tape
 
 
 class Editor:
@@ -70,6 +73,78 @@ class Editor:
         if name.startswith("_") or "host" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.host, name)
+
+
+class Edits:
+    """The edits of a wrapped model: interventions of every trace of it."""
+
+    _edits: list[Any]  # each can `replay(tape)`
+
+    def edit(self, *, inplace: bool = False) -> Editor:
+        """Record interventions that hold in every later trace, before its own, over the whole batch.
+
+        ```python
+        with model.edit() as (tracer, edited):  # or: as edited
+            edited.transformer.h[1].mlp.output[:] = 0
+        with edited.trace(prompt):
+            logits = edited.lm_head.output.save()  # without that layer's MLP; `model` still has it
+        ```
+
+        `edited` shares the weights, and what was captured, with `model`. With `inplace=True` the edit is made to this model
+        itself. Edits add up, in the order in which they were made; `clear_edits()` takes them all off. The block runs once,
+        before any input is known: its values have no shapes, only operations. Calling the module itself ignores edits.
+        """
+        return Editor(self, inplace)
+
+    def clear_edits(self) -> None:
+        """Take off every edit of this model."""
+        self._edits = []
+
+    def export_edits(
+        self, name: str | None = None, export_dir: str | os.PathLike | None = None, variant: str = "__default__"
+    ) -> str:
+        """Write this model's edits into a file, `<export_dir>/<name>/<variant>.safetensors`, and return its path.
+
+        ```python
+        with model.edit() as edited:
+            edited.transformer.h[6].output[:, -1] += steering
+        edited.export_edits("steered", "edits")
+        # elsewhere, on the same model or one with the same modules:
+        model.import_edits("steered", "edits")
+        ```
+
+        The file holds operations, and the tensors that they use as they are now; parameters and buffers of the model are
+        kept by name. No pickle, no code. By default `name` is the model's own (its hub id, or its class) and `export_dir`
+        `~/.cache/nnsight_fx/edits`. The model may have no weights yet.
+
+        Raises:
+            PlanError: there are no edits, or one holds what is no data, with its line.
+
+        Source: nnsight 0.7's `export_edits`.
+        """
+        path = edit_files.place(self, name, export_dir, variant)
+        edit_files.export(self, path)
+        return path
+
+    def import_edits(
+        self, name: str | None = None, export_dir: str | os.PathLike | None = None, variant: str = "__default__"
+    ) -> None:
+        """Add the edits that `export_edits` wrote to this model, in place, behind those that it has.
+
+        Raises:
+            PlanError: there is no such file, it is no export of edits or of another version, it names an operation that is
+                not torch's, or a module or parameter that this model does not have. Shapes are known only in a trace,
+                which tells what does not fit, with the line of the edit.
+        """
+        path = edit_files.place(self, name, export_dir, variant)
+        self._edits = [*self._edits, *edit_files.imported(self, path)]
+
+    def _replay_edits(self, tape: Tape) -> None:
+        """The operations of the edits, each in a worker of its own, in front of the trace's."""
+        for n, edit in enumerate(self._edits):
+            tape.invoke = Invoke(n)
+            edit.replay(tape)
+        tape.invoke = Invoke(len(self._edits))
 
 
 class Every:

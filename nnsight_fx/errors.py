@@ -74,6 +74,10 @@ class PlanError(NNsightFXError, ValueError):
     """A plan that cannot be saved, or a saved one that does not fit the model, the input or this version."""
 
 
+class StoreError(NNsightFXError, ValueError):
+    """A folder that holds another sweep, or none at all."""
+
+
 class FallbackError(NNsightFXError, AssertionError):
     """Something ran outside captured code under `assert_no_fallback()`."""
 

@@ -49,7 +49,7 @@ class Explanation:
 
 def _of(capture: Capture) -> dict[str, Any]:
     entries, limit = _torch.recompiles([inner for _, inner in capture.entries.values()])
-    before, report = capture.last[-1] if capture.last else (0, [])
+    before, report = capture.nodes, capture.last[-1] if capture.last else []
     passes = []
     for name, rewrites, nodes in report:
         passes.append({"pass": name, "rewrites": rewrites, "nodes": nodes, "change": nodes - before})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from .cache import CacheView, cache, observed
 from .capture import _torch
 from .capture.markers import Markers
 from .capture.scan import PLAIN, callee
-from .edit import Editor
+from .edit import Edits
 from .engine.generation import Generation
 from .engine.notes import Notes
 from .engine.removal import removable
@@ -28,15 +28,16 @@ from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
 from .engine.wave import Wave
 from .envoy import Envoy
-from .errors import UnknownModuleError, nearest
+from .errors import NestedTraceError, UnknownModuleError, nearest
 from .explain import Explanation
+from .sweep.results import Results
 from .sweep.session import Session
+from .sweep.sweep import sweep
 from .tracing import tree
 from .tracing.contexts import Tracer
-from .tracing.draft import Draft, replay
 from .tracing.lazy import user_line
 from .tracing.saving import save
-from .tracing.tape import Invoke, Tape
+from .tracing.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _of_shared(name: str, doc: str = "") -> Any:
     return property(lambda self: getattr(self._shared, name), lambda self, v: setattr(self._shared, name, v), doc=doc)
 
 
-class NNsight(Envoy):
+class NNsight(Edits, Envoy):
     """Wrap any `nn.Module`.
 
     ```python
@@ -118,7 +119,7 @@ class NNsight(Envoy):
         self._envoy_classes = envoys if envoys is not None else type(self).envoys
         super().__init__(module, "", self)
         self._compiled: Capture | None = None
-        self._edits: list[Draft] = []
+        self._edits: list[Any] = []
         self._latest: Notes | None = None
         self._unpacks: tuple | None = None  # of an edit that is open: its line, and itself
         self._module_changed()
@@ -128,6 +129,14 @@ class NNsight(Envoy):
         self._shared.renew(self._module)
         for model in self._shared.family:
             model._know_tree()
+
+    def clear_cache(self) -> None:
+        """Forget all scans, captures and compiled plans, and free what they hold. They are bounded anyway, and made anew."""
+        if self.tracer is not None:
+            raise NestedTraceError(
+                f"{user_line()}: the open trace, from {self.tracer.line}, uses them. Leave it first."
+            )
+        self._module_changed()
 
     def _know_tree(self) -> None:
         self._names = Names(self._module, self._rename, Envoy)
@@ -223,39 +232,12 @@ class NNsight(Envoy):
             return self._caller(*args, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 
-    def edit(self, *, inplace: bool = False) -> Editor:
-        """Record interventions that hold in every later trace, before its own, over the whole batch.
-
-        ```python
-        with model.edit() as (tracer, edited):  # or: as edited
-            edited.transformer.h[1].mlp.output[:] = 0
-        with edited.trace(prompt):
-            logits = edited.lm_head.output.save()  # without that layer's MLP; `model` still has it
-        ```
-
-        `edited` shares the weights, and what was captured, with `model`. With `inplace=True` the edit is made to this model
-        itself. Edits add up, in the order in which they were made; `clear_edits()` takes them all off. The block runs once,
-        before any input is known: its values have no shapes, only operations. Calling the module itself ignores edits.
-        """
-        return Editor(self, inplace)
-
-    def clear_edits(self) -> None:
-        """Take off every edit of this model."""
-        self._edits = []
-
     def _copy(self) -> NNsight:
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__, _root=made, _envoys={}, _edits=list(self._edits))
         made._envoys[id(made._module)] = made
         self._shared.family.add(made)
         return made
-
-    def _replay_edits(self, tape: Tape) -> None:
-        """The operations of the edits, each in a worker of its own, in front of the trace's."""
-        for n, edit in enumerate(self._edits):
-            tape.invoke = Invoke(n)
-            replay(edit, tape)
-        tape.invoke = Invoke(len(self._edits))
 
     def __iter__(self) -> Iterator[Any]:
         if self._unpacks is not None and self._unpacks[0] == user_line():  # `as (tracer, edited)`
@@ -265,6 +247,10 @@ class NNsight(Envoy):
     def session(self) -> Session:
         """Several traces whose values flow from one to the next without `.save()`; see `Session`."""
         return Session()
+
+    def sweep(self, fn: Callable[..., Any], inputs: Any, over: Mapping[str, Iterable], **options: Any) -> Results:
+        """Run `fn(tracer, *cell)` as a body for every cell of the grid `over`; see `nnsight_fx.sweep.sweep`."""
+        return sweep(self, fn, inputs, over, **options)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What ran how: engine, segments and graph breaks, compiles, passes, what ran outside captured code, the latest trace.

@@ -11,7 +11,7 @@ import torch.nn as nn
 from .capture import operations
 from .capture.source import Frame, plain
 from .capture.source import operations as frame_of
-from .envoy import Observed
+from .envoy import Envoy, Observed
 from .errors import OutsideTraceError, SourceNotAvailable, UnknownOperationError, nearest
 from .tracing.lazy import Line, user_line
 
@@ -126,6 +126,23 @@ def source_of(envoy: Any) -> Source:
     with _named(envoy.path, user_line()):
         function, _ = plain(root._markers.forward_of(module))
         return Source(operations.frame(envoy._path), root, frame_of(function))
+
+
+def is_inside(path: str) -> bool:
+    """Is it the path of an operation, and not of a module?"""
+    return ".source." in f".{path}"
+
+
+def at(root: Any, path: str) -> Any:
+    """The operation at the path of its sites, of which all but the first may only be known inside a trace.
+
+    Raises `UnknownOperationError`, `SourceNotAvailable`, or torch's own error for a module that is not there.
+    """
+    module, *names = f".{path}".split(".source.")
+    found: Any = root._envoy_of(root._module.get_submodule(module.removeprefix(".")))
+    for name in names:
+        found = getattr(found.nns_source if isinstance(found, Envoy) else found.source, name)
+    return found
 
 
 @contextlib.contextmanager

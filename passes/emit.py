@@ -114,7 +114,7 @@ class Emitter(Interleaver):
                 raise CutHere  # not what was guessed: the live read says so
 
     def perform(self, n: int, firing: Firing | None) -> None:
-        if self.plan.ops[n].kind == "read" and (n, -1) in self.plan.last_use:
+        if self.plan.ops[n].kind == "read" and (n, -1) in self.plan.users:
             raise CutHere
         super().perform(n, firing)
         op = self.plan.ops[n]
@@ -258,7 +258,7 @@ class Emitter(Interleaver):
 
     def _keep(self, n: int, leaves: list, spec: Any) -> None:
         for j, leaf in enumerate(leaves):
-            if (n, j) in self.plan.last_use or not self.closed:
+            if (n, j) in self.plan.users or not self.closed:
                 self.env[(n, j)] = leaf() if isinstance(leaf, LeafOf) else leaf
                 self.made.add((n, j))
 

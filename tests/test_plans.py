@@ -90,7 +90,43 @@ def gradients(model, vector, position=-1, scale=2.5):
     return {"grad": grad}
 
 
-PROGRAMS = [steer, swap, tuples, skipped, applied, stopped, gradients]
+def gradients_changed(model, vector, position=-1, scale=2.5):
+    hidden = model.layers[0].output
+    hidden.requires_grad_()
+    early = model.layers[2].output
+    with (model.head.output * scale).square().sum().backward():
+        early.grad = early.grad * vector
+        grad = hidden.grad.clone().save()
+        hidden.grad[:, position] *= 2
+    return {"grad": grad}
+
+
+def gradients_of_two_losses(model, vector, position=-1, scale=2.5):
+    hidden = model.layers[0].output
+    hidden.requires_grad_()
+    out = model.head.output
+    (first,) = torch.autograd.grad(out.sum(), [hidden], retain_graph=True)
+    (second,) = torch.autograd.grad((out * scale).square().sum(), [hidden])
+    return {"first": first.save(), "second": second.save()}
+
+
+def inside(model, vector, position=-1, scale=2.5):
+    model.source.torch_relu_0.output = model.source.torch_relu_0.output * scale
+    return {"first": model.layers[1].input.save(), "head": model.head.output.save()}
+
+
+PROGRAMS = [
+    steer,
+    swap,
+    tuples,
+    skipped,
+    applied,
+    stopped,
+    gradients,
+    gradients_changed,
+    gradients_of_two_losses,
+    inside,
+]
 
 
 def record(model, program, x, **options):
@@ -302,6 +338,284 @@ def damaged(path, change):
     save_file(tensors, path, metadata | {"plan": json.dumps(document)})
 
 
+# -- caches, calls with hooks, edits, loops, modules of one's own ------------------------------------------------------
+
+
+def leaves(cache):
+    """The tensors that a cache holds, by path."""
+    flat = {
+        path: nnsight_fx.tracing.tree.flatten([(e.output, e.inputs) for e in cache[path].visits])[0] for path in cache
+    }
+    return {path: [x for x in found if isinstance(x, torch.Tensor)] for path, found in flat.items()}
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_caches(engine, tmp_path):
+    model = NNsight(net())
+
+    def body(x, compile):
+        with model.trace(x, compile=compile) as tracer:
+            everything = tracer.cache()
+            some = tracer.cache([model.pair, "model.layers.1"], dtype=torch.float64, include_inputs=True)
+            model.layers[0].output[:, -1] += VECTOR
+            out = model.head.output.save()
+        return tracer, everything, some, out
+
+    tracer, _, some, out = body(INPUT, False)
+    tracer.graph.save_plan(tmp_path / "p", names={"some": some, "out": out})
+    plan = load_plan(tmp_path / "p", NNsight(net()))
+    assert plan.graph == tracer.graph and plan.saved == ("out", "cache", "some")
+    got = plan(OTHER, compile=engine)
+    _, everything, some, out = body(OTHER, False)
+    assert list(got) == ["out", "cache", "some"] and torch.equal(got["out"], out)
+    for name, want in (("cache", everything), ("some", some)):
+        found, wanted = leaves(got[name]), leaves(want)
+        assert found.keys() == wanted.keys() and all(
+            map(torch.equal, sum(found.values(), []), sum(wanted.values(), []))
+        )
+    assert got["some"]["model.pair"].inputs[0][0].dtype == torch.float64 and len(got["cache"]) > len(got["some"]) == 2
+    clean = net()
+    hidden = torch.relu(clean.layers[0](OTHER) + torch.cat([torch.zeros(5, 8), VECTOR[None]]))
+    assert torch.equal(got["cache"].model.layers[1].output, clean.layers[1](hidden))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_cache_of_one_invoke(together, tmp_path):
+    model = NNsight(net())
+    with model.trace() as tracer:
+        one, two = (
+            tracer.batch(INPUT[:1], OTHER[:1]) if together else (tracer.invoke(INPUT[:1]), tracer.invoke(OTHER[:1]))
+        )
+        with one:
+            model.layers[0].output[:] = 0
+        with two:
+            cache = tracer.cache(["model.layers.0"])
+        with tracer.invoke():
+            whole = model.head.output.save()
+    tracer.graph.save_plan(tmp_path / "p", names={"acts": cache, "whole": whole})
+    plan = load_plan(tmp_path / "p", NNsight(net()))
+    assert plan.graph == tracer.graph
+    got = plan(INPUT[:1], OTHER[:1])
+    assert torch.equal(got["whole"], whole) and torch.equal(
+        got["acts"].model.layers[0].output, net().layers[0](OTHER[:1])
+    )
+    damaged(tmp_path / "p", lambda d: d["caches"][0].update(modules=["model.layers.9"]))
+    with pytest.raises(
+        PlanError, match=r"test_plans\.py:\d+ uses the module `layers.9`, which this model does not have"
+    ):
+        load_plan(tmp_path / "p", NNsight(net()))
+
+
+def test_a_value_of_a_cache_in_the_body_is_refused(tmp_path):
+    model = NNsight(net())
+    with pytest.raises(nnsight_fx.MissedSiteError), model.trace(INPUT, compile=False) as tracer:
+        cache = tracer.cache(["model.layers.0"])
+        (cache["model.layers.0"].output + 1).save()
+    with pytest.raises(PlanError, match=r"test_plans\.py:\d+: .*it uses what a cache holds. Read the site itself"):
+        tracer.graph.save_plan(tmp_path / "p")
+
+
+def with_extra():
+    module = net()
+    module.extra = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).requires_grad_(False)
+    return module
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_a_call_with_hooks(engine, tmp_path):
+    """An attached module in sight of the trace: another invoke changes what is inside it."""
+    module = with_extra()
+    model = NNsight(module)
+
+    def body(x, y):
+        with model.trace(compile=False) as tracer:
+            with tracer.invoke(x):
+                model.layers[1].output = model.extra(model.layers[1].output, hook=True)
+                inner = model.extra[0].output.save()
+                out = model.head.output.save()
+            with tracer.invoke(y):
+                model.layers[0].output[:] *= 2
+        return tracer, inner, out
+
+    tracer, inner, out = body(INPUT[:1], OTHER[:1])
+    tracer.graph.save_plan(tmp_path / "p", names={"inner": inner, "out": out})
+    plan = load_plan(tmp_path / "p", model)
+    assert plan.graph == tracer.graph
+    _, inner, out = body(OTHER[:1], INPUT[:1])
+    got = plan(OTHER[:1], INPUT[:1], compile=engine)
+    assert torch.equal(got["inner"], inner) and torch.equal(got["out"], out)
+    handle = module.layers[1].register_forward_hook(lambda m, a, out: module.extra(out))
+    assert torch.equal(got["out"], module(OTHER[:1]))
+    handle.remove()
+    with pytest.raises(PlanError, match="`extra`?.*which this model does not have"):
+        load_plan(tmp_path / "p", NNsight(net()))
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_the_edits_of_the_model_are_part_of_the_plan(engine, tmp_path):
+    model = NNsight(net())
+    with model.edit() as edited:
+        edited.layers[2].output = edited.layers[2].output * 2
+    with edited.edit(inplace=True):
+        edited.layers[0].output[:, 0] = 1
+
+    def body(x):
+        with edited.trace(x, compile=False) as tracer:  # earlier in the model than the first edit is
+            cache = tracer.cache(["model.layers.2"])
+            model.layers[0].output[:] += VECTOR
+            out = model.head.output.save()
+        return tracer, cache, out
+
+    tracer, cache, out = body(INPUT)
+    tracer.graph.save_plan(tmp_path / "p", names={"out": out, "acts": cache})
+    plan = load_plan(tmp_path / "p", model)
+    assert plan.graph == tracer.graph
+    got, (_, cache, out) = plan(OTHER, compile=engine), body(OTHER)
+    assert torch.equal(got["out"], out) and leaves(got["acts"]).keys() == {"model.layers.2"}
+    assert torch.equal(got["acts"]["model.layers.2"].output, cache["model.layers.2"].output)
+    with model.trace(OTHER, compile=False):
+        clean = model.head.output.save()
+    assert not model._edits and torch.equal(clean, net()(OTHER)) and not torch.equal(clean, out)
+    with pytest.raises(PlanError, match="this model has edits of its own"):
+        load_plan(tmp_path / "p", edited)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_conditions(engine, tmp_path):
+    model = NNsight(net())
+
+    def body(x, limit):
+        with model.trace(x, compile=False) as tracer:
+            h = model.layers[0].output
+            with tracer.cond(h.sum() > limit):
+                model.layers[1].output = model.layers[1].output * 0 + VECTOR
+                with tracer.cond(h.mean() < 100.0):
+                    h[:, 0] = 1
+                    inner = (h * 2).save()
+                tripled = h * 3
+            late = (tripled - 1).save()
+            out = model.head.output.save()
+        return tracer, {"inner": inner, "late": late, "out": out}
+
+    limit = float(net().layers[0](INPUT).sum()) - 1.0
+    tracer, saved = body(INPUT, limit)
+    assert torch.equal(saved["inner"][:, 0], torch.full((2, 8), 2.0))
+    tracer.graph.save_plan(tmp_path / "p", names=saved)
+    plan = load_plan(tmp_path / "p", NNsight(net()))
+    assert plan.graph == tracer.graph
+    got = plan(INPUT, compile=engine)
+    assert all(torch.equal(got[name], value) for name, value in saved.items())
+    other = INPUT - 10 * net().layers[0].weight.sum(0)  # the condition does not hold
+    got, (_, want) = plan(other, compile=engine), body(other, limit)
+    assert torch.equal(got["out"], want["out"]) and torch.equal(got["out"], net()(other))
+    for name in ("inner", "late"):
+        with pytest.raises(nnsight_fx.UnsavedValueError, match="that did not hold"):
+            got[name] + 1
+
+
+class Repeats(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Linear(8, 8)
+
+    def forward(self, x):
+        for _ in range(4):
+            x = torch.tanh(self.cell(x))
+        return x
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_occurrences(engine, tmp_path):
+    torch.manual_seed(0)
+    module = Repeats().requires_grad_(False)
+    model = NNsight(module)
+    with model.trace(INPUT, compile=False) as tracer:
+        kept = {}
+        for i in tracer.iter[1:3]:
+            model.cell.output[:] *= i
+            kept[f"step {i}"] = model.cell.output.clone().save()
+        kept["out"] = model.output.save()
+    tracer.graph.save_plan(tmp_path / "p", names=kept)
+    got, seen = load_plan(tmp_path / "p", model)(OTHER, compile=engine), []
+
+    def hook(m, args, out):
+        seen.append(out * len(seen) if len(seen) in (1, 2) else out)
+        return seen[-1]
+
+    handle = module.cell.register_forward_hook(hook)
+    want = module(OTHER)
+    handle.remove()
+    assert torch.equal(got["out"], want) and torch.equal(got["step 1"], seen[1]) and torch.equal(got["step 2"], seen[2])
+
+
+class Autoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
+
+    def encode(self, h):
+        return torch.relu(self.up(h))
+
+    def decode(self, features):
+        return self.down(features)
+
+
+def made_interventions():
+    torch.manual_seed(2)
+    iv = nnsight_fx.interventions
+    return {
+        "SAESplice": iv.SAESplice(Autoencoder()),
+        "Add": iv.Add(torch.randn(8)),
+        "Noise": iv.Noise(0.1),
+        "Projection": iv.Projection(torch.randn(2, 8)),
+        "Mean": iv.Mean(torch.randn(8)),
+        "Resample": iv.Resample(torch.randn(5, 6, 8)),
+        "Zero": iv.Zero(),
+    }
+
+
+@pytest.mark.parametrize("name", made_interventions())
+def test_modules_of_ones_own_are_their_operations_and_named_tensors(name, tmp_path):
+    """An intervention is what it does: the plan needs neither its class nor its code, and its weights keep their names."""
+    one = made_interventions()[name].requires_grad_(False)
+    model = NNsight(net())
+    with model.trace(INPUT, compile=False) as tracer:
+        model.layers[1].output = one(model.layers[1].output)
+        out = model.head.output.save()
+    held = dict(one.named_parameters()) | dict(one.named_buffers())
+    names = (
+        {"one": one} if name in ("SAESplice", "Noise", "Mean", "Resample") else {}
+    )  # others use what they make of theirs
+    tracer.graph.save_plan(tmp_path / "p", names={"out": out, **names})
+    plan = load_plan(tmp_path / "p", NNsight(net()))
+    assert not names or {f"one.{n}" for n in held} == {n for n in plan.constants if n.startswith("one.")}
+    module = net()
+    handle = module.layers[1].register_forward_hook(lambda m, a, out: one(out))
+    for engine in ENGINES[:2]:
+        torch.manual_seed(3)
+        want = module(OTHER)
+        torch.manual_seed(3)
+        assert torch.equal(plan(OTHER, compile=engine)["out"], want)
+    handle.remove()
+    if name == "SAESplice":
+        zeroed = {n: torch.zeros_like(v) for n, v in plan.constants.items() if n.startswith("one.sae.down")}
+        assert len(zeroed) == 2 and torch.equal(plan(OTHER, constants=zeroed)["out"], net()(OTHER))
+    with pytest.raises(PlanError, match="neither a saved value nor a lifted one"):
+        tracer.graph.save_plan(tmp_path / "p", names={"other": nn.Linear(2, 2)})
+
+
+def test_a_generation_is_refused_and_says_what_to_do(tmp_path):
+    from .generation.test_generate import gpt2, ids, options
+
+    model = nnsight_fx.LanguageModel(gpt2())
+    with model.generate(ids(), **options()) as tracer:
+        for _ in tracer.iter[:]:
+            model.transformer.h[0].output[:] *= 2
+    with pytest.raises(PlanError, match=r"this trace is a generation.*export_edits"):
+        tracer.graph.save_plan(tmp_path / "p")
+    assert list(tmp_path.iterdir()) == []
+
+
 def call_of(document):
     return next(op for op in document["operations"] if op["kind"] == "call")
 
@@ -309,11 +623,17 @@ def call_of(document):
 @pytest.mark.parametrize(
     "change, text",
     [
-        (lambda d: d.update(version=99), "version 99, and this nnsight_fx reads version 1"),
+        (lambda d: d.update(version=99), "version 99, and this nnsight_fx reads version 2"),
         (lambda d: call_of(d).update(target="os.system"), "`os.system`, which is not among the torch operations"),
         (lambda d: call_of(d).update(target="torch.load"), "not among the torch operations"),
         (lambda d: call_of(d).update(target="torch.Tensor.numpy"), "not among the torch operations"),
         (lambda d: d["operations"][0].update(kind="apply"), "a `apply`, which this version does not have"),
+        (
+            lambda d: call_of(d).update(target="torch.Tensor.add_", args=[{"c": 1}, 1]),
+            "changes a constant, which no plan may",
+        ),
+        (lambda d: call_of(d).update(target="torch.lobpcg"), "not among the torch operations"),
+        (lambda d: call_of(d).update(target="getattr"), "`getattr`, which is not among the torch operations"),
         (lambda d: call_of(d)["args"].append({"v": [99, 0]}), "damaged"),
         (lambda d: call_of(d)["args"].append({"eval": "1"}), "damaged"),
         (lambda d: call_of(d)["args"].append({"c": -1}), "damaged"),

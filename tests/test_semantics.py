@@ -39,7 +39,12 @@ def test_every_verb_has_tests_on_every_engine(tests):
 
 
 def test_the_table_is_the_tests(tests):
-    assert semantics.written() == semantics.counts(tests), "run `make semantics`"
+    """A cell that has tests, and one that has none, is told so; how many it has may be out of date."""
+    written, counted = (
+        {verb: {engine for engine, n in cells.items() if n} for verb, cells in table.items()}
+        for table in (semantics.written(), semantics.counts(tests))
+    )
+    assert written == counted, "run `make semantics`"
     assert "FAILED" not in semantics.TABLE.read_text().partition("|")[2]
 
 

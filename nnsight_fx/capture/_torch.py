@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -375,6 +376,9 @@ def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, 
         )
         return [guard.name.startswith(user) or not any(t in guard.name for t in tables) for guard in guards]
 
+    weakref.finalize(
+        function, torch._dynamo.eval_frame.reset_code, function.__code__
+    ).atexit = False  # what it holds knows it
     return torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)(function)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch.fx as fx
@@ -28,7 +29,7 @@ class Segment:
         self.pure = pure  # does the frame change no object that existed before it
         self.ended: Break | None = None
         self.plan: Any = None  # whose capture half it was captured for
-        self.variants: dict[tuple, list[Any]] = {}
+        self.variants: OrderedDict[tuple, list[Any]] = OrderedDict()  # the latest used last
         self.tails: dict[int, tuple[Segment, list[int], list[int]]] = {}
 
     @classmethod

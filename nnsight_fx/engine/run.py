@@ -7,7 +7,7 @@ spliced, the rest is live). Live sites call `pass_site`; segments take and give 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -172,7 +172,8 @@ class Run(TensorInterleaver):
         """The `forward` of a module that the plan skips."""
 
         def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
-            found = self.skip_value(path, self.counts.get((path, "input"), 0) - 1)
+            called = self.owner.running() is not self  # by an operation of the plan
+            found = None if called else self.skip_value(path, self.counts.get((path, "input"), 0) - 1)
             return original(*args, **kwargs) if found is None else tree.unflatten(*found)
 
         return forward
@@ -217,11 +218,10 @@ class Run(TensorInterleaver):
                 active.run = run
             return None
         args, kwargs = self.arguments(op)
+        fn = self.modules(op.target).forward if op.kind == MODULE else op.target.obj
         try:
-            with under(op.ambient):
-                if op.kind == MODULE:
-                    return self.modules(op.target).forward(*args, **kwargs)
-                return op.target.obj(*args, **kwargs)
+            with under(op.ambient), unobserved():
+                return fn(*args, **kwargs)
         except Exception as e:
             e.add_note(f"nnsight_fx: in the intervention at {self.lines[n]}")
             self.written = None
@@ -328,6 +328,16 @@ class Run(TensorInterleaver):
                     "Everything else that was saved has been delivered."
                 )
         return MissedSiteError(f"{self.lines[missed[0]]}: the run ended before this operation had what it needs.")
+
+
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """No run sees the sites that are passed in here: an operation calls modules on values of its own."""
+    run, active.run = getattr(active, "run", None), None
+    try:
+        yield
+    finally:
+        active.run = run
 
 
 @contextlib.contextmanager

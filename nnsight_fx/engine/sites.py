@@ -39,6 +39,7 @@ from .past import Past, copied, growing, is_cache, state
 # Sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers.
 ROWS, LENGTH = 11, 13
 SIGNATURES = 64  # scans kept a model
+STEPS = 100_000  # recorded operations kept a scan
 
 
 class _Unknown(PaddedLengthUnknown, GuardOnDataDependentSymNode):
@@ -84,7 +85,8 @@ class Signature:
     """What all recordings over inputs of one kind share: the tree of steps and the scan."""
 
     def __init__(self, found: Scan, keep: Any, fn: str | None = None):
-        self.root, self.scan, self.keep, self.fn = Step(), found, keep, fn
+        self.scan, self.keep, self.fn = found, keep, fn
+        self._root = Step()
         self.inputs: Callable[[], Any] = lambda: ((), {})  # fresh fakes of them: a forward fills a cache
         self.past: dict[Any, int] = {}  # symbols of sizes that grow with a cache, and what each is beyond its length
         self.holds: Callable[[list], bool] = lambda values: True  # is it the scan for such lengths
@@ -92,6 +94,15 @@ class Signature:
         self.symbols: tuple[Any, Any] = (None, None)  # of rows and length, in a scan over unknown sizes
         self.metas: dict[tuple, SiteMeta | Missing] = {}
         self.frames: frozenset[str] = frozenset()  # the modules that the scan looks into
+
+    @property
+    def root(self) -> Step:
+        """Where a recording starts: the tree of all recordings so far, until it has grown too large."""
+        if self._root.size > STEPS:
+            self._root = Step()
+            self.rescans.clear()
+            self.metas.clear()
+        return self._root
 
 
 class Scanner:

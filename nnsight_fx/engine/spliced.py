@@ -8,6 +8,7 @@ import itertools
 import types
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +23,13 @@ from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, anch
 from ..capture.scan import callee
 from ..capture.segment import Segment
 from ..errors import PlanMismatchError
+from ..passes.calls import ModuleCall
 from ..passes.job import NotDifferentiable
 from ..tracing import tree
+from ..tracing.ambient import under
 from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
-from ..tracing.plan import OBJECT, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
+from ..tracing.plan import MODULE, OBJECT, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
 from . import gradients
 from .removal import Unfit
 from .run import Run
@@ -34,6 +37,7 @@ from .sites import FakeInterleaver
 from .variants import extras, variant
 
 _serial = itertools.count()
+ENTRIES = 128  # captures kept a model and set of options
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ class Capture:
     fallbacks: list[str] = field(default_factory=list)
     live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
     rowwise: dict[str | None, Callable] = field(default_factory=dict)  # what captures a function for any number of rows
-    entries: dict[tuple, tuple[Callable, Any]] = field(default_factory=dict)
+    entries: OrderedDict[tuple, tuple[Callable, Any]] = field(default_factory=OrderedDict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
+    nodes: int = 0  # of the segment that was compiled last, before its passes
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
     unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
 
@@ -101,8 +106,17 @@ class Capture:
         if key not in self.entries:
             settle(module)
             inner = entry_point(module, fn)
-            compiled = _torch.dynamo_compile(inner, self.backend, self.options.dynamic, self.options.fullgraph)
+            own = weakref.WeakMethod(self.backend)  # Dynamo keeps it with the code, where no collector sees the ring
+
+            def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
+                return own()(gm, inputs)  # type: ignore[misc]
+
+            compiled = _torch.dynamo_compile(inner, backend, self.options.dynamic, self.options.fullgraph)
             self.entries[key] = (compiled, inner)
+        self.entries.move_to_end(key)
+        if len(self.entries) > ENTRIES:
+            (_, old, _), _ = self.entries.popitem(last=False)
+            self.segments = [s for s in self.segments if old is None or s.plan is not old]
         return self.entries[key][0]
 
     def shares(self, fn: str | None, plan: InterventionGraph) -> bool:
@@ -159,7 +173,8 @@ class Capture:
         self.compiles += 1
         watch.compiles += 1
         if job is not None:
-            self.last = [*self.last[-9:], (len(segment.gm.graph.nodes), job.report)]
+            self.last = [*self.last[-9:], job.report]
+        self.nodes = len(segment.gm.graph.nodes)
 
     def refusal(self, plan: InterventionGraph) -> str | None:
         """Why a plan runs on the hook engine, if it does."""
@@ -361,7 +376,7 @@ class SplicedRun(Run):
 
     def perform(self, n: int, firing: Firing | None) -> None:
         op = self.plan.ops[n]
-        if op.kind == READ and firing is not None and firing.spec is None and (n, -1) in self.plan.last_use:
+        if op.kind == READ and firing is not None and firing.spec is None and (n, -1) in self.plan.users:
             raise PlanMismatchError(
                 f"{self.lines[n]}: `{'.'.join(p for p in op.target[:2] if p)}` holds objects that captured code does not have, and "
                 "an earlier sync point has begun the captured run. Trace with `compile=False`."
@@ -492,6 +507,7 @@ class DynamoInterleaver(FakeInterleaver):
             mode.from_tensor(c, static_shapes=True) if isinstance(c, torch.Tensor) else c for c in run.constants
         ]
         super().__init__(run.plan, constants, run.sites)
+        self.run, self.mode = run, mode
         self.at, self.done, self.counts = list(run.at), set(run.done), dict(run.counts)
         self.env = {
             k: mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for k, v in run.env.items()
@@ -506,6 +522,17 @@ class DynamoInterleaver(FakeInterleaver):
         }
         self.group: dict[int, torch.Tensor] = {}
         self.supplied: dict[Site, list] = {}
+
+    def execute(self, n: int, op: Op) -> Any:
+        if op.kind != MODULE:
+            return super().execute(n, op)
+        module, (args, kwargs) = self.run.modules(op.target), self.arguments(op)
+        tensors = {
+            name: self.mode.from_tensor(t, static_shapes=True)
+            for name, t in [*module.named_parameters(), *module.named_buffers()]
+        }
+        with under(op.ambient):
+            return ModuleCall(op.target, self.run.skeleton(op.target))(tensors, args, kwargs)
 
     def leaf(self, x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> None:
         self.group[leaf] = x

@@ -43,6 +43,9 @@ class Variant:
     ends: bool = False  # does the run end with it: the plan stops the model here
 
 
+VARIANTS = 512  # compiled plans kept a segment
+
+
 def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     """The variant of a segment for where a run's plan stands: found, or compiled now."""
     aliases: dict = _aliases(run, args) if run.env and run.plan.writes else {}
@@ -52,6 +55,7 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
         aliases.update({(slot, "tensor"): (i, None) for slot, i in constants if i is not None})
     key = (run.entry_key(), tuple(aliases.items()))
     found = segment.variants.setdefault(key, [])
+    segment.variants.move_to_end(key)
     for each in found:
         if each.guards(list(args)):
             run.capture.hits += 1
@@ -59,6 +63,8 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
             return each
     made = _compile(segment, run, args, aliases)
     found.append(made)
+    if len(segment.variants) > VARIANTS:
+        segment.variants.popitem(last=False)
     return made
 
 
@@ -88,7 +94,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
         plan=run.plan,
         entry=Entry(list(run.at), set(run.done), dict(run.counts), set(run.env), dict(run.skipped)),
         closed=run.closed,
-        raw_numbers=run.capture.options.backend == "eager",
+        raw_numbers=raw_numbers(run),
         skeleton=lambda path: run.skeleton(path),
         aliases=aliases,
         half=frozenset(run.owner.half or ()),
@@ -110,7 +116,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
     with _torch.tracing(segment.context):
         passes.run(gm, job, pipeline, run.capture.disable)
     check(job, run.removes)
-    job.skeleton = None  # it knows the run, and the variant, which knows the job, outlives that
+    job.skeleton = job.inputs = None  # they know the run, and the variant, which knows the job, outlives that
     if job.differentiates and not run.plan.backs <= job.exit.done:
         raise NotDifferentiable("the loss is not in the first captured segment")
     with _torch.tracing(segment.context), torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None):
@@ -191,7 +197,7 @@ def _fake(segment: Segment, run: SplicedRun, take: tuple) -> Any:
     """The fake of an extra input."""
     value = source(run, take)
     if take[0] == "constant" and take[2] != "tensor":
-        if run.capture.options.backend == "eager":
+        if raw_numbers(run):
             return value
         value = number(take, value)
     if not isinstance(value, torch.Tensor):
@@ -214,6 +220,11 @@ def source(run: SplicedRun, take: tuple) -> Any:
 NUMBERS = {"int": torch.int64, "float": torch.float64, "float32": torch.float32, "float64": torch.float64}
 
 
+def raw_numbers(run: SplicedRun) -> bool:
+    """Are lifted numbers given as they are? A graph that is traced once more, for its backward, would keep the first ones."""
+    return run.capture.options.backend == "eager" and not run.plan.backs
+
+
 def number(take: tuple, value: Any) -> torch.Tensor:
     """A lifted number as the 0-d tensor that the graph takes."""
     return torch.tensor(value, dtype=NUMBERS[take[2]])
@@ -221,7 +232,7 @@ def number(take: tuple, value: Any) -> torch.Tensor:
 
 def extras(run: SplicedRun, found: Variant) -> list:
     """The extra inputs of a call."""
-    raw = run.capture.options.backend == "eager"
+    raw = raw_numbers(run)
     values = []
     for take in found.takes:
         value = source(run, take)

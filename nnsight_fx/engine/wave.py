@@ -14,8 +14,8 @@ from ..tracing.encode import Key
 from ..tracing.graph import Graph
 from ..tracing.lazy import user_line
 from ..tracing.plan import Groups
-from ..tracing.plan_io import Recording
 from ..tracing.tape import Tape
+from ..tracing.writing import Recording
 from .deliver import deliver
 from .notes import Notes, notes_of
 from .run import Run
@@ -116,24 +116,32 @@ class Wave:
         """The recording so far, as data."""
         tape, tracer, module = self.tape, self.tracer, self.host._module
         tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        members = self.members or [None]
-        batches = (
-            [None] * self.edits + [self.batches[0]] if self.alone else [getattr(m, "batch", None) for m in members]
-        )
         recording = Recording(
             parameters={id(tensor): name for name, tensor in tensors},
-            inputs=[None if b is None else (b.args, b.kwargs) for b in batches],
+            device=self.host.device,
+            members=[self._role(i) for i in range(len(self.members))],
+            inputs=[(b.args, b.kwargs) for b in self.batches],
+            caches=tape.caches,
             alone=self.alone,
-            together=not self.alone and all(getattr(m, "prepared", False) for m in members),
+            together=any(m.prepared for m in self.members if isinstance(m, Invoker)),
             fn=tracer.fn,
             pad_to=tracer.pad_to,
             sites=tape.found(),
             slots=dict(tape.kept),
             changed=set(tape.changed),
             waves=len(tracer.waves),
+            generates=tracer.generation is not None,
         )
         constants = [tape.negative.get(slot, value) for slot, value in enumerate(tape.constants)]
         return Graph(tape.plan(self.groups()), tape.lines, constants, recording=recording)
+
+    def _role(self, i: int) -> str:
+        member = self.members[i]
+        if i < self.edits:
+            return "edit"
+        if isinstance(member, Shadow):
+            return "cache"
+        return "input" if self.alone or getattr(member, "batch", None) is not None else "whole"
 
     # -- occurrences ---------------------------------------------------------------------------------------------
 

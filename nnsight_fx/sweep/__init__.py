@@ -1,1 +1,1 @@
-"""A session as one program: its traces are put off, grouped, and run together where that gives the same numbers."""
+"""Sessions and sweeps: many traces as few runs."""

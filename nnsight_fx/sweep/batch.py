@@ -242,11 +242,11 @@ class BatchedRun(Run):
                 if (
                     flag is not True
                     and isinstance(firing.leaves[i], torch.Tensor)
-                    and (n, i) in self.plan.last_use
+                    and (n, i) in self.plan.users
                     and cell
                 ):
                     raise Mixed(f"`{firing.site[0]}` holds a tensor that all rows share")
-                if flag is None and (op.kind == WRITE or (n, i) in self.plan.last_use):
+                if flag is None and (op.kind == WRITE or (n, i) in self.plan.users):
                     raise Mixed(f"`{firing.site[0]}` does not hold the rows on dimension 0")
         super().fire(made)
         self.written_rows.clear()

@@ -110,7 +110,7 @@ class Walk(fx.Interpreter):
     def _visit(self, cell: Cell, where: Site, leaves: list, dims: list, written: set[int]) -> None:
         """One trace at one site, on its own rows; what it replaces is replaced in a copy, which nothing else aliases."""
         changes = cell.plan.writes or any(cell.plan.ops[n].kind == WRITE for n in cell.plan.touches[where])
-        used = {j for n in cell.plan.touches[where] for j in range(len(leaves)) if (n, j) in cell.plan.last_use}
+        used = {j for n in cell.plan.touches[where] for j in range(len(leaves)) if (n, j) in cell.plan.users}
         if changes and any(dims[j] is None and leaves[j] is not None for j in used):
             raise Mixed(f"`{'.'.join(where[:2])}` holds a tensor that all rows share")
         own = [x if d is None or x is None else cell.part(x, d) for x, d in zip(leaves, dims, strict=True)]

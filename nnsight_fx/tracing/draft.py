@@ -1,7 +1,7 @@
 """Recording a body before any input is known: an edit.
 
 Nothing can be evaluated, so nothing is: an operation on a `DraftTensor` gives another one, whatever it turns out to be (a
-tensor, a tuple, a size). `replay` does the same operations again on the values of a trace, which have shapes.
+tensor, a tuple, a size). `Draft.replay` does the same operations again on the values of a trace, which have shapes.
 """
 
 from __future__ import annotations
@@ -125,6 +125,24 @@ class Draft(Tape):
     def hooked(self, path: str, module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
         return self.add(MODULE, path, args, kwargs, effect="random", extra=Identity(module))
 
+    def replay(self, tape: Tape) -> None:
+        """Do what is recorded here, on the values of a recording with an input, in the invoke that is open."""
+        results: list[Any] = []
+
+        def lookup(key: Key) -> Any:
+            return results[key[1]] if key[0] == "v" else self.constants[key[1]]
+
+        for op, line in zip(self.ops, self.lines, strict=True):
+            mark = len(tape.ops)
+            try:
+                with under(op.ambient), Recorder(tape):
+                    results.append(_again(tape, op, decode(op.args, lookup), decode(op.kwargs, lookup)))
+            except Exception as error:
+                error.add_note(f"nnsight_fx: in the edit at {line}")
+                raise
+            tape.lines[mark:] = [line] * (len(tape.lines) - mark)
+        tape.settle()
+
     def settle(self) -> None:
         """What the body does to containers is recorded as it does it."""
 
@@ -155,25 +173,6 @@ def _refuse(what: str) -> NoReturn:
 
 def _no_run(tape: Tape) -> NoReturn:
     _refuse("a number")
-
-
-def replay(draft: Draft, tape: Tape) -> None:
-    """Do what a draft has recorded, on the values of a recording with an input, in the invoke that is open."""
-    results: list[Any] = []
-
-    def lookup(key: Key) -> Any:
-        return results[key[1]] if key[0] == "v" else draft.constants[key[1]]
-
-    for op, line in zip(draft.ops, draft.lines, strict=True):
-        mark = len(tape.ops)
-        try:
-            with under(op.ambient), Recorder(tape):
-                results.append(_again(tape, op, decode(op.args, lookup), decode(op.kwargs, lookup)))
-        except Exception as error:
-            error.add_note(f"nnsight_fx: in the edit at {line}")
-            raise
-        tape.lines[mark:] = [line] * (len(tape.lines) - mark)
-    tape.settle()
 
 
 def _again(tape: Tape, op: Op, args: tuple, kwargs: dict) -> Any:
@@ -213,4 +212,4 @@ def _of_tensors(func: Any) -> bool:
     return getattr(torch.Tensor, name_of(func), None) is func or getattr(owner, "__objclass__", None) is not None
 
 
-__all__ = ["Draft", "DraftTensor", "replay", "tree"]
+__all__ = ["Draft", "DraftTensor", "tree"]

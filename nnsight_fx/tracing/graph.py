@@ -60,7 +60,7 @@ class Graph:
     ):
         self.plan, self.lines, self.constants = plan, list(lines), list(constants)
         self.names = names or {}  # constants by slot
-        self.recording = recording  # what `save_plan` needs besides: a `plan_io.Recording`
+        self.recording = recording  # what `save_plan` needs besides: a `writing.Recording`
 
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
@@ -141,8 +141,10 @@ class Graph:
     def save_plan(self, path: str | os.PathLike, names: dict[str, Any] | None = None) -> None:
         """Write the plan to `path`: one safetensors file, the operations as JSON in its header; no pickle, no code.
 
-        `names` calls saved values and lifted tensors by name: `{"logits": logits, "steering": vector}`; numbers, which are no
-        objects of their own, by the names that the printed graph gives them: `{"position": ("constant_0", "constant_2")}`.
+        `names` calls saved values, caches and lifted tensors by name: `{"logits": logits, "steering": vector}`; a module that
+        the body used (an autoencoder, an intervention) gives its name to its parameters: `{"sae": sae}` makes them `sae.weight`,
+        ...; numbers, which are no objects of their own, have the names that the printed graph gives them:
+        `{"position": ("constant_0", "constant_2")}`.
         Without it saved values are named after their sites and constants `constant_0`, `constant_1`, ...
 
         Constants have the values that they have now. Parameters and buffers of the model are kept by name, not by value.
@@ -150,9 +152,11 @@ class Graph:
         Raises:
             PlanError: something in it is not data: a function of one's own, a value that Python looked at, an object.
         """
-        from .plan_io import save
+        from . import files
+        from .writing import PlanWriter
 
-        save(self, path, names or {})
+        writer = PlanWriter(self, names or {})
+        files.write(path, files.PLAN, writer.document(), writer.tensors)
 
 
 def _slots(key: Key | Any) -> Iterator[int]:

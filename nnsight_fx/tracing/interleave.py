@@ -138,7 +138,7 @@ class Interleaver:
 
     def arrive(self, n: int, gradient: Any) -> Any:
         """The gradient that operation `n` asked for, as the backward has it; returned as it shall be."""
-        if (n, 0) in self.plan.last_use or not self.closed:
+        if (n, 0) in self.plan.users or not self.closed:
             self.env[(n, 0)] = gradient
         self.flow()
         return self.replaced.pop(n, gradient)
@@ -262,9 +262,9 @@ class Interleaver:
     def _keep(self, n: int, leaves: list, spec: tree.Spec) -> None:
         """Hold what a later operation uses, and nothing else."""
         for j, leaf in enumerate(leaves):
-            if (n, j) in self.plan.last_use or not self.closed:
+            if (n, j) in self.plan.users or not self.closed:
                 self.env[(n, j)] = leaf
-        if (n, -1) in self.plan.last_use:
+        if (n, -1) in self.plan.users:
             self.env[(n, -1)] = (leaves, spec)
 
     def split(self, result: Any) -> tuple[list, tree.Spec]:
@@ -303,7 +303,7 @@ class Interleaver:
         if not self.closed:
             return
         for value in self.plan.needs[n]:
-            if self.plan.last_use[value] == n and value not in self.plan.saved:
+            if value not in self.plan.saved and self.plan.users[value] <= self.done:  # invokes overtake one another
                 self.env.pop(value, None)
 
     def count(self, path: str, kind: str) -> int:

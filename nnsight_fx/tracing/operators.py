@@ -68,7 +68,7 @@ _BINARY = (
     ),
 )
 _DUNDERS = IN_PLACE_DUNDERS | {f"__{name}__" for name in _BINARY}
-_FACTORIES = "rand randn randint randperm normal zeros ones full empty arange linspace eye bernoulli multinomial poisson"  # no tensor argument
+_FACTORIES = "rand_like randn_like randint_like rand randn randint randperm normal zeros ones full empty arange linspace eye bernoulli multinomial poisson"  # what torch does not list: most have no tensor argument
 _REFUSED = (
     NEEDS_DATA
     | NEEDS_MEMORY
@@ -85,6 +85,8 @@ _REFUSED = (
             "frombuffer",
             "save",
             "load",
+            "lobpcg",  # this and the next call what they are given
+            "triplet_margin_with_distance_loss",
         ]
     )
 )
@@ -101,6 +103,8 @@ def table() -> dict[str, Callable]:
                 found.setdefault(name, function)
     for name in _FACTORIES.split():
         found.setdefault(f"torch.{name}", getattr(torch, name))
+    for name in ("new_zeros", "new_ones", "new_full", "new_empty"):
+        found.setdefault(f"torch.Tensor.{name}", getattr(torch.Tensor, name))
     return found
 
 

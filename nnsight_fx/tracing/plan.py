@@ -190,13 +190,12 @@ class InterventionGraph:
         return frozenset(key[1:3] for key in calls if key[0] == "v")
 
     @cached_property
-    def last_use(self) -> dict[tuple[int, int], int]:
-        """The last operation that uses each value; saved values have none."""
-        found = {value: n for n, needed in enumerate(self.needs) for value in needed}
-        for n, op in enumerate(self.ops):
-            if op.kind in (SAVE, SYNC) or n in self.deferred:
-                for value in self.needs[n]:
-                    found[value] = len(self.ops)
+    def users(self) -> dict[tuple[int, int], set[int]]:
+        """The operations that use each value."""
+        found: dict[tuple[int, int], set[int]] = {}
+        for n, needed in enumerate(self.needs):
+            for value in needed:
+                found.setdefault(value, set()).add(n)
         return found
 
     @cached_property

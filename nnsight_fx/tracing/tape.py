@@ -88,6 +88,15 @@ class Opaque(NamedTuple):
     type: type
 
 
+class DeclaredCache(NamedTuple):
+    """A `tracer.cache(...)`: what the user got, in which invoke, and what he asked for."""
+
+    view: Any
+    invoke: int
+    line: Line
+    arguments: dict[str, Any]
+
+
 class Sites(Protocol):
     """Where the metadata of sites comes from (the scan)."""
 
@@ -103,10 +112,13 @@ class Sites(Protocol):
 class Step:
     """One operation after others: its fake results, and the steps that followed it so far."""
 
-    __slots__ = ("children", "leaves", "needs", "op", "parent", "plans", "rebound", "spec")
+    __slots__ = ("children", "leaves", "needs", "op", "parent", "plans", "rebound", "root", "size", "spec")
 
     def __init__(self, parent: Step | None = None, op: Op | None = None):
         self.parent, self.op = parent, op
+        self.root: Step = self if parent is None else parent.root
+        self.size = 0  # of a root: how many steps follow it
+        self.root.size += 1
         self.children: dict[Op | tuple[Op, tuple], Step] = {}
         self.plans: dict[tuple, InterventionGraph] = {}
         self.needs = op.needs if op is not None else frozenset()
@@ -158,6 +170,7 @@ class Tape:
         self.kept: dict[int, Key] = {}  # id of a saved value -> its key, which it loses when it becomes real
         self.objects: dict[int, tuple[LazyObject, Key]] = {}  # objects in saved containers
         self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
+        self.caches: list[DeclaredCache] = []
         self.told: list[Callable[[Any], None]] = []  # told of the run when it is over: caches, a session
         self.recapture = (
             ""  # does the plan change what the model's Python sees ("changes"), or leave parts out ("removes")
@@ -805,12 +818,12 @@ class Tape:
                 handle.remove()
 
     def _enter(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        return self._visit(path, "input", (args, kwargs))
+        return self.visit(path, "input", (args, kwargs))
 
     def _leave(self, path: str, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
-        return self._visit(path, "output", out)
+        return self.visit(path, "output", out)
 
-    def _visit(self, path: str, kind: str, value: Any) -> Any:
+    def visit(self, path: str, kind: str, value: Any) -> Any:
         """Pass a site of a called module: earlier and later invokes may act there."""
         site = (path, kind, self._call_now(path, kind))
         if any(op.kind == SKIP and op.target == (path, "output", site[2]) for op in self.ops):

@@ -159,6 +159,27 @@ def test_captures_do_not_grow_with_the_steps(engine, family, static):
         assert facts["compiles"] + facts["hits"] == 18
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("family", MODELS)
+def test_captures_do_not_grow_with_chosen_steps_and_batches(family, static):
+    """Dynamo sees a second batch size and makes it a symbol, for the prompt and for a step: two captures more, the last."""
+    module = MODELS[family]()
+    more = {"max_new_tokens": 9} | ({"cache_implementation": "static"} if static else {})
+    first = 2 if static else 3
+    model, expected = wrap(module, "eager"), {2: first, 3: first + 2, 5: first + 2}
+    for rows, captures in expected.items():
+        for which in ([0, 3], 2, slice(1, None, 2), slice(None)):
+            steps = [which] if isinstance(which, int) else which if isinstance(which, list) else range(9)[which]
+            with Hooks(module).steer(blocks(module)[0], set(steps)):
+                want = plain(module, ids(rows), **more)
+            with assert_no_fallback(), model.generate(ids(rows), **options(**more)) as tracer:
+                for _ in tracer.iter[which]:
+                    steer(blocks(model)[0])
+                got = tracer.result.save()
+            assert torch.equal(got, want)
+            assert model.explain().to_dict()["captures"][0]["captures"] == captures
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_body_without_a_loop_is_for_the_prompts_forward(engine):
     module = llama()

@@ -454,6 +454,7 @@ PARENTS = {
     "UnknownModuleError": (AttributeError,),
     "UnknownOperationError": (AttributeError,),
     "SourceNotAvailable": (),
+    "StoreError": (ValueError,),
     "OutsideTraceError": (ValueError,),
     "NestedTraceError": (ValueError,),
     "InvokeError": (ValueError,),

@@ -1,0 +1,99 @@
+"""What a sweep found, labelled."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..tracing.lazy import user_line
+from ..viz.heatmap import MissingExtraError, heatmap
+from .store import label
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+
+class Results:
+    """A value for each cell of the grid.
+
+    `values[name]` is a tensor of shape (len of each axis ..., shape of one result); a body that returns one tensor has
+    the name `"result"`. `array` (xarray) has the axes' names and values as labels, `dataset` all names at once.
+    """
+
+    def __init__(self, over: Mapping[str, Sequence], values: dict[str, torch.Tensor], manifest: dict[str, Any]):
+        self.over, self.values, self.manifest = {k: list(v) for k, v in over.items()}, values, manifest
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.values[name]
+
+    @property
+    def dataset(self) -> xarray.Dataset:
+        """All results with their labels; needs the extra `sweep`."""
+        xr = _extra("xarray")
+        coords = {name: [label(v) for v in values] for name, values in self.over.items()}
+        arrays = {}
+        for name, value in self.values.items():
+            dims = [*self.over, *(f"{name}_{i}" for i in range(value.dim() - len(self.over)))]
+            arrays[name] = (dims, (value.float() if value.dtype is torch.bfloat16 else value).numpy())
+        return xr.Dataset(arrays, coords=coords, attrs={"nnsight_fx": self.manifest["program"]})
+
+    @property
+    def array(self) -> xarray.DataArray:
+        """The one result, labelled; needs the extra `sweep`."""
+        return self.dataset[self._only()]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row for each cell (and element of a result), the axes as columns; needs the extra `sweep`."""
+        return self.dataset.to_dataframe().reset_index()
+
+    def heatmap(self, path: str | os.PathLike | None = None, name: str | None = None, **labels: Any) -> Any:
+        """Draw a result of one number a cell over two axes: the first upwards, the second to the right.
+
+        `path` is written by its suffix (PNG, SVG, PDF); the figure is returned. `labels` go to `viz.heatmap`
+        (`title`, `bar`, `x` and `y` in place of the axes' values). Needs the extra `viz`.
+        """
+        name = name or self._only()
+        value = self.values[name].squeeze() if self.values[name].dim() != len(self.over) else self.values[name]
+        if len(self.over) != 2 or value.dim() != 2:
+            raise ValueError(
+                f"{user_line()}: a heat map has two axes and a number for each cell; `{name}` has shape {tuple(self.values[name].shape)} over "
+                f"{list(self.over)}. Reduce it first: `results.array.mean(...)`",
+            )
+        (up, rows), (right, columns) = self.over.items()
+        given = {
+            "x": [str(label(c)) for c in columns],
+            "y": [str(label(r)) for r in rows],
+            "xlabel": right,
+            "ylabel": up,
+            "bar": name,
+        }
+        figure = heatmap(value.float(), **{**given, **labels})
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def _only(self) -> str:
+        if len(self.values) != 1:
+            raise ValueError(
+                f"{user_line()}: this sweep has {len(self.values)} results, {', '.join(self.values)}: say which"
+            )
+        return next(iter(self.values))
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{name}: {len(values)}" for name, values in self.over.items())
+        found = ", ".join(f"{name}: {tuple(v.shape)} {v.dtype}" for name, v in self.values.items())
+        return f"Results({axes}; {found})"
+
+
+def _extra(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise MissingExtraError(
+            f"labelled results need {name}: pip install 'nnsight-fx[sweep]'. `results.values` needs nothing."
+        ) from e

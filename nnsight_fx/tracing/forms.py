@@ -1,0 +1,188 @@
+"""Arguments of recorded operations as JSON, and back. No name is ever looked up in a module.
+
+| JSON | stands for |
+| --- | --- |
+| `{"v": [op, leaf]}` | a value |
+| `{"c": slot}` | a lifted tensor or number |
+| `null`, `true`, `3`, `"text"`, `[...]` | themselves |
+| `{"float": hex}`, `{"dtype": name}`, `{"device": name}`, `{"layout": name}`, `{"format": name}`, `{"ellipsis": 0}` | literals |
+| `{"t": [...]}`, `{"d": [[key, value], ...]}`, `{"k": [start, stop, step]}` | tuples, dicts, slices |
+| `{"x": [structure, [...]]}` | another container, of a class that a file can name |
+| `{"keep": leaf}` | in a written tree: what was there |
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import modeling_outputs
+from transformers.utils.generic import ModelOutput
+
+from ..errors import PlanError
+from . import tree
+from .ambient import Ambient
+from .encode import Keep, Key
+
+_LITERALS: dict[str, dict[str, Any]] = {
+    "dtype": {str(x): x for x in vars(torch).values() if isinstance(x, torch.dtype)},
+    "layout": {str(x): x for x in vars(torch).values() if isinstance(x, torch.layout)},
+    "format": {str(x): x for x in vars(torch).values() if isinstance(x, torch.memory_format)},
+    "ellipsis": {"...": ...},
+}
+_LITERAL_OF = {value: {tag: name} for tag, names in _LITERALS.items() for name, value in names.items()}
+_CONTAINERS: dict[str, type] = {"tuple": tuple, "list": list, "dict": dict, "OrderedDict": OrderedDict} | {
+    name: cls for name, cls in vars(modeling_outputs).items() if isinstance(cls, type) and issubclass(cls, ModelOutput)
+}
+
+
+class Unnamed(ValueError):
+    """Something that a file cannot name; says what."""
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def argument(key: Key, operation: Callable[[int], int] = lambda n: n) -> Any:
+    """The JSON of an argument; `operation` gives the number that an operation has in the file.
+
+    Raises:
+        Unnamed: it holds an object, or a size that is not known.
+    """
+
+    def walk(key: Key) -> Any:
+        tag = key[0]
+        if tag == "v":
+            return {"v": [operation(key[1]), key[2]]}
+        if tag in ("c", "n"):
+            return {"c": key[1]}
+        if tag == "l":
+            return _literal(key)
+        if tag == "t":
+            items = [walk(k) for k in key[2]]
+            return items if key[1] is list else {"t": items}
+        if tag == "d" and all(isinstance(k, str | int) for k in key[1]):
+            return {"d": [[k, walk(v)] for k, v in zip(key[1], key[2], strict=True)]}
+        if tag == "k":
+            return {"k": [walk(k) for k in key[1:]]}
+        if tag == "x" and _CONTAINERS.get(key[2].__name__) is key[2]:
+            return {"x": [[key[1], key[2].__name__, list(key[3])], [walk(k) for k in key[4]]]}
+        if tag == "s":
+            raise Unnamed(
+                "it depends on a size that was not known yet. Give the prompts first (`tracer.batch`), or `pad_to=`"
+            )
+        what = repr(key[1]) if tag == "o" else key[2].__name__ if tag == "x" else repr(key)
+        raise Unnamed(f"its argument {what} is an object, and a plan holds tensors and plain values only")
+
+    return walk(key)
+
+
+def _literal(key: Key) -> Any:
+    _, cls, value = key
+    if cls is float:
+        return {"float": value}
+    if cls is torch.device:
+        return {"device": str(value)}
+    if cls is Keep:
+        return {"keep": value.index}
+    return value if cls in (int, bool, str, type(None)) else _LITERAL_OF[value]
+
+
+def structure(spec: tree.Spec) -> Any:
+    """The JSON of a tree's structure.
+
+    Raises:
+        Unnamed: it has a class that a file cannot name.
+    """
+    if spec is None:
+        return None
+    kind, cls, keys, children = spec
+    if _CONTAINERS.get(cls.__name__) is not cls:
+        raise Unnamed(f"it holds a {cls.__name__}, a class that a file cannot name. Use a tuple, list or dict")
+    return [kind, cls.__name__, list(keys), [structure(child) for child in children]]
+
+
+def modes(ambient: tuple) -> list:
+    """The JSON of the modes that an operation was recorded under."""
+    grad, inference, autocast = ambient
+    return [grad, inference, [[device, on, str(dtype)] for device, on, dtype in autocast]]
+
+
+def shapes(value: Any) -> Any:
+    """The JSON of an input: of tensors the shapes and dtypes only."""
+    if isinstance(value, torch.Tensor):
+        return {"tensor": [list(value.shape), str(value.dtype)]}
+    if isinstance(value, float):
+        return {"float": value.hex()}
+    if isinstance(value, tuple):
+        return {"t": [shapes(v) for v in value]}
+    if isinstance(value, list):
+        return [shapes(v) for v in value]
+    if isinstance(value, dict):
+        return {"d": [[k, shapes(v)] for k, v in value.items()]}
+    return value
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def decode(data: Any, value: Callable[[int, int], Any], constant: Callable[[int], Any]) -> Any:
+    """An argument from its JSON. Unknown forms are a `PlanError`."""
+
+    def walk(x: Any) -> Any:
+        if x is None or isinstance(x, bool | int | str):
+            return x
+        if isinstance(x, list):
+            return [walk(i) for i in x]
+        if not isinstance(x, dict) or len(x) != 1:
+            raise PlanError(f"damaged plan: {x!r} is no argument")
+        ((tag, inner),) = x.items()
+        try:
+            return forms[tag](inner) if tag in forms else _LITERALS[tag][inner]
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as e:
+            raise PlanError(f"damaged plan: {x!r} is no argument") from e
+
+    def container(structure: list, items: list) -> Any:
+        kind, name, keys = structure
+        return tree.construct(kind, _CONTAINERS[name], tuple(keys), [walk(i) for i in items])
+
+    forms: dict[str, Callable[[Any], Any]] = {
+        "v": lambda x: value(*x),
+        "c": constant,
+        "float": float.fromhex,
+        "device": torch.device,
+        "keep": Keep,
+        "t": lambda x: tuple(walk(i) for i in x),
+        "d": lambda x: {k: walk(v) for k, v in x},
+        "k": lambda x: slice(*map(walk, x)),
+        "x": lambda x: container(*x),
+        "tensor": lambda x: torch.ones(x[0], dtype=_LITERALS["dtype"][x[1]]),
+    }
+    return walk(data)
+
+
+def spec_of(data: Any) -> tree.Spec:
+    if data is None:
+        return None
+    try:
+        kind, name, keys, children = data
+        return (kind, _CONTAINERS[name], tuple(keys), tuple(spec_of(child) for child in children))
+    except (KeyError, TypeError, ValueError) as e:
+        raise PlanError(f"damaged plan: {data!r} is no structure") from e
+
+
+def ambient_of(data: Any) -> Ambient | None:
+    if data is None:
+        return None
+    try:
+        grad, inference, autocast = data
+        found = tuple((str(d), bool(on), _LITERALS["dtype"][t]) for d, on, t in autocast)
+        return Ambient(bool(grad), bool(inference), found)
+    except (KeyError, TypeError, ValueError) as e:
+        raise PlanError(f"damaged plan: {data!r} are no modes") from e
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    return None if name is None else _LITERALS["dtype"][name]

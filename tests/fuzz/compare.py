@@ -1,0 +1,201 @@
+"""A case, run on the hook engine and on the spliced graph: what each leaves, compared to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
+from nnsight_fx.engine.spliced import watch
+from nnsight_fx.errors import MissedSiteError, PlanMismatchError
+from nnsight_fx.tracing.lazy import LazyObject, LazyTensor
+from nnsight_fx.tracing.tree import tree_map
+
+from .nets import Memory, Net
+from .verbs import Given, Program
+
+ROUNDS = (Given(0), Given(1), Given(2, 1, 5), Given(3, 1, 5))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and programs that run on it one after the other."""
+
+    net: Net
+    programs: tuple[Program, ...]
+
+
+@dataclass
+class Figures:
+    """What a session of fuzzing has done."""
+
+    programs: int = 0
+    ran: int = 0  # programs of which a run goes through
+    agreed: int = 0  # programs of which a run raises, the same on both engines
+    refused: int = 0  # programs that the spliced engine alone refuses
+    failed: int = 0
+    compiles: int = 0
+    fallbacks: int = 0
+    seconds: float = 0.0
+    errors: Counter = field(default_factory=Counter)  # on which the engines agree: programs by class
+    verbs: Counter = field(default_factory=Counter)  # programs by what is in them
+    layers: Counter = field(default_factory=Counter)
+
+    def add(self, other: Figures) -> None:
+        for name, value in vars(other).items():
+            own = getattr(self, name)
+            own.update(value) if isinstance(own, Counter) else setattr(self, name, own + value)
+
+
+def attempt(program: Program, model: NNsight, given: Given, memory: Memory | None) -> dict[str, Any]:
+    """What a run of a program leaves."""
+    out: dict[str, Any] = {"error": None}
+    torch.manual_seed(given.seed)
+    try:
+        program.run(model, given, {} if memory is None else {"memory": memory}, out)
+    except Exception as error:
+        out["error"] = error
+    out["kept"] = [_delivered(value) for value in out["kept"]]
+    out["caches"] = [_entries(cache) for cache in out["caches"]] if out["error"] is None else []
+    out["memory"] = memory and memory.kept
+    out["state"] = {k: v.clone() for k, v in model._module.state_dict().items()}
+    out["gradients"] = [p.grad for p in model._module.parameters()]
+    out["rng"] = torch.get_rng_state()
+    return out
+
+
+def _delivered(value: Any) -> Any:
+    """`value`, with a word for what never came."""
+    return tree_map(lambda x: "nothing" if type(x) in (LazyTensor, LazyObject) else x, value)
+
+
+def _entries(cache: Any) -> dict:
+    """What a cache holds; of objects it keeps nothing."""
+    return {
+        key: tree_map(lambda x: "object" if isinstance(x, Memory) else x, (cache[key].output, cache[key].inputs))
+        for key in cache
+    }
+
+
+def same(got: Any, want: Any, path: str) -> None:
+    """Equal in structure, types and bits."""
+    assert type(got) is type(want), f"{path}: {type(got)} is not {type(want)}"
+    if isinstance(want, torch.Tensor):
+        facts = [(tuple(t.shape), t.dtype, t.requires_grad, t.is_leaf) for t in (got, want)]
+        assert facts[0] == facts[1], f"{path}: {facts[0]} is not {facts[1]}"
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{path}: {m}")
+    elif isinstance(want, dict):
+        assert list(got) == list(want), f"{path}: {list(got)} is not {list(want)}"
+        for key in want:
+            same(got[key], want[key], f"{path}[{key!r}]")
+    elif isinstance(want, list | tuple):
+        assert len(got) == len(want), f"{path}: {len(got)} values, not {len(want)}"
+        for i, pair in enumerate(zip(got, want, strict=True)):
+            same(*pair, f"{path}[{i}]")
+    elif dataclasses.is_dataclass(want):
+        same(vars(got), vars(want), path)
+    else:
+        assert got == want, f"{path}: {got} is not {want}"
+
+
+def sharing(out: dict[str, Any]) -> list[int]:
+    """Which of the tensors that a run leaves lie in one storage: for each, the first one that it shares with."""
+    tensors = [t for t in _tensors([out["kept"], out["inputs"], out["memory"]]) if t.numel()]
+    where = [t.untyped_storage().data_ptr() for t in tensors]
+    return [where.index(w) for w in where]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [t for part in parts for t in _tensors(part)]
+
+
+def after(out: dict[str, Any], module: nn.Module) -> list:
+    """Gradients taken of what was saved, when the trace is over."""
+    saved = [t for t in _tensors(out["kept"]) if t.requires_grad and t.is_floating_point()]
+    leaves = [p for p in module.parameters() if p.requires_grad]
+    if not saved or not leaves:
+        return []
+    try:
+        return list(torch.autograd.grad(sum(t.double().sum() for t in saved), leaves, allow_unused=True))
+    except RuntimeError as error:
+        return [type(error)]
+
+
+def check(case: Case) -> Figures:
+    """Run all programs of a case on both engines; an `AssertionError` where they differ."""
+    modules = case.net.build(), case.net.build()
+    hooks, spliced = NNsight(modules[0]), NNsight(modules[1])
+    spliced.compile(backend="eager", dynamic=case.net.dynamic)
+    figures, compiled, fell_back = Figures(), watch.compiles, len(watch.fallbacks)
+    for n, program in enumerate(case.programs):
+        figures.programs += 1
+        figures.verbs.update(set(program.verbs()))
+        figures.layers.update(set(case.net.layers))
+        outcomes = [_round(program, hooks, spliced, given, case.net, f"program {n}, {given}") for given in ROUNDS]
+        refused = [o for o in outcomes if isinstance(o, PlanMismatchError)]
+        if refused:  # the engines' states have parted
+            figures.refused += 1
+            break
+        errors = {type(o).__name__ for o in outcomes if o is not None}
+        figures.ran += any(o is None for o in outcomes)
+        figures.agreed += bool(errors)
+        figures.errors.update(errors)
+    else:
+        _afterwards(case.net, modules)
+    figures.compiles, figures.fallbacks = watch.compiles - compiled, len(watch.fallbacks) - fell_back
+    return figures
+
+
+def _afterwards(net: Net, modules: tuple[nn.Module, nn.Module]) -> None:
+    """Nothing stays behind: the models themselves give what they gave."""
+    x, memories = ROUNDS[0].x(0, 2), (net.memory(), net.memory())
+    plain = []
+    for module, memory in zip(modules, memories, strict=True):
+        torch.manual_seed(0)
+        plain.append(module(x.clone()) if memory is None else module(x.clone(), memory))
+    same(*plain, "the model itself, afterwards")
+
+
+def _round(program: Program, hooks: NNsight, spliced: NNsight, given: Given, net: Net, what: str) -> Any:
+    """One run on both engines; the error on which they agree, if any, or the refusal of the spliced one."""
+    want = attempt(program, hooks, given, net.memory())
+    fine, unsure = want["error"] is None, "branch" in net.layers
+    told = unsure and {"cache", "Backward"} & set(program.verbs())  # behind a graph break hooks do these, and say so
+    captured = assert_no_fallback() if fine and not told else contextlib.nullcontext()
+    steady = given.seed in (1, 3) and fine and not unsure and program.steady
+    try:
+        with captured, assert_max_compiles(0) if steady else contextlib.nullcontext():
+            got = attempt(program, spliced, given, net.memory())
+    except AssertionError as error:
+        error.add_note(f"in {what}")
+        raise
+    for model in (hooks, spliced):
+        model._module.zero_grad()
+    if not fine:  # what a failed forward has moved is nobody's promise
+        spliced._module.load_state_dict(hooks._module.state_dict())
+    if fine and isinstance(got["error"], PlanMismatchError):
+        return got["error"]
+    if type(got["error"]) is not type(want["error"]):
+        raise AssertionError(f"{what}: spliced {got['error']!r}, hooks {want['error']!r}") from (
+            got["error"] or want["error"]
+        )
+    if fine or isinstance(want["error"], MissedSiteError):
+        for key in want.keys() - {"error"}:
+            same(got[key], want[key], f"{what}: {key}")
+        assert sharing(got) == sharing(want), f"{what}: other values share memory: {sharing(got)}, {sharing(want)}"
+        same(after(got, spliced._module), after(want, hooks._module), f"{what}: gradients of what was saved")
+    return want["error"]
+
+
+__all__ = ["Case", "Figures", "check"]

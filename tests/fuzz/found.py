@@ -1,0 +1,257 @@
+"""What fuzzing has found, shrunk, and mended since."""
+
+from __future__ import annotations
+
+from .compare import Case
+from .nets import Net, Place
+from .verbs import (
+    Augment,
+    Backward,
+    Body,
+    Call,
+    Grad,
+    If,
+    InPlace,
+    Item,
+    Program,
+    Pure,
+    Read,
+    Result,
+    Save,
+    Skip,
+    Stop,
+    View,
+    Write,
+)
+
+FOUND = {
+    # The value of an invoke, used by a later one that overtakes it, was freed before the first one was done with it.
+    "an invoke overtakes another": Case(
+        Net(("double",)),
+        (
+            Program(
+                (
+                    Body((Read(Place("layers.0", "input")), Write(Place("layers.0.fc", "output", 1), 1))),
+                    Body((Read(Place("layers.0.fc", "input")), View("detach", 2), Save(1)), rows=0),
+                ),
+                alone=False,
+            ),
+        ),
+    ),
+    # The children of a module that the body calls passed their sites once more, in the middle of the call: without end.
+    "a module with children, called": Case(
+        Net(("residual", "again")),
+        (
+            Program((Body((Read(Place("layers.0", "output")), If(1, 0), Call("layers.0", 1), If(1, 0), Save(1))),)),
+            Program(
+                (
+                    Body(
+                        (
+                            Read(Place("layers.0", "output")),
+                            Call("layers.0", 1),
+                            Read(Place("layers.0.up", "output", 1)),
+                            Save(1),
+                        )
+                    ),
+                )
+            ),
+        ),
+    ),
+    # `make_fx` kept the number of the first run.
+    "a number on a gradient": Case(
+        Net(("linear", "linear"), grad=True),
+        (
+            Program(
+                (Body((Read(Place("layers.0.fc", "output")), Grad(1, slot=0), Read(Place("", "output")), Backward(1))),)
+            ),
+            Program(
+                (
+                    Body(
+                        (
+                            Augment(Place("layers.0", "output"), 0, False),
+                            Read(Place("", "output")),
+                            Backward(1),
+                            Save(1),
+                        )
+                    ),
+                )
+            ),
+        ),
+    ),
+    # The capture half has Dynamo's fakes; the module had the scan's.
+    "a module called under a capture of its own": Case(
+        net=Net(layers=("linear", "double", "counter"), train=False, grad=False, dynamic=None),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="layers.0.fc", kind="output", call=0, leaf=None)),
+                            Read(place=Place(path="layers.1.fc", kind="input", call=1, leaf=None)),
+                            View(fn="diagonal", a=1, slot=1),
+                            InPlace(fn="masked_fill_", a=1, b=2, slot=2),
+                            Skip(place=Place(path="layers.1.fc", kind="input", call=1, leaf=None), a=4, pack=None),
+                            Pure(fn="flip", a=3, b=1, slot=1),
+                            Write(place=Place(path="layers.2.act", kind="output", call=0, leaf=None), a=1, fits=True),
+                            Call(path="layers.0.fc", a=4),
+                            Stop(),
+                            Save(a=3),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
+}
+
+OPEN = {
+    # A sync point cuts the segment at a site that is written with other metadata: the tail's `supply` node finds no value.
+    "a write that does not fit, and a sync point behind it": Case(
+        net=Net(layers=("norm", "again", "record"), train=True, grad=True, dynamic=None),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="layers.0", kind="input", call=0, leaf=None)),
+                            Write(place=Place(path="layers.0", kind="output", call=0, leaf=None), a=1, fits=True),
+                            If(
+                                a=2,
+                                slot=0,
+                                then=(
+                                    Item(a=2, b=1),
+                                    Read(place=Place(path="layers.0.bn", kind="output", call=1, leaf=None)),
+                                    Item(a=1, b=2),
+                                ),
+                                orelse=(Read(place=Place(path="layers.1", kind="output", call=0, leaf=None)),),
+                            ),
+                            InPlace(fn="out", a=1, b=2, slot=2),
+                            If(
+                                a=4,
+                                slot=1,
+                                then=(Call(path="layers.1.part.fc", a=1), Save(a=3)),
+                                orelse=(Item(a=2, b=2), Save(a=2)),
+                            ),
+                            Save(a=1),
+                            Augment(place=Place(path="", kind="output", call=0, leaf=None), slot=0, whole=True),
+                            Save(a=1),
+                            Result(),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
+    # The same with a branch of the model behind it: `variants._aliases` asks a fake for its memory.
+    "a write that does not fit, a sync point and a graph break": Case(
+        net=Net(layers=("dropout", "record", "branch"), train=False, grad=False, dynamic=True),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="layers.0", kind="input", call=0, leaf=None)),
+                            Write(place=Place(path="layers.0.drop", kind="input", call=0, leaf=None), a=1, fits=True),
+                            Write(place=Place(path="layers.0.drop", kind="output", call=0, leaf=None), a=4, fits=False),
+                            If(
+                                a=3,
+                                slot=2,
+                                then=(
+                                    Write(
+                                        place=Place(path="layers.1.part", kind="input", call=0, leaf=None),
+                                        a=1,
+                                        fits=True,
+                                    ),
+                                    Read(place=Place(path="layers.1.part.fc", kind="output", call=0, leaf=None)),
+                                    Pure(fn="clone", a=1, b=3, slot=2),
+                                ),
+                                orelse=(
+                                    Write(
+                                        place=Place(path="layers.0", kind="output", call=0, leaf=None), a=3, fits=False
+                                    ),
+                                    Pure(fn="divide", a=1, b=4, slot=0),
+                                ),
+                            ),
+                            Pure(fn="steer", a=4, b=2, slot=1),
+                            Call(path="layers.0.drop", a=4),
+                            Read(place=Place(path="layers.1", kind="output", call=0, leaf=None)),
+                            If(
+                                a=3,
+                                slot=1,
+                                then=(
+                                    Augment(
+                                        place=Place(path="layers.1", kind="output", call=0, leaf=None),
+                                        slot=0,
+                                        whole=True,
+                                    ),
+                                    Call(path="layers.1", a=4),
+                                    Call(path="layers.0.drop", a=2),
+                                ),
+                                orelse=(Pure(fn="bfloat16", a=2, b=4, slot=0), Call(path="layers.1.part.fc", a=2)),
+                            ),
+                            Result(),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
+    # Buffers of a BatchNorm differ on another input size, where the body looked at a value and parameters require grad.
+    "a sync point in front of statistics": Case(
+        net=Net(layers=("norm",), train=True, grad=True, dynamic=True),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="layers.0", kind="input", call=0, leaf=None)),
+                            InPlace(fn="set", a=1, b=4, slot=0),
+                            If(
+                                a=3,
+                                slot=1,
+                                then=(InPlace(fn="lerp_", a=4, b=2, slot=2),),
+                                orelse=(
+                                    Read(place=Place(path="layers.0.bn", kind="input", call=0, leaf=None)),
+                                    InPlace(fn="set row", a=4, b=3, slot=1),
+                                ),
+                            ),
+                            If(
+                                a=4,
+                                slot=2,
+                                then=(View(fn="swap", a=1, slot=2),),
+                                orelse=(
+                                    Write(place=Place(path="", kind="output", call=0, leaf=None), a=2, fits=True),
+                                    InPlace(fn="copy_", a=4, b=3, slot=1),
+                                ),
+                            ),
+                            Save(a=3),
+                            Augment(place=Place(path="", kind="output", call=0, leaf=None), slot=0, whole=True),
+                            Save(a=2),
+                            Result(),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
+}

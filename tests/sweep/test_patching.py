@@ -1,0 +1,221 @@
+"""Ready-made sweeps against loops of plain hooks."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import transformers as tf
+
+from nnsight_fx import LanguageModel, NNsight, Parts, UnknownModuleError, patching
+from nnsight_fx.parts import FAMILIES, first
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+CLEAN, CORRUPTED = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[1, 9, 3, 4], [5, 6, 11, 8]])
+
+
+@functools.cache
+def raw(name):
+    torch.manual_seed(0)
+    made = {
+        "gpt2": lambda: tf.GPT2LMHeadModel(
+            tf.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=16)
+        ),
+        "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, num_key_value_heads=2)),
+    }[name]()
+    return made.eval()
+
+
+def wrap(name, engine="hooks"):
+    model = LanguageModel(raw(name))
+    if engine != "hooks":
+        model.compile(backend=engine)
+    return model
+
+
+def metric(logits):
+    return logits[:, -1, 3] - logits[:, -1, 4]
+
+
+# the module and the side of it, the columns of a head
+PLACES = {
+    ("gpt2", "residual"): ("transformer.h.{}", "output", None),
+    ("gpt2", "residual_pre"): ("transformer.h.{}", "input", None),
+    ("gpt2", "attention"): ("transformer.h.{}.attn", "output", None),
+    ("gpt2", "mlp"): ("transformer.h.{}.mlp", "output", None),
+    ("gpt2", "z"): ("transformer.h.{}.attn.c_proj", "input", lambda h: slice(4 * h, 4 * h + 4)),
+    ("gpt2", "k"): ("transformer.h.{}.attn.c_attn", "output", lambda h: slice(16 + 4 * h, 16 + 4 * h + 4)),
+    ("llama", "residual"): ("model.layers.{}", "output", None),
+    ("llama", "z"): ("model.layers.{}.self_attn.o_proj", "input", lambda h: slice(4 * h, 4 * h + 4)),
+    ("llama", "q"): ("model.layers.{}.self_attn.q_proj", "output", lambda h: slice(4 * h, 4 * h + 4)),
+    ("llama", "v"): ("model.layers.{}.self_attn.v_proj", "output", lambda h: slice(4 * h, 4 * h + 4)),
+}
+
+
+def run(module, ids, path=None, side="output", change=None, seen=None):
+    """A forward with one value changed, by plain hooks."""
+
+    def act(value):
+        h = first(value)
+        if seen is not None:
+            seen.append(h.detach().clone())
+        if change is not None:
+            h[change[0]] = change[1][change[0]]
+
+    def before(m, args, kwargs):
+        act(args[0] if args else next(iter(kwargs.values())))
+
+    def after(m, args, out):
+        act(out)
+
+    target = module.get_submodule(path) if path else None
+    handle = None
+    if target is not None:
+        handle = (
+            target.register_forward_pre_hook(before, with_kwargs=True)
+            if side == "input"
+            else target.register_forward_hook(after)
+        )
+    try:
+        with torch.no_grad():
+            return metric(module(ids, use_cache=False).logits)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def by_hand(name, part, value_of=None):
+    module = raw(name)
+    path, side, head = PLACES[(name, part)]
+    heads = (2 if name == "llama" and part in "kv" else 4) if head else 0
+    rows = []
+    for layer in range(2):
+        seen = []
+        run(module, CLEAN, path.format(layer), side, seen=seen)
+        source = seen[0] if value_of is None else value_of(seen[0])
+        places = (
+            [(slice(None), slice(None), head(h)) for h in range(heads)]
+            if head
+            else [(slice(None), p) for p in range(4)]
+        )
+        rows.append(torch.stack([run(module, CORRUPTED, path.format(layer), side, (at, source)) for at in places]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "eager"])
+@pytest.mark.parametrize(("name", "part"), PLACES)
+def test_patching_is_the_loop(name, part, engine):
+    found = patching.patch(wrap(name, engine), CLEAN, CORRUPTED, metric, part=part, progress=False)
+    assert list(found.over) == ["layer", "head" if PLACES[(name, part)][2] else "position"]
+    torch.testing.assert_close(found["result"], by_hand(name, part))
+
+
+def test_axes_that_are_chosen():
+    model = wrap("gpt2")
+    layers = patching.patch(model, CLEAN, CORRUPTED, metric, over=("layer",), progress=False)
+    assert layers["result"].shape == (2, 2)
+    torch.testing.assert_close(layers["result"][1], run(raw("gpt2"), CLEAN))  # the whole last layer
+    every = patching.patch(
+        model,
+        CLEAN,
+        CORRUPTED,
+        metric,
+        part="z",
+        over=("layer", "position", "head"),
+        positions=[1, 3],
+        layers=[1],
+        progress=False,
+    )
+    assert every["result"].shape == (1, 2, 4, 2) and every.array.coords["position"].values.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("by", ["zero", "mean", "resample"])
+def test_ablations(by):
+    model = wrap("gpt2")
+    found = patching.ablate(model, CORRUPTED, metric, by=by, reference=None if by == "zero" else CLEAN, progress=False)
+    value_of = {
+        "zero": torch.zeros_like,
+        "mean": lambda h: h.mean((0, 1), keepdim=True).expand_as(h),
+        "resample": lambda h: h,
+    }[by]
+    torch.testing.assert_close(found["result"], by_hand("gpt2", "z", value_of))
+
+
+@pytest.mark.parametrize("part", ["residual", "z"])
+def test_attribution_is_the_gradient(part):
+    model, module = wrap("gpt2"), raw("gpt2")
+    found = patching.attribution(model, CLEAN, CORRUPTED, metric, part=part)
+    path, side, head = PLACES[("gpt2", part)]
+    for layer in range(2):
+        clean, kept = [], []
+        run(module, CLEAN, path.format(layer), side, seen=clean)
+
+        def hook(m, args, out=None, kept=kept):
+            h = args[0] if side == "input" else first(out)
+            h.retain_grad()
+            kept.append(h)
+
+        target = module.get_submodule(path.format(layer))
+        handle = target.register_forward_pre_hook(hook) if side == "input" else target.register_forward_hook(hook)
+        metric(module(CORRUPTED, use_cache=False).logits).sum().backward()
+        handle.remove()
+        module.zero_grad()
+        score = ((clean[0] - kept[0].detach()) * kept[0].grad).sum(0)
+        want = score.unflatten(-1, (4, 4)).sum((0, -1)) if head else score.sum(-1)
+        torch.testing.assert_close(found["result"][layer], want)
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_integrated_gradients_come_closer():
+    """More steps: nearer to what patching the whole embedding changes."""
+    model, module = wrap("gpt2"), raw("gpt2")
+    real = (run(module, CLEAN) - run(module, CORRUPTED)).sum()
+    errors = [
+        abs(
+            patching.attribution(model, CLEAN, CORRUPTED, metric, part="residual_pre", steps=n)["result"][0].sum()
+            - real
+        )
+        for n in (1, 8)
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_the_lens_and_steering():
+    model, module = wrap("llama"), raw("llama")
+    lens = patching.logit_lens(model, CLEAN, position=None)
+    with torch.no_grad():
+        torch.testing.assert_close(lens[-1], module(CLEAN).logits)
+    assert patching.logit_lens(model, CLEAN).shape == (2, 2, 50)
+    vector = torch.randn(16)
+    found = patching.steering(model, CLEAN, metric, vector, [0.0, 2.0], positions=-1, progress=False)
+    torch.testing.assert_close(found["result"][:, 0], run(module, CLEAN).expand(2, 2))
+    seen = []
+    run(module, CLEAN, "model.layers.0", seen=seen)
+    moved = seen[0].clone()
+    moved[:, -1] += 2.0 * vector
+    torch.testing.assert_close(
+        found["result"][0, 1], run(module, CLEAN, "model.layers.0", "output", ((slice(None), -1), moved))
+    )
+
+
+def test_the_table_fits_the_models():
+    for name in ("gpt2", "llama"):
+        FAMILIES[name].check(wrap(name))
+    with pytest.raises(UnknownModuleError, match="has no module `h`, where this table has its `layers`|`h.0.attn`"):
+        Parts("h", "attn", "mlp", None, "norm", "head").check(wrap("gpt2"))
+
+
+def test_bad_input():
+    model = wrap("gpt2")
+    with pytest.raises(ValueError, match=r"test_patching\.py:\d+: `part` is one of residual"):
+        patching.patch(model, CLEAN, CORRUPTED, metric, part="neurons")
+    with pytest.raises(ValueError, match="prompts differ in length: 3 tokens and 4") as error:
+        patching.patch(model, CLEAN[:, :3], CORRUPTED, metric, progress=False)
+    assert model.tracer is None and "cell layer=0" in "".join(error.value.__notes__)
+    with pytest.raises(ValueError, match="`over` is `layer`, with"):
+        patching.patch(model, CLEAN, CORRUPTED, metric, over=("layer", "head"))
+    with pytest.raises(ValueError, match="give `reference=`"):
+        patching.ablate(model, CLEAN, metric, by="resample")
+    with pytest.raises(UnknownModuleError, match="no table of parts for the family `None`"):
+        patching.patch(NNsight(torch.nn.Linear(2, 2)), torch.ones(1, 2), torch.ones(1, 2), metric)
