@@ -17,6 +17,7 @@ import nnsight_fx
 from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
 
 SPLICED = ["eager", "aot_eager"]
+SLOW_AOT = pytest.param("aot_eager", marks=pytest.mark.slow)  # `make test-slow`
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.inductor)
 LATER = pytest.param(
     "inductor", marks=[pytest.mark.inductor, pytest.mark.slow]
@@ -152,7 +153,7 @@ def test_a_write_that_changes_the_dtype_for_the_whole_rest(engine):
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
-@pytest.mark.parametrize("engine", ["aot_eager", INDUCTOR])
+@pytest.mark.parametrize("engine", [SLOW_AOT, INDUCTOR])
 def test_one_plan_many_shapes_and_positions(engine, dynamic):
     module = gpt2()
     hooks, compiled = wrap(module, "hooks"), wrap(module, engine, dynamic=dynamic)
@@ -375,7 +376,7 @@ def test_a_cache_that_is_registered_as_a_pytree(engine):
 # 11: transformers' own collecting hooks
 
 
-@pytest.mark.parametrize("engine", ["hooks", *SPLICED, LATER])
+@pytest.mark.parametrize("engine", ["hooks", "eager", SLOW_AOT, LATER])
 def test_an_edit_shows_in_output_hidden_states_every_time(engine):
     model = wrap(llama(), engine)
     for _ in range(2):
@@ -396,7 +397,7 @@ def test_an_edit_shows_in_output_hidden_states_every_time(engine):
 # 12: many models
 
 
-@pytest.mark.parametrize("engine", SPLICED)
+@pytest.mark.parametrize("engine", ["eager", SLOW_AOT])
 def test_fourteen_models_in_one_process(engine):
     for n in range(14):
         module = nn.Sequential(*[nn.Linear(4, 4) for _ in range(n + 1)]).requires_grad_(False)
@@ -489,7 +490,7 @@ class Tokens:
     second: torch.Tensor
 
 
-@pytest.mark.parametrize("engine", ["hooks", *SPLICED])
+@pytest.mark.parametrize("engine", ["hooks", "eager", SLOW_AOT])
 def test_two_invokes_of_different_lengths_with_shapes_and_a_sync(engine):
     module = gpt2()
     tokens = Tokens(ids(1, 5, 1), ids(1, 9, 2))

@@ -6,6 +6,7 @@ twice on a wrapped model, which all programs of a model share: the first time ma
 
 import contextlib
 import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -18,18 +19,6 @@ from .models import MODELS, build, inputs
 from .programs import PROGRAMS
 
 ENGINES = (*EXACT, "aot_eager", "inductor")
-LARGE = ("gpt2", "neox", "bert")  # Llama stands for them in `make test` where a program is not of the core
-CORE = (
-    "read",
-    "steer",
-    "write_input",
-    "skip",
-    "stop",
-    "patch_across_invokes",
-    "promptless",
-    "train_a_vector",
-    "logit_lens",
-)
 FUSED = {("gpt2", "steer")}
 QUICK = {
     *FUSED,
@@ -46,11 +35,10 @@ def cases():
                 if name not in program.models or (engine == "inductor" and not program.fused):
                     continue
                 marks: list = [pytest.mark.inductor] if engine == "inductor" else []
-                later = engine == "eager" and name in LARGE and program.name not in CORE
-                if later or (engine not in EXACT and (name, program.name) not in (FUSED if marks else QUICK)):
+                if engine not in EXACT and (name, program.name) not in (FUSED if marks else QUICK):
                     marks.append(pytest.mark.slow)  # minutes in all: `make test-slow`, `make test-inductor`
                 marks.append(pytest.mark.xdist_group(f"{name}-{engine}"))  # one worker: one capture
-                yield pytest.param((name, engine), program, id=f"{name}-{engine}-{program.name}", marks=marks)
+                yield pytest.param(name, engine, program, id=f"{name}-{engine}-{program.name}", marks=marks)
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +51,16 @@ def _same_start_for_every_test():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def wrapped(request):
-    name, engine = request.param
-    model = wrap(build(name), engine)
-    yield model, name, engine
+@functools.cache
+def wrapped(name, engine):
+    """One for all programs: a fixture of two parameters is made anew for each test, or the tests leave their order."""
+    return wrap(build(name), engine)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _captures_are_of_this_file():
+    yield
+    wrapped.cache_clear()
     torch._dynamo.reset()
 
 
@@ -81,9 +74,9 @@ def outcome(program, model, name):
     return out | {"x": x, "buffers": {k: v.clone() for k, v in module.named_buffers()}}
 
 
-@pytest.mark.parametrize(("wrapped", "program"), list(cases()), indirect=["wrapped"])
-def test_it_equals_its_reference(wrapped, program):
-    model, name, engine = wrapped
+@pytest.mark.parametrize(("name", "engine", "program"), list(cases()))
+def test_it_equals_its_reference(name, engine, program):
+    model = wrapped(name, engine)
     module, exact = model._module, engine in EXACT
     start = copy.deepcopy(module.state_dict())
     want = outcome(program.by_hand, build(name), name)
@@ -95,4 +88,5 @@ def test_it_equals_its_reference(wrapped, program):
         same(got, want, exact and (engine == "hooks" or name not in program.rounds))
     module.load_state_dict(start)
     same(module(inputs(name)), build(name)(inputs(name)), True)  # nothing stays behind
+    module.load_state_dict(start)
     assert not any("nnsight" in repr((m._forward_hooks, m._forward_pre_hooks)) for m in module.modules())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn as nn
@@ -12,6 +14,7 @@ from nnsight_fx import LanguageModel, MissedSiteError, OutOfOrderError, assert_m
 from nnsight_fx.capture.markers import KEY
 from nnsight_fx.engine.spliced import watch
 
+pytestmark = pytest.mark.xdist_group("generation")  # one worker: one capture of a model
 ENGINES = ["hooks", "eager", pytest.param("aot_eager", marks=pytest.mark.slow)]  # `make test-slow`
 STEPS = 5
 
@@ -38,6 +41,12 @@ def gpt2() -> GPT2LMHeadModel:
 MODELS = {"llama": llama, "gpt2": gpt2}
 
 
+@functools.cache
+def shared(family: str) -> nn.Module:
+    """One module for all tests that leave it as it is: what is captured for one of them is there for the next."""
+    return MODELS[family]()
+
+
 def blocks(module: nn.Module) -> nn.ModuleList:
     return module.model.layers if hasattr(module, "model") else module.transformer.h
 
@@ -50,6 +59,7 @@ def options(**more):
     return {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **more}
 
 
+@functools.cache
 def wrap(module: nn.Module, engine: str) -> LanguageModel:
     model = LanguageModel(module)
     if engine != "hooks":
@@ -116,7 +126,7 @@ def same(got, want, engine):
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_interventions_on_chosen_steps(engine, family, which):
-    module = MODELS[family]()
+    module = shared(family)
     steps = [which] if isinstance(which, int) else which if isinstance(which, list) else range(STEPS)[which]
     with Hooks(module).steer(blocks(module)[1], set(steps)) as hooks:
         logits = hooks.keep(module.lm_head)
@@ -160,7 +170,7 @@ def test_captures_do_not_grow_with_the_steps(engine, family, static):
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_captures_do_not_grow_with_chosen_steps_and_batches(family, static):
     """Dynamo sees a second batch size and makes it a symbol, for the prompt and for a step: two captures more, the last."""
     module = MODELS[family]()
@@ -182,7 +192,7 @@ def test_captures_do_not_grow_with_chosen_steps_and_batches(family, static):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_body_without_a_loop_is_for_the_prompts_forward(engine):
-    module = llama()
+    module = shared("llama")
     with Hooks(module).steer(module.model.layers[0], {0}):
         want = plain(module, ids())
     assert not torch.equal(want, plain(module, ids()))  # the write is in the cached keys and values of later steps
@@ -195,7 +205,7 @@ def test_a_body_without_a_loop_is_for_the_prompts_forward(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nothing_touched_is_plain_generate(engine):
-    module = gpt2()
+    module = shared("gpt2")
     model = wrap(module, engine)
     with assert_no_fallback(), model.generate(ids(), **options()) as tracer:
         got = tracer.result.save()
@@ -211,7 +221,7 @@ def test_nothing_touched_is_plain_generate(engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_values_flow_to_later_steps(engine):
     """Step k gets what step k - 1 had: a running mean, say."""
-    module = llama()
+    module = shared("llama")
     kept = []
 
     def hook(m, args, out):
@@ -239,7 +249,7 @@ def test_values_flow_to_later_steps(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_next(engine):
-    module = gpt2()
+    module = shared("gpt2")
     with Hooks(module) as hooks:
         logits = hooks.keep(module.lm_head)
         plain(module, ids())
@@ -257,7 +267,7 @@ def test_next(engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_python_that_looks_at_values(engine):
     """Sync points in a step; what the body does next depends on the numbers."""
-    module = llama()
+    module = shared("llama")
     with Hooks(module) as hooks:
         logits = hooks.keep(module.lm_head)
         plain(module, ids(1))
@@ -277,7 +287,7 @@ def test_python_that_looks_at_values(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_end_by_eos(engine):
-    module = llama()
+    module = shared("llama")
     full = plain(module, ids(1))[0, 7:].tolist()
     end = next(i for i, t in enumerate(full) if t not in full[:i] and i > 0)
     eos = full[end]
@@ -299,7 +309,7 @@ def test_an_end_by_eos(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_step_that_never_comes(engine):
-    model = wrap(gpt2(), engine)
+    model = wrap(shared("gpt2"), engine)
     with model.generate(ids(), **options()) as tracer:
         kept = nnsight_fx.save([])
         with tracer.iter[STEPS]:
@@ -347,7 +357,7 @@ def test_stop_ends_the_generation(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_error_in_a_body_leaves_nothing(engine):
-    module = gpt2()
+    module = shared("gpt2")
     model = wrap(module, engine)
     with pytest.raises(KeyError, match="mine"), model.generate(ids(), **options()) as tracer:
         for step in tracer.iter[:]:
@@ -371,7 +381,7 @@ def test_an_error_in_a_body_leaves_nothing(engine):
 
 @pytest.mark.parametrize("engine", ["hooks", "eager"])
 def test_sampling_draws_what_transformers_draws(engine):
-    module = llama()
+    module = shared("llama")
     model = wrap(module, engine)
     torch.manual_seed(7)
     want = plain(module, ids(), do_sample=True, top_k=20)
@@ -388,7 +398,7 @@ def test_sampling_draws_what_transformers_draws(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_beams(engine):
-    module = gpt2()
+    module = shared("gpt2")
     with Hooks(module).steer(module.transformer.h[0], {1, 2}):
         want = plain(module, ids(), num_beams=3)
     model = wrap(module, engine)
@@ -414,7 +424,7 @@ class Collects:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_streamers(engine):
-    module, users = llama(), Collects()
+    module, users = shared("llama"), Collects()
     want = plain(module, ids())
     model = wrap(module, engine)
     with assert_no_fallback(), model.generate(ids(), streamer=users, **options()) as tracer:
@@ -436,7 +446,7 @@ def test_streamers(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_result_with_more_in_it(engine):
-    module = gpt2()
+    module = gpt2()  # transformers leaves hooks of its own, which should come after ours
     more = {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True}
     with Hooks(module).steer(module.transformer.h[0], set(range(STEPS))):
         want = plain(module, ids(), **more)
@@ -453,7 +463,7 @@ def test_a_result_with_more_in_it(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_prompts_of_different_lengths(engine):
-    module = llama()
+    module = shared("llama")
     prompts = [[5, 6, 7, 8], [9, 10]]
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     x = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]])
@@ -491,7 +501,7 @@ def test_sites_whose_size_grows(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_skipping_a_layer_at_one_step(engine):
-    module = llama()
+    module = shared("llama")
     layer, calls = module.model.layers[1].mlp, []
     forward = layer.forward
     layer.forward = lambda x: (calls.append(1), x * 2 if len(calls) == 2 else forward(x))[1]
@@ -510,7 +520,7 @@ def test_skipping_a_layer_at_one_step(engine):
 
 @pytest.mark.parametrize("engine", ["hooks", "eager"])
 def test_steps_free_what_no_name_holds(engine):
-    model = wrap(gpt2(), engine)
+    model = wrap(shared("gpt2"), engine)
     with model.generate(ids(), **options(max_new_tokens=20)) as tracer:
         for _ in tracer.iter[:]:
             hidden = model.transformer.h[0].output
@@ -538,7 +548,7 @@ def test_other_lengths_take_no_new_captures():
 
 @pytest.mark.parametrize("engine", ["hooks", "eager"])
 def test_an_edit_holds_in_every_forward(engine):
-    module, vector = gpt2(), torch.randn(32) * 3
+    module, vector = shared("gpt2"), torch.randn(32) * 3
     handle = module.transformer.h[0].register_forward_hook(lambda m, args, out: out + vector)
     want = plain(module, ids())
     handle.remove()
@@ -557,7 +567,7 @@ def test_an_edit_holds_in_every_forward(engine):
 @pytest.mark.parametrize("engine", ["hooks", "eager"])
 def test_a_cache_sees_every_forward(engine):
     """C3: one visit for each forward, those behind the body's last line too, each as the interventions left it."""
-    module = gpt2()
+    module = shared("gpt2")
     with Hooks(module).steer(module.transformer.h[0], {1}) as hooks:
         blocks, logits = hooks.keep(module.transformer.h[0]), hooks.keep(module.lm_head)
         want = plain(module, ids())

@@ -7,8 +7,21 @@ import torch
 
 from nnsight_fx import UnsavedValueError, assert_no_fallback
 
-from .test_generate import ENGINES, MODELS, STEPS, VECTOR, Hooks, blocks, ids, options, plain, wrap
+from .test_generate import (
+    ENGINES,
+    MODELS,
+    STEPS,
+    VECTOR,
+    Hooks,
+    blocks,
+    ids,
+    options,
+    plain,
+    shared,
+    wrap,
+)
 
+pytestmark = pytest.mark.xdist_group("generation")  # one worker: one capture of a model
 CACHES = pytest.mark.parametrize("more", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 
 
@@ -22,7 +35,7 @@ def same(got, want, engine, more):
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_step_flows_into_a_trace_and_into_another_generation(engine, family, more):
-    module = MODELS[family]()
+    module = shared(family)
     with Hooks(module) as hooks:
         hidden = hooks.keep(blocks(module)[0])
         plain(module, ids(), **more)
@@ -62,7 +75,7 @@ def test_a_step_flows_into_a_trace_and_into_another_generation(engine, family, m
 @CACHES
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_trace_flows_into_a_generation_and_what_it_returns_into_the_next(engine, more):
-    module = MODELS["llama"]()
+    module = shared("llama")
     vector = (module.model.layers[0](module.model.embed_tokens(ids(seed=2)), **rope(module, 7)) * 2).mean((0, 1))
 
     def hook(m, args, out):
@@ -93,7 +106,7 @@ def rope(module, length):
 
 @pytest.mark.parametrize("engine", ["hooks", "eager"])
 def test_an_edited_model_generates_in_a_session(engine):
-    module = MODELS["gpt2"]()
+    module = shared("gpt2")
     with Hooks(module).steer(module.transformer.h[0], set(range(STEPS))) as hooks:
         logits = hooks.keep(module.lm_head)
         want = plain(module, ids())
@@ -112,7 +125,7 @@ def test_an_edited_model_generates_in_a_session(engine):
 
 @pytest.mark.parametrize("engine", ["hooks", "eager"])
 def test_leaving_a_session_from_a_generation(engine):
-    module = MODELS["gpt2"]()
+    module = shared("gpt2")
     with Hooks(module) as hooks:
         logits = hooks.keep(module.lm_head)
         plain(module, ids())

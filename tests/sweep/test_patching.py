@@ -27,11 +27,26 @@ def raw(name):
     return made.eval()
 
 
+@functools.cache
 def wrap(name, engine="hooks"):
     model = LanguageModel(raw(name))
     if engine != "hooks":
         model.compile(backend=engine)
     return model
+
+
+@pytest.fixture(autouse=True)
+def _same_start_for_every_test():
+    """In place of the suite's own, which makes Dynamo forget the shared models after every test."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _captures_are_of_this_file():
+    yield
+    wrap.cache_clear()
+    raw.cache_clear()
+    torch._dynamo.reset()
 
 
 def metric(logits):
