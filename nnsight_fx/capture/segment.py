@@ -30,7 +30,7 @@ class Segment:
         self.ended: Break | None = None
         self.plan: Any = None  # whose capture half it was captured for
         self.variants: OrderedDict[tuple, list[Any]] = OrderedDict()  # the latest used last
-        self.tails: dict[int, tuple[Segment, list[int], list[int]]] = {}
+        self.tails: dict[tuple[int, int], tuple[Segment, list[int], list[int]]] = {}
 
     @classmethod
     def captured(cls, gm: fx.GraphModule) -> Segment:
@@ -57,19 +57,21 @@ class Segment:
         """`(path, kind)` of its sites, in order."""
         return list(dict.fromkeys((n.args[1], n.args[2]) for n in self.gm.graph.nodes if n.target in (site, supply)))  # type: ignore[misc]
 
-    def tail(self, last: int) -> tuple[Segment, list[int], list[int]]:
-        """What comes after node `last`: a segment of its own; the nodes (by index) whose values it takes; which of its inputs are what.
+    def tail(self, last: int, call: int) -> tuple[Segment, list[int], list[int]]:
+        """What comes after node `last`, a marker of that call of its site: a segment of its own, and the nodes whose values it takes.
 
         Returns `(segment, taken, moved)`: `taken` are indices of pristine nodes that become the tail's inputs, in order;
-        `moved` are getters behind `last` that belong to the head, since their containers are made there.
+        `moved` are getters behind `last` that belong to the head, since their containers are made there. What the site
+        is written with is among the tail's inputs, too: it is there when the tail begins.
         """
-        if last not in self.tails:
-            self.tails[last] = self._cut(last)
-        return self.tails[last]
+        if (last, call) not in self.tails:
+            self.tails[last, call] = self._cut(last, call)
+        return self.tails[last, call]
 
-    def _cut(self, last: int) -> tuple[Segment, list[int], list[int]]:
+    def _cut(self, last: int, call: int) -> tuple[Segment, list[int], list[int]]:
         nodes = list(self.gm.graph.nodes)
-        head = set(nodes[: last + 1])
+        here = (*nodes[last].args[1:3], call)
+        head = {*nodes[: last + 1], *(n for n in nodes[last + 1 :] if n.target is supply and n.args[:3] == here)}
         moved = []
         for index in range(last + 1, len(nodes)):
             node = nodes[index]

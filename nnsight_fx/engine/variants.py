@@ -11,6 +11,7 @@ import torch.fx as fx
 
 from .. import passes
 from ..capture import _torch
+from ..capture.markers import supply
 from ..capture.segment import Segment
 from ..passes.job import Cut, Entry, Job, NotDifferentiable
 from ..tracing import ambient
@@ -150,7 +151,7 @@ def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[f
             return 0
         if job.removes:
             raise Unfit
-        tail, taken, moved = segment.tail(job.cut.last)
+        tail, taken, moved = segment.tail(job.cut.last, job.cut.site[2])
         kept = {*pristine[: job.cut.last + 1], *(pristine[i] for i in moved), *job.emitted}
         group = _group(pristine, job.cut)
         output = gm.graph.output_node()
@@ -178,8 +179,9 @@ def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[f
 
 
 def _group(pristine: list[fx.Node], cut: Cut) -> dict[fx.Node, int]:
-    """The markers of the cut site, by leaf."""
+    """The markers of the cut site, and what stands for what it is written with, by leaf."""
     path, kind, _ = cut.site
+    supplied = {n: n.args[3] for n in pristine[cut.last + 1 :] if n.target is supply and n.args[:3] == cut.site}
     found: dict[fx.Node, int] = {}
     for node in reversed(pristine[: cut.last + 1]):
         if (
@@ -190,7 +192,7 @@ def _group(pristine: list[fx.Node], cut: Cut) -> dict[fx.Node, int]:
         ):
             break
         found[node] = node.args[3]  # type: ignore[assignment]
-    return found
+    return {**found, **supplied}  # type: ignore[dict-item]
 
 
 def _fake(segment: Segment, run: SplicedRun, take: tuple) -> Any:
