@@ -333,7 +333,7 @@ class Tape:
             aliases[id(fake)] = key
             return fake
 
-        with self.fakes, _quiet():
+        with NoTorchFunction(), self.fakes, _quiet():  # what a module does on fakes is nobody's to record
             args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
             got = result() if result is not None else None if op.kind != CALL else op.target.obj(*args, **kwargs)
         leaves, step.spec = tree.flatten(got)

@@ -142,9 +142,12 @@ def check(case: Case) -> Figures:
         figures.programs += 1
         figures.verbs.update(set(program.verbs()))
         figures.layers.update(set(case.net.layers))
-        outcomes = [_round(program, hooks, spliced, given, case.net, f"program {n}, {given}") for given in ROUNDS]
-        refused = [o for o in outcomes if isinstance(o, PlanMismatchError)]
-        if refused:  # the engines' states have parted
+        outcomes: list[Any] = []
+        for given in ROUNDS:
+            outcomes.append(_round(program, hooks, spliced, given, case.net, f"program {n}, {given}"))
+            if isinstance(outcomes[-1], PlanMismatchError):
+                break
+        if isinstance(outcomes[-1], PlanMismatchError):  # the engines' states have parted
             figures.refused += 1
             break
         errors = {type(o).__name__ for o in outcomes if o is not None}

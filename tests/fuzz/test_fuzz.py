@@ -40,11 +40,7 @@ def _quiet_fakes(monkeypatch):
     monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True)
 
 
-# Until the rows of `OPEN` are mended, a drawn program may be another case of them.
-MAYBE = pytest.mark.xfail(raises=AssertionError, strict=False, reason="differences that are known: `found.OPEN`")
-
-
-@pytest.mark.parametrize("theme", [pytest.param(t, marks=[] if FULL else MAYBE) for t in THEMES])
+@pytest.mark.parametrize("theme", THEMES)
 def test_a_random_program_is_the_same_on_both_engines(theme):
     total, start = Figures(), time.process_time()
 
