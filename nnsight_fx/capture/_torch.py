@@ -224,6 +224,34 @@ def tracing(context: Any) -> Iterator[None]:
             env.settings = old
 
 
+@contextlib.contextmanager
+def own_sizes(context: Any) -> Iterator[None]:
+    """Compile one variant: what is decided of the sizes meanwhile (a symbol is 2, say) holds for it alone, not for the next."""
+    env = context.fake_mode.shape_env
+    if env is None:
+        yield
+        return
+    ranges, guards = dict(env.var_to_range), list(env.guards)
+    kept = {name: dict(getattr(env, name)) for name in ("replacements", "replacements_slocs") if hasattr(env, name)}
+    divisible = set(env.divisible)
+    try:
+        yield
+    finally:
+        env.var_to_range.update(ranges)
+        env.guards[:] = guards
+        for name, old in kept.items():  # symbols that this variant made keep theirs: its backward may be compiled later
+            now = getattr(env, name)
+            made = {symbol: value for symbol, value in now.items() if symbol not in ranges}
+            now.clear()
+            now.update(made | old)
+        env.divisible.clear()
+        env.divisible.update(divisible)
+        env._update_version_counter()
+        for function in vars(type(env)).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
+
 def placeholder_fakes(gm: torch.fx.GraphModule) -> list:
     """The fake inputs that Dynamo left on a graph's placeholders."""
     return [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
@@ -285,13 +313,17 @@ def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool
     new = [] if env is None else env.guards[since:]
     if env is None or not new:
         return lambda values: True
-    where = [i for i, fake in enumerate(fakes) if isinstance(fake, torch.SymInt) and fake.node.expr.is_symbol]
-    if not where:
-        return lambda values: True
-    code = env.produce_guards_expression([fakes[i] for i in where], guards=new)
-    if not code:
-        return lambda values: True
-    return lambda values: env.evaluate_guards_expression(code, [values[i] for i in where])
+    sizes = {i: f.node for i, f in enumerate(fakes) if isinstance(f, torch.SymInt) and f.node._expr.is_symbol}
+    fixed = {i: int(node.expr) for i, node in sizes.items() if node.expr.is_number}  # a guard has made them numbers
+    where = [i for i, node in sizes.items() if node.expr.is_symbol]
+    code = env.produce_guards_expression([fakes[i] for i in where], guards=new) if where else None
+
+    def hold(values: list) -> bool:
+        if any(values[i] != number for i, number in fixed.items()):
+            return False
+        return not code or env.evaluate_guards_expression(code, [values[i] for i in where])
+
+    return hold
 
 
 def guards_hold(env: Any, since: int, fakes: list) -> Callable[[list], bool]:

@@ -62,7 +62,8 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
             run.capture.hits += 1
             run.hits += 1
             return each
-    made = _compile(segment, run, args, aliases)
+    with _torch.own_sizes(segment.context):
+        made = _compile(segment, run, args, aliases)
     found.append(made)
     if len(segment.variants) > VARIANTS:
         segment.variants.popitem(last=False)

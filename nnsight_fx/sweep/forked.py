@@ -215,7 +215,7 @@ class Sheet:
             if n.op == "placeholder"
         ]
         region.recompile()
-        with _torch.tracing(self.segment.context), torch.no_grad():
+        with _torch.own_sizes(self.segment.context), _torch.tracing(self.segment.context), torch.no_grad():
             call = self.capture.compiler(region, fakes)
         self.capture.note_compile(self.segment, None)
         return call
