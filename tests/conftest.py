@@ -23,6 +23,23 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
+# Their `aot_eager` rows take seconds each: `make test-slow`. `make test` has that backend in all other files.
+AOT_LATER = {
+    "test_cond",
+    "test_gradients",
+    "test_edit_files",
+    "test_interventions",
+    "test_removal",
+    "test_source_models",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in AOT_LATER and "aot_eager" in item.name:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _same_start_for_every_test():
     torch.manual_seed(0)

@@ -247,6 +247,7 @@ def own_sizes(context: Any) -> Iterator[None]:
         env.divisible.clear()
         env.divisible.update(divisible)
         env._update_version_counter()
+        getattr(env, "fake_tensor_cache", {}).clear()
         for function in vars(type(env)).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -311,12 +312,12 @@ def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool
     """The check of all guards on sizes that were added since `since`, over the values of a call's inputs."""
     env = context.fake_mode.shape_env
     new = [] if env is None else env.guards[since:]
-    if env is None or not new:
+    if env is None:
         return lambda values: True
     sizes = {i: f.node for i, f in enumerate(fakes) if isinstance(f, torch.SymInt) and f.node._expr.is_symbol}
     fixed = {i: int(node.expr) for i, node in sizes.items() if node.expr.is_number}  # a guard has made them numbers
     where = [i for i, node in sizes.items() if node.expr.is_symbol]
-    code = env.produce_guards_expression([fakes[i] for i in where], guards=new) if where else None
+    code = env.produce_guards_expression([fakes[i] for i in where], guards=new) if where and new else None
 
     def hold(values: list) -> bool:
         if any(values[i] != number for i, number in fixed.items()):

@@ -107,9 +107,6 @@ FOUND = {
             ),
         ),
     ),
-}
-
-OPEN = {
     # A sync point cuts the segment at a site that is written with other metadata: the tail's `supply` node finds no value.
     "a write that does not fit, and a sync point behind it": Case(
         net=Net(layers=("norm", "again", "record"), train=True, grad=True, dynamic=None),
@@ -152,7 +149,7 @@ OPEN = {
             ),
         ),
     ),
-    # The same with a branch of the model behind it: `variants._aliases` asks a fake for its memory.
+    # The same with a branch of the model behind it: what a called module draws was recorded, on fakes.
     "a write that does not fit, a sync point and a graph break": Case(
         net=Net(layers=("dropout", "record", "branch"), train=False, grad=False, dynamic=True),
         programs=(
@@ -211,38 +208,82 @@ OPEN = {
             ),
         ),
     ),
-    # Buffers of a BatchNorm differ on another input size, where the body looked at a value and parameters require grad.
-    "a sync point in front of statistics": Case(
-        net=Net(layers=("norm",), train=True, grad=True, dynamic=True),
+}
+
+# Not mended yet.
+OPEN = {
+    # A write that does not fit, behind a graph break, in the third program over the model: it is told as never reached.
+    "a write that does not fit, behind a graph break": Case(
+        net=Net(layers=("alias", "branch", "alias"), train=True, grad=False, dynamic=True),
+        programs=(
+            Program(bodies=(Body(ops=(), rows=2, cache=True, fresh=False),), alone=True, together=False),
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            InPlace(fn="masked_fill_", a=2, b=1, slot=0),
+                            Augment(place=Place(path="layers.2", kind="input", call=0, leaf=None), slot=2, whole=False),
+                            Save(a=4),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="", kind="input", call=0, leaf=None)),
+                            Save(a=1),
+                            Write(place=Place(path="layers.2.same", kind="input", call=0, leaf=None), a=4, fits=False),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
+    # The second program's forward and backward are one graph for the first size, and no guard says so (`passes/differentiate`).
+    "two backwards over other sizes": Case(
+        net=Net(layers=("record",), train=True, grad=True, dynamic=True),
         programs=(
             Program(
                 bodies=(
                     Body(
                         ops=(
-                            Read(place=Place(path="layers.0", kind="input", call=0, leaf=None)),
-                            InPlace(fn="set", a=1, b=4, slot=0),
-                            If(
-                                a=3,
-                                slot=1,
-                                then=(InPlace(fn="lerp_", a=4, b=2, slot=2),),
-                                orelse=(
-                                    Read(place=Place(path="layers.0.bn", kind="input", call=0, leaf=None)),
-                                    InPlace(fn="set row", a=4, b=3, slot=1),
+                            Read(place=Place(path="", kind="output", call=0, leaf=None)),
+                            Backward(
+                                a=1,
+                                around=(
+                                    InPlace(fn="masked_fill_", a=3, b=3, slot=1),
+                                    InPlace(fn="masked_fill_", a=3, b=1, slot=2),
+                                    Pure(fn="bfloat16", a=3, b=3, slot=2),
                                 ),
+                                retain=False,
                             ),
-                            If(
-                                a=4,
-                                slot=2,
-                                then=(View(fn="swap", a=1, slot=2),),
-                                orelse=(
-                                    Write(place=Place(path="", kind="output", call=0, leaf=None), a=2, fits=True),
-                                    InPlace(fn="copy_", a=4, b=3, slot=1),
-                                ),
-                            ),
-                            Save(a=3),
-                            Augment(place=Place(path="", kind="output", call=0, leaf=None), slot=0, whole=True),
-                            Save(a=2),
-                            Result(),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="", kind="output", call=0, leaf=None)),
+                            Backward(a=1, around=(Save(a=3),), retain=False),
                         ),
                         rows=2,
                         cache=False,
