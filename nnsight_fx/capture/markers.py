@@ -50,6 +50,12 @@ def supply(path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
     return active.capture.fake_supply(path, kind, call, leaf)
 
 
+@torch.compiler.assume_constant_result
+def taken(path: str, kind: str, call: int) -> bool:
+    """Has the plan replaced this site, or skipped this call, when the model comes by? Not where it waits for a later site."""
+    return active.capture.taken((path, kind, call))
+
+
 class Replacement:
     """The capture half of a plan at one site: the tree that the model's Python gets to see."""
 
@@ -265,7 +271,7 @@ class Markers:
         cell = self.calls[(path, kind)]
         call = cell[0]
         cell[0] = call + 1
-        if (path, kind, call) in self.half:
+        if (path, kind, call) in self.half and taken(path, kind, call):
             value = _replaced(value, path, kind, call, self.half[(path, kind, call)])
         if self.stop_at == (path, kind, call):
             raise Stop
@@ -278,7 +284,7 @@ class Markers:
         cell = self.calls[(path, "skip")]
         call = cell[0]
         cell[0] = call + 1
-        if (path, "skip", call) not in self.half:
+        if (path, "skip", call) not in self.half or not taken(path, "skip", call):
             return False, None
         half = self.half[(path, "skip", call)]
         return True, _build(half.spec, _supplied(path, call, half), 0)[0]

@@ -494,6 +494,9 @@ class FakeCapture:
             self._state(x.fake_mode).leaf(x, path, kind, leaf, last)
         return x
 
+    def taken(self, at: Site) -> bool:
+        return self._state(detect_fake_mode()).taken(at)
+
     def fake_supply(self, path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
         mode = detect_fake_mode()
         return self._state(mode).supply((path, kind, call), leaf)
@@ -554,6 +557,10 @@ class DynamoInterleaver(FakeInterleaver):
             if op.when:
                 firing.leaves[:] = [self.select(op, v, x) for v, x in zip(firing.leaves, old, strict=True)]
             self.supplied[firing.site] = firing.leaves
+
+    def taken(self, at: Site) -> bool:
+        """Did the plan replace a site, or skip a call, when it came by?"""
+        return at in self.supplied or (at[1] == "skip" and (at[0], "output", at[2]) in self.skipped)
 
     def supply(self, at: Site, leaf: int) -> torch.Tensor:
         if at not in self.supplied:
