@@ -262,7 +262,7 @@ class SplicedRun(Run):
         def call() -> Any:
             self.capture_half = plan if plan.recapture and not self.removes else None
             try:
-                with self.half(self.capture_half), _torch.capturing():
+                with self.half(self.capture_half), _torch.capturing(len(self.owner.paths)):
                     return entry(self.capture_half)
             except NotDifferentiable as why:  # nothing has run yet
                 self.report.append(self.capture.refuse(plan, str(why)))
@@ -297,7 +297,7 @@ class SplicedRun(Run):
             stop_at = self.stop_at()
             markers.half = _half(plan)
             markers.stop_at = stop_at
-            markers.calls = {(path, kind): [0] for path, kind, _ in [*markers.half, *([stop_at] if stop_at else [])]}
+            markers.calls = {(path, kind): [] for path, kind, _ in [*markers.half, *([stop_at] if stop_at else [])]}
             active.capture = FakeCapture(self)
         try:
             yield

@@ -42,7 +42,7 @@ def _quiet_fakes(monkeypatch):
 
 # Themes among whose 200 programs of `make test` is one that differs: see `found.OPEN` and docs/equivalence.md.
 KNOWN = pytest.mark.xfail(raises=AssertionError, strict=True, reason="one of its programs differs, and is not mended")
-DIFFER = () if FULL else ("values", "control", "gradients")
+DIFFER = () if FULL else ("gradients",)
 
 
 @pytest.mark.parametrize("theme", [pytest.param(t, marks=KNOWN if t in DIFFER else ()) for t in THEMES])
