@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from nnsight_fx.capture._torch import detect_fake_mode
+from nnsight_fx.capture._torch import detect_fake_mode, hook
 
 from .job import Job, NotDifferentiable, backward, gradient, set_gradient, settled, tap
 
@@ -88,7 +88,7 @@ class Flow(fx.Interpreter):
     def step(self, node: fx.Node) -> Any:
         if node.target is tap:
             value = self.taps[node] = self.env[node.args[0]]  # type: ignore[index]
-            value.register_hook(partial(self.arrived, node))
+            hook(value, partial(self.arrived, node))
             return value
         if node.target is backward:
             return self.back(node)

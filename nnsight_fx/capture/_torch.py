@@ -434,6 +434,13 @@ def _library(hook: Any) -> bool:
     return (getattr(hook, "__module__", "") or "").startswith(("nnsight_fx.", "transformers.", "accelerate."))
 
 
+def hook(tensor: torch.Tensor, function: Callable) -> Any:
+    """`tensor.register_hook`, on a view too that was changed through an alias: torch <= 2.14 crashes there, unless somebody has
+    looked at its `grad_fn` (pytorch/pytorch#196459)."""
+    _ = tensor.grad_fn
+    return tensor.register_hook(function)
+
+
 def undisturbed(function: Callable) -> Callable:
     """`function` run as it is, also when compiled code calls it."""
     return torch._dynamo.disable(function)

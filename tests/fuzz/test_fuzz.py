@@ -40,12 +40,7 @@ def _quiet_fakes(monkeypatch):
     monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True)
 
 
-# Themes among whose 200 programs of `make test` is one that differs: see `found.OPEN` and docs/equivalence.md.
-KNOWN = pytest.mark.xfail(raises=AssertionError, strict=True, reason="one of its programs differs, and is not mended")
-DIFFER = () if FULL else ("gradients",)
-
-
-@pytest.mark.parametrize("theme", [pytest.param(t, marks=KNOWN if t in DIFFER else ()) for t in THEMES])
+@pytest.mark.parametrize("theme", THEMES)
 def test_a_random_program_is_the_same_on_both_engines(theme):
     total, start = Figures(), time.process_time()
 
