@@ -247,6 +247,8 @@ def own_sizes(context: Any) -> Iterator[None]:
         env.divisible.clear()
         env.divisible.update(divisible)
         env._update_version_counter()
+        if hasattr(env, "_replacements_version_counter"):  # symbols keep what they were replaced with, by this count
+            env._replacements_version_counter += 1
         getattr(env, "fake_tensor_cache", {}).clear()
         for function in vars(type(env)).values():
             if hasattr(function, "cache_clear"):
