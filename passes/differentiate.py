@@ -50,7 +50,9 @@ def differentiate(gm: fx.GraphModule, job: Job) -> int:
         if name.startswith("_tensor_constant"):
             setattr(gm, name, value)
     for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default  # the same, but where fakes are wrong about strides (pytorch/pytorch#192668)
+        node.target = (
+            torch.ops.aten.reshape.default
+        )  # the same, but where fakes are wrong about strides (pytorch/pytorch#192668)
     gm.graph = traced.graph
     return len(passes)
 

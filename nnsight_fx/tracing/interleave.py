@@ -363,6 +363,8 @@ class Interleaver:
 class TensorInterleaver(Interleaver):
     """Values are tensors: the running model's, or a scan's fakes."""
 
+    calling = False  # does an operation call a module now, whose sites are not the run's
+
     def __init__(self, plan: InterventionGraph, constants: list):
         super().__init__(plan)
         self.constants = constants

@@ -291,4 +291,27 @@ FOUND = {
             ),
         ),
     ),
+    # A scan with the plan's writes took the sites of the called module's children for the run's: without end.
+    "a module with children, called behind a write": Case(
+        net=Net(layers=("tuple", "attention", "norm"), train=True, grad=True, dynamic=True),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="layers.0.part", kind="input", call=0, leaf=None)),
+                            Write(place=Place(path="layers.0.part", kind="output", call=0, leaf=0), a=1, fits=True),
+                            Call(path="layers.2", a=3),
+                            Result(),
+                        ),
+                        rows=2,
+                        cache=True,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
 }
