@@ -314,4 +314,45 @@ FOUND = {
             ),
         ),
     ),
+    # The graph ends at the site's marker, and what the site is written with came behind it.
+    "a write that does not fit where the model is stopped": Case(
+        net=Net(layers=("residual", "norm", "record"), train=True, grad=False, dynamic=True),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Augment(place=Place(path="layers.1", kind="input", call=0, leaf=None), slot=0, whole=False),
+                            Skip(place=Place(path="layers.1", kind="input", call=0, leaf=None), a=2, pack=None),
+                            Skip(place=Place(path="layers.1", kind="input", call=0, leaf=None), a=1, pack=None),
+                            Save(a=2),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="layers.0.act", kind="input", call=0, leaf=None)),
+                            Pure(fn="norm", a=4, b=4, slot=1),
+                            Write(place=Place(path="layers.0", kind="output", call=0, leaf=None), a=1, fits=False),
+                            Pure(fn="noise", a=4, b=1, slot=0),
+                            Stop(),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
 }
