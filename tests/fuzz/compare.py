@@ -186,7 +186,8 @@ def _round(
     want = attempt(program, hooks, given, net.memory())
     fine, unsure, verbs = want["error"] is None, "branch" in net.layers, set(program.verbs())
     told = unsure and {"cache", "Backward"} & verbs  # behind a graph break hooks do these, and say so
-    told = told or {"does not fit", "invokes"} <= verbs  # what follows in a batch of any size, no scan can tell
+    if not program.alone and {"does not fit", "Skip"} & verbs:
+        told = True  # what other metadata become further on in a batch of any size, no scan can tell
     captured = assert_no_fallback() if fine and not told else contextlib.nullcontext()
     steady = given.seed in (1, 3) and fine and not unsure and program.steady
     try:

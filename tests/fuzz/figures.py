@@ -32,8 +32,8 @@ Python sees cannot be changed any more). *rounded*: a program
 with a backward, whose values agree but for their last bits (autograd adds gradients up in place, a graph does not, and some
 kernels choose their order by the strides of what they get; `aot_eager` of the plain model does the same). *failed*: the engines
 differed. *fallbacks*: runs on which the spliced engine said
-that hooks did the work (behind a graph break: a cache of all sites, a backward; among several invokes: sites behind a write
-of another shape or type).
+that hooks did the work (behind a graph break: a cache of all sites, a backward; in invokes: sites behind a write
+or a skip of another shape, type or `requires_grad`).
 
 torch {torch}, Python {python}.
 
