@@ -375,7 +375,8 @@ RECOMPILES = 64  # captures of one entry; Dynamo's own default is 8
 
 def patience(modules: int) -> int:
     """How many captures one frame may have: behind graph breaks, modules of one class share the frames of their code."""
-    return max(RECOMPILES, torch._dynamo.config.recompile_limit, 4 * modules)
+    config: Any = torch._dynamo.config
+    return max(RECOMPILES, config.recompile_limit, 4 * modules)
 
 
 def guards(function: Callable) -> list[str]:
@@ -394,7 +395,8 @@ def recompiles(functions: list[Callable]) -> int:
 def capturing(modules: int) -> Iterator[None]:
     """Dynamo's settings while it captures a model for us: its floats are structure, since variants compile too late to ask
     Dynamo to look again; and a frame may have `patience` captures under each of its entries."""
-    config, limit = torch._dynamo.config, patience(modules)
+    config: Any = torch._dynamo.config
+    limit = patience(modules)
     old = config.specialize_float, config.recompile_limit, config.accumulated_recompile_limit
     config.specialize_float, config.recompile_limit = True, limit
     config.accumulated_recompile_limit = max(old[2], 128 * limit)

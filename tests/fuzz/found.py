@@ -355,4 +355,39 @@ FOUND = {
             ),
         ),
     ),
+    # At a cut, a site has its tensors alone, and the object of the written tree was looked up among them.
+    "a write into a container with an object, behind a sync point at its site": Case(
+        net=Net(layers=("branch", "record"), train=False, grad=False, dynamic=True),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="layers.1", kind="input", call=0, leaf=None)),
+                            Augment(
+                                place=Place(path="layers.1.part", kind="output", call=0, leaf="h"), slot=1, whole=False
+                            ),
+                            If(
+                                a=2,
+                                slot=0,
+                                then=(
+                                    Write(
+                                        place=Place(path="layers.1.part", kind="output", call=0, leaf="h"),
+                                        a=2,
+                                        fits=True,
+                                    ),
+                                ),
+                                orelse=(Save(a=1),),
+                            ),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
 }
