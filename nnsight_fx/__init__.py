@@ -24,6 +24,7 @@ from .errors import (
     UnknownModuleError,
     UnknownOperationError,
     UnsavedValueError,
+    WorkerLostError,
 )
 from .helpers import TraceDict, steer
 from .language import LanguageModel
@@ -63,6 +64,7 @@ __all__ = [
     "UnknownModuleError",
     "UnknownOperationError",
     "UnsavedValueError",
+    "WorkerLostError",
     "assert_max_compiles",
     "assert_no_fallback",
     "interventions",
