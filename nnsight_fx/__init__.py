@@ -26,6 +26,7 @@ from .errors import (
     UnsavedValueError,
     WorkerLostError,
 )
+from .harvest.activations import Activations
 from .helpers import TraceDict, steer
 from .language import LanguageModel
 from .loading import ModelNotFoundError
@@ -36,6 +37,7 @@ from .tokens import PromptError
 from .tracing.saving import save
 
 __all__ = [
+    "Activations",
     "CONFIG",
     "Envoy",
     "FallbackError",

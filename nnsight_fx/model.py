@@ -30,6 +30,8 @@ from .engine.wave import Wave
 from .envoy import Envoy
 from .errors import NestedTraceError, UnknownModuleError, nearest
 from .explain import Explanation
+from .harvest.activations import Activations
+from .harvest.harvest import harvest
 from .sweep.results import Results
 from .sweep.session import Session
 from .sweep.sweep import sweep
@@ -251,6 +253,10 @@ class NNsight(Edits, Envoy):
     def sweep(self, fn: Callable[..., Any], inputs: Any, over: Mapping[str, Iterable], **options: Any) -> Results:
         """Run `fn(tracer, *cell)` as a body for every cell of the grid `over`; see `nnsight_fx.sweep.sweep`."""
         return sweep(self, fn, inputs, over, **options)
+
+    def harvest(self, dataset: Iterable, sites: Any, out: Any, **options: Any) -> Activations:
+        """Write the activations of a data set to the folder `out`; see `nnsight_fx.harvest.harvest`."""
+        return harvest(self, dataset, sites, out, **options)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What ran how: engine, segments and graph breaks, compiles, passes, what ran outside captured code, the latest trace.

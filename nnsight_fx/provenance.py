@@ -101,7 +101,7 @@ class _Feed:
         elif isinstance(value, np.ndarray):
             self._tensor(torch.from_numpy(np.ascontiguousarray(value)))
         elif isinstance(value, Observed):
-            self.text(value.path)
+            self.text(str(value.path))
         elif isinstance(value, nn.Module):
             self.text(str(value))
             self._items([*value.named_parameters(), *value.named_buffers()])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..draws import draw_for, own_draws
 from ..errors import NotRecordableError
 from ..provenance import hashed
 from ..tracing import tree
@@ -64,13 +65,13 @@ class Job:
         """Run some cells."""
         saved: list[dict[str, Any]] = []
         plans: list[str] = []
-        with _own_draws(self.model), torch.no_grad():
+        with own_draws(self.model), torch.no_grad():
             if self.prepare is not None:
                 self.prepare(sorted({self.prompt(cell) for cell in chunk}))
             with self.model.session():
                 for cell in chunk:
                     args, kwargs = given(self.model, self.inputs[self.prompt(cell)])
-                    torch.manual_seed((self.seed + 0x9E3779B97F4A7C15 * (cell + 1)) % 2**63)
+                    draw_for(self.seed, cell)
                     with self._told(cell), self.model.trace(*args, **kwargs, **self.options) as tracer:
                         saved.append(_saved(self.call(tracer, self.cells[cell])))
                         plans += [hashed([repr(w.tape.ops) for w in tracer.waves])] if self.stored else []
@@ -106,14 +107,6 @@ def is_dataset(model: Any, inputs: Any) -> bool:
     """A list of inputs? A list of numbers is one prompt's token ids."""
     ids = hasattr(model, "tokenizer") and isinstance(inputs, list) and all(isinstance(x, int) for x in inputs)
     return isinstance(inputs, list) and not (ids and inputs)
-
-
-@contextlib.contextmanager
-def _own_draws(model: Any) -> Iterator[None]:
-    """What a sweep draws comes from its seed, and leaves the caller's generators where they were."""
-    devices = [d for d in model.devices if d.type == "cuda"]
-    with torch.random.fork_rng(devices=devices):
-        yield
 
 
 def _saved(result: Any) -> dict[str, Any]:

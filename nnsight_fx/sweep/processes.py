@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -82,10 +83,8 @@ class Devices(Pool):
 
 
 def _send(connection: Connection, what: Any) -> None:
-    try:
+    with contextlib.suppress(ConnectionError):  # it is gone: `result` finds that out
         connection.send(what)
-    except (BrokenPipeError, ConnectionError):
-        pass  # it is gone: `result` finds that out
 
 
 def main(fd: int) -> None:

@@ -26,7 +26,7 @@ class Ray(Pool):
             self.ray: Any = importlib.import_module("ray")
         except ImportError as error:
             raise MissingExtraError(
-                f'{user_line()}: `executor="ray"` needs Ray: pip install \'nnsight-fx[ray]\'.'
+                f"{user_line()}: `executor=\"ray\"` needs Ray: pip install 'nnsight-fx[ray]'."
             ) from error
         self.workers, self.cpus, self.gpus, self.address = workers, cpus, gpus, address
         self.alive: list = []

@@ -48,7 +48,9 @@ class Results:
         doubles = {name: value.double() for name, value in self.values.items()}
         means = {name: value.mean(dim) for name, value in doubles.items()}
         squares = {name: (value - means[name].unsqueeze(dim)).square().sum(dim) for name, value in doubles.items()}
-        errors = {name: (total / (n * (n - 1))).sqrt() if n > 1 else total * math.nan for name, total in squares.items()}
+        errors = {
+            name: (total / (n * (n - 1))).sqrt() if n > 1 else total * math.nan for name, total in squares.items()
+        }
         return Results({k: v for k, v in self.over.items() if k != axis}, means, self.manifest, errors)
 
     def __getitem__(self, name: str) -> torch.Tensor:
