@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..capture._transformers import without_library_hooks
 from ..envoy import Envoy
 from ..errors import NNsightFXError
 from ..tracing.lazy import user_line
@@ -71,6 +72,8 @@ if cloudpickle is not None:
         """What `torch.save` writes a job with."""
 
         def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, torch.nn.Module):
+                return without_library_hooks(obj)
             if not isinstance(obj, Envoy):
                 return super().reducer_override(obj)
             root: Any = obj._root

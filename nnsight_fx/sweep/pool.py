@@ -53,7 +53,8 @@ class Pool:
             while todo or busy:
                 while todo and len(busy) < (1 if first else self.size):
                     slot, worker = idle.pop() if idle else (free[-1], self.start(free.pop(), artifacts))
-                    busy[self.submit(worker, todo[0], first)] = slot, worker, todo.popleft()
+                    chunk = todo.popleft()
+                    busy[self.submit(worker, chunk, first)] = slot, worker, chunk
                 ticket = self.wait(list(busy))
                 slot, worker, chunk = busy.pop(ticket)
                 try:
@@ -64,7 +65,7 @@ class Pool:
                     lost[chunk[0]] += 1
                     if lost[chunk[0]] == TRIES:
                         raise WorkerLostError(
-                            f"{user_line()}: {TRIES} workers died on the same {len(chunk)} cells, from {job.named(chunk[0])} on: {error}. "
+                            f"{user_line()}: {TRIES} worker(s) died on the same {len(chunk)} cells, from {job.named(chunk[0])} on: {error}. "
                             "Is it memory? Give a smaller `chunk=`, or run these cells here, without `executor=`."
                         ) from error
                     continue

@@ -64,7 +64,7 @@ class Devices(Pool):
 
     def result(self, ticket: Connection) -> tuple[Done, bytes | None]:
         try:
-            ok, what = ticket.recv()
+            ok, what = pickle.loads(ticket.recv_bytes())
         except (EOFError, ConnectionError) as error:
             ticket.close()
             raise Lost(f"process {self.alive[ticket].pid} ended with {self.alive.pop(ticket).wait()}") from error
@@ -84,17 +84,17 @@ class Devices(Pool):
 
 def _send(connection: Connection, what: Any) -> None:
     with contextlib.suppress(ConnectionError):  # it is gone: `result` finds that out
-        connection.send(what)
+        connection.send_bytes(pickle.dumps(what))  # plain bytes: `send` would share the memory of tensors
 
 
 def main(fd: int) -> None:
     """What a worker's process does: chunks, until nobody sends any."""
     connection = Connection(fd)
     try:
-        name, artifacts, threads, device = connection.recv()
+        name, artifacts, threads, device = pickle.loads(connection.recv_bytes())
         worker = None
         while True:
-            chunk, wanted = connection.recv()
+            chunk, wanted = pickle.loads(connection.recv_bytes())
             try:
                 if worker is None:
                     with open(name, "rb") as file:
@@ -102,7 +102,7 @@ def main(fd: int) -> None:
                 answer = True, worker.work(chunk, wanted)
             except Exception as error:
                 answer = False, _portable(error)
-            connection.send(answer)
+            _send(connection, answer)
     except EOFError:
         pass
 

@@ -75,16 +75,15 @@ class Store:
 
     def put(self, cells: list[int], results: dict[str, torch.Tensor], plans: list[str]) -> None:
         """Keep the results of some cells, by their index in the grid: tensors with one row a cell."""
-        header = {"cells": json.dumps(cells), "plans": json.dumps(plans)}
-        atomic.write(self.folder.path / f"{cells[0]:06d}.safetensors", to_bytes(results, header))
+        header = json.dumps({"cells": cells, "plans": plans})  # one entry: safetensors writes several in any order
+        atomic.write(self.folder.path / f"{cells[0]:06d}.safetensors", to_bytes(results, {"sweep": header}))
 
     def load(self) -> Iterator[tuple[list[int], dict[str, torch.Tensor], list[str]]]:
         """What is there."""
         for path in sorted(self.folder.path.glob("[0-9]*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                results = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                yield json.loads(header["cells"]), results, json.loads(header["plans"])
+                header = json.loads((file.metadata() or {})["sweep"])
+                yield header["cells"], {name: file.get_tensor(name) for name in file.keys()}, header["plans"]  # noqa: SIM118
 
     def finish(self, plans: list[str]) -> None:
         """All cells are there; `plans` are theirs, in order."""
