@@ -37,6 +37,7 @@ class Job:
     axes: dict[str, list]
     options: dict[str, Any]
     prepare: Callable | None = None
+    stop: bool = False
     seed: int = 0
     stored: bool = False
     shapes: list[tuple] = field(default_factory=list)  # of each input's tensors
@@ -69,12 +70,20 @@ class Job:
             if self.prepare is not None:
                 self.prepare(sorted({self.prompt(cell) for cell in chunk}))
             with self.model.session():
-                for cell in chunk:
+                for n, cell in enumerate(chunk):
                     args, kwargs = given(self.model, self.inputs[self.prompt(cell)])
                     draw_for(self.seed, cell)
-                    with self._told(cell), self.model.trace(*args, **kwargs, **self.options) as tracer:
-                        saved.append(_saved(self.call(tracer, self.cells[cell])))
-                        plans += [hashed([repr(w.tape.ops) for w in tracer.waves])] if self.stored else []
+                    with self._told(cell):
+                        with self.model.trace(*args, **kwargs, **self.options) as tracer:
+                            saved.append(_saved(self.call(tracer, self.cells[cell])))
+                            plans += [hashed([repr(w.tape.ops) for w in tracer.waves])] if self.stored else []
+                            if self.stop:
+                                tracer.stop()
+                        if len(saved) <= n:
+                            raise NotRecordableError(
+                                f"{user_line()}: a sweep's body ended by `tracer.stop()`, before it returned its result. Give the sweep "
+                                "`stop=True`: then each forward ends behind the last site of its body."
+                            )
         return Done([{name: value.detach().cpu() for name, value in each.items()} for each in saved], plans)
 
     @contextlib.contextmanager

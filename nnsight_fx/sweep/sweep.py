@@ -24,6 +24,7 @@ def sweep(
     over: Mapping[str, Iterable],
     *,
     reduce: str | None = None,
+    stop: bool = False,
     prepare: Callable[[list[int]], None] | None = None,
     store: Any = None,
     chunk: int | None = None,
@@ -54,6 +55,7 @@ def sweep(
             number if it has a parameter `prompt`. Inputs of one length share forwards; none is padded to another's.
         over: the axes: names and their values. The grid is their product, the last axis the fastest.
         reduce: "mean" averages over the prompts; `Results.errors` are then the standard errors.
+        stop: end each forward behind the last site of its body, as `tracer.stop()` does in a trace.
         prepare: called with the numbers of a chunk's prompts before these run: for what bodies need of other runs.
         store: a folder for results as they come. A sweep that was killed goes on in it, and ends with the same result.
         chunk: cells in one session, and in one file of the store; 64.
@@ -84,10 +86,11 @@ def sweep(
     model.dispatch()
     items = list(inputs) if many else [inputs]
     looked = [look(model, item) for item in items]
-    job = Job(model, fn, items, axes, {"compile": compile, **options}, prepare, shapes=[shapes for _, shapes in looked])
+    options = {"compile": compile, **options}
+    job = Job(model, fn, items, axes, options, prepare, stop, shapes=[shapes for _, shapes in looked])
     kept = None
     if store is not None:
-        about = manifest(model, (fn, prepare), [digest for digest, _ in looked], axes, job.options)
+        about = manifest(model, (fn, prepare), [digest for digest, _ in looked], axes, {**options, "stop": stop})
         begun = {"seed": torch.initial_seed() if seed is None else seed, "chunk": chunk or CHUNK}
         kept, job.stored = Store(store, about | begun), True
         seed, chunk = kept.adopt("seed", seed), kept.manifest["chunk"]

@@ -15,7 +15,6 @@ from .programs import X, mlp
 
 LENGTHS = [4, 6, 4, 3, 6, 4, 3]
 LAYERS, SCALES = range(2), [0.5, 2.0]
-ENGINES = ["hooks", "eager"]
 
 
 @functools.cache
@@ -77,8 +76,7 @@ def wanted():
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("chunk", [3, 64])
+@pytest.mark.parametrize(("engine", "chunk"), [("hooks", 3), ("hooks", 64), ("eager", 64)])
 def test_a_list_of_prompts_is_an_axis(engine, chunk):
     model = wrap(engine)
     forwards = []
@@ -167,8 +165,9 @@ def test_what_is_prepared_for_a_chunk():
 # -- pairs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("part", ["residual", "z"])
+@pytest.mark.parametrize(
+    ("part", "engine"), [("residual", "hooks"), ("z", "hooks"), pytest.param("z", "eager", marks=pytest.mark.slow)]
+)
 def test_patching_pairs(engine, part):
     """Each pair as alone; the metric is of the pair's own answers."""
     model, clean, corrupted, answers = wrap(engine), prompts(2), prompts(3), [3, 1, 4, 1, 5, 9, 2]
