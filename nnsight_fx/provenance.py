@@ -120,7 +120,7 @@ class _Feed:
             self.text(f"{type(value).__qualname__} {parts[1]!r}")
             self._items(parts[2])
         elif isinstance(value, types.ModuleType | types.BuiltinFunctionType | type) or _installed(type(value)):
-            self.text(getattr(value, "__qualname__", getattr(value, "__name__", type(value).__qualname__)))
+            self.text(str(getattr(value, "__qualname__", getattr(value, "__name__", type(value).__qualname__))))
         else:
             self.text(type(value).__qualname__)
             self._items([f for f in vars(type(value)).values() if isinstance(f, types.FunctionType)])

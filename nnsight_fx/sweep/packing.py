@@ -14,8 +14,8 @@ import torch
 
 from ..capture._transformers import without_library_hooks
 from ..envoy import Envoy
-from ..errors import NNsightFXError
 from ..tracing.lazy import user_line
+from ..viz.heatmap import MissingExtraError
 
 try:
     import cloudpickle
@@ -24,10 +24,6 @@ except ImportError:
 
 # Made by `NNsight.__init__`, or of this process alone.
 _OWN = {"_shared", "_envoys", "_compiled", "_edits", "_latest", "_unpacks", "_names", "_module", "_root", "_path", "_caller"}  # fmt: skip
-
-
-class MissingExtraError(NNsightFXError, ImportError):
-    """A package that an extra installs is not there."""
 
 
 def pack(job: Any) -> bytes:

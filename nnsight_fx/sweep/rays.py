@@ -6,8 +6,8 @@ import importlib
 from typing import Any
 
 from ..tracing.lazy import user_line
+from ..viz.heatmap import MissingExtraError
 from .job import Done
-from .packing import MissingExtraError
 from .pool import Lost, Pool, Worker
 
 
