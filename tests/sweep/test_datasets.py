@@ -80,11 +80,14 @@ def wanted():
 def test_a_list_of_prompts_is_an_axis(engine, chunk):
     model = wrap(engine)
     forwards = []
-    handle = raw().register_forward_pre_hook(lambda m, a, kw: forwards.append(kw["input_ids"].shape), with_kwargs=True)
-    found = model.sweep(body(model), prompts(), {"layer": LAYERS, "by": SCALES}, chunk=chunk, progress=False)
-    handle.remove()
-    torch.testing.assert_close(found["result"], wanted())
-    assert found.array.dims[:3] == ("prompt", "layer", "by") and found.array.shape == (7, 2, 2, 3)
+    count = lambda m, a, kw: forwards.append(kw["input_ids"].shape)  # noqa: E731  (hooks alone: it would be captured)
+    handle = raw().register_forward_pre_hook(count, with_kwargs=True) if engine == "hooks" else None
+    some = 7 if engine == "hooks" else 3  # each length is a capture
+    found = model.sweep(body(model), prompts()[:some], {"layer": LAYERS, "by": SCALES}, chunk=chunk, progress=False)
+    if handle is not None:
+        handle.remove()
+    torch.testing.assert_close(found["result"], wanted()[:some])
+    assert found.array.dims[:3] == ("prompt", "layer", "by") and found.array.shape == (some, 2, 2, 3)
     if engine == "hooks" and chunk == 64:  # a forward for each length, which is nobody's padding
         assert sorted(shape[1] for shape in forwards) == [3, 4, 6] and sum(rows for rows, _ in forwards) == 7 * 4
 
@@ -178,8 +181,8 @@ def test_patching_pairs(engine, part):
         return logits[0, -1, answers[prompt]]
 
     found = patching.patch(model, clean, corrupted, metric, **options)
-    for i, answer in enumerate(answers):
-        alone = patching.patch(wrap(), clean[i], corrupted[i], lambda logits, a=answer: logits[0, -1, a], **options)
+    for i in (1, 3, 5):  # one of each length
+        alone = patching.patch(wrap(), clean[i], corrupted[i], lambda logits, i=i: logits[0, -1, answers[i]], **options)
         torch.testing.assert_close(found["result"][i], alone["result"])
     mean = patching.patch(model, clean, corrupted, metric, reduce="mean", **options)
     torch.testing.assert_close(mean["result"], found["result"].double().mean(0))
@@ -192,10 +195,10 @@ def test_ablating_many():
     for by in ("zero", "resample"):
         given = {"by": by} if by == "zero" else {"by": by, "reference": others}
         found = patching.ablate(model, many, metric, **given, **options)
-        for i, ids in enumerate(many):
+        for i in (1, 3):
             one = {"by": by} if by == "zero" else {"by": by, "reference": others[i]}
             torch.testing.assert_close(
-                found["result"][i], patching.ablate(model, ids, metric, **one, **options)["result"]
+                found["result"][i], patching.ablate(model, many[i], metric, **one, **options)["result"]
             )
     found = patching.ablate(model, many, metric, by="mean", **options)
     values = [patching.activations(model, ids, "mlp")[1] for ids in many]

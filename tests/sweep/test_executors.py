@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
@@ -67,18 +66,16 @@ def executor(kind):
     return Ray(workers=2, cpus=1)
 
 
-@pytest.fixture
-def _ray_warns():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-CASES = [("devices", "hooks")] + [pytest.param(k, "eager", marks=pytest.mark.slow) for k in ("devices", "ray")]
+RAY = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")]  # its own
+CASES = [
+    ("devices", "hooks"),
+    pytest.param("devices", "eager", marks=pytest.mark.slow),
+    pytest.param("ray", "eager", marks=RAY),
+]
 
 
 @pytest.mark.parametrize(("kind", "engine"), CASES)
-def test_a_worker_killed_midway(tmp_path, kind, engine, _ray_warns):
+def test_a_worker_killed_midway(tmp_path, kind, engine):
     die, who = tmp_path / "die", tmp_path / "who"
     who.mkdir()
     model = wrap(engine)
@@ -109,6 +106,7 @@ def test_one_that_always_dies_is_told(monkeypatch):
     assert "ended with 3" in str(e.value)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_body_is_its_own():
     model = wrap()
     with pytest.raises(IndexError) as error:
