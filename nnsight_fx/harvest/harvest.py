@@ -175,7 +175,8 @@ class Shape:
         if self.positions is not None and width is not None:
             starts = [width - item.length if self.model._left else 0 for item in items]
             columns = [start + p for start, ps in zip(starts, places, strict=True) for p in ps]
-            chosen = torch.tensor([i for i, ps in enumerate(places) for _ in ps]), torch.tensor(columns)
+            rows = [i for i, ps in enumerate(places) for _ in ps]
+            chosen = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
         expected = (len(items),) if isinstance(chosen, slice) else (len(items), width)
         found = {}
         for name, value in values.items():
@@ -205,44 +206,53 @@ def _windows(items: Iterator[Item], shape: Shape, rows: int) -> Iterator[list[tu
 def _write(folder: Folder, window: list, shape: Shape, batches: Batches, seed: int, bar: Any) -> None:
     """One shard: its forwards, its file, and then its entry in the manifest."""
     items, places = [item for item, _ in window], [ps for _, ps in window]
-    starts = [0]
-    for ps in places:
-        starts.append(starts[-1] + len(ps))
-    tensors: dict[str, torch.Tensor] = {}
     shards = folder.manifest["shards"]
     with own_draws(shape.model):
         draw_for(seed, len(shards))
-        for some, width in batches(items, shape.reader.tokens):
-            found = shape.run([items[i] for i in some], width, [places[i] for i in some])
-            rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in some])
-            for name, value in found.items():
-                if name not in tensors:
-                    tensors[name] = torch.empty(starts[-1], *value.shape[1:], dtype=value.dtype)
-                tensors[name][rows] = value
-            bar.update(sum(items[i].length for i in some) if shape.reader.tokens else len(some))
-            bar.set_postfix(shards=len(shards), refresh=False)
-    tensors["prompt"] = torch.tensor([item.number for item, ps in window for _ in ps])
+        tensors = _values(items, places, shape, batches, bar)
+    tensors["prompt"] = torch.tensor([item.number for item, ps in window for _ in ps], dtype=torch.long)
     if shape.positions is not None:
         tensors["position"] = torch.tensor([p for ps in places for p in ps], dtype=torch.int32)
         tensors["token"] = torch.cat([item.value[ps] for item, ps in window]).int()
+    facts = {n: {"shape": list(t.shape[1:]), "dtype": _name(t.dtype)} for n, t in tensors.items()}
+    prompts = [items[0].number, items[-1].number + 1]
+    if folder.manifest.get("columns", facts) != facts:
+        raise ValueError(
+            f"{user_line()}: the values of prompts {prompts[0]} to {items[-1].number} are {_shown(facts)}, those before "
+            f"{_shown(folder.manifest['columns'])}. One array holds what has one shape."
+        )
     data = to_bytes(tensors, {"shard": str(len(shards))})
     name = f"{len(shards):06d}.safetensors"
     atomic.write(folder.path / name, data)
     shard = {
         "file": name,
-        "rows": starts[-1],
-        "prompts": [items[0].number, items[-1].number + 1],
+        "rows": len(tensors["prompt"]),
+        "prompts": prompts,
         "tokens": sum(item.length for item in items) if shape.reader.tokens else None,
         "inputs": _together(items),
         "digest": hashlib.blake2b(data, digest_size=16).hexdigest(),
     }
-    facts = {n: {"shape": list(t.shape[1:]), "dtype": _name(t.dtype)} for n, t in tensors.items()}
-    if folder.manifest.get("columns", facts) != facts:
-        raise ValueError(
-            f"{user_line()}: the values of prompts {shard['prompts']} have shapes {facts}, those before "
-            f"{folder.manifest['columns']}. One array holds what has one shape."
-        )
-    folder.write(columns=facts, shards=[*shards, shard], rows=folder.manifest["rows"] + starts[-1])
+    folder.write(columns=facts, shards=[*shards, shard], rows=folder.manifest["rows"] + shard["rows"])
+
+
+def _values(items: list[Item], places: list, shape: Shape, batches: Batches, bar: Any) -> dict[str, torch.Tensor]:
+    """The rows of each site, in the order of the items."""
+    starts = [0, *itertools.accumulate(len(ps) for ps in places)]
+    tensors: dict[str, torch.Tensor] = {}
+    for some, width in batches(items, shape.reader.tokens):
+        found = shape.run([items[i] for i in some], width, [places[i] for i in some])
+        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in some])
+        for name, value in found.items():
+            if name not in tensors:
+                tensors[name] = torch.empty(starts[-1], *value.shape[1:], dtype=value.dtype)
+            if value.shape[1:] != tensors[name].shape[1:]:
+                shapes = f"{tuple(tensors[name].shape[1:])} and {tuple(value.shape[1:])}"
+                raise ValueError(
+                    f"{user_line()}: a row of `{name}` has shape {shapes}, by the prompt. One array holds what has one shape."
+                )
+            tensors[name][rows] = value
+        bar.update(sum(items[i].length for i in some) if shape.reader.tokens else len(some))
+    return tensors
 
 
 def _verified(folder: Folder, items: Iterator[Item]) -> int:
@@ -263,6 +273,10 @@ def _verified(folder: Folder, items: Iterator[Item]) -> int:
             "prompts, and this one has more. Give this harvest a folder of its own."
         )
     return done
+
+
+def _shown(facts: dict[str, dict]) -> str:
+    return ", ".join(f"{name} {tuple(f['shape'])} {f['dtype']}" for name, f in facts.items())
 
 
 def _together(items: list[Item]) -> str:

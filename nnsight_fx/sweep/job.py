@@ -36,6 +36,7 @@ class Job:
     inputs: list[Any]
     axes: dict[str, list]
     options: dict[str, Any]
+    many: bool = False  # the first axis are the inputs
     prepare: Callable | None = None
     stop: bool = False
     seed: int = 0
@@ -45,19 +46,19 @@ class Job:
     def __post_init__(self):
         self.cells = list(itertools.product(*self.axes.values()))
         self.names = tuple(self.axes)
-        self.call = _caller(self.fn, self.names)
+        self.call = _caller(self.fn, self.names, self.many)
 
     def chunks(self, size: int) -> list[list[int]]:
         """The numbers of all cells, `size` at a time; cells whose inputs have one shape stand together, and share forwards."""
         order = range(len(self.cells))
-        if PROMPT in self.axes:
+        if self.many:
             first = {shape: n for n, shape in reversed(list(enumerate(self.shapes)))}
             order = sorted(order, key=lambda i: first[self.shapes[self.prompt(i)]])
         return [list(order[start : start + size]) for start in range(0, len(self.cells), size)]
 
     def prompt(self, cell: int) -> int:
         """Which input a cell is about."""
-        return self.cells[cell][0] if PROMPT in self.axes else 0
+        return self.cells[cell][0] if self.many else 0
 
     def named(self, cell: int) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in zip(self.names, self.cells[cell], strict=True))
@@ -132,7 +133,7 @@ def _saved(result: Any) -> dict[str, Any]:
     return named
 
 
-def _caller(fn: Callable, names: tuple[str, ...]) -> Callable[[Any, tuple], Any]:
+def _caller(fn: Callable, names: tuple[str, ...], many: bool) -> Callable[[Any, tuple], Any]:
     """`fn` with a cell's values by name, where it has parameters of these names; else in their order, without the prompt."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())[1:]
@@ -141,8 +142,7 @@ def _caller(fn: Callable, names: tuple[str, ...]) -> Callable[[Any, tuple], Any]
     own = {p.name for p in parameters}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         own |= set(names)
-    needed = set(names) - {PROMPT}
+    needed = set(names[many:])
     if needed <= own and (needed or PROMPT in own):
         return lambda tracer, values: fn(tracer, **{n: v for n, v in zip(names, values, strict=True) if n in own})
-    start = 1 if PROMPT in names else 0
-    return lambda tracer, values: fn(tracer, *values[start:])
+    return lambda tracer, values: fn(tracer, *values[many:])

@@ -103,7 +103,7 @@ def main(fd: int) -> None:
             except Exception as error:
                 answer = False, _portable(error)
             _send(connection, answer)
-    except EOFError:
+    except (EOFError, ConnectionError):
         pass
 
 

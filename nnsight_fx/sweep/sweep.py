@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -87,7 +88,7 @@ def sweep(
     items = list(inputs) if many else [inputs]
     looked = [look(model, item) for item in items]
     options = {"compile": compile, **options}
-    job = Job(model, fn, items, axes, options, prepare, stop, shapes=[shapes for _, shapes in looked])
+    job = Job(model, fn, items, axes, options, many, prepare, stop, shapes=[shapes for _, shapes in looked])
     kept = None
     if store is not None:
         about = manifest(model, (fn, prepare), [digest for digest, _ in looked], axes, {**options, "stop": stop})
@@ -112,8 +113,13 @@ def _run(job: Job, chunks: list[list[int]], kept: Store | None, runner: Executor
         plans.update(zip(cells, digests, strict=True))
     todo = [cells for cells in chunks if not found.keys() >= set(cells)]
     total = len(job.cells)
-    with tqdm(total=total, initial=len(found), unit="cell", disable=not progress, smoothing=0.1) as bar:
-        for cells, done in runner.run(job, todo) if todo else ():
+    runs = runner.run(job, todo) if todo else iter(())
+    with (
+        tqdm(total=total, initial=len(found), unit="cell", disable=not progress, smoothing=0.1) as bar,
+        contextlib.ExitStack() as ending,
+    ):
+        ending.callback(getattr(runs, "close", lambda: None))  # workers end now, whatever is wrong with what they gave
+        for cells, done in runs:
             for cell, results in zip(cells, done.results, strict=True):
                 found[cell] = results
                 _check(job, cell, results, next(iter(found.values())), next(iter(found)))

@@ -194,6 +194,26 @@ def test_rows_of_several_shapes_and_keywords(tmp_path):
     torch.testing.assert_close(found["pool"][:], torch.stack(want))
 
 
+def test_rows_that_do_not_fit_one_array(tmp_path):
+    model = NNsight(nn.Sequential(nn.Identity(), nn.Identity()))
+    rows = [torch.ones(n) for n in (3, 3, 4)]
+    with pytest.raises(ValueError, match=r"test_harvest\.py:\d+: a row of `0` has shape \(3,\) and \(4,\)"):
+        model.harvest(rows, "0", tmp_path / "a", progress=False)
+    with pytest.raises(
+        ValueError, match=r"the values of prompts 2 to 2 are 0 \(4,\) float32, .* those before 0 \(3,\)"
+    ):
+        model.harvest(rows, "0", tmp_path / "b", shard_size=2, progress=False)
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["000000.safetensors", "manifest.json"]
+
+
+def test_a_shard_may_have_no_rows(tmp_path, capsys):
+    found = wrap().harvest([[1], [2, 3], [4], [5]], SITES[0], tmp_path / "a", positions=slice(1, None), shard_size=1)
+    assert [shard["rows"] for shard in found.manifest["shards"]] == [1, 0]
+    assert found["token"][:].tolist() == [3] and found["prompt"][:].tolist() == [1]
+    torch.testing.assert_close(found[SITES[0]][:], by_hand(torch.tensor([2, 3]))[SITES[0]][1:])
+    assert "5.00tok" in capsys.readouterr().err.replace(" ", "")  # the bar: tokens, and tokens a second
+
+
 def test_one_row_a_prompt(tmp_path):
     torch.manual_seed(0)
     bert = tf.BertModel(

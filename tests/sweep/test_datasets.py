@@ -134,6 +134,8 @@ def test_what_a_list_is():
     plain = NNsight(mlp())
     found = plain.sweep(lambda t, i: plain.head.output[:, -1], list(X), {"i": [0]}, progress=False)
     assert found["result"].shape == (4, 1, 1, 5)
+    own = plain.sweep(lambda t, prompt: plain.head.output * prompt, X[0], {"prompt": [1, 3]}, progress=False)
+    torch.testing.assert_close(own["result"][1], own["result"][0] * 3)  # an axis of the user's by that name
     for wrong, over, text in [
         ([], {"i": [0]}, r"prompt: 0 values"),
         (list(X), {"prompt": [0]}, r"`prompt` is the axis of the list of inputs"),
