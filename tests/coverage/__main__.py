@@ -15,42 +15,46 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from .programs import ALL, PROGRAMS, Row, work
+from .programs import ALL, PROGRAMS, Cell, Row, work
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 
 def page(rows: list[Row], backend: str) -> str:
     """The table, as Markdown."""
-    whole = [r for r in rows if not r.error and r.segments and r.share >= 0.95]
-    green = [
-        r for r in rows if not r.error and all(c.verdict in ("equal", "close", "refused") for c in r.cells.values())
-    ]
+    cells = [c for r in rows for c in r.cells.values()]
+    refused = sum(c.verdict == "refused" for c in cells)
     lines = [
         "# Coverage",
         "",
         f"`make coverage` on {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, transformers "
         f'{transformers.__version__}, `backend="{backend}"`: {len(rows)} architectures, from small random configs or with real '
-        f"weights from packages; {len(whole)} with at least 95 % of their sites in captured code, {len(green)} without a red cell.",
+        f"weights from packages; {sum(r.whole for r in rows)} without a whole-model fallback and with at least 95 % of their sites in "
+        f"captured code; {sum(not r.red for r in rows)} without a red cell; {refused} of {len(cells)} cells refused.",
         "",
         "Each cell compares the hook engine with the spliced graph: `=` equal to the bit, `~` within 1e-5, with the largest difference,",
-        "`refused`: the same error on both, `red`: different. Sites are inputs and outputs of all modules that a forward calls once.",
+        "`refused`: the same error on both, `red`: different; `(hooks)`: the whole trace fell back to the hook engine, so that both sides",
+        "ran on it. Sites are inputs and outputs of all modules that a forward calls once.",
         "",
         "| architecture | kind | segments | sites | captured | " + " | ".join(PROGRAMS) + " |",
         "| --- | --- | --- | --- | --- |" + " --- |" * len(PROGRAMS),
     ]
     for r in rows:
-        cells = []
-        for name in PROGRAMS:
-            c = r.cells.get(name)
-            mark = {"equal": "=", "close": f"~ {c.difference:.0e}" if c else "", "refused": "refused"}
-            cells.append("" if c is None else mark.get(c.verdict, "**red**"))
+        cells = [shown_cell(r.cells.get(name)) for name in PROGRAMS]
         shown = [r.name, r.kind, str(r.segments), str(r.sites), f"{100 * r.share:.0f} %", *cells]
         lines.append("| " + " | ".join(shown) + " |")
     notes = [f"- {r.name}: {r.error}" for r in rows if r.error]
+    notes += [f"- {r.name}, graph break: {b}" for r in rows for b in r.breaks]
     notes += [f"- {r.name}, fallback: {f}" for r in rows for f in r.fallbacks]
     notes += [f"- {r.name}, {n}: {c.verdict}: {c.note}" for r in rows for n, c in r.cells.items() if c.note]
-    return "\n".join([*lines, "", "## Fallbacks, refusals and red cells", "", *(notes or ["none"]), ""])
+    return "\n".join([*lines, "", "## Graph breaks, fallbacks, refusals and red cells", "", *(notes or ["none"]), ""])
+
+
+def shown_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    mark = {"equal": "=", "close": f"~ {cell.difference:.0e}", "refused": "refused"}.get(cell.verdict, "**red**")
+    return mark if cell.engine == "spliced" else f"{mark} ({cell.engine})"
 
 
 def main() -> int:
@@ -79,7 +83,7 @@ def main() -> int:
         print(f"written: {PAGE}")
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in ordered], indent=1))
-    red = [r.name for r in ordered if r.error or any(c.verdict in ("differs", "failed") for c in r.cells.values())]
+    red = [r.name for r in ordered if r.red]
     print(f"red: {', '.join(red) or 'none'}", file=sys.stderr)
     return bool(red)
 

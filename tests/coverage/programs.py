@@ -27,6 +27,11 @@ class Cell:
     verdict: str  # "equal", "close", "differs", "refused" (alike on both engines), "failed"
     difference: float = 0.0
     note: str = ""
+    engine: str = "spliced"  # what ran it on the compiled model: "hooks" where the whole trace fell back
+
+    @property
+    def red(self) -> bool:
+        return self.verdict in ("differs", "failed")
 
 
 @dataclass
@@ -39,12 +44,22 @@ class Row:
     segments: int = 0
     sites: int = 0
     captured: int = 0
+    breaks: list[str] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     error: str = ""
 
     @property
     def share(self) -> float:
         return self.captured / self.sites if self.sites else 0.0
+
+    @property
+    def whole(self) -> bool:
+        """No program fell back to hooks as a whole, and 95 % of the sites are in captured code."""
+        return not self.error and self.share >= 0.95 and all(c.engine == "spliced" for c in self.cells.values())
+
+    @property
+    def red(self) -> bool:
+        return bool(self.error) or any(c.red for c in self.cells.values())
 
 
 def middle(module: nn.Module) -> str:
@@ -156,12 +171,17 @@ def compare(a: list | Exception, b: list | Exception) -> Cell:
         return Cell("failed", note=f"{'hooks' if odd is a else 'spliced'}: {type(odd).__name__}: {str(odd)[:300]}")
     if len(a) != len(b) or any(x.shape != y.shape or x.dtype != y.dtype for x, y in zip(a, b, strict=True)):
         return Cell("differs", float("inf"), "other shapes")
-    largest = max(
-        (float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0
-    )
-    same = all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    gaps = [torch.where(same(x, y), 0, (x.double() - y.double()).abs()) for x, y in zip(a, b, strict=True) if x.numel()]
+    largest = max((float(gap.max()) for gap in gaps), default=0.0)
+    if all(bool(same(x, y).all()) for x, y in zip(a, b, strict=True)):
+        return Cell("equal")
     scale = max((float(y.double().abs().max()) for y in b if y.numel()), default=1.0)
-    return Cell("equal" if same else "close" if largest <= 1e-5 * max(1.0, scale) else "differs", largest)
+    return Cell("close" if largest <= 1e-5 * max(1.0, scale) else "differs", largest)
+
+
+def same(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Where two tensors agree; infinities and NaNs do with their like."""
+    return (x == y) | ((x != x) & (y != y))
 
 
 def run(architecture: Architecture, backend: str = "eager") -> Row:
@@ -185,15 +205,16 @@ def run(architecture: Architecture, backend: str = "eager") -> Row:
             continue
         used = given if name == "generate" else plain
         results = [attempt(program, model, block, used, paths) for model in (live, spliced)]
-        row.cells[name] = compare(*results)
-        if name == "read":
-            facts = spliced.explain().to_dict()["captures"][0]
-            row.segments = len(facts["segments"])
-            row.sites = 2 * len(paths)
-            lived = {p for p in facts["live"]}
-            row.captured = (
-                row.sites if row.segments and not lived else max(0, row.sites - len(lived)) if row.segments else 0
-            )
+        cell = row.cells[name] = compare(*results)
+        facts = spliced.explain().to_dict()
+        if cell.verdict in ("equal", "close", "differs"):
+            cell.engine = facts["trace"]["engine"]
+        if name == "read" and facts["captures"]:
+            segments = facts["captures"][0]["segments"]
+            inside = {path for segment in segments for path in segment["paths"]}
+            sites = [f"{path}.{kind}" for path in paths for kind in ("input", "output")]
+            row.segments, row.sites, row.captured = len(segments), len(sites), len(inside.intersection(sites))
+            row.breaks = [f"{s['break']['line']}: {s['break']['reason']}" for s in segments if s["break"]]
     captures = spliced.explain().to_dict()["captures"]
     row.fallbacks = list(dict.fromkeys(reason for each in captures for reason in each["fallbacks"]))
     return row
