@@ -398,7 +398,14 @@ def capturing() -> Iterator[None]:
 
 
 def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, fullgraph: bool) -> Callable:
-    """`torch.compile`, without the guards on what our hooks are made of: they never change. The user's keep theirs."""
+    """`torch.compile`, without the guards on what our hooks are made of: they never change. The user's keep theirs.
+
+    Behind a graph break Dynamo captures the frames of parts (`Block.forward`), and shares them between equal modules. There it
+    goes on guarding the paths that the hooks hold, which are in the graph. `called` is what the entry runs: always the same.
+    """
+
+    def place(guard: Any) -> bool:
+        return guard.guard_type == "CONSTANT_MATCH" and guard.has_value and isinstance(guard.value, str)
 
     def keep(guards: Any) -> list[bool]:
         tables = ("_forward_hooks[", "_forward_pre_hooks[")
@@ -407,7 +414,12 @@ def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, 
             for guard in guards
             if guard.guard_type == "CLOSURE_MATCH" and guard.has_value and not _library(guard.value)
         )
-        return [guard.name.startswith(user) or not any(t in guard.name for t in tables) for guard in guards]
+        return [
+            guard.name.startswith(user)
+            or not any(t in guard.name for t in tables)
+            or (place(guard) and not guard.name.startswith("called"))
+            for guard in guards
+        ]
 
     weakref.finalize(
         function, torch._dynamo.eval_frame.reset_code, function.__code__

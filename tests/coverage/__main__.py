@@ -69,20 +69,19 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown: {unknown}; there is {', '.join(ALL)}")
     rows: dict[str, Row] = {}
+    ordered, text = [], ""
     # A process for each row: what one model leaves in Dynamo is not the next one's.
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
         jobs = pool.imap_unordered(functools.partial(work, backend=options.backend), names)
         for row in tqdm(jobs, total=len(names), unit="model"):
             rows[row.name] = row
-    ordered = [rows[n] for n in names]
-    text = page(ordered, options.backend)
-    if options.names:
-        print(text)
-    else:
-        PAGE.write_text(text)
-        print(f"written: {PAGE}")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(r) for r in ordered], indent=1))
+            ordered = [rows[n] for n in names if n in rows]
+            text = page(ordered, options.backend)
+            if not options.names:
+                PAGE.write_text(text)
+            if options.json:
+                options.json.write_text(json.dumps([asdict(r) for r in ordered], indent=1))
+    print(text if options.names else f"written: {PAGE}")
     red = [r.name for r in ordered if r.red]
     print(f"red: {', '.join(red) or 'none'}", file=sys.stderr)
     return bool(red)

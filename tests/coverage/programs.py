@@ -79,11 +79,9 @@ def outputs(value: Any) -> list[torch.Tensor]:
 
 
 def called(module: nn.Module, inputs: dict) -> list[str]:
-    """The modules that a forward calls once, in order."""
+    """The modules that a forward calls once, in the order in which they give their outputs."""
     seen: list[str] = []
-    hooks = [
-        m.register_forward_pre_hook(lambda *_, p=path: seen.append(p)) for path, m in module.named_modules() if path
-    ]
+    hooks = [m.register_forward_hook(lambda *_, p=path: seen.append(p)) for path, m in module.named_modules() if path]
     try:
         with torch.no_grad():
             module(**inputs)
@@ -112,7 +110,7 @@ def steer(model: Any, block: str, given: dict, paths: list[str]) -> list:
 
 def skip(model: Any, block: str, given: dict, paths: list[str]) -> list:
     envoy = model.get(block)
-    with model.scan(**given):
+    with torch.no_grad(), model.trace(**given):
         whole = nnsight_fx.save([envoy.nns_output])
     value = whole[0]
     with model.trace(**given) as tracer:
