@@ -21,7 +21,7 @@ from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.plan import Site
 from ..tracing.tape import Missing, Opaque, SiteMeta
 from . import operations, source
-from ._torch import FakeCopyMode, FakeTensorMode
+from ._torch import FakeCopyMode, FakeTensorMode, compiled_from
 from .markers import override, put, take
 
 PLAIN: tuple = (
@@ -56,8 +56,12 @@ def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
         except TypeError:
             made = copy.deepcopy(module, dict(_uncopyable(module)))
         _from_meta(made)
+    copies = dict(zip(module.modules(), made.modules(), strict=True))
     for m in made.modules():
         m._compiled_call_impl = None
+        own = compiled_from(m.__dict__.get("forward"))
+        if own is not None:
+            m.__dict__["forward"] = MethodType(own.__func__, copies[own.__self__]) if _part(own, copies) else own
         for table in ("_forward_hooks", "_forward_pre_hooks"):
             hooks = getattr(m, table)
             for key in list(hooks):
@@ -70,6 +74,12 @@ def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
                     ):
                         getattr(m, flags).pop(key, None)
     return made
+
+
+def _part(function: Any, copies: dict[nn.Module, nn.Module]) -> bool:
+    """Is it a method of a module that was copied?"""
+    owner = getattr(function, "__self__", None)
+    return isinstance(owner, nn.Module) and owner in copies
 
 
 def _uncopyable(module: nn.Module) -> Iterator[tuple[int, Any]]:
