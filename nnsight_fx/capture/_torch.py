@@ -248,6 +248,8 @@ def own_sizes(context: Any) -> Iterator[None]:
         env.divisible.clear()
         env.divisible.update(divisible)
         env._update_version_counter()
+        if hasattr(env, "_replacements_version_counter"):  # symbols keep what they were replaced with, by this count
+            env._replacements_version_counter += 1
         getattr(env, "fake_tensor_cache", {}).clear()
         for function in vars(type(env)).values():
             if hasattr(function, "cache_clear"):
@@ -372,54 +374,59 @@ def break_of(gm: torch.fx.GraphModule) -> tuple[str, str] | None:
 RECOMPILES = 64  # captures of one entry; Dynamo's own default is 8
 
 
+def patience(modules: int) -> int:
+    """How many captures one frame may have: behind graph breaks, modules of one class share the frames of their code."""
+    config: Any = torch._dynamo.config
+    return max(RECOMPILES, config.recompile_limit, 4 * modules)
+
+
 def guards(function: Callable) -> list[str]:
     """What Dynamo checks before it uses each capture of a function, as text."""
     found = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
     return [str(entry.guard_manager).strip() for entry in found]
 
 
-def recompiles(functions: list[Callable]) -> tuple[int, int]:
-    """How many captures the function with the most has, and how many it may have."""
+def recompiles(functions: list[Callable]) -> int:
+    """How many captures the function with the most has."""
     count = torch._dynamo.eval_frame._debug_get_cache_entry_list
-    limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
-    return max((len(count(f.__code__)) for f in functions), default=0), limit
+    return max((len(count(f.__code__)) for f in functions), default=0)
 
 
 @contextlib.contextmanager
-def capturing() -> Iterator[None]:
-    """Dynamo's settings while it captures for us: floats of the model are structure, since variants compile too late to ask
-    Dynamo to look again; a model with many graph breaks has many variants of one frame."""
-    config = torch._dynamo.config
-    old = config.specialize_float, config.recompile_limit
-    config.specialize_float, config.recompile_limit = True, max(RECOMPILES, old[1])
+def capturing(modules: int) -> Iterator[None]:
+    """Dynamo's settings while it captures a model for us: its floats are structure, since variants compile too late to ask
+    Dynamo to look again; and a frame may have `patience` captures under each of its entries."""
+    config: Any = torch._dynamo.config
+    limit = patience(modules)
+    old = config.specialize_float, config.recompile_limit, config.accumulated_recompile_limit
+    config.specialize_float, config.recompile_limit = True, limit
+    config.accumulated_recompile_limit = max(old[2], 128 * limit)
     try:
         yield
     finally:
-        config.specialize_float, config.recompile_limit = old
+        config.specialize_float, config.recompile_limit, config.accumulated_recompile_limit = old
 
 
 def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, fullgraph: bool) -> Callable:
     """`torch.compile`, without the guards on what our hooks are made of: they never change. The user's keep theirs.
 
-    Behind a graph break Dynamo captures the frames of parts (`Block.forward`), and shares them between equal modules. There it
-    goes on guarding the paths that the hooks hold, which are in the graph. `called` is what the entry runs: always the same.
+    Behind a graph break Dynamo captures frames one by one, and modules of one class share a frame: there it looks at which
+    module of the model a hook belongs to, and at how often it was called.
     """
+    tables, root = ("_forward_hooks[", "_forward_pre_hooks["), function.__code__.co_freevars
 
-    def place(guard: Any) -> bool:
-        return guard.guard_type == "CONSTANT_MATCH" and guard.has_value and isinstance(guard.value, str)
+    def tells(guard: Any) -> bool:
+        path = guard.guard_type == "CONSTANT_MATCH" and guard.has_value and isinstance(guard.value, str)
+        return (path or guard.name.endswith(".calls") or ".calls[" in guard.name) and not guard.name.startswith(root)
 
     def keep(guards: Any) -> list[bool]:
-        tables = ("_forward_hooks[", "_forward_pre_hooks[")
         user = tuple(
             guard.name
             for guard in guards
             if guard.guard_type == "CLOSURE_MATCH" and guard.has_value and not _library(guard.value)
         )
         return [
-            guard.name.startswith(user)
-            or not any(t in guard.name for t in tables)
-            or (place(guard) and not guard.name.startswith("called"))
-            for guard in guards
+            guard.name.startswith(user) or not any(t in guard.name for t in tables) or tells(guard) for guard in guards
         ]
 
     weakref.finalize(
@@ -436,6 +443,13 @@ def compiled_from(function: Any) -> Any:
     """What `torch.compile` made this from, if it did."""
     disabled = getattr(function, "_torchdynamo_disable", False)
     return None if disabled else getattr(function, "_torchdynamo_orig_callable", None)
+
+
+def hook(tensor: torch.Tensor, function: Callable) -> Any:
+    """`tensor.register_hook`, on a view too that was changed through an alias: torch <= 2.14 crashes there, unless somebody has
+    looked at its `grad_fn` (pytorch/pytorch#196459)."""
+    _ = tensor.grad_fn
+    return tensor.register_hook(function)
 
 
 def undisturbed(function: Callable) -> Callable:

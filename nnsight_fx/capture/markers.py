@@ -51,6 +51,12 @@ def supply(path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
     return active.capture.fake_supply(path, kind, call, leaf)
 
 
+@torch.compiler.assume_constant_result
+def taken(path: str, kind: str, call: int) -> bool:
+    """Has the plan replaced this site, or skipped this call, when the model comes by? Not where it waits for a later site."""
+    return active.capture.taken((path, kind, call))
+
+
 class Replacement:
     """The capture half of a plan at one site: the tree that the model's Python gets to see."""
 
@@ -234,7 +240,7 @@ class Markers:
         self.originals: dict[nn.Module, Callable] = {}
         self.skip_live: dict[nn.Module, Callable] = {}
         self.operations = Operations(self)
-        self.calls: dict[tuple[str, str], list[int]] = {}  # counted by Dynamo itself, for modules in the capture half
+        self.calls: dict[tuple[str, str], list[None]] = {}  # counted by Dynamo itself, for modules in the capture half
 
     def _hooks(self, path: str) -> tuple[Callable, Callable]:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -263,10 +269,8 @@ class Markers:
         value = mark(value, path, kind)
         if self.half is None or (path, kind) not in self.calls:
             return value
-        cell = self.calls[(path, kind)]
-        call = cell[0]
-        cell[0] = call + 1
-        if (path, kind, call) in self.half:
+        call = _next(self.calls[(path, kind)])
+        if (path, kind, call) in self.half and taken(path, kind, call):
             value = _replaced(value, path, kind, call, self.half[(path, kind, call)])
         if self.stop_at == (path, kind, call):
             raise Stop
@@ -276,10 +280,8 @@ class Markers:
         """While Dynamo traces: is this call skipped, and its output then."""
         if self.half is None or (path, "skip") not in self.calls:
             return False, None
-        cell = self.calls[(path, "skip")]
-        call = cell[0]
-        cell[0] = call + 1
-        if (path, "skip", call) not in self.half:
+        call = _next(self.calls[(path, "skip")])
+        if (path, "skip", call) not in self.half or not taken(path, "skip", call):
             return False, None
         half = self.half[(path, "skip", call)]
         return True, _build(half.spec, _supplied(path, call, half), 0)[0]
@@ -338,6 +340,12 @@ class Markers:
             for module in modules:
                 take(module)
             self.operations.bodies, self.operations.inner = {}, {}
+
+
+def _next(calls: list[None]) -> int:
+    """Which call this is. The length of a list: of a number Dynamo would make a symbol."""
+    calls.append(None)
+    return len(calls) - 1
 
 
 def _supplied(path: str, call: int, half: Replacement) -> list:

@@ -150,7 +150,14 @@ def scan(
         module = real(x) if isinstance(x, nn.Module) else None
         return Opaque(type(x)) if module is None else module
 
+    def skipped(path: str) -> dict[int, tuple] | None:
+        if plan is None or plan.calling:
+            return None
+        return plan.skipped.get((path, "output", counts[(path, "input")] - 1))
+
     def note(path: str, kind: str, value: Any, depth: int = 0) -> Any:
+        if plan is not None and plan.calling:
+            return value
         n = counts.get((path, kind), 0)
         counts[(path, kind)] = n + 1
         site = (path, kind, n)
@@ -170,7 +177,7 @@ def scan(
             path = f"{frame}.{name}"
             args, kwargs = note(path, "input", (args, kwargs), depth)
             found.called.setdefault(path, fn)
-            parts = plan.skipped.get((path, "output", counts[(path, "input")] - 1)) if plan is not None else None
+            parts = skipped(path)
             if parts is not None:
                 leaves, spec = gather(parts, plan.plan.groups)  # type: ignore[union-attr]
                 out = tree.unflatten(leaves, spec)
@@ -205,7 +212,7 @@ def scan(
         if plan is not None and path in plan.plan.skips:
 
             def forward(*args: Any, path: str = path, original: Callable = module.forward, **kwargs: Any) -> Any:
-                parts = plan.skipped.get((path, "output", counts[(path, "input")] - 1))
+                parts = skipped(path)
                 if parts is None:
                     return original(*args, **kwargs)
                 leaves, spec = gather(parts, plan.plan.groups)

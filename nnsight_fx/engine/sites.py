@@ -492,5 +492,9 @@ class FakeInterleaver(TensorInterleaver):
             return None
         args, kwargs = self.arguments(op)
         fn = self.sites.module(op.target) if op.kind == MODULE else op.target.obj
-        with under(op.ambient):
-            return fn(*args, **kwargs)
+        self.calling = op.kind == MODULE
+        try:
+            with under(op.ambient):
+                return fn(*args, **kwargs)
+        finally:
+            self.calling = False
