@@ -28,7 +28,7 @@ def page(rows: list[Row], backend: str) -> str:
         "# Coverage",
         "",
         f"`make coverage` on {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, transformers "
-        f'{transformers.__version__}, `backend="{backend}"`: {len(rows)} architectures, from small random configs or with real '
+        f'{transformers.__version__}, `backend="{backend}"`: {len(rows)} of {len(ALL)} architectures, from small random configs or with real '
         f"weights from packages; {sum(r.whole for r in rows)} without a whole-model fallback and with at least 95 % of their sites in "
         f"captured code; {sum(not r.red for r in rows)} without a red cell; {refused} of {len(cells)} cells refused.",
         "",

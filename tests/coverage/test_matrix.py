@@ -105,7 +105,11 @@ def test_the_page_shows_red_cells_and_counts():
     good.cells["read"] = programs.Cell("close", 2e-6)
     bad.cells["read"] = programs.Cell("differs", 1.0, "other shapes")
     text = matrix.page([good, bad], "eager")
-    assert "2 architectures" in text and "1 without a whole-model fallback" in text and "1 without a red cell" in text
+    assert (
+        f"2 of {len(programs.ALL)} architectures" in text
+        and "1 without a whole-model fallback" in text
+        and "1 without a red cell" in text
+    )
     assert "| good | stack | 1 | 4 | 100 % | ~ 2e-06 |" in text and "**red**" in text
     assert "- bad, read: differs: other shapes" in text
 
