@@ -5,6 +5,7 @@
 | `FakeTensorMode`, `FakeCopyMode`, `FakeTensor`, its exceptions | shapes and dtypes without data | 2.11, 2.13 |
 | `torch._C._functorch.maybe_current_level`, `torch._C._is_alias_of` | transforms, shared memory | 2.11, 2.13 |
 | `torch._C._swap_tensor_impl` | a recorded tensor becomes the real one | 2.11, 2.13 |
+| `_torchdynamo_orig_callable` | what the user compiled, as it was | 2.13 |
 | `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.13 |
 | `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
@@ -436,6 +437,12 @@ def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, 
 
 def _library(hook: Any) -> bool:
     return (getattr(hook, "__module__", "") or "").startswith(("nnsight_fx.", "transformers.", "accelerate."))
+
+
+def compiled_from(function: Any) -> Any:
+    """What `torch.compile` made this from, if it did."""
+    disabled = getattr(function, "_torchdynamo_disable", False)
+    return None if disabled else getattr(function, "_torchdynamo_orig_callable", None)
 
 
 def hook(tensor: torch.Tensor, function: Callable) -> Any:

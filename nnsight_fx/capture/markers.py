@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..tracing import tree
 from ..tracing.encode import Keep
+from ._torch import compiled_from
 from .operations import Operations
 
 active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
@@ -322,6 +323,8 @@ class Markers:
         undo: list[Callable[[], None]] = []
         try:
             self.operations.bodies, self.operations.inner = {}, {}
+            for module, name, own in _uncompiled(self.paths):
+                undo.append(override(module, own, name))
             for module, body in list(self.operations.use(frames)):
                 if self.paths[module] not in skips:  # else what replaces it calls this body
                     self.originals[module] = module.forward
@@ -395,7 +398,20 @@ def _insert(table: dict, hook: Callable, comes_after: Callable[[Any], bool]) -> 
     table.update(later)
 
 
-def override(module: nn.Module, function: Callable, name: str = "forward") -> Callable[[], None]:
+def _uncompiled(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Callable | None]]:
+    """`(module, attribute, what the user compiled)` for each module that he did: compiled code passes no markers."""
+    found: list[tuple[nn.Module, str, Callable | None]] = []
+    for m in modules:
+        if m.__dict__.get("_compiled_call_impl") is not None:  # `module.compile()`
+            found.append((m, "_compiled_call_impl", None))
+        if "forward" in m.__dict__:  # `torch.compile(module)`, `module.forward = torch.compile(module.forward)`
+            own = compiled_from(m.__dict__["forward"])
+            if own is not None:
+                found.append((m, "forward", own))
+    return found
+
+
+def override(module: nn.Module, function: Callable | None, name: str = "forward") -> Callable[[], None]:
     """Replace an instance's `forward`, or another method; the undo puts back exactly what was there."""
     had = name in module.__dict__
     old = module.__dict__.get(name)

@@ -176,10 +176,10 @@ class Capture:
             self.last = [*self.last[-9:], job.report]
         self.nodes = len(segment.gm.graph.nodes)
 
-    def refusal(self, plan: InterventionGraph) -> str | None:
+    def refusal(self, plan: InterventionGraph, sites: Any) -> str | None:
         """Why a plan runs on the hook engine, if it does."""
         if plan.sees_objects:
-            return "hook engine: the body looks at objects, or at a site that no scan could tell"
+            return f"hook engine: the body looks at objects, or at a site that no scan could tell{sites.ended()}"
         if plan.chooses:
             return "hook engine: a `tracer.cond` decides whether the model skips a call, or stops"
         return self.refused.get(plan)
