@@ -48,6 +48,7 @@ class Emitter(Interleaver):
         self.predicates: dict[tuple[Key, ...], fx.Node] = {}
         self.taps: dict[int, tuple] = {}  # gradient -> its tap, the node that has it, the rows that a value has of that
         self.supplied: dict[Site, list] = {}  # what the model's Python sees replaced
+        self.written: dict[fx.Node, Any] = {}  # marker -> what the model goes on with
 
     # -- values --------------------------------------------------------------------------------------------------
 

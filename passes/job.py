@@ -31,6 +31,7 @@ class Cut:
     site: Site
     last: int  # index, in the pristine graph, of the site's last marker
     leaves: list  # the values of the site's leaves so far (`None` where a leaf is no tensor)
+    written: dict[fx.Node, Any] = field(default_factory=dict)  # marker -> what the model goes on with
 
 
 @dataclass

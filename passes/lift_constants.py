@@ -95,12 +95,11 @@ def _select(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node]) -
         rest = tuple(entry for i, entry in enumerate(index) if i not in at)
         if node.target is operator.setitem:
             where: Any = rest or Ellipsis
-            gm.graph.call_function(operator.setitem, (x, where, node.args[2]))
-        else:
-            plain = all(entry is Ellipsis or entry == slice(None) for entry in rest)
-            x = x if plain else gm.graph.call_function(operator.getitem, (x, rest))
-            node.replace_all_uses_with(x)
-            job.exports.update({v: x for v, n in job.exports.items() if n is node})
-            if job.cut is not None:
-                job.cut.leaves[:] = [x if leaf is node else leaf for leaf in job.cut.leaves]
+            x = gm.graph.call_function(operator.setitem, (x, where, node.args[2]))
+        elif not all(entry is Ellipsis or entry == slice(None) for entry in rest):
+            x = gm.graph.call_function(operator.getitem, (x, rest))
+    node.replace_all_uses_with(x)
+    job.exports.update({v: x for v, n in job.exports.items() if n is node})
+    if job.cut is not None:
+        job.cut.leaves[:] = [x if leaf is node else leaf for leaf in job.cut.leaves]
     gm.graph.erase_node(node)

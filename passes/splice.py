@@ -46,7 +46,8 @@ def splice(gm: fx.GraphModule, job: Job) -> int:
         if weaver.stopping and node.args[:3] not in weaver.supplied:
             continue  # behind the stop: what the site that stops is written with belongs to it still
         if node.target is supply:
-            node.replace_all_uses_with(weaver.supplied_leaf(node))
+            weaver.written[node] = weaver.supplied_leaf(node)
+            node.replace_all_uses_with(weaver.written[node])
             gm.graph.erase_node(node)
             rewrites += 1
             continue
@@ -83,9 +84,9 @@ class Weaver(Emitter):
             try:
                 self.fire(Firing(here, leaves, None))
             except CutHere:
-                self.job.cut = Cut(here, index, leaves)
+                self.job.cut = Cut(here, index, leaves, self.written)
         if self.stopping and self.job.begun:
-            self.job.cut = Cut(here, index, leaves)
+            self.job.cut = Cut(here, index, leaves, self.written)
         if here in self.supplied and here not in self.job.half:
             n = next(n for n in self.plan.touches[here] if self.plan.ops[n].kind == "write")
             raise PlanMismatchError(
@@ -99,6 +100,7 @@ class Weaver(Emitter):
 
     def _take_over(self, new: dict[fx.Node, Any]) -> None:
         """The model goes on with the written leaves: all at once, since they may be each other's (a swap)."""
+        self.written.update(new)
         for user in {u: None for old in new for u in old.users if u not in self.job.emitted}:
             user.args = fx.map_arg(user.args, lambda n: new.get(n, n))
             user.kwargs = fx.map_arg(user.kwargs, lambda n: new.get(n, n))

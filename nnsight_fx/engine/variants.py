@@ -168,7 +168,7 @@ def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[f
         state["leaves"] = [place(leaf) if isinstance(leaf, fx.Node) else None for leaf in job.cut.leaves]
         for i in taken:
             node = pristine[i]
-            state["resumed"].append(("leaf", group[node]) if node in group else place(node))
+            state["resumed"].append(("leaf", group[node]) if node in group else place(job.cut.written.get(node, node)))
         state["tail"] = tail
         output.args = (tuple(outputs),)
         dropped = [n for n in gm.graph.nodes if n not in kept and n is not output]

@@ -436,3 +436,64 @@ def test_an_exception_of_the_model_reaches_the_body_at_the_sync_point():
             assert model.a.output.sum().item() is not None
             model.output.sum().item()
     assert model.tracer is None and not nnsight_fx.tracing.saving._open.stack
+
+
+class Parallel(nn.Module):
+    """What is written before the sync point is used behind it, with no site in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.pair, self.mlp = nn.Linear(3, 3), Pair(), nn.Linear(3, 3)
+
+    def forward(self, x):
+        attn, (left, right), mlp = self.attn(x), self.pair(x), self.mlp(x)
+        return attn + 2 * left + 3 * right + mlp
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x + 1, x * 2
+
+
+def zeros(h: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(h)
+
+
+def _swap(model):
+    left, right = model.pair.output
+    model.pair.output = (right, left)
+
+
+WRITES_BEFORE = {
+    "a value": (lambda m: setattr(m.attn, "output", m.attn.output * 2), lambda a, p: (a * 2, p)),
+    "the model's input": (lambda m: setattr(m.attn, "output", m.attn.input), lambda a, p: (x(), p)),
+    "a row": (lambda m: m.attn.output.__setitem__(0, 7.0), lambda a, p: (torch.cat([a[:1] * 0 + 7, a[1:]]), p)),
+    "another dtype": (lambda m: setattr(m.attn, "output", m.attn.output.double()), lambda a, p: (a.double(), p)),
+    "a skip": (lambda m: m.attn.skip(m.attn.input * 5), lambda a, p: (x() * 5, p)),
+    "a leaf": (lambda m: m.pair.output[1].mul_(4), lambda a, p: (a, (p[0], p[1] * 4))),
+    "a swap": (_swap, lambda a, p: (a, (p[1], p[0]))),
+    "a skipped pair": (
+        lambda m: m.pair.skip((m.attn.output, zeros(m.attn.output))),
+        lambda a, p: (a, (a, zeros(a))),
+    ),
+    "twice": (
+        lambda m: (setattr(m.attn, "output", m.attn.output + 1), setattr(m.attn, "output", m.attn.output * 3)),
+        lambda a, p: ((a + 1) * 3, p),
+    ),
+}
+
+
+@pytest.mark.parametrize("write", WRITES_BEFORE)
+@pytest.mark.parametrize("engine", [*ENGINES, "aot_eager"])
+def test_what_is_written_before_is_used_behind(engine, write):
+    model = wrap(engine, Parallel())
+    module, (do, expected) = model._module, WRITES_BEFORE[write]
+    attn, pair = expected(module.attn(x()), (x() + 1, x() * 2))
+
+    for _ in range(2):
+        with model.trace(x()):
+            do(model)
+            assert bool(model.mlp.output.isfinite().all())
+            out = model.output.save()
+
+    torch.testing.assert_close(out, attn + 2 * pair[0] + 3 * pair[1] + module.mlp(x()), rtol=0, atol=0)

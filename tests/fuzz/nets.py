@@ -36,6 +36,18 @@ class Residual(Stage):
         return x + self.down(self.act(self.up(x)))
 
 
+class Parallel(Stage):
+    """Both halves see the same input, and the first one is used behind the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.fc = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        attn, fc = self.attn(x), self.fc(x)
+        return x + attn + fc
+
+
 class InPlace(Stage):
     """`act` changes what `fc` returned, which is used again."""
 
@@ -215,6 +227,7 @@ class Caching(Stage):
 LAYERS = {
     "linear": Linear,
     "residual": Residual,
+    "parallel": Parallel,
     "inplace": InPlace,
     "views": Views,
     "alias": Alias,
