@@ -404,7 +404,7 @@ class NNsight(Edits, Envoy):
             removes = not frames and capture.shares(fn, plan) and removable(plan, wave.tape, self._module)
 
             def stop_at() -> Any:
-                return sites.replay(wave.tape).stop_site if plan.stops else None
+                return sites.replay(wave.tape, plan, constants[len(wave.tape.constants) :]).stop_site
 
             def entry(half: Any) -> Any:
                 return capture.entry(self._module, fn, half, frames)(batch.args, batch.kwargs)

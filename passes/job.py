@@ -75,6 +75,10 @@ class NotDifferentiable(Exception):
     """A backward that cannot be part of a captured graph; the hook engine runs it. Never reaches the user."""
 
 
+class Unfit(Exception):
+    """A plan's skips and stops cannot be made in the shared graph. Never reaches the user."""
+
+
 def tap(x: Any, n: int) -> Any:
     """A value whose gradient is asked for, before `differentiate`."""
     raise RuntimeError("lowered by differentiate")

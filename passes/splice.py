@@ -15,7 +15,7 @@ from nnsight_fx.tracing.interleave import Firing
 from nnsight_fx.tracing.plan import SKIP, Op
 
 from .emit import Emitter
-from .job import Cut, Job
+from .job import Cut, Job, Unfit
 
 
 def splice(gm: fx.GraphModule, job: Job) -> int:
@@ -137,6 +137,8 @@ class Weaver(Emitter):
         at = (path, "output", call)
         parts = self.skip_parts(at, self.job.lines)
         if parts is None:
+            if self.job.removes:
+                raise Unfit
             n = next(n for n in self.plan.touches[at] if self.plan.ops[n].kind == SKIP)
             raise MissedSiteError(
                 f"{self.job.lines[n] if n < len(self.job.lines) else 'a skip'}: `{path}` is skipped, but the skip value is not "

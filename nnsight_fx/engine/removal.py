@@ -15,7 +15,7 @@ from torch.nn.modules import module as globally
 from ..capture._transformers import collects_states
 from ..capture.scan import PLAIN
 from ..errors import PlanMismatchError
-from ..passes.job import Job
+from ..passes.job import Job, Unfit
 from ..tracing.plan import APPLY, SKIP, SYNC, InterventionGraph
 from ..tracing.tape import SiteMeta, Tape, _mutable
 
@@ -25,10 +25,6 @@ GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
-
-
-class Unfit(Exception):
-    """A plan's skips and stops cannot be made in the shared graph. Never reaches the user."""
 
 
 def removable(plan: InterventionGraph, tape: Tape, root: nn.Module) -> bool:
@@ -81,6 +77,7 @@ def check(job: Job, tries: bool) -> None:
         if wanted - job.removed:
             raise Unfit
     for path, kind, call in set(job.exit.skipped) - set(job.entry.skipped) - job.removed:
+        job.exit.skip_parts((path, kind, call), job.lines)  # a `SkipError` where only some of the invokes skip
         if (path, "skip", call) not in job.half:
             n = next(n for n in plan.touches[(path, kind, call)] if plan.ops[n].kind == SKIP)
             raise PlanMismatchError(

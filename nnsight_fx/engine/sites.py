@@ -6,7 +6,7 @@ import copy
 import os
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import sympy
@@ -34,7 +34,7 @@ from ..tracing import ambient, tree
 from ..tracing.ambient import under
 from ..tracing.interleave import TensorInterleaver
 from ..tracing.lazy import user_line
-from ..tracing.plan import MODULE, SKIP, STOP, Groups, Op, Site
+from ..tracing.plan import MODULE, SKIP, STOP, Groups, InterventionGraph, Op, Site
 from ..tracing.tape import Missing, SiteMeta, Step, Tape
 from .past import Past, copied, growing, is_cache, state
 
@@ -319,6 +319,7 @@ class WaveSites:
         self.rows_of, self.length = rows_of, length  # an invoke's rows; the padded length, an int or a symbol
         self.past = past  # the length of the cache, where it is a symbol of the scan
         self.alone = alone  # the scan of one invoke's own input, where no length is unknown
+        self.rewritten: BaseException | None = None  # how the last scan with writes in it ended
 
     def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing:
         if site[0] not in self.scanner.paths:
@@ -343,7 +344,7 @@ class WaveSites:
 
     def ended(self) -> str:
         """How the scan ended before the model did, and at which of its lines; empty where it did not."""
-        error = self.signature.scan.ended
+        error = self.signature.scan.ended or self.rewritten
         if error is None:
             return ""
         frames = traceback.extract_tb(error.__traceback__)
@@ -384,17 +385,23 @@ class WaveSites:
         if tape.step not in scans:
             if self.signature.symbols != (None, None) or self.signature.scan.ended is not None:
                 scans[tape.step] = Scan()
-                scans[tape.step].ended = RuntimeError("an earlier write changed the shape of what follows")
+                scans[tape.step].ended = RuntimeError("an earlier write changed the metadata of what follows")
             else:
                 scans[tape.step] = self.replay(tape)
             if len(scans) > SIGNATURES:
                 scans.popitem(last=False)
+        self.rewritten = scans[tape.step].ended
         return scans[tape.step]
 
-    def replay(self, tape: Tape) -> Scan:
-        """A scan in which the recorded plan takes effect. It shows the metadata after it, and where it stops the model."""
-        plan = tape.plan(Groups((None,) * (max((op.invoke for op in tape.ops), default=0) + 1), 0))
+    def replay(self, tape: Tape, plan: InterventionGraph | None = None, values: Sequence = ()) -> Scan:
+        """A scan in which the recorded plan takes effect. It shows the metadata after it, and where it stops the model.
+
+        `plan` is the part of it that one of several forwards runs; the `values` of earlier ones are constants of this one.
+        """
+        plan = plan or tape.plan(Groups((), 0))
+        plan = InterventionGraph.of(plan.ops, Groups((None,) * len(plan.workers), 0), plan.recapture, plan.specs)
         constants = [tape.fake_of(("c", i)) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)]
+        constants += [_faked(self.scanner.fakes, x) for x in values]
         interleaver = FakeInterleaver(plan, constants, self)
         args, kwargs = self.signature.inputs()
         return self.scanner.run(self.scanner.skeleton(), self.signature.fn, args, kwargs, self.signature, interleaver)

@@ -22,16 +22,15 @@ from ..capture._transformers import settle
 from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, anchor, mark, site, supply
 from ..capture.scan import callee
 from ..capture.segment import Segment
-from ..errors import PlanMismatchError
+from ..errors import PlanMismatchError, SkipError
 from ..passes.calls import ModuleCall
-from ..passes.job import NotDifferentiable
+from ..passes.job import NotDifferentiable, Unfit
 from ..tracing import tree
 from ..tracing.ambient import under
 from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
 from ..tracing.plan import MODULE, OBJECT, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
 from . import gradients
-from .removal import Unfit
 from .run import Run
 from .sites import FakeInterleaver
 from .variants import extras, variant
@@ -231,6 +230,10 @@ def _renamed(inner: Callable) -> Callable:
     return types.FunctionType(code, inner.__globals__, code.co_name, inner.__defaults__, inner.__closure__)
 
 
+class StopUnknown(Exception):
+    """Which site the model's Python is to stop at, no scan could tell. Never reaches the user."""
+
+
 class SplicedRun(Run):
     """A run through captured segments; what Dynamo left out of them runs live, as in the hook engine."""
 
@@ -266,6 +269,8 @@ class SplicedRun(Run):
                     return entry(self.capture_half)
             except NotDifferentiable as why:  # nothing has run yet
                 self.report.append(self.capture.refuse(plan, str(why)))
+            except StopUnknown:  # nor here
+                self.fall_back("hook engine: no scan could tell where the trace stops the model")
             except Exception as error:
                 if not self._captures_nothing(error):
                     raise
@@ -294,7 +299,9 @@ class SplicedRun(Run):
         markers, outer = self.owner, getattr(active, "capture", None)
         old = (markers.half, markers.stop_at, markers.calls)
         if plan is not None:
-            stop_at = self.stop_at()
+            stop_at = self.stop_at() if plan.stops else None
+            if plan.stops and stop_at is None:
+                raise StopUnknown
             markers.half = _half(plan)
             markers.stop_at = stop_at
             markers.calls = {(path, kind): [] for path, kind, _ in [*markers.half, *([stop_at] if stop_at else [])]}
@@ -560,7 +567,12 @@ class DynamoInterleaver(FakeInterleaver):
 
     def taken(self, at: Site) -> bool:
         """Did the plan replace a site, or skip a call, when it came by?"""
-        return at in self.supplied or (at[1] == "skip" and (at[0], "output", at[2]) in self.skipped)
+        if at[1] != "skip":
+            return at in self.supplied
+        try:
+            return self.skip_parts((at[0], "output", at[2]), self.run.lines) is not None
+        except SkipError:
+            return False  # splicing says so, behind Dynamo
 
     def supply(self, at: Site, leaf: int) -> torch.Tensor:
         if at not in self.supplied:

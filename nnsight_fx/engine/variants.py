@@ -13,10 +13,10 @@ from .. import passes
 from ..capture import _torch
 from ..capture.markers import supply
 from ..capture.segment import Segment
-from ..passes.job import Cut, Entry, Job, NotDifferentiable
+from ..passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
 from ..tracing import ambient
 from .gradients import differentiable
-from .removal import Unfit, check
+from .removal import check
 
 if TYPE_CHECKING:
     from .spliced import SplicedRun

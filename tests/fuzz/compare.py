@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
+from nnsight_fx import NNsight, assert_max_compiles
 from nnsight_fx.engine.spliced import watch
 from nnsight_fx.errors import MissedSiteError, PlanMismatchError
 from nnsight_fx.tracing.lazy import LazyObject, LazyTensor
@@ -178,6 +178,13 @@ def _afterwards(net: Net, modules: tuple[nn.Module, nn.Module]) -> None:
     same(*plain, "the model itself, afterwards")
 
 
+# What other metadata, or rows of another forward, become further on in a batch of any size.
+AMONG_INVOKES = (
+    "an earlier write changed the metadata of what follows",
+    "no scan could tell where the trace stops the model",
+)
+
+
 def _round(
     program: Program, hooks: NNsight, spliced: NNsight, given: Given, net: Net, what: str
 ) -> tuple[Exception | None, bool]:
@@ -186,17 +193,20 @@ def _round(
     want = attempt(program, hooks, given, net.memory())
     fine, unsure, verbs = want["error"] is None, "branch" in net.layers, set(program.verbs())
     told = unsure and {"cache", "Backward"} & verbs  # behind a graph break hooks do these, and say so
-    if not program.alone and {"does not fit", "Skip"} & verbs:
-        told = True  # what other metadata become further on in a batch of any size, no scan can tell
-    captured = assert_no_fallback() if fine and not told else contextlib.nullcontext()
-    steady = given.seed in (1, 3) and fine and not unsure and program.steady
+    before = len(watch.fallbacks)
+    # With `dynamic=None` a second forward with other rows is captured anew, for any number of them, which the first one then takes.
+    again = (1, 3) if program.alone or net.dynamic is not None else (3,)
+    steady = given.seed in again and fine and not unsure and program.steady
     try:
-        with captured, assert_max_compiles(0) if steady else contextlib.nullcontext():
+        with assert_max_compiles(0) if steady else contextlib.nullcontext():
             got = attempt(program, spliced, given, net.memory())
     except AssertionError as error:
         error.add_note(f"in {what}")
         raise
-    for model in (hooks, spliced):
+    fell = [why for why in watch.fallbacks[before:] if program.alone or not any(r in why for r in AMONG_INVOKES)]
+    assert told or not fine or not fell, f"{what}: {fell}"
+    for out, model in ((got, spliced), (want, hooks)):
+        out["later"] = after(out, model._module)
         model._module.zero_grad()
     if not fine:  # what a failed forward has moved is nobody's promise
         spliced._module.load_state_dict(hooks._module.state_dict())
@@ -209,7 +219,7 @@ def _round(
     if not fine and not isinstance(want["error"], MissedSiteError):
         return want["error"], False
     assert sharing(got) == sharing(want), f"{what}: other values share memory: {sharing(got)}, {sharing(want)}"
-    results = [{**out, "later": after(out, m._module), "error": None} for out, m in ((got, spliced), (want, hooks))]
+    results = [{**out, "error": None} for out in (got, want)]
     try:
         same(*results, what)
     except AssertionError:

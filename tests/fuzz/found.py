@@ -390,4 +390,110 @@ FOUND = {
             ),
         ),
     ),
+    # The passes refused before the model had run, and what else was saved was not delivered.
+    "a skip in the shared graph that comes too late": Case(
+        net=Net(layers=("record", "attention"), train=True, grad=False, dynamic=None),
+        programs=(
+            Program(bodies=(Body(ops=(), rows=2, cache=False, fresh=False),), alone=True, together=False),
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="layers.1.qkv", kind="input", call=0, leaf=None)),
+                            Skip(place=Place(path="layers.0.part.fc", kind="input", call=0, leaf=None), a=3, pack=None),
+                            Result(),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
+    # With no site in between the model went on with what it had computed itself.
+    "a write before a sync point, used behind it": Case(
+        net=Net(layers=("caching", "again"), train=True, grad=False, dynamic=True),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="layers.0.fc", kind="output", call=0, leaf=None)),
+                            Write(place=Place(path="layers.0.fc", kind="output", call=1, leaf=None), a=2, fits=True),
+                            Read(place=Place(path="layers.0", kind="output", call=1, leaf=None)),
+                            If(a=1, slot=0, then=(), orelse=()),
+                        ),
+                        rows=2,
+                        cache=True,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
+    # Where it stops was asked of both invokes together, and the second forward ran to its end.
+    "a stop in the second of two forwards": Case(
+        net=Net(layers=("alias", "counter"), train=True, grad=False, dynamic=None),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(Read(place=Place(path="layers.0", kind="output", call=0, leaf=None)),),
+                        rows=3,
+                        cache=False,
+                        fresh=True,
+                    ),
+                    Body(
+                        ops=(
+                            Write(place=Place(path="layers.0.act", kind="output", call=0, leaf=None), a=1, fits=True),
+                            Stop(),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=False,
+                together=False,
+            ),
+        ),
+    ),
+    # Dynamo traced on with the rows of one invoke only.
+    "a call skipped by one of two invokes while Dynamo traces": Case(
+        net=Net(layers=("alias", "counter"), train=True, grad=False, dynamic=None),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="layers.0.act", kind="input", call=0, leaf=None)),
+                            Skip(place=Place(path="layers.0.act", kind="input", call=0, leaf=None), a=4, pack=None),
+                            Read(place=Place(path="layers.1.act", kind="output", call=0, leaf=None)),
+                            Read(place=Place(path="layers.1.act", kind="output", call=0, leaf=None)),
+                            Pure(fn="add", a=2, b=4, slot=1),
+                        ),
+                        rows=1,
+                        cache=False,
+                        fresh=False,
+                    ),
+                    Body(
+                        ops=(
+                            Read(place=Place(path="layers.0.act", kind="input", call=0, leaf=None)),
+                            Skip(place=Place(path="layers.0.act", kind="input", call=0, leaf=None), a=4, pack=None),
+                        ),
+                        rows=1,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=False,
+                together=True,
+            ),
+        ),
+    ),
 }
