@@ -21,9 +21,10 @@ import dataclasses
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 import torch._guards
 from torch._dynamo.source import ConstantSource
@@ -226,18 +227,30 @@ def tracing(context: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_sizes(context: Any) -> Iterator[None]:
-    """Compile one variant: what is decided of the sizes meanwhile (a symbol is 2, say) holds for it alone, not for the next."""
+def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iterator[list]:
+    """Compile one variant: what is decided of the sizes meanwhile (a symbol is 2, say) holds for it alone, not for the next.
+
+    It is decided by the sizes of the call's `values`, not by those that the graph was captured with: the block gets the
+    `fakes` of the inputs with these.
+    """
     env = context.fake_mode.shape_env
     if env is None:
-        yield
+        yield list(fakes)
         return
+    captured: dict = getattr(env, "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val")
+    now = {s: n for s, n in _sizes(fakes, values).items() if s in captured and captured[s] != n}
+    before = {s: captured[s] for s in now}
+    captured.update(now)
+    if now:
+        fakes = [_hinted(context, env, fake, captured) for fake in fakes]
+        _refresh(env)
     ranges, guards = dict(env.var_to_range), list(env.guards)
     kept = {name: dict(getattr(env, name)) for name in ("replacements", "replacements_slocs") if hasattr(env, name)}
     divisible = set(env.divisible)
     try:
-        yield
+        yield list(fakes)
     finally:
+        captured.update(before)
         env.var_to_range.update(ranges)
         env.guards[:] = guards
         for name, old in kept.items():  # symbols that this variant made keep theirs: its backward may be compiled later
@@ -247,13 +260,46 @@ def own_sizes(context: Any) -> Iterator[None]:
             now.update(made | old)
         env.divisible.clear()
         env.divisible.update(divisible)
-        env._update_version_counter()
-        if hasattr(env, "_replacements_version_counter"):  # symbols keep what they were replaced with, by this count
-            env._replacements_version_counter += 1
-        getattr(env, "fake_tensor_cache", {}).clear()
-        for function in vars(type(env)).values():
-            if hasattr(function, "cache_clear"):
-                function.cache_clear()
+        _refresh(env)
+
+
+def _refresh(env: Any) -> None:
+    """What was derived from sizes is derived anew."""
+    env._update_version_counter()
+    if hasattr(env, "_replacements_version_counter"):  # symbols keep what they were replaced with, by this count
+        env._replacements_version_counter += 1
+    getattr(env, "fake_tensor_cache", {}).clear()
+    for function in vars(type(env)).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def _sizes(fakes: Sequence, values: Sequence) -> dict[Any, sympy.Integer]:
+    """What each symbol among the sizes of fake inputs is in a call."""
+    found = {}
+    for fake, value in zip(fakes, values, strict=False):
+        pairs = zip(fake.shape, value.shape, strict=True) if isinstance(fake, torch.Tensor) else [(fake, value)]
+        for size, number in pairs:
+            if isinstance(size, torch.SymInt) and isinstance(number, int) and size.node._expr.is_symbol:
+                found[size.node._expr] = sympy.Integer(number)
+    return found
+
+
+def _hinted(context: Any, env: Any, fake: Any, sizes: dict) -> Any:
+    """A fake input with the sizes of this call as its hints."""
+
+    def hinted(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        expr = size.node._expr
+        return env.create_symintnode(expr, hint=int(expr.xreplace(sizes)))
+
+    if not isinstance(fake, torch.Tensor):
+        return hinted(fake)
+    if not any(isinstance(n, torch.SymInt) for n in (*fake.shape, *fake.stride())):
+        return fake
+    shape, stride = tuple(map(hinted, fake.shape)), tuple(map(hinted, fake.stride()))
+    return fake_like(context, (shape, stride, fake.dtype, fake.device, fake.requires_grad))
 
 
 def placeholder_fakes(gm: torch.fx.GraphModule) -> list:
