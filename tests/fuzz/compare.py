@@ -194,8 +194,8 @@ def _round(
     fine, unsure, verbs = want["error"] is None, "branch" in net.layers, set(program.verbs())
     told = unsure and {"cache", "Backward"} & verbs  # behind a graph break hooks do these, and say so
     before = len(watch.fallbacks)
-    # With `dynamic=None` a second forward with other rows is captured anew, for any number of them, which the first one then takes.
-    again = (1, 3) if program.alone or net.dynamic is not None else (3,)
+    # A second forward with other rows is captured anew, for any number of them, which the first one then takes.
+    again = (1, 3) if program.alone else (3,)
     steady = given.seed in again and fine and not unsure and program.steady
     try:
         with assert_max_compiles(0) if steady else contextlib.nullcontext():
