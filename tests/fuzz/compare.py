@@ -183,6 +183,8 @@ AMONG_INVOKES = (
     "an earlier write changed the metadata of what follows",
     "no scan could tell where the trace stops the model",
 )
+# Fakes of a batch norm have strides of their own (pytorch#192668).
+FAKE_STRIDES = "on fake tensors, what the backward needs was changed in place"
 
 
 def _round(
@@ -203,7 +205,8 @@ def _round(
     except AssertionError as error:
         error.add_note(f"in {what}")
         raise
-    fell = [why for why in watch.fallbacks[before:] if program.alone or not any(r in why for r in AMONG_INVOKES)]
+    expected = (*(() if program.alone else AMONG_INVOKES), *((FAKE_STRIDES,) if "norm" in net.layers else ()))
+    fell = [why for why in watch.fallbacks[before:] if not any(reason in why for reason in expected)]
     assert told or not fine or not fell, f"{what}: {fell}"
     for out, model in ((got, spliced), (want, hooks)):
         out["later"] = after(out, model._module)
