@@ -28,7 +28,7 @@ from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
 from .engine.wave import Wave
 from .envoy import Envoy
-from .errors import NestedTraceError, UnknownModuleError, nearest
+from .errors import InvokeError, NestedTraceError, UnknownModuleError, nearest
 from .explain import Explanation
 from .harvest.activations import Activations
 from .harvest.harvest import harvest
@@ -299,7 +299,10 @@ class NNsight(Edits, Envoy):
             return batches[0]
         flat = [tree.flatten((b.args, b.kwargs)) for b in batches]
         if any(spec != flat[0][1] for _, spec in flat):
-            raise ValueError("the invokes of one batch must be called with the same arguments; their structures differ")
+            raise InvokeError(
+                f"{user_line()}: the invokes of one batch must be called with the same arguments, and their structures differ. "
+                "Call them alike, or use several traces."
+            )
         joined = [
             self._join(i, list(column)) for i, column in enumerate(zip(*(leaves for leaves, _ in flat), strict=True))
         ]
@@ -312,12 +315,16 @@ class NNsight(Edits, Envoy):
         if isinstance(first, torch.Tensor) and first.dim() > 0:
             if any(x.shape[1:] != first.shape[1:] for x in column):
                 shapes = ", ".join(str(tuple(x.shape)) for x in column)
-                raise ValueError(
-                    f"argument {index} of the invokes cannot be batched: shapes {shapes} differ behind dimension 0"
+                raise InvokeError(
+                    f"{user_line()}: argument {index} of the invokes cannot be batched: shapes {shapes} differ behind dimension 0. "
+                    "Pad them to one shape, or use several traces."
                 )
             return torch.cat(column)
         if any(x is not first and x != first for x in column):
-            raise ValueError(f"argument {index} of the invokes cannot be batched: {column} are not equal")
+            raise InvokeError(
+                f"{user_line()}: argument {index} of the invokes cannot be batched: {column} are not equal, and one forward takes one "
+                "value for all rows. Use several traces."
+            )
         return first
 
     def _unknown_dims(self, batch: Batch) -> tuple:

@@ -1,0 +1,75 @@
+"""Programs that are wrong: each gives a named error at the user's line, and leaves the model as it was, on both engines."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+import warnings
+
+import pytest
+import torch
+
+import nnsight_fx
+
+from . import control, order, values  # noqa: F401
+from .table import ROWS, X, wrap
+
+ENGINES = ("hooks", "eager")
+
+
+@pytest.fixture(scope="module")
+def models():
+    """One model an engine for all programs: what one of them left behind, the next would meet."""
+    return {engine: wrap(engine) for engine in ENGINES}
+
+
+def state(model) -> dict:
+    """All of a model and of torch that a program could have left changed."""
+    module = model._module
+    return {
+        "weights": {k: v.clone() for k, v in module.state_dict().items()},
+        "gradients": [p.grad for p in module.parameters()],
+        "flags": [(p.requires_grad, p._version) for p in module.parameters()],
+        "training": [m.training for m in module.modules()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in module.modules()],
+        "rng": torch.get_rng_state(),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+        "stacks": (
+            torch.overrides._get_current_function_mode_stack(),
+            torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
+        ),
+        "open": (model.tracer, list(nnsight_fx.tracing.saving._open.stack), len(model._edits)),
+        "threads": threading.active_count(),
+    }
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_malformed_program(name, engine, models, tmp_path, monkeypatch):
+    row, model = ROWS[name], models[engine]
+    monkeypatch.chdir(tmp_path)
+    before = state(model)
+
+    with pytest.raises(row.error) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            row.body(model)
+
+    assert type(error.value) is row.error
+    text = "\n".join([str(error.value), *getattr(error.value, "__notes__", [])])
+    for part in row.parts:
+        assert part in text, text
+    if issubclass(row.error, nnsight_fx.NNsightFXError):
+        assert not row.line or row.named(text), text
+    frames = traceback.extract_tb(error.value.__traceback__)
+    assert any(f.filename == row.body.__code__.co_filename for f in frames)
+    assert not list(tmp_path.iterdir()), "a file was left behind"
+
+    torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+    with model.trace(X):
+        got = model.output.save()
+    assert torch.equal(got, model._module(X))
+
+
+def test_there_are_many():
+    assert len(ROWS) >= 200
