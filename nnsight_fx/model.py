@@ -113,6 +113,10 @@ class NNsight(Edits, Envoy):
     envoys: Any = None
 
     def __init__(self, module: nn.Module, *, rename: Rename | None = None, envoys: Any = None):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"{user_line()}: `NNsight` wraps an `nn.Module`, and got {module!r}. A name or a folder is for `LanguageModel`."
+            )
         self._shared = Shared(self)
         self._envoys: dict[int, Envoy] = {}
         self._caller: Callable | None = None  # who runs the calls of the model outside of traces

@@ -114,7 +114,9 @@ class Flow(fx.Interpreter):
             raise NotDifferentiable("the loss does not depend on an input or a parameter of the captured graph")
         try:
             found = torch.autograd.grad(loss, inputs, weight, retain_graph=options["retain_graph"], allow_unused=True)
-        except RuntimeError as error:  # eager has the last word: fakes can be wrong about strides, so about what is a copy
+        except (
+            RuntimeError
+        ) as error:  # eager has the last word: fakes can be wrong about strides, so about what is a copy
             if "modified by an inplace operation" not in str(error):
                 raise
             raise NotDifferentiable("on fake tensors, what the backward needs was changed in place") from error

@@ -18,7 +18,6 @@ from nnsight_fx import (
     UnknownOperationError,
     UnsavedValueError,
 )
-
 from nnsight_fx.tracing.iteration import Never
 
 from .table import X, row
@@ -93,9 +92,6 @@ def read_inside_a_skipped_module(m):
     with m.trace(X):
         m.layers[0].skip(torch.zeros(2, 4))
         m.layers[0].fc.output.save()
-
-
-
 
 
 @row(UnknownModuleError, "has no module `frist`", "did you mean `first`")
@@ -218,9 +214,6 @@ def a_trace_in_a_trace(m):
             pass
 
 
-
-
-
 @row(NestedTraceError)
 def an_edit_in_a_trace(m):
     with m.trace(X):
@@ -233,9 +226,6 @@ def a_scan_in_a_trace(m):
     with m.trace(X):
         with m.scan(X):
             pass
-
-
-
 
 
 @row(InvokeError, "neither an input nor an invoke")
@@ -298,9 +288,6 @@ def an_invoke_behind_the_trace(m):
         pass
     with tracer.invoke(X):
         pass
-
-
-
 
 
 @row(TypeError, "unexpected keyword argument 'scales'")

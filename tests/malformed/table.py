@@ -8,8 +8,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from nnsight_fx import NNsight
+from nnsight_fx import LanguageModel, NNsight
 
 X = torch.linspace(-1, 1, 6).reshape(2, 3)
 
@@ -47,9 +51,21 @@ class Net(nn.Module):
         return self.first(x)
 
 
-def wrap(engine: str) -> NNsight:
+def language_model() -> LanguageModel:
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate(["<eos>", "<unk>", *"abcdefgh"])}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    names = {"eos_token": "<eos>", "unk_token": "<unk>", "padding_side": "left"}
+    module = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=2, n_head=2, n_positions=32)).eval()
+    return LanguageModel(module, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, **names))
+
+
+MODELS: dict[str, Callable[[], NNsight]] = {"net": lambda: NNsight(Net()), "language": language_model}
+INPUTS: dict[str, torch.Tensor] = {"net": X, "language": torch.tensor([[3, 4, 5]])}
+
+
+def wrap(engine: str, kind: str = "net") -> NNsight:
     torch.manual_seed(0)
-    model = NNsight(Net())
+    model = MODELS[kind]()
     if engine != "hooks":
         model.compile(backend=engine)
     return model
@@ -63,6 +79,7 @@ class Row:
     error: type[BaseException]
     parts: tuple[str, ...]
     line: bool
+    model: str
 
     def lines(self) -> range:
         code = self.body.__code__
@@ -76,18 +93,21 @@ class Row:
 
 
 def _inner(code) -> list[int]:
-    return [line for c in code.co_consts if hasattr(c, "co_lines") for *_, line in c.co_lines() if line is not None] or [0]
+    return [
+        line for c in code.co_consts if hasattr(c, "co_lines") for *_, line in c.co_lines() if line is not None
+    ] or [0]
 
 
 ROWS: dict[str, Row] = {}
 
 
-def row(error: type[BaseException], *parts: str, line: bool = True) -> Callable:
-    """Put a program into the table. torch's own errors name the line in their traceback, ours in their text, too."""
+def row(error: type[BaseException], *parts: str, line: bool = True, model: str = "net") -> Callable:
+    """Put a program into the table. Not `line`: it names the line in its traceback alone, or a file."""
+
     def put(body: Callable) -> Callable:
         name = body.__name__.strip("_")
         assert name not in ROWS, name
-        ROWS[name] = Row(body, error, parts, line)
+        ROWS[name] = Row(body, error, parts, line, model)
         return body
 
     return put

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import nnsight_fx
-from nnsight_fx import MissedSiteError, NotRecordableError, OutOfOrderError, SkipError, UnsavedValueError
+from nnsight_fx import MissedSiteError, NotRecordableError, SkipError, UnsavedValueError
 
 from .table import X, row
 
@@ -223,7 +223,7 @@ def a_value_unsaved_in_a_dict(m):
 
 @row(UnsavedValueError)
 def an_unsaved_value_written_by_another_model(m):
-    other = nnsight_fx.NNsight(torch.nn.Linear(3, 4))
+    other = nnsight_fx.NNsight(torch.nn.Tanh())
     with other.trace(X):
         h = other.output
     with m.trace(X):
