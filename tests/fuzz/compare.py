@@ -227,10 +227,9 @@ def _round(
         same(*results, what)
     except AssertionError:
         if "Backward" not in program.verbs():
-            raise
-        same(
-            *results, what, bits={}
-        )  # autograd adds up gradients in place, a graph does not: where kernels go by strides
+            same(*({k: v for k, v in out.items() if k != "later"} for out in results), what)
+        # autograd adds up gradients in place and in the order of its graph, a graph does not: where kernels go by strides
+        same(*results, what, bits={})
         return want["error"], True
     return want["error"], False
 

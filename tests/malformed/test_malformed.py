@@ -50,8 +50,15 @@ def same(a, b) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", ROWS)
+def cases():
+    """Every program on hooks, the short ones on captured graphs; there the others are in `make test-slow`."""
+    for name, row in ROWS.items():
+        short = row.body.__module__.rpartition(".")[2] in ("order", "values")
+        yield pytest.param(name, "hooks", id=f"{name}-hooks")
+        yield pytest.param(name, "eager", id=f"{name}-eager", marks=() if short else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "engine"), list(cases()))
 def test_a_malformed_program(name, engine, models, tmp_path, monkeypatch):
     row = ROWS[name]
     model = models[engine, row.model]
