@@ -22,7 +22,8 @@ from ..capture._transformers import settle
 from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, anchor, mark, site, supply
 from ..capture.scan import callee
 from ..capture.segment import Segment
-from ..errors import PlanMismatchError
+from ..capture.symbolic import Symbolic, Untraceable
+from ..errors import FallbackError, PlanMismatchError
 from ..passes.calls import ModuleCall
 from ..passes.job import NotDifferentiable
 from ..tracing import tree
@@ -42,13 +43,14 @@ ENTRIES = 128  # captures kept a model and set of options
 
 @dataclass(frozen=True)
 class Options:
-    """`model.compile`'s arguments, as `nn.Module.compile` has them."""
+    """`model.compile`'s arguments: those of `nn.Module.compile`, and who captures the graphs, `dynamo` or `symbolic`."""
 
     backend: Any = "inductor"
     mode: str | None = None
     dynamic: bool | None = None
     fullgraph: bool = False
     options: tuple = ()
+    capture: str = "dynamo"
 
 
 @dataclass
@@ -103,7 +105,9 @@ class Capture:
         """The captured function that runs a plan: one for all plans that leave the model's Python alone and look into the
         same modules, else one a plan."""
         key = (fn, plan, frames)
-        if key not in self.entries:
+        if key not in self.entries and self.options.capture == "symbolic":
+            self.entries[key] = (Symbolic(module, fn, self.markers, self.add), None)
+        elif key not in self.entries:
             settle(module)
             inner = entry_point(module, fn)
             own = weakref.WeakMethod(self.backend)  # Dynamo keeps it with the code, where no collector sees the ring
@@ -132,15 +136,19 @@ class Capture:
     def backend(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
         """What Dynamo calls with each graph it captured."""
         segment = Segment.captured(gm)
-        segment.plan = active.run.capture_half
-        self.segments.append(segment)
-        self.captures += 1
+        self.add(segment)
 
         @_torch.undisturbed
         def run_segment(*args: Any) -> Any:
             return active.run.run_segment(segment, args)
 
         return run_segment
+
+    def add(self, segment: Segment) -> None:
+        """A graph was captured, for the run that is active."""
+        segment.plan = active.run.capture_half
+        self.segments.append(segment)
+        self.captures += 1
 
     def build(self, gm: torch.fx.GraphModule, inputs: Callable[[], list], report: list[str]) -> Callable:
         """A rewritten segment, compiled; where its compiler fails by `aot_eager`, and where that fails the graph as it is."""
@@ -180,6 +188,8 @@ class Capture:
         """Why a plan runs on the hook engine, if it does."""
         if plan.sees_objects:
             return f"hook engine: the body looks at objects, or at a site that no scan could tell{sites.ended()}"
+        if self.options.capture == "symbolic" and self.markers.operations.frames(plan):
+            return "hook engine: the body looks inside a module (`.source`), which a symbolic capture does not"
         if plan.chooses:
             return "hook engine: a `tracer.cond` decides whether the model skips a call, or stops"
         return self.refused.get(plan)
@@ -266,6 +276,10 @@ class SplicedRun(Run):
                     return entry(self.capture_half)
             except NotDifferentiable as why:  # nothing has run yet
                 self.report.append(self.capture.refuse(plan, str(why)))
+            except Untraceable as why:  # nothing has run yet
+                if self.capture.options.fullgraph:
+                    raise FallbackError(f"under `fullgraph=True` nothing may run on hooks, but {why}") from why
+                self.fall_back(f"hook engine: {why}")
             except Exception as error:
                 if not self._captures_nothing(error):
                     raise
@@ -497,6 +511,9 @@ class FakeCapture:
     def taken(self, at: Site) -> bool:
         return self._state(detect_fake_mode()).taken(at)
 
+    def fake_anchor(self) -> torch.Tensor:
+        return torch.empty(0)
+
     def fake_supply(self, path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
         mode = detect_fake_mode()
         return self._state(mode).supply((path, kind, call), leaf)
@@ -582,8 +599,6 @@ def assert_max_compiles(n: int) -> Iterator[None]:
 @contextlib.contextmanager
 def assert_no_fallback() -> Iterator[None]:
     """Raise `FallbackError` when anything that a plan touches ran outside captured code in the block."""
-    from ..errors import FallbackError
-
     before = len(watch.fallbacks)
     yield
     if len(watch.fallbacks) > before:
