@@ -13,9 +13,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-OWN = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}  # hooks are looked at apart
-SCALARS = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.layout)
+TABLES = ("_parameters", "_buffers", "_modules")
+OWN = frozenset(vars(nn.Module())) - {"training", *TABLES}  # hooks among them, which are looked at apart
+SCALARS = frozenset(
+    (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
+)
 FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, type)
+CONTAINERS = (dict, list, tuple, set, frozenset)
 LONG = 1000  # a container with more items than that counts as one thing
 
 
@@ -23,88 +27,80 @@ class State:
     """The facts of a module, in the order of a walk through it, and the tensors that it holds.
 
     Two modules with equal `facts` compute the same with equal tensors, unless their code looks elsewhere: at globals, closures
-    and files. `names` and `held` have the attribute that each fact and each tensor is of, for messages.
+    and files. `forward_of` gives the `forward` that a module has when no run stands in for it.
     """
 
     def __init__(self, module: nn.Module, forward_of: Callable[[nn.Module], Any] | None = None):
         self.facts: list[Any] = []
         self.tensors: list[torch.Tensor] = []
-        self.names: list[str] = []
-        self.held: list[str] = []
         self.forward_of = forward_of
         self._seen: dict[int, int] = {}
-        self._name = ""
         self._walk(module)
-
-    def changed(self, other: State) -> str | None:
-        """The first attribute that is not as it was in another walk of the same module, or holds another tensor."""
-        for mine, theirs, name in zip(self.facts, other.facts, other.names, strict=False):
-            if mine != theirs:
-                return name
-        for mine, theirs, name in zip(self.tensors, other.tensors, other.held, strict=False):
-            if mine is not theirs:
-                return name
-        longer, n = max(self.names, other.names, key=len), min(len(self.names), len(other.names))
-        return longer[n] if len(longer) > n else None
-
-    def _note(self, fact: Any) -> None:
-        self.facts.append(fact)
-        self.names.append(self._name)
 
     def _walk(self, x: Any) -> None:
         kind = type(x)
         if kind in SCALARS:
-            self._note((kind, x))
+            self.facts.append(x if kind is str else (kind, x))
         elif kind is float:
-            self._note(x.hex())
-        elif id(x) in self._seen:
-            self._note(self._seen[id(x)])
+            self.facts.append(x.hex())
         elif isinstance(x, FUNCTIONS):
-            self._note(id(getattr(x, "__func__", x)))
+            self.facts.append(id(getattr(x, "__func__", x)))
+        elif id(x) in self._seen:
+            self.facts.append(self._seen[id(x)])
         else:
             self._seen[id(x)] = len(self._seen)
-            self._inside(x)
+            self._inside(x, kind)
 
-    def _inside(self, x: Any) -> None:
-        kind = type(x)
+    def _inside(self, x: Any, kind: type) -> None:
         if isinstance(x, torch.Tensor):
             self.tensors.append(x)
-            self.held.append(self._name)
-            self._note(described(x))
-        elif isinstance(x, nn.Module):
-            self._note(kind)
-            for name, value in vars(x).items():
-                if name == "forward" and self.forward_of is not None:
-                    value = self.forward_of(x)
-                    if getattr(value, "__func__", None) is kind.forward:
-                        continue
-                if name not in OWN:
-                    self._under(name, value)
-        elif isinstance(x, dict) and len(x) < LONG:
-            self._note((kind, len(x)))
-            for key, value in x.items():
+            self.facts.append(described(x))
+            return
+        self.facts.append(kind)
+        if isinstance(x, CONTAINERS) and len(x) > LONG:
+            self.facts.append((len(x), id(x)))
+        elif isinstance(x, CONTAINERS):
+            self.facts.append(len(x))
+            for key, value in x.items() if isinstance(x, dict) else enumerate(x):
                 self._walk(key)
-                self._under(str(key), value)
-        elif isinstance(x, list | tuple | set | frozenset) and len(x) < LONG:
-            self._note((kind, len(x)))
-            for value in x:
                 self._walk(value)
-        elif isinstance(x, dict | list | tuple | set | frozenset | str):
-            self._note((kind, len(x), id(x)))
         else:
-            self._note(kind)
-            for name, value in getattr(x, "__dict__", {}).items():
-                self._under(name, value)
+            for name, value in attributes(x, self.forward_of):
+                self.facts.append(name)
+                self._walk(value)
 
-    def _under(self, name: str, value: Any) -> None:
-        outer = self._name
-        if name not in ("_parameters", "_buffers", "_modules"):
-            self._name = f"{outer}.{name}" if outer else name
-        self._walk(value)
-        self._name = outer
+
+def attributes(x: Any, forward_of: Callable[[nn.Module], Any] | None = None) -> list[tuple[str, Any]]:
+    """What an object has of its own; of a module what is not torch's bookkeeping, and no table that is empty."""
+    own = getattr(x, "__dict__", {})
+    if not isinstance(x, nn.Module):
+        return list(own.items())
+    found = [(k, v) for k, v in own.items() if k not in OWN and not (k in TABLES and not v)]
+    if forward_of is None or "forward" not in own:
+        return found
+    forward = forward_of(x)
+    plain = getattr(forward, "__func__", None) is type(x).forward
+    return [(k, v) for k, v in found if k != "forward"] + ([] if plain else [("forward", forward)])
 
 
 def described(x: torch.Tensor) -> tuple:
     """What a graph depends on of a tensor beside its values."""
     strides = x.stride() if x.layout is torch.strided else None
     return (type(x), x.shape, strides, x.dtype, x.device, x.requires_grad, x.is_inference(), x.is_leaf)
+
+
+def snapshot(module: nn.Module) -> dict[str, Any]:
+    """Each attribute of each module, by its path: the tensors that it holds, and its facts."""
+    found = {}
+    for path, m in module.named_modules():
+        for name, value in attributes(m):
+            for key, part in value.items() if name in TABLES else ((name, value),):
+                if not isinstance(part, nn.Module):
+                    state = State(part)
+                    found[".".join(p for p in (path, key) if p)] = (state.facts, [id(t) for t in state.tensors])
+    return found
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """The first attribute that two snapshots of one module differ in."""
+    return next((k for k in {**before, **after} if before.get(k) != after.get(k)), None)

@@ -32,7 +32,7 @@ from . import _torch
 from .markers import KEY, Markers, Stop, active, anchor, mark, override, put, site, supply, take
 from .scan import PLAIN, callee, skeleton
 from .segment import Segment
-from .state import State, described
+from .state import State, changed, described, snapshot
 
 GRAPHS = 64  # kept an entry
 _LIBRARIES = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
@@ -208,16 +208,17 @@ class Symbolic:
                 if getattr(was, "__func__", None) is not type(real).forward:
                     raise Untraceable(f"the `forward` of a {type(real).__name__} was replaced")
                 del copy.forward
-        state = State(copied)
-        if len(state.tensors) != held:
+        parts = State(copied).tensors
+        if len(parts) != held:
             raise Untraceable("the module cannot be copied as it is")
         made = {id(x): mode.from_tensor(x, static_shapes=True) for x in leaves if isinstance(x, torch.Tensor)}
         fakes = [made.get(id(x), x) for x in leaves]
         tracer = SymbolicTracer(mode)
         context = torch._guards.TracingContext(mode)
-        for i, fake in enumerate([*(x for x in fakes if isinstance(x, torch.Tensor)), *state.tensors]):
+        for i, fake in enumerate([*(x for x in fakes if isinstance(x, torch.Tensor)), *parts]):
             tracer.give(fake, f"x{i}")
         args, kwargs = tree.unflatten(fakes, spec)
+        before = snapshot(copied)
         with _as_it_was(), torch._guards.tracing(context), mode, self._observed(copied, tracer), Recorder(tracer):
             try:
                 out = mark(callee(copied, self.fn)(*args, **kwargs), "", "result")
@@ -226,7 +227,7 @@ class Symbolic:
         again, spec_again = tree.flatten((args, kwargs))
         if spec_again != spec or any(a is not b for a, b in zip(again, fakes, strict=True)):
             raise Untraceable("it changes a list, dict or object that it was called with")
-        name = state.changed(State(copied))
+        name = changed(before, snapshot(copied))
         if name is not None:
             raise Untraceable(f"it sets `{name}`, which a traced graph would not do again")
         return self._graphed(tracer, context, out)
