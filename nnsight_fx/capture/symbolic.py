@@ -8,6 +8,7 @@ inputs), and modules are seen by hooks on a copy, in place of a patch of `nn.Mod
 
 from __future__ import annotations
 
+import contextvars
 import operator
 import os
 import random
@@ -221,7 +222,8 @@ class Symbolic:
         before = snapshot(copied)
         with _as_it_was(), torch._guards.tracing(context), mode, self._observed(copied, tracer), Recorder(tracer):
             try:
-                out = mark(callee(copied, self.fn)(*args, **kwargs), "", "result")
+                called = contextvars.copy_context().run(callee(copied, self.fn), *args, **kwargs)
+                out = mark(called, "", "result")
             except Stop:
                 out = None
         again, spec_again = tree.flatten((args, kwargs))
@@ -291,7 +293,7 @@ class Symbolic:
 def _refuse(module: nn.Module, leaves: list, tensors: list[torch.Tensor]) -> None:
     """What is known beforehand to be lost in a traced graph."""
     for path, m in module.named_modules():
-        if any(key != KEY for table in _TABLES for key in getattr(m, table)):
+        if any(key != KEY and not _collects(hook) for table in _TABLES for key, hook in getattr(m, table).items()):
             raise Untraceable(f"`{path or 'the model'}` has hooks, which a traced graph would not call again")
     if _has_any_global_hook():
         raise Untraceable("all modules have hooks, which a traced graph would not call again")
@@ -304,6 +306,11 @@ def _refuse(module: nn.Module, leaves: list, tensors: list[torch.Tensor]) -> Non
     places = {id(x): place for x, place in zip(tensors, _shared(tensors), strict=True) if place >= 0}
     if len(set(places.values())) < len(places):
         raise Untraceable("two of its tensors lie in the same memory")
+
+
+def _collects(hook: Any) -> bool:
+    """Is it a hook by which transformers collects outputs? It runs at each forward, and while one is traced."""
+    return (getattr(hook, "__module__", "") or "").startswith("transformers.")
 
 
 def _signature(leaves: list) -> tuple:

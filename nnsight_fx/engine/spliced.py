@@ -105,10 +105,11 @@ class Capture:
         """The captured function that runs a plan: one for all plans that leave the model's Python alone and look into the
         same modules, else one a plan."""
         key = (fn, plan, frames)
+        if key not in self.entries:
+            settle(module)
         if key not in self.entries and self.options.capture == "symbolic":
             self.entries[key] = (Symbolic(module, fn, self.markers, self.add), None)
         elif key not in self.entries:
-            settle(module)
             inner = entry_point(module, fn)
             own = weakref.WeakMethod(self.backend)  # Dynamo keeps it with the code, where no collector sees the ring
 
