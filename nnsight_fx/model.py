@@ -436,7 +436,7 @@ class NNsight(Edits, Envoy):
         capture: str = "dynamo",
     ) -> Capture:
         if capture not in ("dynamo", "symbolic"):
-            raise ValueError(f"{user_line()}: `capture={capture!r}` is unknown; there is \"dynamo\" and \"symbolic\"")
+            raise ValueError(f'{user_line()}: `capture={capture!r}` is unknown; there is "dynamo" and "symbolic"')
         if capture == "symbolic" and dynamic:
             raise ValueError(
                 f"{user_line()}: a symbolic capture is for the sizes that it was made with, so `dynamic=True` cannot hold; "

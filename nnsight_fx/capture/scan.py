@@ -20,7 +20,7 @@ from ..tracing import tree
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.plan import Site
 from ..tracing.tape import Missing, Opaque, SiteMeta
-from . import operations, source
+from . import operations, source, streams
 from ._torch import FakeCopyMode, FakeTensorMode, compiled_from
 from .markers import override, put, take
 
@@ -220,7 +220,7 @@ def scan(
 
             undo.append(override(module, forward))
     try:
-        with fakes, Grouped():
+        with streams.untouched(), fakes, Grouped():
             if plan is not None:
                 plan.work(None)
             note("", "result", contextvars.copy_context().run(call, copied))  # what it sets stays in the scan

@@ -16,7 +16,19 @@ import torch.nn as nn
 TABLES = ("_parameters", "_buffers", "_modules")
 OWN = frozenset(vars(nn.Module())) - {"training", *TABLES}  # hooks among them, which are looked at apart
 SCALARS = frozenset(
-    (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
+    (
+        bool,
+        int,
+        str,
+        bytes,
+        complex,
+        type(None),
+        torch.dtype,
+        torch.device,
+        torch.Size,
+        torch.layout,
+        torch.memory_format,
+    )
 )
 FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, type)
 CONTAINERS = (dict, list, tuple, set, frozenset)

@@ -11,14 +11,12 @@ from __future__ import annotations
 import contextvars
 import operator
 import os
-import random
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.fx as fx
 import torch.nn as nn
@@ -29,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from ..tracing import ambient, tree
 from ..tracing.names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY
 from ..tracing.plan import fx_target
-from . import _torch
+from . import _torch, streams
 from .markers import KEY, Markers, Stop, active, anchor, mark, override, put, site, supply, take
 from .scan import PLAIN, callee, skeleton
 from .segment import Segment
@@ -49,10 +47,11 @@ class Untraceable(Exception):
 class SymbolicTracer(fx.Tracer):
     """Makes a graph of the operations that are called on its fake tensors."""
 
-    def __init__(self, mode: Any):
+    def __init__(self):
         super().__init__()
         self.graph = fx.Graph(tracer_cls=fx.Tracer)
-        self.mode, self.ambient = mode, ambient.current()
+        self.ambient = ambient.current()
+        self.grad = self.ambient.grad  # as the model's Python has set it
         self.known: dict[int, tuple[torch.Tensor, fx.Node]] = {}  # each tensor, and the node that gave it last
         self.given: list[fx.Node] = []
 
@@ -63,11 +62,14 @@ class SymbolicTracer(fx.Tracer):
         self._keep(node, fake)
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor):
-            if id(a) not in self.known:
-                raise Untraceable("it uses a tensor that is neither an argument, nor the module's, nor made by its operations")
-            return self.known[id(a)][1]
-        return super().create_arg(a)
+        return self.node_of(a) if isinstance(a, torch.Tensor) else super().create_arg(a)
+
+    def node_of(self, x: torch.Tensor) -> fx.Node:
+        if id(x) not in self.known:
+            raise Untraceable(
+                "it uses a tensor that is neither an argument, nor the module's, nor made by its operations"
+            )
+        return self.known[id(x)][1]
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """An operation: its result on fakes, and a node where there is a tensor in it, or it changes one."""
@@ -78,17 +80,21 @@ class SymbolicTracer(fx.Tracer):
             raise Untraceable(f"`{name}` on a tensor is more than an operation")
         if name == "__iter__":
             return iter(self.call(torch.Tensor.unbind, args, kwargs))
+        for x in tree.flatten((args, kwargs))[0]:
+            if isinstance(x, torch.Tensor):
+                self.node_of(x)
         value = func(*args, **kwargs)
         if func is _torch.SET_GRAD:
-            return value  # noted with the next operation
+            self.grad = torch.is_grad_enabled()  # a node is made for the next operation
+            return value
         leaves = tree.flatten(value)[0]
         if not any(isinstance(x, torch.Tensor) for x in leaves) and func is not torch.Tensor.__setitem__:
             if (value is None and name != "__get__") or not all(isinstance(x, PLAIN) for x in leaves):
                 raise Untraceable(f"`{name}` is more than an operation on tensors")
             return value
         self.follow_modes()
-        op, target, lead = fx_target(func)
-        node = self.create_node(op, target, self.create_arg((*args, *lead)), self.create_arg(kwargs))
+        op, target, args = _target(func, args)
+        node = self.create_node(op, target, self.create_arg(args), self.create_arg(kwargs))
         self._keep(node, value)
         return value
 
@@ -97,6 +103,8 @@ class SymbolicTracer(fx.Tracer):
         now = ambient.current()
         if now._replace(grad=self.ambient.grad) != self.ambient:
             raise Untraceable("it switches autocast or inference mode")
+        if now.grad != self.grad:
+            raise Untraceable("it calls an `autograd.Function`, whose backward would be lost")
         if now.grad != self.ambient.grad:
             self.create_node("call_function", _torch.SET_GRAD, (now.grad,), {})
         self.ambient = now
@@ -117,6 +125,20 @@ class SymbolicTracer(fx.Tracer):
         for i, item in enumerate(value if isinstance(value, tuple | list) else ()):
             if isinstance(item, torch.Tensor | tuple | list):
                 self._keep(self.create_node("call_function", operator.getitem, (node, i), {}), item)
+
+
+_DUNDERS = {f: name for name, f in vars(torch.Tensor).items() if callable(f) and name.startswith("__")}
+
+
+def _target(func: Any, args: tuple) -> tuple[str, Any, tuple]:
+    """`(op, target, args)` by which a graph calls a function that reached `__torch_function__`."""
+    dunder = _DUNDERS.get(func, "").strip("_")
+    if hasattr(operator, f"__{dunder}__"):
+        return "call_function", getattr(operator, dunder, None) or getattr(operator, f"{dunder}_"), args
+    if dunder.startswith("r") and len(args) == 2 and hasattr(operator, f"__{dunder[1:]}__"):
+        return "call_function", getattr(operator, f"__{dunder[1:]}__"), args[::-1]
+    op, target, lead = fx_target(func)
+    return op, target, (*args, *lead)
 
 
 class Recorder(TorchFunctionMode):
@@ -214,13 +236,19 @@ class Symbolic:
             raise Untraceable("the module cannot be copied as it is")
         made = {id(x): mode.from_tensor(x, static_shapes=True) for x in leaves if isinstance(x, torch.Tensor)}
         fakes = [made.get(id(x), x) for x in leaves]
-        tracer = SymbolicTracer(mode)
+        tracer = SymbolicTracer()
         context = torch._guards.TracingContext(mode)
         for i, fake in enumerate([*(x for x in fakes if isinstance(x, torch.Tensor)), *parts]):
             tracer.give(fake, f"x{i}")
         args, kwargs = tree.unflatten(fakes, spec)
         before = snapshot(copied)
-        with _as_it_was(), torch._guards.tracing(context), mode, self._observed(copied, tracer), Recorder(tracer):
+        with (
+            streams.untouched(_moved),
+            torch._guards.tracing(context),
+            mode,
+            self._observed(copied, tracer),
+            Recorder(tracer),
+        ):
             try:
                 called = contextvars.copy_context().run(callee(copied, self.fn), *args, **kwargs)
                 out = mark(called, "", "result")
@@ -330,20 +358,8 @@ def _shared(tensors: list[torch.Tensor]) -> tuple:
     )
 
 
-@contextmanager
-def _as_it_was() -> Iterator[None]:
-    """No random stream moves: a draw by other than torch's operations is in no graph."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        after = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-    moved = before[0] != after[0] or any(np.any(a != b) for a, b in zip(before[1], after[1], strict=True))
-    if moved or not torch.equal(before[2], after[2]):
-        raise Untraceable("it draws random numbers, or sets a seed, by other than operations on tensors")
+def _moved() -> None:
+    raise Untraceable("it draws random numbers, or sets a seed, by other than operations on tensors")
 
 
 def _why(error: Exception) -> str:
@@ -351,4 +367,6 @@ def _why(error: Exception) -> str:
     own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
     at = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
     text = (str(error).strip().splitlines() or [""])[0]
-    return f"symbolic tracing ended{at}: {text if isinstance(error, Untraceable) else f'{type(error).__name__}: {text}'}"
+    return (
+        f"symbolic tracing ended{at}: {text if isinstance(error, Untraceable) else f'{type(error).__name__}: {text}'}"
+    )
