@@ -54,12 +54,19 @@ class SymbolicTracer(fx.Tracer):
         self.grad = self.ambient.grad  # as the model's Python has set it
         self.known: dict[int, tuple[torch.Tensor, fx.Node]] = {}  # each tensor, and the node that gave it last
         self.given: list[fx.Node] = []
+        self.marked: dict[int, torch.Tensor] = {}  # what a marker returned, and what for
 
     def give(self, fake: torch.Tensor, name: str) -> None:
         """An input of the graph."""
         node = self.create_node("placeholder", name, (), {})
         self.given.append(node)
         self._keep(node, fake)
+
+    def unmarked(self, x: Any) -> Any:
+        """What a value was before its markers."""
+        while id(x) in self.marked:
+            x = self.marked[id(x)]
+        return x
 
     def create_arg(self, a: Any) -> Any:
         return self.node_of(a) if isinstance(a, torch.Tensor) else super().create_arg(a)
@@ -162,7 +169,9 @@ class Seam:
         with _torch.NoTorchFunction():
             if self.half is not None:
                 self.half.fake_site(x, path, kind, leaf, last)
-            return self.tracer.alias(x, site, (x, path, kind, leaf, last))
+            made = self.tracer.alias(x, site, (x, path, kind, leaf, last))
+            self.tracer.marked[id(made)] = x
+            return made
 
     def fake_anchor(self) -> torch.Tensor:
         with _torch.NoTorchFunction():
@@ -255,7 +264,7 @@ class Symbolic:
             except Stop:
                 out = None
         again, spec_again = tree.flatten((args, kwargs))
-        if spec_again != spec or any(a is not b for a, b in zip(again, fakes, strict=True)):
+        if spec_again != spec or any(tracer.unmarked(a) is not b for a, b in zip(again, fakes, strict=True)):
             raise Untraceable("it changes a list, dict or object that it was called with")
         name = changed(before, snapshot(copied))
         if name is not None:

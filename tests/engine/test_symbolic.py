@@ -252,8 +252,8 @@ class Does(nn.Module):
         self.a, self.b, self.does, self.seen = nn.Linear(4, 4), nn.Linear(4, 4), does, []
         self.register_buffer("mean", torch.zeros(4))
 
-    def forward(self, x, *args):
-        return self.b(self.does(self, self.a(x), *args))
+    def forward(self, x, *args, **kwargs):
+        return self.b(self.does(self, self.a(x), *args, **kwargs))
 
 
 OUTSIDE = torch.ones(4)
@@ -383,6 +383,16 @@ def test_arguments_that_a_graph_cannot_take(name):
     if isinstance(mine, list):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     assert text in str(model.explain())
+
+
+def test_containers_of_tensors_are_arguments():
+    module, x = Does(lambda m, h, pair, named: h * pair[0] + named["by"]), torch.randn(3, 4)
+    model, pair, named = wrap(module, fullgraph=True), [torch.randn(4), 1], {"by": torch.randn(4)}
+    with assert_no_fallback(), model.trace(x, pair, named=named) as tracer:
+        seen = model.inputs[0][1][0].save()
+        got = nnsight_fx.save(tracer.result)
+    torch.testing.assert_close(got, module(x, pair, named), rtol=0, atol=0)
+    torch.testing.assert_close(seen, pair[0], rtol=0, atol=0)
 
 
 def test_options():
