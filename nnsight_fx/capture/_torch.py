@@ -11,6 +11,7 @@
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
 | `ShapeEnv.produce_guards_expression` | guards that a variant adds | 2.11, 2.13 |
 | `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
+| `torch.nn.modules.module._has_any_global_hook` | hooks that a traced graph would not call | 2.13 |
 | `InstructionTranslator.current_tx().output.side_effects` | whether Dynamo replays anything | 2.13 |
 """
 
@@ -208,6 +209,17 @@ def backend(name: Any, mode: str | None, options: dict | None, dynamic: bool | N
 
 def tracing_context() -> Any:
     return torch._guards.TracingContext.try_get()
+
+
+def new_context(mode: FakeTensorMode) -> tuple[Any, Any]:
+    """A context of compilation as Dynamo would have made it, and the block in which it holds."""
+    context = torch._guards.TracingContext(mode)
+    return context, torch._guards.tracing(context)
+
+
+def hooked_everywhere() -> bool:
+    """Has anybody put a hook on all modules?"""
+    return bool(torch.nn.modules.module._has_any_global_hook())
 
 
 @contextlib.contextmanager

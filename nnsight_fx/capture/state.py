@@ -36,7 +36,7 @@ LONG = 1000  # a container with more items than that counts as one thing
 
 
 class State:
-    """The facts of a module, in the order of a walk through it, and the tensors that it holds.
+    """The facts of a module, in the order of a walk through it, and the tensors and modules that it holds.
 
     Two modules with equal `facts` compute the same with equal tensors, unless their code looks elsewhere: at globals, closures
     and files. `forward_of` gives the `forward` that a module has when no run stands in for it.
@@ -45,6 +45,7 @@ class State:
     def __init__(self, module: nn.Module, forward_of: Callable[[nn.Module], Any] | None = None):
         self.facts: list[Any] = []
         self.tensors: list[torch.Tensor] = []
+        self.modules: list[nn.Module] = []
         self.forward_of = forward_of
         self._seen: dict[int, int] = {}
         self._walk(module)
@@ -69,6 +70,8 @@ class State:
             self.facts.append(described(x))
             return
         self.facts.append(kind)
+        if isinstance(x, nn.Module):
+            self.modules.append(x)
         if isinstance(x, CONTAINERS) and len(x) > LONG:
             self.facts.append((len(x), id(x)))
         elif isinstance(x, CONTAINERS):

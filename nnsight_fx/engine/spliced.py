@@ -22,7 +22,7 @@ from ..capture._transformers import settle
 from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, anchor, mark, site, supply
 from ..capture.scan import callee
 from ..capture.segment import Segment
-from ..capture.symbolic import Symbolic, Untraceable
+from ..capture.symbolic import Untraceable
 from ..errors import FallbackError, PlanMismatchError
 from ..passes.calls import ModuleCall
 from ..passes.job import NotDifferentiable
@@ -35,6 +35,7 @@ from . import gradients
 from .removal import Unfit
 from .run import Run
 from .sites import FakeInterleaver
+from .symbolic import Symbolic
 from .variants import extras, variant
 
 _serial = itertools.count()
@@ -280,7 +281,7 @@ class SplicedRun(Run):
             except Untraceable as why:  # nothing has run yet
                 if self.capture.options.fullgraph:
                     raise FallbackError(f"under `fullgraph=True` nothing may run on hooks, but {why}") from why
-                self.fall_back(f"hook engine: {why}")
+                self.fall_back(f"hook engine: the model could not be traced symbolically: {why}")
             except Exception as error:
                 if not self._captures_nothing(error):
                     raise
