@@ -28,6 +28,7 @@ from .markers import Markers, active, anchor, override, put, site, supply, take
 from .scan import PLAIN
 
 _LIBRARIES = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
+_NN = os.path.join("torch", "nn", "modules", "")
 _VALUES = NEEDS_DATA | {"__bool__", "__int__", "__float__", "__index__", "__complex__"}
 _LOST = LIVE_CALLS | NEEDS_MEMORY | {"backward", "__set__"}
 
@@ -214,10 +215,9 @@ def observed(copied: nn.Module, markers: Markers, tracer: SymbolicTracer) -> Ite
 
 
 def why_not(error: Exception) -> str:
-    """The refusal in words, with the model's line."""
-    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
-    at = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+    """The refusal in words, with the model's line; that of torch's own module where the model is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(_LIBRARIES)] or [f for f in frames if _NN in f.filename]
+    at = f" (at {own[-1].filename}:{own[-1].lineno})" if own else ""
     text = (str(error).strip().splitlines() or [""])[0]
-    return (
-        f"symbolic tracing ended{at}: {text if isinstance(error, Untraceable) else f'{type(error).__name__}: {text}'}"
-    )
+    return (text if isinstance(error, Untraceable) else f"{type(error).__name__}: {text}") + at

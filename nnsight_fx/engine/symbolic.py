@@ -51,7 +51,7 @@ class Symbolic:
         leaves, spec = tree.flatten((args, kwargs))
         own = State(self.module, self.markers.forward_of)
         tensors = [*(x for x in leaves if isinstance(x, torch.Tensor)), *own.tensors]
-        _refuse_hooks(own.modules, self.markers)
+        _refuse_modules(own.modules, self.markers)
         key = (spec, _signature(leaves), _shared(tensors), ambient.current(), tuple(own.facts))
         if key not in self.graphs:
             try:
@@ -131,9 +131,14 @@ class Symbolic:
         return Graphed(segment, takes, spec, described_leaves)
 
 
-def _refuse_hooks(modules: list[nn.Module], markers: Markers) -> None:
-    """A traced graph would not call the user's hooks: there must be none, at each call."""
+def _refuse_modules(modules: list[nn.Module], markers: Markers) -> None:
+    """What is looked for at each call: the user's hooks, which a traced graph would not call, and kernels that see the tracer."""
     for m in modules:
+        if isinstance(m, nn.MultiheadAttention) and not m.training and torch.backends.mha.get_fastpath_enabled():
+            raise Untraceable(
+                f"`{markers.paths.get(m)}` has a fast path that it does not take while it is traced "
+                "(`torch.backends.mha.set_fastpath_enabled(False)` turns it off)"
+            )
         for table in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
             if table and any(key != KEY and not _collects(hook) for key, hook in table.items()):
                 name = markers.paths.get(m) or "the model"

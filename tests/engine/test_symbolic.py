@@ -421,6 +421,26 @@ def test_hooks_that_come_and_go():
     assert model.explain().to_dict()["captures"][0]["captures"] == 1
 
 
+def test_attention_that_has_a_fast_path():
+    """Traced it would take the slow one, and differ by rounding."""
+    module, x = (
+        nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval().requires_grad_(False),
+        torch.randn(2, 5, 16),
+    )
+    for enabled in (True, False):
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        try:
+            model, found = wrap(module), []
+            for compile in (False, None):
+                with model.trace(x, compile=compile) as tracer:
+                    model.self_attn.output[0][:, 0] += 1
+                    found.append(nnsight_fx.save(tracer.result))
+            torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+            assert ("`self_attn` has a fast path" in str(model.explain())) == enabled
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+
+
 def test_options():
     model = NNsight(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=rf'{FILE}:\d+: `capture=.fx.` is unknown; there is "dynamo" and "symbolic"'):
