@@ -5,7 +5,7 @@
 | `FakeTensorMode`, `FakeCopyMode`, `FakeTensor`, its exceptions | shapes and dtypes without data | 2.11, 2.13 |
 | `torch._C._functorch.maybe_current_level`, `torch._C._is_alias_of` | transforms, shared memory | 2.11, 2.13 |
 | `torch._C._swap_tensor_impl` | a recorded tensor becomes the real one | 2.11, 2.13 |
-| `_torchdynamo_orig_callable` | what the user compiled, as it was | 2.13 |
+| `_torchdynamo_orig_callable`, `OptimizedModule` | what the user compiled, as it was | 2.13 |
 | `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.13 |
 | `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 import weakref
@@ -462,6 +463,28 @@ def hook(tensor: torch.Tensor, function: Callable) -> Any:
     looked at its `grad_fn` (pytorch/pytorch#196459)."""
     _ = tensor.grad_fn
     return tensor.register_hook(function)
+
+
+@functools.cache
+def _seen_by_dynamo() -> type:
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    class Seen(OptimizedModule):
+        """What `torch.compile(module)` returns, while we run it: of that very class Dynamo looks at the module inside only, and
+        passes neither its hooks nor its `forward` (torch 2.13, `VariableBuilder.wrap_module`)."""
+
+        __call__ = torch.nn.Module.__call__
+
+    return Seen
+
+
+def seen_by_dynamo(module: torch.nn.Module) -> Callable[[], None] | None:
+    """Have Dynamo look at what `torch.compile(module)` returned as at any module; returns what undoes it, where it was one."""
+    old = type(module)
+    if old.__name__ != "OptimizedModule" or old.__module__ != "torch._dynamo.eval_frame":
+        return None
+    object.__setattr__(module, "__class__", _seen_by_dynamo())
+    return lambda: object.__setattr__(module, "__class__", old)
 
 
 def undisturbed(function: Callable) -> Callable:

@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..tracing import tree
 from ..tracing.encode import Keep
-from ._torch import compiled_from
+from ._torch import compiled_from, seen_by_dynamo
 from .operations import Operations
 
 active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
@@ -325,7 +325,7 @@ class Markers:
         try:
             self.operations.bodies, self.operations.inner = {}, {}
             for module, name, own in _uncompiled(self.paths):
-                undo.append(override(module, own, name))
+                undo += [override(module, own, name), *filter(None, [seen_by_dynamo(module)])]
             for module, body in list(self.operations.use(frames)):
                 if self.paths[module] not in skips:  # else what replaces it calls this body
                     self.originals[module] = module.forward

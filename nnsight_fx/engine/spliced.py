@@ -250,6 +250,7 @@ class SplicedRun(Run):
     skeleton: Callable[[str], Any]
     everything: bool = True
 
+    on_hooks = False  # did it turn out, before anything ran, that the model runs as it is
     removes = False  # does this run leave out what its plan skips in the graph of all plans
     capture_half: InterventionGraph | None = None  # the plan whose own capture it runs on
     stop_at: Callable[[], Site | None]
@@ -276,19 +277,22 @@ class SplicedRun(Run):
             try:
                 with self.half(self.capture_half), _torch.capturing(len(self.owner.paths)):
                     return entry(self.capture_half)
-            except NotDifferentiable as why:  # nothing has run yet
-                self.report.append(self.capture.refuse(plan, str(why)))
-            except Untraceable as why:  # nothing has run yet
-                if self.capture.options.fullgraph:
+            except (NotDifferentiable, Untraceable) as why:  # nothing has run yet
+                if self.removes:
+                    raise Unfit from why  # hooks skip by an override, of which such a run has none
+                if isinstance(why, NotDifferentiable):
+                    self.report.append(self.capture.refuse(plan, str(why)))
+                elif self.capture.options.fullgraph:
                     raise FallbackError(f"under `fullgraph=True` nothing may run on hooks, but {why}") from why
-                self.fall_back(f"hook engine: the model could not be traced symbolically: {why}")
+                else:
+                    self.fall_back(f"hook engine: the model could not be traced symbolically: {why}")
             except Exception as error:
                 if not self._captures_nothing(error):
                     raise
                 self.fall_back(
                     f"hook engine: Dynamo could not trace the model with what was written ({type(error).__name__})"
                 )
-            self.segments_run += 1  # it is said already
+            self.on_hooks, self.segments_run = True, 0
             return plain()  # the model's own exception, or its result
 
         self.call = call
@@ -433,7 +437,7 @@ class SplicedRun(Run):
             return value
         before = len(self.done)
         value = super().pass_site(path, kind, value)
-        if len(self.done) > before and kind != "result":
+        if len(self.done) > before and kind != "result" and not self.on_hooks:
             self.live_sites.add(".".join(p for p in (path, kind) if p))
         return value
 
@@ -450,7 +454,7 @@ class SplicedRun(Run):
             super().forward()
         self._root_objects()
         self.capture.live_sites.update(self.live_sites)
-        if not self.segments_run and not self.stopping:
+        if not self.segments_run and not self.stopping and not self.on_hooks:
             self.fall_back("nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)")
             warnings.warn(
                 "nnsight_fx: nothing of the model ran captured in this trace (Dynamo's recompile limit, or compilation is "
