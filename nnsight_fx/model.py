@@ -383,7 +383,7 @@ class NNsight(Edits, Envoy):
             return callee(self._module, fn)(*batch.args, **batch.kwargs)
 
         capture = self._capture_for(wave.tracer.compile)
-        why = capture.refusal(plan, wave.tape.sites) if capture is not None else None
+        why = capture.refusal(plan, wave.tape.sites, (batch.args, batch.kwargs)) if capture is not None else None
         if capture is not None and why is not None:
             capture.fall_back(why)
             capture = None

@@ -11,6 +11,7 @@
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
 | `ShapeEnv.produce_guards_expression` | guards that a variant adds | 2.11, 2.13 |
 | `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
+| `is_traceable_wrapper_subclass` | tensors that cannot be recorded | 2.13 |
 | `torch.nn.modules.module._has_any_global_hook` | hooks that a traced graph would not call | 2.13 |
 | `InstructionTranslator.current_tx().output.side_effects` | whether Dynamo replays anything | 2.13 |
 """
@@ -40,7 +41,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+    is_traceable_wrapper_subclass,
+)
 
 __all__ = [
     "ConstantSource",
@@ -216,6 +222,11 @@ def new_context(mode: FakeTensorMode) -> tuple[Any, Any]:
     """A context of compilation as Dynamo would have made it, and the block in which it holds."""
     context = torch._guards.TracingContext(mode)
     return context, torch._guards.tracing(context)
+
+
+def wraps_tensors(x: torch.Tensor) -> bool:
+    """Is it a tensor of a class that is made of other tensors: a `DTensor`, a jagged `NestedTensor`, a quantised weight?"""
+    return is_traceable_wrapper_subclass(x)
 
 
 def hooked_everywhere() -> bool:

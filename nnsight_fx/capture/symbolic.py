@@ -62,7 +62,12 @@ class SymbolicTracer(fx.Tracer):
         return x
 
     def create_arg(self, a: Any) -> Any:
-        return self.node_of(a) if isinstance(a, torch.Tensor) else super().create_arg(a)
+        if isinstance(a, torch.Tensor):
+            return self.node_of(a)
+        try:
+            return super().create_arg(a)
+        except (NotImplementedError, AttributeError) as error:
+            raise Untraceable(f"an operation is called with a {type(a).__name__}, which no graph holds") from error
 
     def node_of(self, x: torch.Tensor) -> fx.Node:
         if id(x) not in self.known:

@@ -39,6 +39,7 @@ from .symbolic import Symbolic
 from .variants import extras, variant
 
 _serial = itertools.count()
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 ENTRIES = 128  # captures kept a model and set of options
 
 
@@ -186,8 +187,13 @@ class Capture:
             self.last = [*self.last[-9:], job.report]
         self.nodes = len(segment.gm.graph.nodes)
 
-    def refusal(self, plan: InterventionGraph, sites: Any) -> str | None:
-        """Why a plan runs on the hook engine, if it does."""
+    def refusal(self, plan: InterventionGraph, sites: Any, inputs: Any) -> str | None:
+        """Why a plan runs on the hook engine with these inputs, if it does."""
+        own = next(
+            (type(x) for x in tree.flatten(inputs)[0] if isinstance(x, torch.Tensor) and type(x) not in PLAIN), None
+        )
+        if own is not None:
+            return f"hook engine: the model is called with a {own.__name__}, a tensor of a class of its own"
         if plan.sees_objects:
             return f"hook engine: the body looks at objects, or at a site that no scan could tell{sites.ended()}"
         if self.options.capture == "symbolic" and self.markers.operations.frames(plan):
