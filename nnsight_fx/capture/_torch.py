@@ -224,6 +224,20 @@ def new_context(mode: FakeTensorMode) -> tuple[Any, Any]:
     return context, torch._guards.tracing(context)
 
 
+def process_flags() -> tuple:
+    """What Python can look at of the process, and operations of a graph do not take as an argument."""
+    cuda = torch.backends.cuda
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.backends.mha.get_fastpath_enabled(),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+    )
+
+
 def wraps_tensors(x: torch.Tensor) -> bool:
     """Is it a tensor of a class that is made of other tensors: a `DTensor`, a jagged `NestedTensor`, a quantised weight?"""
     return is_traceable_wrapper_subclass(x)

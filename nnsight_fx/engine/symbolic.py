@@ -52,7 +52,7 @@ class Symbolic:
         own = State(self.module, self.markers.forward_of)
         tensors = [*(x for x in leaves if isinstance(x, torch.Tensor)), *own.tensors]
         _refuse_modules(own.modules, self.markers)
-        key = (spec, _signature(leaves), _shared(tensors), ambient.current(), tuple(own.facts))
+        key = (spec, _signature(leaves), _shared(tensors), ambient.current(), _torch.process_flags(), tuple(own.facts))
         if key not in self.graphs:
             try:
                 self.graphs[key] = self._trace(leaves, spec, tensors, len(own.tensors))

@@ -26,7 +26,7 @@ from nnsight_fx import NNsight, assert_no_fallback
 from .harness import data, same, wrap
 from .models import Block
 
-ENGINES = ["hooks", "eager", "symbolic", pytest.param("aot_eager", marks=pytest.mark.slow)]
+ENGINES = ["hooks", "eager", *(pytest.param(e, marks=pytest.mark.slow) for e in ("symbolic", "aot_eager"))]
 
 
 class Around(nn.Module):

@@ -21,7 +21,7 @@ from .programs import PROGRAMS
 ENGINES = (*EXACT, "aot_eager", "inductor")
 FUSED = {("gpt2", "steer")}
 UNTRACED = {"breaks", "moe"}  # their Python looks at values, so that no symbolic capture holds them
-TRACED = {*(("llama", p) for p in ("steer", "skip", "hidden_states")), ("lstm", "steer"), ("dataclass", "read")}
+TRACED = {("llama", "skip"), ("lstm", "steer"), ("dataclass", "read"), ("cnn", "train_a_vector")}
 QUICK = {
     *FUSED,
     *(("llama", "patch_across_invokes"), ("mlp", "positions"), ("lstm", "patch_across_invokes")),
@@ -37,7 +37,7 @@ def cases():
                 if name not in program.models or (engine == "inductor" and not program.fused):
                     continue
                 marks: list = [pytest.mark.inductor] if engine == "inductor" else []
-                if engine == "symbolic" and name not in ("mlp", "cnn") and (name, program.name) not in TRACED:
+                if engine == "symbolic" and name != "mlp" and (name, program.name) not in TRACED:
                     marks.append(pytest.mark.slow)
                 if engine not in EXACT and (name, program.name) not in (FUSED if marks else QUICK):
                     marks.append(pytest.mark.slow)  # minutes in all: `make test-slow`, `make test-inductor`
