@@ -169,7 +169,12 @@ CHANGES = {
 
 @engines
 @pytest.mark.parametrize(
-    "at", ["base_model.model.0.lora_A.default", "base_model.model.0", "base_model.model.0.base_layer"]
+    "at",
+    [
+        "base_model.model.0",
+        pytest.param("base_model.model.0.lora_A.default", marks=pytest.mark.slow),
+        pytest.param("base_model.model.0.base_layer", marks=pytest.mark.slow),
+    ],
 )
 def test_a_peft_model_and_all_that_happens_to_its_adapters(engine, at):
     """At the adapter, around it and in it; after each change the next trace is that of the changed model."""

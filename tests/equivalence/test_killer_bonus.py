@@ -19,7 +19,7 @@ from .harness import ENGINES, EXACT, data, same, wrap
 from .models import MLP
 from .programs import after, run
 
-engines = pytest.mark.parametrize("engine", (*ENGINES, "symbolic"))
+engines = pytest.mark.parametrize("engine", (*ENGINES, pytest.param("symbolic", marks=pytest.mark.slow)))
 
 
 def made():
