@@ -110,7 +110,7 @@ class Capture:
         if key not in self.entries:
             settle(module)
         if key not in self.entries and self.options.capture == "symbolic":
-            self.entries[key] = (Symbolic(module, fn, self.markers, self.add), None)
+            self.entries[key] = (Symbolic(module, fn, self.markers, self.add, self.drop), None)
         elif key not in self.entries:
             inner = entry_point(module, fn)
             own = weakref.WeakMethod(self.backend)  # Dynamo keeps it with the code, where no collector sees the ring
@@ -152,6 +152,9 @@ class Capture:
         segment.plan = active.run.capture_half
         self.segments.append(segment)
         self.captures += 1
+
+    def drop(self, segment: Segment) -> None:
+        self.segments = [s for s in self.segments if s is not segment]
 
     def build(self, gm: torch.fx.GraphModule, inputs: Callable[[], list], report: list[str]) -> Callable:
         """A rewritten segment, compiled; where its compiler fails by `aot_eager`, and where that fails the graph as it is."""

@@ -43,8 +43,15 @@ class Place(NamedTuple):
 class Symbolic:
     """A function of a module as it is called on traced graphs: one for each signature of its input and state of the module."""
 
-    def __init__(self, module: nn.Module, fn: str | None, markers: Markers, keep: Callable[[Segment], None]):
-        self.module, self.fn, self.markers, self.keep = module, fn, markers, keep
+    def __init__(
+        self,
+        module: nn.Module,
+        fn: str | None,
+        markers: Markers,
+        keep: Callable[[Segment], None],
+        drop: Callable[[Segment], None],
+    ):
+        self.module, self.fn, self.markers, self.keep, self.drop = module, fn, markers, keep, drop
         self.graphs: OrderedDict[tuple, Graphed | str] = OrderedDict()
 
     def __call__(self, args: tuple, kwargs: dict) -> Any:
@@ -59,7 +66,9 @@ class Symbolic:
             except Exception as error:
                 self.graphs[key] = why_not(error)
             if len(self.graphs) > GRAPHS:
-                self.graphs.popitem(last=False)
+                _, old = self.graphs.popitem(last=False)
+                if isinstance(old, Graphed):
+                    self.drop(old.segment)
         self.graphs.move_to_end(key)
         found = self.graphs[key]
         if isinstance(found, str):

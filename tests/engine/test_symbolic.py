@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import nnsight_fx
 from nnsight_fx import FallbackError, NNsight, assert_max_compiles, assert_no_fallback
 from nnsight_fx.capture.state import State
+from nnsight_fx.engine import symbolic
 
 FILE = re.escape(__file__)
 
@@ -439,6 +440,17 @@ def test_attention_that_has_a_fast_path():
             assert ("`self_attn` has a fast path" in str(model.explain())) == enabled
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_graphs_are_bounded(monkeypatch):
+    monkeypatch.setattr(symbolic, "GRAPHS", 3)
+    model = wrap(nn.Linear(4, 4))
+    for rows in (1, 2, 3, 4, 5, 6, 5, 1):
+        with assert_no_fallback(), model.trace(torch.ones(rows, 4)):
+            out = model.output.save()
+        assert out.shape == (rows, 4)
+    (capture,) = model._captures.values()
+    assert len(capture.segments) == 3 and capture.captures == 7
 
 
 def test_options():
