@@ -394,7 +394,7 @@ class NNsight(Edits, Envoy):
             return callee(self._module, fn)(*batch.args, **batch.kwargs)
 
         capture = self._capture_for(wave.tracer.compile)
-        why = capture.refusal(plan, wave.tape.sites) if capture is not None else None
+        why = capture.refusal(plan, wave.tape.sites, (batch.args, batch.kwargs)) if capture is not None else None
         if capture is not None and why is not None:
             capture.fall_back(why)
             capture = None
@@ -444,8 +444,16 @@ class NNsight(Edits, Envoy):
         dynamic: Any = None,
         fullgraph: bool = False,
         options: Any = None,
+        capture: str = "dynamo",
     ) -> Capture:
-        chosen = Options(backend, mode, dynamic, fullgraph, tuple(sorted((options or {}).items())))
+        if capture not in ("dynamo", "symbolic"):
+            raise ValueError(f'{user_line()}: `capture={capture!r}` is unknown; there is "dynamo" and "symbolic"')
+        if capture == "symbolic" and dynamic:
+            raise ValueError(
+                f"{user_line()}: a symbolic capture is for the sizes that it was made with, so `dynamic=True` cannot hold; "
+                "leave it out, or capture with Dynamo"
+            )
+        chosen = Options(backend, mode, dynamic, fullgraph, tuple(sorted((options or {}).items())), capture)
         if chosen not in self._captures:
             self._captures[chosen] = Capture(self._markers, chosen)
         return self._captures[chosen]
@@ -457,6 +465,16 @@ class NNsight(Edits, Envoy):
         dynamic: bool | None = None,
         fullgraph: bool = False,
         options: dict | None = None,
+        capture: str = "dynamo",
     ) -> None:
-        """Run traces on captured, compiled graphs from now on; the arguments are `nn.Module.compile`'s."""
-        self._compiled = self._captured(backend, mode, dynamic, fullgraph, options)
+        """Run traces on captured, compiled graphs from now on; the arguments are `nn.Module.compile`'s.
+
+        `capture="symbolic"` makes the graphs as `torch.fx.symbolic_trace` does, by running the model's Python once on tensors
+        without data, for each shape of its inputs. What that cannot take (control flow on values, hooks of your own,
+        attributes that a forward sets, objects as arguments) runs on hooks, and `explain()` says at which line; with
+        `fullgraph=True` it is a `FallbackError`. Globals and closures that a forward reads are taken to stay as they are.
+
+        Raises:
+            ValueError: another `capture`, or `dynamic=True` with a symbolic one.
+        """
+        self._compiled = self._captured(backend, mode, dynamic, fullgraph, options, capture)

@@ -5,12 +5,14 @@
 | `FakeTensorMode`, `FakeCopyMode`, `FakeTensor`, its exceptions | shapes and dtypes without data | 2.11, 2.13 |
 | `torch._C._functorch.maybe_current_level`, `torch._C._is_alias_of` | transforms, shared memory | 2.11, 2.13 |
 | `torch._C._swap_tensor_impl` | a recorded tensor becomes the real one | 2.11, 2.13 |
-| `_torchdynamo_orig_callable` | what the user compiled, as it was | 2.13 |
+| `_torchdynamo_orig_callable`, `OptimizedModule` | what the user compiled, as it was | 2.13 |
 | `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.13 |
 | `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
 | `ShapeEnv.produce_guards_expression` | guards that a variant adds | 2.11, 2.13 |
 | `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
+| `is_traceable_wrapper_subclass` | tensors that cannot be recorded | 2.13 |
+| `torch.nn.modules.module._has_any_global_hook` | hooks that a traced graph would not call | 2.13 |
 | `InstructionTranslator.current_tx().output.side_effects` | whether Dynamo replays anything | 2.13 |
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 import weakref
@@ -39,7 +42,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+    is_traceable_wrapper_subclass,
+)
 
 __all__ = [
     "ConstantSource",
@@ -209,6 +217,36 @@ def backend(name: Any, mode: str | None, options: dict | None, dynamic: bool | N
 
 def tracing_context() -> Any:
     return torch._guards.TracingContext.try_get()
+
+
+def new_context(mode: FakeTensorMode) -> tuple[Any, Any]:
+    """A context of compilation as Dynamo would have made it, and the block in which it holds."""
+    context = torch._guards.TracingContext(mode)
+    return context, torch._guards.tracing(context)
+
+
+def process_flags() -> tuple:
+    """What Python can look at of the process, and operations of a graph do not take as an argument."""
+    cuda = torch.backends.cuda
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.backends.mha.get_fastpath_enabled(),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+    )
+
+
+def wraps_tensors(x: torch.Tensor) -> bool:
+    """Is it a tensor of a class that is made of other tensors: a `DTensor`, a jagged `NestedTensor`, a quantised weight?"""
+    return is_traceable_wrapper_subclass(x)
+
+
+def hooked_everywhere() -> bool:
+    """Has anybody put a hook on all modules?"""
+    return bool(torch.nn.modules.module._has_any_global_hook())
 
 
 @contextlib.contextmanager
@@ -496,6 +534,28 @@ def hook(tensor: torch.Tensor, function: Callable) -> Any:
     looked at its `grad_fn` (pytorch/pytorch#196459)."""
     _ = tensor.grad_fn
     return tensor.register_hook(function)
+
+
+@functools.cache
+def _seen_by_dynamo() -> type:
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    class Seen(OptimizedModule):
+        """What `torch.compile(module)` returns, while we run it: of that very class Dynamo looks at the module inside only, and
+        passes neither its hooks nor its `forward` (torch 2.13, `VariableBuilder.wrap_module`)."""
+
+        __call__ = torch.nn.Module.__call__
+
+    return Seen
+
+
+def seen_by_dynamo(module: torch.nn.Module) -> Callable[[], None] | None:
+    """Have Dynamo look at what `torch.compile(module)` returned as at any module; returns what undoes it, where it was one."""
+    old = type(module)
+    if old.__name__ != "OptimizedModule" or old.__module__ != "torch._dynamo.eval_frame":
+        return None
+    object.__setattr__(module, "__class__", _seen_by_dynamo())
+    return lambda: object.__setattr__(module, "__class__", old)
 
 
 def undisturbed(function: Callable) -> Callable:
