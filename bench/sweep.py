@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ with torch.no_grad():
 
 def peer(module: Any, clean: torch.Tensor, corrupt: torch.Tensor, cells: list, folder: Path) -> dict[str, Any]:
     """The same cells on nnsight 0.8.1: in a loop, and 16 rows a forward with a mask at every layer."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/peer"))
     from nnsight_peer import run_peer
 
     weights = folder / "weights.pt"
