@@ -1,0 +1,187 @@
+"""Rows that share the beginning of one of them, as tokens: what the pass `causal` puts into a graph."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+
+class NotCausal(ValueError):
+    """A mask lets a position see a later one. Never reaches the user."""
+
+
+class Layout:
+    """Which tokens a batch of rows has: row r its own from position `starts[r]` on; before that it is row `bases[r]`.
+
+    Tokens are in the rows' order, those of a row in the positions'. Rows that are a base come first, with all positions.
+    """
+
+    def __init__(self, positions: int, starts: Sequence[int], bases: Sequence[int], device: Any = None):
+        self.positions, self.starts, self.bases = positions, list(starts), list(bases)
+        self.ends = list(accumulate(positions - s for s in starts))
+        firsts = [0, *self.ends[:-1]]
+        at = torch.arange(positions)
+        start, base = torch.tensor(self.starts), torch.tensor(self.bases)
+        own = torch.tensor(firsts)[:, None] + at - start[:, None]
+        index = torch.where(at >= start[:, None], own, base[:, None] * positions + at)
+        row = torch.repeat_interleave(torch.arange(len(starts)), positions - start)
+        self.index = index.to(device)  # (rows, positions): the token
+        self.row, self.base = row.to(device), base.to(device)  # (tokens), (rows)
+        self.position = (torch.arange(len(row)) - torch.tensor(firsts)[row] + start[row]).to(device)  # (tokens)
+        self.of_base = self.base[self.row]  # (tokens): the row of the clean run
+        self.masks: dict[int, torch.Tensor] = {}  # that were looked at
+        self._groups: dict[int, list[tuple[int, torch.Tensor]]] = {}
+
+    def rows(self, count: int) -> int:
+        """How many rows `count` tokens are."""
+        return bisect.bisect_left(self.ends, count) + 1
+
+    def groups(self, count: int) -> list[tuple[int, torch.Tensor]]:
+        """The rows that there are, by the position at which they begin."""
+        n = self.rows(count)
+        if n not in self._groups:
+            found: dict[int, list[int]] = {}
+            for row, start in enumerate(self.starts[:n]):
+                found.setdefault(start, []).append(row)
+            self._groups[n] = [(s, torch.tensor(found[s], device=self.base.device)) for s in sorted(found)]
+        return self._groups[n]
+
+    def part(self, x: torch.Tensor, rows: int, position: int, start: int, size: int) -> torch.Tensor:
+        """Rows `start` to `start + size` of a value held as tokens, all positions: a view, where the tokens are theirs."""
+        count = self.positions
+        if not any(self.starts[start : start + size]):
+            first = self.ends[start] - count
+            own = x.narrow(rows, first, size * count)
+        else:
+            own = x.index_select(rows, self.index[start : start + size].reshape(-1))
+        return _untokened(own, rows, position, count)
+
+    def put(self, x: torch.Tensor, rows: int, position: int, start: int, size: int, value: torch.Tensor) -> None:
+        """Write rows `start` to `start + size` of a value held as tokens, from the positions on that are theirs."""
+        for row in range(start, start + size):
+            own = self.positions - self.starts[row]
+            place = _untokened(x.narrow(rows, self.ends[row] - own, own), rows, position, own)
+            at = rows if rows < position or rows == position else rows
+            place.copy_(value.narrow(at, row - start, 1).narrow(position, self.starts[row], own))
+
+
+def _untokened(x: torch.Tensor, rows: int, position: int, count: int) -> torch.Tensor:
+    """`(rows * count, .., 1, ..)` -> `(rows, .., count, ..)`, a view."""
+    if rows == position:
+        return x
+    apart = x.unflatten(rows, (-1, count))  # the positions stand behind the rows
+    gone = position + (position > rows)
+    return apart.squeeze(gone).movedim(rows + 1 - (gone < rows + 1), position)
+
+
+def pack(x: torch.Tensor, rows: int, position: int, pad: int, layout: Layout, count: int) -> torch.Tensor:
+    """A value of the clean rows as tokens: `(rows, positions, ...)` -> `(tokens, 1, ...)`.
+
+    `rows` and `position` are dimensions, counted with `pad` dimensions of size 1 before those that `x` has.
+    """
+    x = x[(None,) * pad] if pad else x
+    if x.shape[rows] == 1 and x.shape[position] == layout.positions:  # all rows share it
+        return x.index_select(position, layout.position[:count]).transpose(rows, position).contiguous()
+    if x.shape[position] == 1:
+        return x.index_select(rows, layout.of_base[:count])
+    found = x.movedim((rows, position), (0, 1))[layout.of_base[:count], layout.position[:count]]
+    return found.movedim(0, rows - (position < rows)).unsqueeze(position).contiguous()
+
+
+def unpack(x: torch.Tensor, position: int, layout: Layout, count: int) -> torch.Tensor:
+    """Tokens as whole rows: `(tokens, .., 1, ..)` -> `(rows, .., positions, ..)`."""
+    index = layout.index[: layout.rows(count)]
+    return _untokened(x.index_select(0, index.reshape(-1)), 0, position, layout.positions).contiguous()
+
+
+def repack(x: torch.Tensor, position: int, layout: Layout, count: int) -> torch.Tensor:
+    """Whole rows as tokens: `(rows, .., positions, ..)` -> `(tokens, .., 1, ..)`."""
+    found = x.movedim(position, 1)[layout.row[:count], layout.position[:count]]
+    return found.unsqueeze(position).contiguous()
+
+
+def spread(x: torch.Tensor, layout: Layout, count: int) -> torch.Tensor:
+    """A value of the clean rows for each row."""
+    return x.index_select(0, layout.base[: layout.rows(count)])
+
+
+def choose(x: torch.Tensor, positions: torch.Tensor, layout: Layout, count: int) -> torch.Tensor:
+    """Of tokens, one position of each row: `(tokens, 1, ...)` -> `(rows, 1, ...)`."""
+    index = layout.index[: layout.rows(count)]
+    return x.index_select(0, index.gather(1, positions[: len(index), None])[:, 0])
+
+
+def expect_causal(weights: torch.Tensor) -> torch.Tensor:
+    """Attention weights `(..., queries, keys)`, none of which may be on a later key: `NotCausal`."""
+    if not bool((weights.triu(1) == 0).all()):
+        raise NotCausal("attention weights are on later positions")
+    return weights
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    layout: Layout,
+    count: int,
+    is_causal: bool,
+    clean: tuple[bool, bool, bool],
+    **how: Any,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` of tokens: `(tokens, heads, 1, width)`, each over the positions up to its own.
+
+    Those that are `clean` are the clean run's, whole: `(rows, heads, positions, width)`. `NotCausal` where the mask, which
+    is the clean run's, lets a position see a later one.
+    """
+    if mask is None and not is_causal:
+        raise NotCausal("attention has no mask")
+    if mask is not None and not is_causal:
+        _look(mask, layout)
+    out = q.new_empty(count, q.shape[1], v.shape[-1])
+    values = [x if own else x[:, :, 0] for x, own in zip((q, k, v), clean, strict=True)]
+    for start, rows in layout.groups(count):
+        index, bases = layout.index[rows], layout.base[rows]
+        qs, ks, vs = (
+            x[bases] if own else x[index].transpose(1, 2) for x, own in zip(values, clean, strict=True)
+        )
+        allowed = mask
+        if is_causal:
+            allowed = None if start == 0 else _triangle(layout, q.device)[start:]
+        elif mask is not None:
+            if mask.dim() == 4 and mask.shape[0] != 1:
+                allowed = mask[bases]
+            if allowed.shape[-2] != 1:  # type: ignore[union-attr]
+                allowed = allowed[..., start:, :]  # type: ignore[index]
+        done = torch.nn.functional.scaled_dot_product_attention(
+            *(qs[:, :, start:], ks, vs), attn_mask=allowed, is_causal=is_causal and start == 0, **how
+        )
+        out[index[:, start:].reshape(-1)] = done.transpose(1, 2).flatten(0, 1)
+    return out.unsqueeze(2)
+
+
+def _triangle(layout: Layout, device: Any) -> torch.Tensor:
+    return torch.ones(layout.positions, layout.positions, dtype=torch.bool, device=device).tril()
+
+
+def _look(mask: torch.Tensor, layout: Layout) -> None:
+    """Is what a mask leaves of later positions nothing? One that only makes them small has to leave an earlier one."""
+    if layout.masks.get(id(mask)) is mask:
+        return
+    if mask.shape[-2:] != (layout.positions, layout.positions):
+        raise NotCausal("the mask is not of all positions against all")
+    later = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype == torch.bool:
+        fine = not (mask & later).any()
+    else:
+        least = torch.finfo(mask.dtype).min
+        never = ((mask == -torch.inf) | ~later).all()
+        small = ((mask <= least) | ~later).all() and ((mask > least / 2) & ~later).any(-1).all()
+        fine = bool(never | small)
+    if not fine:
+        raise NotCausal("the mask lets a position see later ones")
+    layout.masks[id(mask)] = mask
