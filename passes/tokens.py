@@ -65,8 +65,12 @@ class Layout:
         for row in range(start, start + size):
             own = self.positions - self.starts[row]
             place = _untokened(x.narrow(rows, self.ends[row] - own, own), rows, position, own)
-            at = rows if rows < position or rows == position else rows
-            place.copy_(value.narrow(at, row - start, 1).narrow(position, self.starts[row], own))
+            first = self.starts[row]
+            if rows == position:
+                new = value.narrow(rows, (row - start) * self.positions + first, own)
+            else:
+                new = value.narrow(rows, row - start, 1).narrow(position, first, own)
+            place.copy_(new)
 
 
 def _untokened(x: torch.Tensor, rows: int, position: int, count: int) -> torch.Tensor:
