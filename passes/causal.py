@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,28 +93,26 @@ class _Rewriting:
             self.count = self.graph.placeholder("count")
         known = next((n.meta["example_value"] for n in counts), None)
         first = next(n for n in self.facts.of if n.target is site)
-        value = _value(first)
-        self.count.meta = {"rows": "count", "example_value": value.shape[0] if known is None else known}
+        self.mode = getattr(_value(first.args[0]), "fake_mode", None) or contextlib.nullcontext()
+        number = _value(first.args[0]).shape[self.facts.of[first].rows] if known is None else known
+        self.count.meta = {"rows": "count", "example_value": number}
         attentions = 0
         for n in nodes:
             fact = self.facts.of.get(n)
             if fact is None:
                 if n.meta.get("rows") is not None and n not in counts:
                     n.meta["clean"] = True
-                continue
-            if n.target is site:
+            elif n.target is site:
                 self._site(n, fact)
             elif n.target is take:
                 self._choose(n)
             elif is_attention(n):
                 attentions += 1
                 self._attend(n)
-            elif fact.kind == SCORES:
-                self._weigh(n)
-            elif any(self._kind(a) == SCORES for a in n.all_input_nodes):
+            elif fact.kind != SCORES and any(self._kind(a) == SCORES for a in n.all_input_nodes):
                 attentions += 1
                 self._weighed(n)
-            else:
+            elif fact.kind != SCORES:
                 self._alone(n, fact, counts)
         return attentions
 
@@ -153,7 +151,8 @@ class _Rewriting:
         args = (x, like.rows, like.position, pad, self.layout, self.count)
         known = self.packed.get(args)
         if known is None:
-            made = _sized(value, [1] * pad + list(value.shape), {like.position: 1, like.rows: self._number()})
+            shape = [1] * pad + list(value.shape)
+            made = self._made(value, [{like.position: 1, like.rows: self._number()}.get(i, d) for i, d in enumerate(shape)])
             known = self._add(before, pack, args, x, rows=like.rows, example_value=made, flops=0)
             known.meta.pop("clean", None)
             known.meta.pop("mixed", None)
@@ -173,14 +172,27 @@ class _Rewriting:
         self.packed.clear()
 
     def _meta(self, n: fx.Node, fact: Fact) -> dict:
-        """Of a value as tokens: its shape, where the tokens are, and what one of them costs."""
-        old: Any = n.meta.get("example_value")
+        """Of a value as tokens: where they are, and what one of them costs."""
         facts: dict[str, Any] = {"rows": fact.rows, "packed": fact.position, "mixed": None}
-        facts |= {k: n.meta[k] / self.facts.tokens for k in ("flops", "bytes") if k in n.meta}
-        if isinstance(old, torch.Tensor):
-            sizes = {fact.position: 1} if fact.position != fact.rows else {}
-            facts["example_value"] = _sized(old, list(old.shape), sizes | {fact.rows: self._number()})
-        return facts
+        return facts | {k: n.meta[k] / self.facts.tokens for k in ("flops", "bytes") if k in n.meta}
+
+    def _made(self, like: torch.Tensor, shape: list) -> torch.Tensor:
+        """What stands for a new contiguous value."""
+        with self.mode:
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def _evaluate(self, n: fx.Node, fact: Fact) -> None:
+        """The example value as tokens: the operation tells shape and strides, and that it does what it did."""
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: a.meta["example_value"])  # type: ignore[arg-type, misc]
+        with self.mode, torch.no_grad():
+            made = getattr(args[0], n.target)(*args[1:], **kwargs) if isinstance(n.target, str) else n.target(*args, **kwargs)  # type: ignore[operator]
+        old = n.meta.get("example_value")
+        if isinstance(made, torch.Tensor) and isinstance(old, torch.Tensor):
+            sizes = {fact.position: 1, fact.rows: self._number()}
+            want = [sizes.get(i, d) for i, d in enumerate(old.shape)]
+            if list(map(str, made.shape)) != list(map(str, want)):
+                raise ValueError(f"`{n.name}` has the number of positions in its arguments")
+        n.meta["example_value"] = made
 
     def _alone(self, n: fx.Node, fact: Fact, counts: set[fx.Node]) -> None:
         swap: dict[fx.Node, fx.Node] = {}
@@ -189,13 +201,14 @@ class _Rewriting:
             assert beside is not None
             swap[x] = self._pack(x, self.facts.of[beside], _rank(beside), n)
         one = fact.kind == "one"
-        if one and any(a in counts for a in _flat(n)):
+        if one and any(a in counts for a in n.all_input_nodes):
             raise ValueError(f"`{n.name}` uses the number of rows behind the choice of one position")
         args, kwargs = self._sizes(n, fact)
         args, kwargs = fx.map_arg((args, kwargs), lambda a: self.count if a in counts else swap.get(a, a))  # type: ignore[misc, return-value]
         n.args, n.kwargs = args, kwargs
         if not one:
             n.meta |= self._meta(n, fact)
+            self._evaluate(n, fact)
 
     def _sizes(self, n: fx.Node, fact: Fact) -> tuple[tuple, dict]:
         """Its arguments with 1 for the number of positions, in the sizes of a view."""
@@ -220,6 +233,8 @@ class _Rewriting:
         if (fact.kind, fact.rows, fact.position) != ("", 0, 1):
             raise ValueError(f"`{n.name}` does not choose among positions in dimension 1")
         n.target, n.args = choose, (x, positions, self.layout, self.count)
+        value = _value(x)
+        n.meta["example_value"] = self._made(value, list(value.shape))
 
     def _attend(self, n: fx.Node) -> None:
         q, k, v = n.args[:3]
@@ -228,24 +243,62 @@ class _Rewriting:
         clean = tuple(x not in self.facts.of for x in (q, k, v))
         new = self._add(n, attend, (q, k, v, mask, self.layout, self.count, bool(sees), clean), None)
         new.kwargs = rest
-        new.meta = n.meta | self._meta(n, self.facts.of[n])
+        queries, values = _value(q), _value(v)
+        shape = [self._number(), queries.shape[1], 1, values.shape[-1]]
+        new.meta = n.meta | self._meta(n, self.facts.of[n]) | {"example_value": self._made(queries, shape)}
         self._replace(n, new)
 
-    def _weigh(self, n: fx.Node) -> None:
-        """An operation between queries and values, on whole rows."""
-        n.meta |= {"example_value": n.meta.get("example_value")}
-
     def _weighed(self, n: fx.Node) -> None:
-        raise ValueError("attention that is written out")
+        """Attention that is written out runs on whole rows, and its weights are looked at."""
+        scores: dict[fx.Node, None] = {}
+        left = [a for a in n.all_input_nodes if self._kind(a) == SCORES]
+        while left:
+            x = left.pop()
+            scores[x] = None
+            left += [a for a in x.all_input_nodes if self._kind(a) == SCORES and a not in scores]
+        group = [x for x in self.graph.nodes if x in scores]
+        for x in group:
+            n.prepend(x)
+        whole: dict[fx.Node, fx.Node] = {}
+        for x in [*group, n]:
+            for a in x.all_input_nodes:
+                if self._kind(a) != SCORES and a not in whole:
+                    whole[a] = self._whole(a, x)
+            x.args, x.kwargs = fx.map_arg((x.args, x.kwargs), lambda a: whole.get(a, a))  # type: ignore[arg-type, misc]
+        weights: Any = n.args[0]
+        seen = self._add(n, expect_causal, (weights,), weights)
+        n.replace_input_with(weights, seen)
+        fact = self.facts.of[n]
+        tokens = self._add(n.next, repack, (n, fact.position, self.layout, self.count), n, flops=0)
+        tokens.meta |= self._meta(tokens, fact)
+        value = _value(n)
+        sizes = {fact.position: 1, 0: self._number()}
+        tokens.meta["example_value"] = self._made(value, [sizes.get(i, d) for i, d in enumerate(value.shape)])
+        n.replace_all_uses_with(tokens, delete_user_cb=lambda u: u is not tokens)
+        self.facts.of[tokens] = self.facts.of.pop(n)
+
+    def _whole(self, a: fx.Node, before: fx.Node) -> fx.Node:
+        """An argument with all positions of each row."""
+        fact = self.facts.of.get(a)
+        if fact is None:
+            rows = a.meta.get("rows")
+            if rows is None and not a.meta.get("mixed"):
+                return a
+            if rows != 0:
+                raise ValueError(f"`{a.name}` is no value of each row")
+            made = self._add(before, spread, (a, self.layout, self.count), a, flops=0)
+            made.meta.pop("clean", None)
+            return made
+        value = _value(a)
+        sizes = {fact.position: self.facts.tokens, 0: self._number()}
+        made = self._add(before, unpack, (a, fact.position, self.layout, self.count), a, flops=0, packed=None)
+        made.meta["example_value"] = self._made(value, [sizes.get(i, d) for i, d in enumerate(value.shape)])
+        return made
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         old.replace_all_uses_with(new)
         self.facts.of[new] = self.facts.of.pop(old)
         self.graph.erase_node(old)
-
-
-def _flat(n: fx.Node) -> list[fx.Node]:
-    return list(n.all_input_nodes)
 
 
 def _value(node: Any) -> torch.Tensor:
@@ -256,13 +309,3 @@ def _value(node: Any) -> torch.Tensor:
 
 def _rank(node: fx.Node) -> int:
     return _value(node).dim()
-
-
-def _sized(value: torch.Tensor, shape: list, sizes: dict[int, Any]) -> torch.Tensor:
-    """A tensor like `value`, contiguous, of another size in some dimensions."""
-    made = [sizes.get(i, n) for i, n in enumerate(shape)]
-    mode = getattr(value, "fake_mode", None)
-    if mode is None:
-        return value.new_empty(made)
-    with mode:
-        return torch.empty(made, dtype=value.dtype, device=value.device)

@@ -186,7 +186,74 @@ class _Following(fx.Interpreter):
 
     def _weights(self, n: fx.Node) -> Any:
         """Attention written out: `matmul(q, k^T)`, what is done with its result, the softmax, `matmul(weights, v)`."""
-        return None
+        kinds = {a: self.facts[a].kind for a in n.all_input_nodes if a in self.facts}
+        multiplies = n.target in (torch.matmul, operator.matmul, "matmul") and len(n.args) == 2
+        if SCORES not in kinds.values():
+            return self._scores(n) if multiplies else None
+        if any(not self._inside(u) for a in kinds if kinds[a] == SCORES for u in a.users):
+            raise Mixed(f"the attention weights of `{n.name}` are used outside of it")
+        if any(_count(a) for a in n.all_input_nodes) or any(kind not in ("", SCORES) for kind in kinds.values()):
+            raise Mixed(f"`{n.name}` cannot be followed")
+        if multiplies:
+            return self._values(n)
+        if "" in kinds.values():
+            raise Mixed(f"`{n.name}` takes more than the queries and keys to the weights")
+        for dim in (-2, -1):
+            if dim == -2 or not _softmax(n):
+                value = self._apart(n, dim)
+        if value.shape[-2:] != (self.follow.rows,) * 2 or n.meta.get("rows") != 0:
+            raise Mixed(f"`{n.name}` does something else with attention weights")
+        self.facts[n] = Fact(SCORES, value.dim() - 2, 0)
+        return value
+
+    def _inside(self, n: fx.Node) -> bool:
+        return n.target is not site and n.op != "output"
+
+    def _apart(self, n: fx.Node, dim: int) -> Any:
+        """Run it with queries (or keys) followed, a mask's too."""
+        tensors = [a for a in n.all_input_nodes if isinstance(self.env[a], torch.Tensor)]
+        held = [a for a in tensors if self.env[a].dim() >= 2 and self.env[a].shape[dim] == self.follow.rows]
+        old = {a: self.env[a] for a in held}
+        try:
+            for a in held:
+                self.env[a] = torch.empty_like(old[a])
+                self.follow.dims[self.env[a]] = self.env[a].dim() + dim
+            self.follow.paused = False
+            value = super().run_node(n)
+        finally:
+            self.follow.paused = True
+            self.env.update(old)
+        if self.follow.dim(value) != value.dim() + dim:
+            raise Mixed(f"`{n.name}` does something else with attention weights")
+        return value
+
+    def _scores(self, n: fx.Node) -> Any:
+        (q, k) = n.args
+        places = [(2, q), (3, k)]
+        for at, x in places:
+            fact, value = self.facts.get(x), self.env[x]  # type: ignore[arg-type, index]
+            own = x.meta.get("rows") == 0 if fact is None else (fact.kind, fact.position, fact.rows) == ("", at, 0)  # type: ignore[union-attr]
+            if not own or value.dim() != 4 or value.shape[at] != self.follow.rows:
+                return None
+        value = super().run_node(n)
+        self.facts[n] = Fact(SCORES, 2, 0)
+        return value
+
+    def _values(self, n: fx.Node) -> Any:
+        weights, v = n.args
+        fact, value = self.facts.get(v), self.env[v]  # type: ignore[arg-type, index]
+        own = v.meta.get("rows") == 0 if fact is None else (fact.kind, fact.position, fact.rows) == ("", 2, 0)  # type: ignore[union-attr]
+        if self.facts.get(weights, Fact()).kind != SCORES or not own or value.dim() != 4:  # type: ignore[arg-type]
+            raise Mixed(f"`{n.name}` does something else with attention weights")
+        out = super().run_node(n)
+        self._holds(n, out, 2)
+        return out
+
+
+def _softmax(n: fx.Node) -> bool:
+    name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
+    dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+    return name == "softmax" and dim in (-1, 3)
 
 
 def _count(node: fx.Node) -> bool:

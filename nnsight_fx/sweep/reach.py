@@ -22,10 +22,14 @@ def reach(plan: InterventionGraph, constants: list, positions: int) -> dict[Leaf
     """For each leaf that a plan changes the first position that may change; 0 where that is not plain to see."""
     covers: dict[tuple[int, int], dict[Leaf, Cover]] = {}
     found: dict[Leaf, int] = {}
+    copies: dict[Leaf, tuple[Leaf, int]] = {}  # a clone, as a leaf of its own: of which leaf, and where that was changed by then
+    written: dict[Leaf, Leaf] = {}  # clones that stand in a leaf's place now
     sites = [n for n, op in enumerate(plan.ops) if op.kind in (READ, WRITE)]
 
     def change(leaf: Leaf, start: int) -> None:
         found[leaf] = min(start, found.get(leaf, positions))
+        if leaf in written:
+            change(written[leaf], 0)
 
     for n, op in enumerate(plan.ops):
         if op.kind == READ:
@@ -34,15 +38,27 @@ def reach(plan: InterventionGraph, constants: list, positions: int) -> dict[Leaf
             continue
         if op.kind == WRITE:
             for j, key in enumerate(op.args[2][0][2]):
-                if not _same(key, (op.target, j), covers):
-                    change((op.target, j), 0)
+                leaf = (op.target, j)
+                if _same(key, leaf, covers):
+                    continue
+                held = covers.get(key[1:], {})
+                copied = next((c for c in held if held[c].whole and copies.get(c, (None,))[0] == leaf), None)
+                change(leaf, 0 if copied is None else min(copies[copied][1], found.get(copied, positions)))
+                if copied is not None:
+                    written[copied] = leaf
             continue
+        if _clones(op):
+            of = list(covers.get(op.args[2][0][1:], {}).items())
+            if len(of) == 1 and of[0][1].whole and of[0][0] not in copies:
+                copy: Leaf = (("", "copy", n), 0)
+                copies[copy], covers[n, 0] = (of[0][0], found.get(of[0][0], positions)), {copy: Cover(0, True, n)}
+                continue
         base, index = _indexed(op)
         shared: dict[Leaf, Cover] = {}
         for value in dict.fromkeys(_references(op)):
             for leaf, cover in covers.get(value, {}).items():
                 if op.effect == "inplace" and (base is None or value == base):
-                    late = any(cover.read < m < n and plan.ops[m].target != leaf[0] for m in sites)
+                    late = leaf not in copies and any(cover.read < m < n and plan.ops[m].target != leaf[0] for m in sites)
                     own = _first(index, constants, positions) if cover.whole and base is not None else cover.start
                     change(leaf, 0 if late else own)
                 narrow = base is not None and value == base and cover.whole and not op.effect
@@ -52,7 +68,7 @@ def reach(plan: InterventionGraph, constants: list, positions: int) -> dict[Leaf
         for m, j in plan.users:
             if m == n and shared:
                 covers[n, j] = shared
-    return found
+    return {leaf: start for leaf, start in found.items() if leaf not in copies}
 
 
 def _references(op: Op) -> list[tuple[int, int]]:
@@ -65,6 +81,11 @@ def _same(key: Any, leaf: Leaf, covers: dict) -> bool:
         return key[2].index == leaf[1]
     cover = covers.get(key[1:], {}).get(leaf) if key[0] == "v" else None
     return cover is not None and cover.whole
+
+
+def _clones(op: Op) -> bool:
+    name = getattr(getattr(op.target, "obj", None), "__name__", "")
+    return op.kind == CALL and name == "clone" and op.args[2][:1] != () and op.args[2][0][0] == "v"
 
 
 def _indexed(op: Op) -> tuple[tuple[int, int] | None, Any]:
