@@ -13,7 +13,7 @@ from nnsight_fx.capture.markers import site
 
 from .demand import take
 from .job import Job
-from .tokens import Layout, attend, choose, expect_causal, pack, repack, spread, unpack
+from .tokens import attend, choose, expect_causal, pack, repack, spread, unpack
 
 SCORES = "scores"
 APART = {pack, unpack, repack, spread, attend, choose, expect_causal}  # run as they are, between compiled regions
@@ -70,6 +70,13 @@ def causal(gm: fx.GraphModule, job: Job | None = None, *, facts: Facts) -> int:
 def is_attention(node: fx.Node) -> bool:
     """Is a node `scaled_dot_product_attention` without dropout?"""
     return node.target in _ATTENTION and not _argument(node, "dropout_p", 0.0)
+
+
+def is_softmax(node: fx.Node) -> bool:
+    """Is a node a softmax over the last dimension of four?"""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return name == "softmax" and dim in (-1, 3)
 
 
 def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
@@ -152,7 +159,9 @@ class _Rewriting:
         known = self.packed.get(args)
         if known is None:
             shape = [1] * pad + list(value.shape)
-            made = self._made(value, [{like.position: 1, like.rows: self._number()}.get(i, d) for i, d in enumerate(shape)])
+            made = self._made(
+                value, [{like.position: 1, like.rows: self._number()}.get(i, d) for i, d in enumerate(shape)]
+            )
             known = self._add(before, pack, args, x, rows=like.rows, example_value=made, flops=0)
             known.meta.pop("clean", None)
             known.meta.pop("mixed", None)
@@ -168,7 +177,8 @@ class _Rewriting:
         if source not in self.facts.of:
             rank = _value(source).dim()
             n.args = (self._pack(source, fact, rank, n), *n.args[1:])
-        n.meta |= self._meta(n, fact) if fact.kind == "" else {}
+        if fact.kind == "":
+            n.meta |= self._meta(n, fact) | {"example_value": _value(n.args[0])}
         self.packed.clear()
 
     def _meta(self, n: fx.Node, fact: Fact) -> dict:
@@ -185,7 +195,11 @@ class _Rewriting:
         """The example value as tokens: the operation tells shape and strides, and that it does what it did."""
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: a.meta["example_value"])  # type: ignore[arg-type, misc]
         with self.mode, torch.no_grad():
-            made = getattr(args[0], n.target)(*args[1:], **kwargs) if isinstance(n.target, str) else n.target(*args, **kwargs)  # type: ignore[operator]
+            made = (
+                getattr(args[0], n.target)(*args[1:], **kwargs)
+                if isinstance(n.target, str)
+                else n.target(*args, **kwargs)
+            )  # type: ignore[operator]
         old = n.meta.get("example_value")
         if isinstance(made, torch.Tensor) and isinstance(old, torch.Tensor):
             sizes = {fact.position: 1, fact.rows: self._number()}
@@ -265,9 +279,9 @@ class _Rewriting:
                 if self._kind(a) != SCORES and a not in whole:
                     whole[a] = self._whole(a, x)
             x.args, x.kwargs = fx.map_arg((x.args, x.kwargs), lambda a: whole.get(a, a))  # type: ignore[arg-type, misc]
-        weights: Any = n.args[0]
-        seen = self._add(n, expect_causal, (weights,), weights)
-        n.replace_input_with(weights, seen)
+        for x in [*(x for x in group if is_softmax(x)), n.args[0]]:
+            seen = self._add(n if x is n.args[0] else x.next, expect_causal, (x,), x, flops=0)  # type: ignore[union-attr, arg-type]
+            x.replace_all_uses_with(seen, delete_user_cb=lambda u, seen=seen: u is not seen)  # type: ignore[union-attr]
         fact = self.facts.of[n]
         tokens = self._add(n.next, repack, (n, fact.position, self.layout, self.count), n, flops=0)
         tokens.meta |= self._meta(tokens, fact)

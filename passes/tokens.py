@@ -150,9 +150,7 @@ def attend(
     values = [x if own else x[:, :, 0] for x, own in zip((q, k, v), clean, strict=True)]
     for start, rows in layout.groups(count):
         index, bases = layout.index[rows], layout.base[rows]
-        qs, ks, vs = (
-            x[bases] if own else x[index].transpose(1, 2) for x, own in zip(values, clean, strict=True)
-        )
+        qs, ks, vs = (x[bases] if own else x[index].transpose(1, 2) for x, own in zip(values, clean, strict=True))
         allowed = mask
         if is_causal:
             allowed = None if start == 0 else _triangle(layout, q.device)[start:]

@@ -17,18 +17,24 @@ from ..capture import _torch
 from ..capture.markers import site
 from ..capture.segment import Segment
 from ..engine.spliced import Capture
+from ..passes.causal import APART, causal
 from ..passes.demand import demand, take
 from ..passes.effects import changes
 from ..passes.fork import fork
 from ..passes.outline import outline, seams, unmark
+from ..passes.tokens import Layout, NotCausal
 from ..tracing import tree
 from .cells import Cell, Walk
 from .memory import chunks, free, out_of_memory
 from .pending import Pending
+from .positions import positions as follow
+from .reach import reach
 from .report import Group
-from .rowgraph import annotated, captured
+from .rowgraph import annotated, captured, copy_of
 from .rows import Mixed
 from .where import blocks, fork_of, keep_until, positions
+
+WORTH = 0.9  # of the positions: where more must be computed, all are, with the kernels of a batch
 
 _compiled: weakref.WeakKeyDictionary[Segment, dict] = weakref.WeakKeyDictionary()  # regions, by structure
 
@@ -38,22 +44,25 @@ def forked(group: list[Pending], told: Group) -> None:
     _run([p for cells in _bases(group) for p in cells], told)
 
 
-def _run(cells: list[Pending], told: Group) -> None:
+def _run(cells: list[Pending], told: Group, whole: bool = False) -> None:
     try:
-        sheet = Sheet(cells, told)
+        sheet = Sheet(cells, told, whole)
         size = sheet.fits
         if len(cells) <= size:
             sheet.run()
             for p in cells:
                 p.tracer.deliver()
             return
+    except NotCausal as why:
+        told.note(f"every position was computed: {why}")
+        return _run(cells, told, whole=True)
     except Exception as error:
         if not out_of_memory(error) or len(cells) == 1:
             raise
-        told.notes.append(f"out of memory with {len(cells)} traces in a forward: halved")
+        told.note(f"out of memory with {len(cells)} traces in a forward: halved")
         size = -(-len(cells) // 2)
     for some in chunks(cells, size):
-        _run(some, told)
+        _run(some, told, whole)
 
 
 def _bases(group: list[Pending]) -> list[list[Pending]]:
@@ -78,8 +87,9 @@ def _input(p: Pending) -> tuple:
 class Sheet:
     """One forward of many traces."""
 
-    def __init__(self, pending: list[Pending], told: Group):
+    def __init__(self, pending: list[Pending], told: Group, whole: bool = False):
         self.pending, self.told = pending, told
+        self.whole = whole  # every position of each row is computed
         first = pending[0]
         host = first.host
         self.capture: Capture = host._capture_for(first.tracer.compile)
@@ -119,16 +129,20 @@ class Sheet:
         cells = [self._cell(p, b) for b, group in enumerate(self.bases) for p in group]
         self.pending = [p for group in self.bases for p in group]
         leaving = sorted({c.leaves for c in cells if c.leaves is not None}, key=lambda where: self.order[where])
-        indices, count = [], self.base_rows
+        joining, bases = [], list(range(self.base_rows))
         for where in leaving:
-            rows: list[int] = []
-            for cell in cells:
-                if cell.leaves == where:
-                    rows += range(cell.start, cell.start + self.size)
-                    cell.joins_at, count = count, count + self.size
-            indices.append(torch.tensor(rows, dtype=torch.int64, device=self._device))
-        indices = [*self._demanded(cells, count), *indices]
-        if not outline(self.gm, at=self.cuts):
+            joining.append([cell for cell in cells if cell.leaves == where])
+            for cell in joining[-1]:
+                cell.joins_at = len(bases)
+                bases += range(cell.base, cell.base + self.size)
+        indices = self._demanded(cells, len(bases)) if "demand" not in self.capture.disable else self._cut()
+        layout = self._layout(cells, bases)
+        if layout is not None:
+            indices += [layout, self.base_rows * layout.positions]
+        for some in joining:
+            rows = [row for cell in some for row in range(cell.joins_at, cell.joins_at + self.size)]
+            indices.append(self._joining(rows, bases, layout))
+        if not outline(self.gm, at=self.cuts, apart=APART):
             raise Mixed("what lies between two sites gives more than tensors")
         try:
             fork(self.gm, at=leaving)
@@ -147,14 +161,69 @@ class Sheet:
         self.told.flops = (self.told.flops or 0) + int(walk.flops)
         self.told.naive = (self.told.naive or 0) + int(self.naive * len(cells))
 
+    def _joining(self, rows: list[int], bases: list[int], layout: Layout | None) -> torch.Tensor:
+        """What rows begin as: of the clean run, or of its tokens."""
+        if layout is None:
+            found = [bases[row] for row in rows]
+        else:
+            count = layout.positions
+            found = [bases[row] * count + t for row in rows for t in range(layout.starts[row], count)]
+        return torch.tensor(found, dtype=torch.int64, device=self._device)
+
+    def _layout(self, cells: list[Cell], bases: list[int]) -> Layout | None:
+        """Compute of each trace only the positions that it can change, where that is less: pass `causal`."""
+        positions = self._positions()
+        if self.whole or positions < 2 or "causal" in self.capture.disable:
+            return None
+        starts, at = [0] * len(bases), set()
+        for cell in cells:
+            reached = reach(cell.plan, cell.constants, positions)
+            at |= reached.keys()
+            cell.changed = frozenset(where for where, _ in reached)
+            if cell.leaves is not None:
+                first = min(reached.values(), default=0)
+                starts[cell.joins_at : cell.joins_at + self.size] = [first] * self.size
+        if sum(starts) < (1 - WORTH) * positions * len(bases):
+            return None
+        copied = copy_of(self.gm)
+        try:
+            facts = follow(copied, at)
+            causal(copied, facts=facts)
+        except (Mixed, ValueError) as why:
+            self.told.note(f"every position was computed: {str(why).partition(chr(10))[0]}")
+            return None
+        self.gm = copied
+        layout = Layout(positions, starts, bases, self._device)
+        for cell in cells:
+            cell.layout = layout
+        computed = 1 - sum(starts) / (positions * len(bases))
+        self.told.note(f"{computed:.0%} of the positions were computed: the others are before what a trace changes")
+        return layout
+
+    def _positions(self) -> int:
+        """The size of dimension 1 of what is changed first."""
+        sites = dict(seams(self.gm))
+        found = [w for w in {f for f in self.forks.values() if f is not None} if w in sites]
+        if not found:
+            return 0
+        leaf: Any = sites[min(found, key=lambda w: self.order[w])][0].args[0]
+        value = leaf.meta.get("example_value")
+        size = value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else 0
+        return size if isinstance(size, int) else 0
+
+    def _cut(self) -> list[torch.Tensor]:
+        """Leave out what comes behind the last site."""
+        keep_until(self.gm, self.last)
+        unmark(self.gm, self.cuts)
+        return []
+
     def _demanded(self, cells: list[Cell], rows: int) -> list[torch.Tensor]:
         """Leave out what nobody reads: what comes behind the last site, and there all positions but one of each row.
 
         Returns the positions, an input of the graph behind those that it has.
         """
         last = self.last
-        keep_until(self.gm, last)
-        unmark(self.gm, self.cuts)
+        self._cut()
         found = positions(cells, last, rows, self.size)
         group = dict(seams(self.gm)).get(last, [])
         leaf: Any = group[0].args[0] if len(group) == 1 else None
@@ -175,7 +244,7 @@ class Sheet:
             self.gm.graph.erase_node(taken)
             self.gm.graph.erase_node(given)
             return []
-        self.told.notes.append(f"`{'.'.join(last[:2])}` was computed at one position of a row")
+        self.told.note(f"`{'.'.join(last[:2])}` was computed at one position of a row")
         for cell in cells:
             cell.constants = cell.ones
         return [torch.tensor(found, dtype=torch.int64, device=self._device)]
@@ -190,6 +259,7 @@ class Sheet:
             *(p.plan, p.tape.constants, p.tape.lines, host._markers, lambda: None, host._module.get_submodule, {})
         )
         cell.size, cell.start, cell.joins_at, cell.ones = self.size, base * self.size, base * self.size, cell.constants
+        cell.base = cell.start
         if len(self.bases[base]) > 1:  # else nobody but it has these rows
             cell.leaves = self.forks[p.plan]
         return cell

@@ -15,7 +15,7 @@ import torch.fx as fx
 
 from ..capture import _torch
 from ..capture.markers import site
-from ..passes.causal import SCORES, Facts, Fact, is_attention
+from ..passes.causal import SCORES, Fact, Facts, is_attention, is_softmax
 from ..passes.demand import take
 from ..passes.outline import seams
 from ..tracing.plan import Site
@@ -95,11 +95,10 @@ class _Following(fx.Interpreter):
         """Behind the choice of one position of each row."""
         if any(a.meta.get("rows") is not None and a not in self.facts for a in n.all_input_nodes if not _count(a)):
             raise Mixed(f"`{n.name}` takes rows of the clean run to those of the others")
-        lifted = ()
         if n.target is take and n.args[0] not in self.facts:
             raise Mixed("positions are chosen of what no row changes")
-        self.facts[n] = Fact("one", lifted=lifted)
-        return super().run_node(n)
+        self.facts[n] = Fact("one")
+        return self.env[n.args[0]][:, :1] if n.target is take else super().run_node(n)  # type: ignore[index]
 
     def _alone(self, n: fx.Node, given: list[fx.Node]) -> Any:
         """An operation on each position alone; what the clean run has for each position may be lifted to take part."""
@@ -199,7 +198,7 @@ class _Following(fx.Interpreter):
         if "" in kinds.values():
             raise Mixed(f"`{n.name}` takes more than the queries and keys to the weights")
         for dim in (-2, -1):
-            if dim == -2 or not _softmax(n):
+            if dim == -2 or not is_softmax(n):
                 value = self._apart(n, dim)
         if value.shape[-2:] != (self.follow.rows,) * 2 or n.meta.get("rows") != 0:
             raise Mixed(f"`{n.name}` does something else with attention weights")
@@ -248,12 +247,6 @@ class _Following(fx.Interpreter):
         out = super().run_node(n)
         self._holds(n, out, 2)
         return out
-
-
-def _softmax(n: fx.Node) -> bool:
-    name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
-    dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
-    return name == "softmax" and dim in (-1, 3)
 
 
 def _count(node: fx.Node) -> bool:

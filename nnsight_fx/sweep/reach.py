@@ -22,7 +22,9 @@ def reach(plan: InterventionGraph, constants: list, positions: int) -> dict[Leaf
     """For each leaf that a plan changes the first position that may change; 0 where that is not plain to see."""
     covers: dict[tuple[int, int], dict[Leaf, Cover]] = {}
     found: dict[Leaf, int] = {}
-    copies: dict[Leaf, tuple[Leaf, int]] = {}  # a clone, as a leaf of its own: of which leaf, and where that was changed by then
+    copies: dict[
+        Leaf, tuple[Leaf, int]
+    ] = {}  # a clone, as a leaf of its own: of which leaf, and where that was changed by then
     written: dict[Leaf, Leaf] = {}  # clones that stand in a leaf's place now
     sites = [n for n, op in enumerate(plan.ops) if op.kind in (READ, WRITE)]
 
@@ -58,7 +60,9 @@ def reach(plan: InterventionGraph, constants: list, positions: int) -> dict[Leaf
         for value in dict.fromkeys(_references(op)):
             for leaf, cover in covers.get(value, {}).items():
                 if op.effect == "inplace" and (base is None or value == base):
-                    late = leaf not in copies and any(cover.read < m < n and plan.ops[m].target != leaf[0] for m in sites)
+                    late = leaf not in copies and any(
+                        cover.read < m < n and plan.ops[m].target != leaf[0] for m in sites
+                    )
                     own = _first(index, constants, positions) if cover.whole and base is not None else cover.start
                     change(leaf, 0 if late else own)
                 narrow = base is not None and value == base and cover.whole and not op.effect
