@@ -54,7 +54,7 @@ def _run(cells: list[Pending], told: Group, whole: bool = False) -> None:
                 p.tracer.deliver()
             return
     except NotCausal as why:
-        told.note(f"every position was computed: {why}")
+        told.note(f"every position was computed: {str(why).partition(chr(10))[0]}")
         return _run(cells, told, whole=True)
     except Exception as error:
         if not out_of_memory(error) or len(cells) == 1:

@@ -51,7 +51,9 @@ def _of_one_row(node: fx.Node) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     sizes = [1 if i == dim else n for i, n in enumerate(value.shape)]
-    return torch.empty([int(n) for n in sizes], dtype=value.dtype, device=value.device)
+    if any(isinstance(n, torch.SymInt) for n in sizes):
+        return None  # the positions that are chosen: they only go where one is taken of each row
+    return torch.empty(sizes, dtype=value.dtype, device=value.device)
 
 
 class _Following(fx.Interpreter):
