@@ -5,13 +5,27 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
 class NotCausal(ValueError):
     """A mask lets a position see a later one. Never reaches the user."""
+
+
+NEAR = 64  # positions: rows that begin within so many share a call of attention
+
+
+class Grouped(NamedTuple):
+    """Rows for one call of attention, whose queries are the positions from `start` on."""
+
+    start: int
+    bases: torch.Tensor
+    keys: torch.Tensor  # the tokens of all positions, row by row
+    queries: torch.Tensor  # those from `start` on
+    own: torch.Tensor  # which of the queries are a row's own,
+    tokens: torch.Tensor  # and their tokens
 
 
 class Layout:
@@ -34,21 +48,29 @@ class Layout:
         self.position = (torch.arange(len(row)) - torch.tensor(firsts)[row] + start[row]).to(device)  # (tokens)
         self.of_base = self.base[self.row]  # (tokens): the row of the clean run
         self.masks: dict[int, torch.Tensor] = {}  # that were looked at
-        self._groups: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        self._groups: dict[int, list[Grouped]] = {}
 
     def rows(self, count: int) -> int:
         """How many rows `count` tokens are."""
         return bisect.bisect_left(self.ends, count) + 1
 
-    def groups(self, count: int) -> list[tuple[int, torch.Tensor]]:
-        """The rows that there are, by the position at which they begin."""
+    def groups(self, count: int) -> list[Grouped]:
+        """The rows that there are, those that begin at about the same position together."""
         n = self.rows(count)
         if n not in self._groups:
             found: dict[int, list[int]] = {}
             for row, start in enumerate(self.starts[:n]):
-                found.setdefault(start, []).append(row)
-            self._groups[n] = [(s, torch.tensor(found[s], device=self.base.device)) for s in sorted(found)]
+                found.setdefault(start // NEAR * NEAR, []).append(row)
+            self._groups[n] = [self._grouped(start, torch.tensor(found[start])) for start in sorted(found)]
         return self._groups[n]
+
+    def _grouped(self, start: int, rows: torch.Tensor) -> Grouped:
+        rows = rows.to(self.base.device)
+        index, at = self.index[rows], torch.arange(self.positions, device=self.base.device)
+        starts = torch.tensor(self.starts, device=rows.device)[rows]
+        own = (at[start:] >= starts[:, None]).reshape(-1).nonzero()[:, 0]
+        tokens = index[:, start:].reshape(-1)
+        return Grouped(start, self.base[rows], index.reshape(-1), tokens, own, tokens[own])
 
     def part(self, x: torch.Tensor, rows: int, position: int, start: int, size: int) -> torch.Tensor:
         """Rows `start` to `start + size` of a value held as tokens, all positions: a view, where the tokens are theirs."""
@@ -92,7 +114,8 @@ def pack(x: torch.Tensor, rows: int, position: int, pad: int, layout: Layout, co
         return x.index_select(position, layout.position[:count]).transpose(rows, position).contiguous()
     if x.shape[position] == 1:
         return x.index_select(rows, layout.of_base[:count])
-    found = x.movedim((rows, position), (0, 1))[layout.of_base[:count], layout.position[:count]]
+    index = layout.of_base[:count] * layout.positions + layout.position[:count]
+    found = x.movedim((rows, position), (0, 1)).flatten(0, 1).index_select(0, index)
     return found.movedim(0, rows - (position < rows)).unsqueeze(position).contiguous()
 
 
@@ -104,7 +127,8 @@ def unpack(x: torch.Tensor, position: int, layout: Layout, count: int) -> torch.
 
 def repack(x: torch.Tensor, position: int, layout: Layout, count: int) -> torch.Tensor:
     """Whole rows as tokens: `(rows, .., positions, ..)` -> `(tokens, .., 1, ..)`."""
-    found = x.movedim(position, 1)[layout.row[:count], layout.position[:count]]
+    index = layout.row[:count] * layout.positions + layout.position[:count]
+    found = x.movedim(position, 1).flatten(0, 1).index_select(0, index)
     return found.unsqueeze(position).contiguous()
 
 
@@ -146,28 +170,33 @@ def attend(
         raise NotCausal("attention has no mask")
     if mask is not None and not is_causal:
         _look(mask, layout)
-    out = q.new_empty(count, q.shape[1], v.shape[-1])
-    values = [x if own else x[:, :, 0] for x, own in zip((q, k, v), clean, strict=True)]
-    for start, rows in layout.groups(count):
-        index, bases = layout.index[rows], layout.base[rows]
-        qs, ks, vs = (x[bases] if own else x[index].transpose(1, 2) for x, own in zip(values, clean, strict=True))
-        allowed = mask
-        if is_causal:
-            allowed = None if start == 0 else _triangle(layout, q.device)[start:]
-        elif mask is not None:
-            if mask.dim() == 4 and mask.shape[0] != 1:
-                allowed = mask[bases]
-            if allowed.shape[-2] != 1:  # type: ignore[union-attr]
-                allowed = allowed[..., start:, :]  # type: ignore[index]
-        done = torch.nn.functional.scaled_dot_product_attention(
-            *(qs[:, :, start:], ks, vs), attn_mask=allowed, is_causal=is_causal and start == 0, **how
+    found = []
+    groups = layout.groups(count)
+    for group in groups:
+        start, size = group.start, layout.positions
+        wanted = ((q, group.queries, size - start), (k, group.keys, size), (v, group.keys, size))
+        qs, ks, vs = (
+            x[group.bases][:, :, -n:]
+            if own
+            else x[:, :, 0].index_select(0, index).unflatten(0, (-1, n)).transpose(1, 2)
+            for (x, index, n), own in zip(wanted, clean, strict=True)
         )
-        out[index[:, start:].reshape(-1)] = done.transpose(1, 2).flatten(0, 1)
-    return out.unsqueeze(2)
+        allowed = None if mask is None else _of_rows(mask, group)
+        if is_causal and start:
+            allowed = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()[start:]
+        done = torch.nn.functional.scaled_dot_product_attention(
+            *(qs, ks, vs), attn_mask=allowed, is_causal=is_causal and not start, **how
+        )
+        found.append(done.transpose(1, 2).flatten(0, 1).index_select(0, group.own))
+    if len(groups) == 1:  # in the tokens' order
+        return found[0].unsqueeze(2)
+    return torch.cat(found).index_select(0, torch.cat([g.tokens for g in groups]).argsort()).unsqueeze(2)
 
 
-def _triangle(layout: Layout, device: Any) -> torch.Tensor:
-    return torch.ones(layout.positions, layout.positions, dtype=torch.bool, device=device).tril()
+def _of_rows(mask: torch.Tensor, group: Grouped) -> torch.Tensor:
+    if mask.dim() == 4 and mask.shape[0] != 1:
+        mask = mask.index_select(0, group.bases)
+    return mask[..., group.start :, :]
 
 
 def _look(mask: torch.Tensor, layout: Layout) -> None:

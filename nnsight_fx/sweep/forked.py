@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
@@ -37,6 +37,19 @@ from .where import blocks, fork_of, keep_until, positions
 WORTH = 0.9  # of the positions: where more must be computed, all are, with the kernels of a batch
 
 _compiled: weakref.WeakKeyDictionary[Segment, dict] = weakref.WeakKeyDictionary()  # regions, by structure
+
+
+_ready: weakref.WeakKeyDictionary[Segment, dict[tuple, Prepared]] = weakref.WeakKeyDictionary()
+
+
+class Prepared(NamedTuple):
+    """A graph for a walk: its compiled regions, is it cut to one position of a row, and how many it holds as tokens."""
+
+    gm: fx.GraphModule
+    regions: dict[str, Callable]
+    demanded: bool
+    tokens: int
+    why: str | None
 
 
 def forked(group: list[Pending], told: Group) -> None:
@@ -135,22 +148,31 @@ class Sheet:
             for cell in joining[-1]:
                 cell.joins_at = len(bases)
                 bases += range(cell.base, cell.base + self.size)
-        indices = self._demanded(cells, len(bases)) if "demand" not in self.capture.disable else self._cut()
-        layout = self._layout(cells, bases)
-        if layout is not None:
+        chosen = None
+        if "demand" not in self.capture.disable:
+            chosen = positions(cells, self.last, len(bases), self.size)
+        starts, at = self._starts(cells, bases)
+        made = self._prepared(chosen is not None, at, tuple(leaving))
+        indices: list[Any] = []
+        if made.demanded:
+            self.told.note(f"`{'.'.join(self.last[:2])}` was computed at one position of a row")
+            indices.append(torch.tensor(chosen, dtype=torch.int64, device=self._device))
+            for cell in cells:
+                cell.constants = cell.ones
+        layout = None
+        if made.tokens:
+            layout = Layout(made.tokens, starts, bases, self._device)
             indices += [layout, self.base_rows * layout.positions]
+            computed = 1 - sum(starts) / (layout.positions * len(bases))
+            self.told.note(f"{computed:.0%} of the positions were computed: the others are before what a trace changes")
+        elif made.why:
+            self.told.note(f"every position was computed: {made.why}")
+        for cell in cells:
+            cell.layout = layout
         for some in joining:
             rows = [row for cell in some for row in range(cell.joins_at, cell.joins_at + self.size)]
             indices.append(self._joining(rows, bases, layout))
-        if not outline(self.gm, at=self.cuts, apart=APART):
-            raise Mixed("what lies between two sites gives more than tensors")
-        try:
-            fork(self.gm, at=leaving)
-        except ValueError as error:
-            raise Mixed(str(error)) from error
-        self.gm.graph.lint()
-        self.gm.recompile()
-        walk = Walk(self.gm, self._regions(), cells)
+        walk = Walk(made.gm, made.regions, cells)
         with torch.no_grad():
             walk.go(*self.args, *indices)
         if any(cell.unfinished() and not cell.stopping for cell in cells):
@@ -170,35 +192,51 @@ class Sheet:
             found = [bases[row] * count + t for row in rows for t in range(layout.starts[row], count)]
         return torch.tensor(found, dtype=torch.int64, device=self._device)
 
-    def _layout(self, cells: list[Cell], bases: list[int]) -> Layout | None:
-        """Compute of each trace only the positions that it can change, where that is less: pass `causal`."""
-        positions = self._positions()
-        if self.whole or positions < 2 or "causal" in self.capture.disable:
-            return None
+    def _starts(self, cells: list[Cell], bases: list[int]) -> tuple[list[int], frozenset | None]:
+        """The first position that each row can change, and the leaves where traces do; `None` where that saves nothing."""
+        count = self._positions()
         starts, at = [0] * len(bases), set()
+        if self.whole or count < 2 or "causal" in self.capture.disable:
+            return starts, None
         for cell in cells:
-            reached = reach(cell.plan, cell.constants, positions)
+            reached = reach(cell.plan, cell.constants, count)
             at |= reached.keys()
             cell.changed = frozenset(where for where, _ in reached)
             if cell.leaves is not None:
                 first = min(reached.values(), default=0)
                 starts[cell.joins_at : cell.joins_at + self.size] = [first] * self.size
-        if sum(starts) < (1 - WORTH) * positions * len(bases):
-            return None
-        copied = copy_of(self.gm)
+        worth = sum(starts) >= (1 - WORTH) * count * len(bases)
+        return starts, frozenset(at) if worth else None
+
+    def _prepared(self, choose: bool, at: frozenset | None, leaving: tuple) -> Prepared:
+        """The graph, cut and rewritten for traces that do the like; the same for all such groups."""
+        known = _ready.setdefault(self.segment, {})
+        key = (self.last, frozenset(self.cuts), choose, at, leaving)
+        if key not in known:
+            known[key] = self._prepare(choose, at, leaving)
+        return known[key]
+
+    def _prepare(self, choose: bool, at: frozenset | None, leaving: tuple) -> Prepared:
+        keep_until(self.gm, self.last)
+        unmark(self.gm, self.cuts)
+        demanded, tokens, why = choose and self._demanded(), 0, None
+        if at is not None:
+            copied = copy_of(self.gm)
+            try:
+                facts = follow(copied, at)
+                causal(copied, facts=facts)
+                self.gm, tokens = copied, facts.tokens
+            except (Mixed, ValueError) as error:
+                why = str(error).partition("\n")[0]
+        if not outline(self.gm, at=self.cuts, apart=APART):
+            raise Mixed("what lies between two sites gives more than tensors")
         try:
-            facts = follow(copied, at)
-            causal(copied, facts=facts)
-        except (Mixed, ValueError) as why:
-            self.told.note(f"every position was computed: {str(why).partition(chr(10))[0]}")
-            return None
-        self.gm = copied
-        layout = Layout(positions, starts, bases, self._device)
-        for cell in cells:
-            cell.layout = layout
-        computed = 1 - sum(starts) / (positions * len(bases))
-        self.told.note(f"{computed:.0%} of the positions were computed: the others are before what a trace changes")
-        return layout
+            fork(self.gm, at=leaving)
+        except ValueError as error:
+            raise Mixed(str(error)) from error
+        self.gm.graph.lint()
+        self.gm.recompile()
+        return Prepared(self.gm, self._regions(), demanded, tokens, why)
 
     def _positions(self) -> int:
         """The size of dimension 1 of what is changed first."""
@@ -211,24 +249,15 @@ class Sheet:
         size = value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else 0
         return size if isinstance(size, int) else 0
 
-    def _cut(self) -> list[torch.Tensor]:
-        """Leave out what comes behind the last site."""
-        keep_until(self.gm, self.last)
-        unmark(self.gm, self.cuts)
-        return []
+    def _demanded(self) -> bool:
+        """Leave out all positions but one of each row, where no more is read at the last site.
 
-    def _demanded(self, cells: list[Cell], rows: int) -> list[torch.Tensor]:
-        """Leave out what nobody reads: what comes behind the last site, and there all positions but one of each row.
-
-        Returns the positions, an input of the graph behind those that it has.
+        The positions are an input of the graph behind those that it has.
         """
-        last = self.last
-        self._cut()
-        found = positions(cells, last, rows, self.size)
-        group = dict(seams(self.gm)).get(last, [])
+        group = dict(seams(self.gm)).get(self.last, [])
         leaf: Any = group[0].args[0] if len(group) == 1 else None
-        if found is None or leaf is None or leaf.meta.get("rows") != 0 or group[0].args[3] != 0:
-            return []
+        if leaf is None or leaf.meta.get("rows") != 0 or group[0].args[3] != 0:
+            return False
         sources = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         with self.gm.graph.inserting_after(sources[-1]):
             given = self.gm.graph.placeholder("positions")
@@ -239,15 +268,12 @@ class Sheet:
             taken = self.gm.graph.call_function(take, (leaf, given))
         taken.meta = {**leaf.meta, "flops": 0}
         group[0].args = (taken, *group[0].args[1:])
-        if not demand(self.gm):  # nothing to gain
-            group[0].args = (leaf, *group[0].args[1:])
-            self.gm.graph.erase_node(taken)
-            self.gm.graph.erase_node(given)
-            return []
-        self.told.note(f"`{'.'.join(last[:2])}` was computed at one position of a row")
-        for cell in cells:
-            cell.constants = cell.ones
-        return [torch.tensor(found, dtype=torch.int64, device=self._device)]
+        if demand(self.gm):
+            return True
+        group[0].args = (leaf, *group[0].args[1:])  # nothing to gain
+        self.gm.graph.erase_node(taken)
+        self.gm.graph.erase_node(given)
+        return False
 
     @property
     def _device(self) -> Any:

@@ -80,10 +80,15 @@ def run(module, path, backend, **inputs):
     hooks, model = NNsight(module), NNsight(module)
     model.compile(backend=backend)
     with torch.no_grad():
-        want = grid(hooks, layers, lambda m: m.lm_head.output if hasattr(module, "lm_head") else m.embed_out.output, **inputs)
+        want = grid(
+            hooks, layers, lambda m: m.lm_head.output if hasattr(module, "lm_head") else m.embed_out.output, **inputs
+        )
         with assert_no_fallback(), model.session() as session:
             got = grid(
-                model, layers, lambda m: m.lm_head.output if hasattr(module, "lm_head") else m.embed_out.output, **inputs
+                model,
+                layers,
+                lambda m: m.lm_head.output if hasattr(module, "lm_head") else m.embed_out.output,
+                **inputs,
             )
     assert len(want) == len(got) == 18
     assert (want[0] - want[3]).abs().max() > 1e-2, "the patches are not seen"
@@ -112,7 +117,10 @@ def test_padding_on_the_left_is_looked_at_when_it_runs():
     mask[:, :2] = 0
     module, path = llama("eager")
     told = run(module, path, "eager", attention_mask=mask)
-    assert told["strategy"] == "forked" and "every position was computed: attention weights are on later positions" in told["notes"]
+    assert (
+        told["strategy"] == "forked"
+        and "every position was computed: attention weights are on later positions" in told["notes"]
+    )
 
 
 class Stack(nn.Module):
