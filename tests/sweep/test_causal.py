@@ -103,10 +103,13 @@ def _walk(model, path):
     return model
 
 
-@pytest.mark.parametrize("name", APPLIES)
-def test_it_applies_and_equals_the_loop(name):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "eager") for name in APPLIES), pytest.param("llama", "aot_eager", marks=pytest.mark.slow)],
+)
+def test_it_applies_and_equals_the_loop(name, backend):
     module, path = APPLIES[name]()
-    told = run(module, path, "aot_eager" if name == "llama" else "eager")
+    told = run(module, path, backend)
     assert told["strategy"] == "forked", told
     assert any("of the positions were computed" in note for note in told["notes"]), told
 
