@@ -217,3 +217,22 @@ def test_what_the_graph_proves_decides(mix):
 
 
 LATE = {"no mask", "prefix", "normalized first"}  # seen when it runs
+
+
+def test_out_of_memory_halves_a_forked_batch(monkeypatch):
+    """The halves give the same, and both leave out what is before a patch."""
+    from nnsight_fx.sweep import cells, forked
+
+    module, path = gpt2()
+    tried, go = [], cells.Walk.go
+
+    def short(self, *args):
+        tried.append(len(self.cells))
+        if len(self.cells) > 8:
+            raise torch.OutOfMemoryError("fake")
+        return go(self, *args)
+
+    monkeypatch.setattr(forked.Walk, "go", short)
+    told = run(module, path, "eager")
+    assert told["strategy"] == "forked" and max(tried) > 8 and told["forwards"] >= 2, (tried, told)
+    assert any("out of memory" in note for note in told["notes"])
