@@ -85,6 +85,11 @@ def annotated(segment: Segment, args: list) -> fx.GraphModule:
     found = _known[segment]
     if isinstance(found, str):
         raise Mixed(found)
+    return copy_of(found)
+
+
+def copy_of(found: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph, with what its nodes are known for."""
     copied = fx.GraphModule(found, fx.Graph())
     mapping: dict[fx.Node, fx.Node] = {}
     out = copied.graph.graph_copy(found.graph, mapping)
