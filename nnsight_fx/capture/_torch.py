@@ -86,6 +86,13 @@ def cannot_trace(error: Exception) -> bool:
     return isinstance(error, Unsupported)
 
 
+def fails(error: Exception) -> bool:
+    """Is it an error of Dynamo's own, and not of what it traces?"""
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    return isinstance(error, InternalTorchDynamoError)
+
+
 def alone(held: list[torch.Tensor]) -> bool:
     """Does Python hold the one tensor in this list nowhere else?
 

@@ -303,8 +303,9 @@ class SplicedRun(Run):
             except Exception as error:
                 if not self._captures_nothing(error):
                     raise
+                reason = (str(error).strip().splitlines() or [""])[0]
                 self.fall_back(
-                    f"hook engine: Dynamo could not trace the model with what was written ({type(error).__name__})"
+                    f"hook engine: Dynamo could not trace the model with what was written ({type(error).__name__}: {reason})"
                 )
             self.on_hooks, self.segments_run = True, 0
             return plain()  # the model's own exception, or its result
@@ -317,10 +318,10 @@ class SplicedRun(Run):
         self.report.append(why)
 
     def _captures_nothing(self, error: Exception) -> bool:
-        """Did tracing fail on what the plan writes, before anything of the model ran?"""
+        """Did tracing fail in Dynamo itself, or on what the plan writes, before anything of the model ran?"""
         asked = self.capture.options.fullgraph and _torch.cannot_trace(error)
         writes = self.capture_half is not None and self.capture_half.recapture == "changes"
-        return writes and not asked and not self.segments_run and not self.counts
+        return (writes or _torch.fails(error)) and not asked and not self.segments_run and not self.counts
 
     @contextlib.contextmanager
     def half(self, plan: InterventionGraph | None) -> Iterator[None]:

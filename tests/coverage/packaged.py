@@ -33,6 +33,7 @@ def module_of(package: str, file: str, **stubs: dict[str, Any]) -> ModuleType:
         stub = ModuleType(name)
         stub.__dict__.update(values, __all__=list(values))
         sys.modules[name] = stub
+    sys.modules[spec.name] = made  # Dynamo imports it once more by its name
     try:
         spec.loader.exec_module(made)
     finally:
@@ -74,7 +75,7 @@ def draw(*shape: int, name: str) -> dict[str, Any]:
 
 
 PACKAGED = [
-    Architecture("torchcrepe (CNN)", "convolutional", crepe, lambda: draw(2, 1024, name="x"), block="conv3"),
+    Architecture("torchcrepe (CNN)", "convolutional", crepe, lambda: draw(2, 1024, name="x"), block="conv3_BN"),
     Architecture("resemblyzer (LSTM)", "recurrent", voice, lambda: draw(2, 12, 40, name="mels"), block="linear"),
     Architecture("MiniLM-L6", "encoder", minilm, tokens),
     Architecture("SmolLM2-135M", "decoder", smollm, tokens, generates=True),

@@ -102,3 +102,40 @@ def test_interrupts_and_memory_are_not_swallowed():
             run(model, x, 0)
         assert model.tracer is None and not any(m._forward_hooks for m in raw.modules())
         torch.testing.assert_close(raw(x), net()(x))
+
+
+ELSEWHERE = """
+import torch.nn as nn
+
+STEPS = [1, 2]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        for step in STEPS:
+            x = self.first(x) * step
+        return self.last(x)
+"""
+
+
+def test_dynamo_itself_fails():
+    """Here for a file that was run under a name that nobody can import."""
+    names = {"__name__": "a_file_of_the_users_own"}
+    exec(compile(ELSEWHERE, "a_file_of_the_users_own.py", "exec"), names)
+    torch.manual_seed(0)
+    model, x = NNsight(names["Net"]()), torch.randn(3, 4)
+    model.compile(backend="eager")
+
+    for _ in range(2):
+        with model.trace(x) as tracer:
+            model.last.input[:, 0] = 2.0
+            out = model.output.save()
+        want = model._module.first(model._module.first(x)) * 2
+        want[:, 0] = 2.0
+        torch.testing.assert_close(out, model._module.last(want), rtol=0, atol=0)
+        told = str(tracer.explain())
+        assert ": hooks" in told and "fallback: hook engine" in told and "No module named 'a_file_of_the_users_own'" in told
