@@ -138,4 +138,8 @@ def test_dynamo_itself_fails():
         want[:, 0] = 2.0
         torch.testing.assert_close(out, model._module.last(want), rtol=0, atol=0)
         told = str(tracer.explain())
-        assert ": hooks" in told and "fallback: hook engine" in told and "No module named 'a_file_of_the_users_own'" in told
+        assert (
+            ": hooks" in told
+            and "fallback: hook engine" in told
+            and "No module named 'a_file_of_the_users_own'" in told
+        )
