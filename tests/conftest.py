@@ -26,21 +26,39 @@ def pytest_configure(config: pytest.Config) -> None:
 # Their `aot_eager` rows take seconds each: `make test-slow`. `make test` has that backend in all other files.
 AOT_LATER = {
     "test_cond",
-    "test_gradients",
     "test_edit_files",
+    "test_gradients",
     "test_harvest",
     "test_interventions",
+    "test_killer_bonus",
+    "test_programs",
     "test_removal",
+    "test_small_verbs",
     "test_source_models",
     "test_state",
+    "test_surface",
     "test_symbolic",
     "test_tensor_classes",
+}
+# Ten seconds each or so, and a lighter sibling stays.
+LATER = {
+    "test_a_step_flows_into_a_trace_and_into_another_generation[eager-gpt2-static]",
+    "test_a_step_flows_into_a_trace_and_into_another_generation[eager-llama-static]",
+    "test_captures_do_not_grow_with_chosen_steps_and_batches[llama-dynamic]",
+    "test_interventions_on_chosen_steps[eager-llama-slice(1, 3, None)]",
+    "test_interventions_on_chosen_steps[eager-llama-slice(None, None, None)]",
+    "test_it_equals_its_reference[neox-eager-train_a_vector]",
+    "test_it_runs_a_trace_outside_the_checkout[checkout]",
+    "test_one_plan_many_shapes_and_positions[inductor-True]",
+    "test_patching_is_the_loop[gpt2-attention-eager]",
+    "test_patching_is_the_loop[llama-z-eager]",
+    "test_the_compiled_grid_equals_plain_forward_hooks[24]",
 }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem in AOT_LATER and "aot_eager" in item.name:
+        if item.name in LATER or (item.path.stem in AOT_LATER and "aot_eager" in item.name):
             item.add_marker(pytest.mark.slow)
 
 

@@ -72,7 +72,7 @@ class Job:
                 self.prepare(sorted({self.prompt(cell) for cell in chunk}))
             with self.model.session():
                 for n, cell in enumerate(chunk):
-                    args, kwargs = given(self.model, self.inputs[self.prompt(cell)])
+                    args, kwargs = tree.tree_map(_own, given(self.model, self.inputs[self.prompt(cell)]))
                     draw_for(self.seed, cell)
                     with self._told(cell):
                         with self.model.trace(*args, **kwargs, **self.options) as tracer:
@@ -117,6 +117,11 @@ def is_dataset(model: Any, inputs: Any) -> bool:
     """A list of inputs? A list of numbers is one prompt's token ids."""
     ids = hasattr(model, "tokenizer") and isinstance(inputs, list) and all(isinstance(x, int) for x in inputs)
     return isinstance(inputs, list) and not (ids and inputs)
+
+
+def _own(x: Any) -> Any:
+    """An input that a body, or the model, may change in place: the next cell has it as it was."""
+    return x.clone() if isinstance(x, torch.Tensor) else x
 
 
 def _saved(result: Any) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def same(a, b) -> bool:
 def cases():
     """Every program on hooks, the short ones on captured graphs; there the others are in `make test-slow`."""
     for name, row in ROWS.items():
-        short = row.body.__module__.rpartition(".")[2] in ("order", "values")
+        short = row.body.__module__.rpartition(".")[2] == "values"
         yield pytest.param(name, "hooks", id=f"{name}-hooks")
         yield pytest.param(name, "eager", id=f"{name}-eager", marks=() if short else pytest.mark.slow)
 
