@@ -140,6 +140,7 @@ def test_values_of_another_layout(engine):
     )
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # said once a process
 @engines
 def test_quantised_values_are_refused_by_name_and_what_is_behind_them_is_not(engine):
     module = Packs(
