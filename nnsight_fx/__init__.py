@@ -24,7 +24,9 @@ from .errors import (
     UnknownModuleError,
     UnknownOperationError,
     UnsavedValueError,
+    WorkerLostError,
 )
+from .harvest.activations import Activations
 from .helpers import TraceDict, steer
 from .language import LanguageModel
 from .loading import ModelNotFoundError
@@ -35,6 +37,7 @@ from .tokens import PromptError
 from .tracing.saving import save
 
 __all__ = [
+    "Activations",
     "CONFIG",
     "Envoy",
     "FallbackError",
@@ -63,6 +66,7 @@ __all__ = [
     "UnknownModuleError",
     "UnknownOperationError",
     "UnsavedValueError",
+    "WorkerLostError",
     "assert_max_compiles",
     "assert_no_fallback",
     "interventions",

@@ -78,6 +78,10 @@ class StoreError(NNsightFXError, ValueError):
     """A folder that holds another sweep, or none at all."""
 
 
+class WorkerLostError(NNsightFXError, RuntimeError):
+    """A worker of a sweep's executor died, and those that took its place did, too."""
+
+
 class FallbackError(NNsightFXError, AssertionError):
     """Something ran outside captured code under `assert_no_fallback()`."""
 

@@ -48,7 +48,8 @@ class Explanation:
 
 
 def _of(capture: Capture) -> dict[str, Any]:
-    entries, limit = _torch.recompiles([inner for _, inner in capture.entries.values()])
+    entries = _torch.recompiles([inner for _, inner in capture.entries.values()])
+    limit = _torch.patience(len(capture.markers.paths))
     before, report = capture.nodes, capture.last[-1] if capture.last else []
     passes = []
     for name, rewrites, nodes in report:

@@ -30,6 +30,8 @@ from .engine.wave import Wave
 from .envoy import Envoy
 from .errors import NestedTraceError, UnknownModuleError, nearest
 from .explain import Explanation
+from .harvest.activations import Activations
+from .harvest.harvest import harvest
 from .sweep.results import Results
 from .sweep.session import Session
 from .sweep.sweep import sweep
@@ -252,6 +254,10 @@ class NNsight(Edits, Envoy):
         """Run `fn(tracer, *cell)` as a body for every cell of the grid `over`; see `nnsight_fx.sweep.sweep`."""
         return sweep(self, fn, inputs, over, **options)
 
+    def harvest(self, dataset: Iterable, sites: Any, out: Any, **options: Any) -> Activations:
+        """Write the activations of a data set to the folder `out`; see `nnsight_fx.harvest.harvest`."""
+        return harvest(self, dataset, sites, out, **options)
+
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What ran how: engine, segments and graph breaks, compiles, passes, what ran outside captured code, the latest trace.
 
@@ -377,7 +383,7 @@ class NNsight(Edits, Envoy):
             return callee(self._module, fn)(*batch.args, **batch.kwargs)
 
         capture = self._capture_for(wave.tracer.compile)
-        why = capture.refusal(plan) if capture is not None else None
+        why = capture.refusal(plan, wave.tape.sites) if capture is not None else None
         if capture is not None and why is not None:
             capture.fall_back(why)
             capture = None

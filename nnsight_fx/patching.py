@@ -18,81 +18,28 @@ Activation patching: Vig et al. 2020, arXiv:2004.12265; Meng et al. 2022, arXiv:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from .parts import Column, Parts, first, heads_of, parts_of
+from .parts import Parts
+from .places import HEADED, Site, Values
+from .sweep.job import is_dataset
 from .sweep.results import Results
 from .sweep.sweep import sweep
 from .tracing.lazy import user_line
 from .tracing.saving import save
 
-HEADED = ("z", "q", "k", "v")
-PARTS = ("residual", "residual_pre", "attention", "mlp", *HEADED)
-Metric = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Site:
-    """One part of every layer: its value, and the index of a position and a head in it."""
-
-    def __init__(self, model: Any, part: str, given: Parts | None):
-        if part not in PARTS:
-            raise ValueError(f"{user_line()}: `part` is one of {', '.join(PARTS)}; not `{part}`.")
-        self.model, self.part, self.table = model, part, parts_of(model, given)
-        named = None if part.startswith("residual") else getattr(self.table, part)
-        if named is None and not part.startswith("residual"):
-            raise ValueError(
-                f"{user_line()}: this family has no module for `{part}`; there is {', '.join(self._known())}."
-            )
-        self.column = named if isinstance(named, Column) else None
-        self.path = named.path if isinstance(named, Column) else named
-        self.layers = len(model._module.get_submodule(self.table.layers))
-        self.heads = heads_of(model, part) if part in HEADED else 1
-
-    def _known(self) -> list[str]:
-        return [p for p in PARTS if p.startswith("residual") or getattr(self.table, p) is not None]
-
-    def value(self, layer: int) -> torch.Tensor:
-        """In a trace: (batch, length, width)."""
-        block = self.model.get(f"{self.table.layers}.{layer}")
-        if self.part == "residual":
-            return first(block.nns_output)
-        if self.part == "residual_pre":
-            return block.nns_input
-        envoy = block.get(self.path)
-        return envoy.nns_input if self.part == "z" else first(envoy.nns_output)
-
-    def columns(self, width: int, head: int | None) -> slice:
-        """Where a head lies in the width."""
-        start, size = 0, width
-        if self.column is not None:
-            size = width // self.column.of
-            start = self.column.index * size
-        if head is None:
-            return slice(start, start + size)
-        return slice(start + head * (size // self.heads), start + (head + 1) * (size // self.heads))
-
-    def index(self, width: int, position: int | None, head: int | None) -> tuple:
-        whole = self.column is None and head is None
-        return (
-            slice(None),
-            slice(None) if position is None else position,
-            slice(None) if whole else self.columns(width, head),
-        )
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        return ("layer", "head") if self.part in HEADED else ("layer", "position")
+Metric = Callable[..., torch.Tensor]
 
 
 def activations(model: Any, inputs: Any, part: str = "residual", parts: Parts | None = None) -> list[torch.Tensor]:
     """A part of every layer on a prompt: tensors (batch, length, width)."""
-    site = Site(model, part, parts)
-    with torch.no_grad(), model.trace(inputs):
-        found = [save(site.value(layer).clone()) for layer in range(site.layers)]
-    return found
+    found = Values(Site(model, part, parts), [inputs])
+    found.prepare([0])
+    return found.held[0]
 
 
 def patch(
@@ -111,29 +58,21 @@ def patch(
     """Run `corrupted` with one place of it as it is in `clean`, for every place.
 
     Args:
-        clean, corrupted: prompts (or batches of them) of the same number of tokens.
-        metric: of the logits (batch, length, vocabulary); what it returns is the result of a cell.
+        clean, corrupted: prompts (or tensors of several rows) of the same number of tokens; or two lists of prompts, pair by
+            pair: the axis `prompt` comes first, and `reduce="mean"` averages over it.
+        metric: of the logits (batch, length, vocabulary); what it returns is the result of a cell. With a parameter `prompt`
+            it gets the number of the pair, too.
         part: "residual" (a layer's output), "residual_pre" (its input), "attention" and "mlp" (their outputs), "z" (what
             a head gives to the output projection), "q", "k", "v".
         over: the axes, of "layer", "position", "head"; layer and position, for "z", "q", "k", "v" layer and head. What
             is not an axis is patched whole.
-        layers, positions: which; all by default.
+        layers, positions: which; all by default. Negative positions count from the end.
         options: `store=`, `chunk=`, `progress=` and others of `model.sweep`.
     """
-    source = activations(model, clean, part, parts)
-    return _write(
-        model,
-        corrupted,
-        metric,
-        part,
-        over,
-        layers,
-        positions,
-        parts,
-        lambda here, layer: source[layer],
-        source,
-        options,
-    )
+    site = Site(model, part, parts)
+    source = Values(site, _several(model, clean))
+    _paired(source.items, _several(model, corrupted))
+    return _write(site, corrupted, metric, over, layers, positions, lambda h, *at: source(*at), source.prepare, options)
 
 
 def ablate(
@@ -152,22 +91,26 @@ def ablate(
 ) -> Results:
     """Run `inputs` without one place of it, for every place: set to zero, to its mean, or to another prompt's value.
 
-    `by` is "zero", "mean" (over the batch and length of `reference`, else of `inputs`) or "resample" (the value in
-    `reference`, a prompt of the same length). The rest is as in `patch`.
+    `by` is "zero", "mean" (over all prompts, rows and positions of `reference`, else of `inputs`) or "resample" (the value in
+    `reference`, a prompt of the same length; of lists, the prompt of the same number). The rest is as in `patch`.
     """
     if by not in ("zero", "mean", "resample"):
         raise ValueError(f"{user_line()}: `by` is zero, mean or resample; not `{by}`.")
     if by == "resample" and reference is None:
         raise ValueError(f"{user_line()}: resample ablation takes its values from another prompt: give `reference=`.")
-    own = activations(model, inputs, part, parts)
-    other = own if reference is None else activations(model, reference, part, parts)
+    site = Site(model, part, parts)
+    items = _several(model, inputs)
+    source = Values(site, items if reference is None else _several(model, reference))
+    prepare: Any = None
     if by == "mean":
-        other = [value.mean((0, 1), keepdim=True).expand_as(like) for value, like in zip(other, own, strict=True)]
+        means = source.means()
+        other = lambda h, layer, prompt: means[layer].expand(h.shape)  # noqa: E731
     elif by == "zero":
-        other = [torch.zeros_like(value) for value in own]
-    return _write(
-        model, inputs, metric, part, over, layers, positions, parts, lambda here, layer: other[layer], own, options
-    )
+        other = lambda h, layer, prompt: torch.zeros_like(h)  # noqa: E731
+    else:
+        _paired(source.items, items)
+        other, prepare = lambda h, *at: source(*at), source.prepare
+    return _write(site, inputs, metric, over, layers, positions, other, prepare, options)
 
 
 def steering(
@@ -186,10 +129,12 @@ def steering(
     site = Site(model, "residual", parts)
     where = slice(None) if positions is None else positions
 
-    def body(tracer: Any, layer: int, scale: float) -> torch.Tensor:
+    measure = _measure(model, site, metric)
+
+    def body(tracer: Any, layer: int, scale: float, prompt: int = 0) -> torch.Tensor:
         h = site.value(layer)
         h[:, where] = h[:, where] + tracer.constant(float(scale)).to(vector.dtype) * vector
-        return metric(model.get(site.table.unembed).nns_output)
+        return measure(prompt)
 
     chosen = list(range(site.layers) if layers is None else layers)
     return sweep(model, body, inputs, {"layer": chosen, "scale": list(scales)}, **options)
@@ -254,46 +199,74 @@ def logit_lens(model: Any, inputs: Any, *, position: int | None = -1, parts: Par
 
 
 def _write(
-    model: Any,
+    site: Site,
     inputs: Any,
     metric: Metric,
-    part: str,
     over: Sequence[str] | None,
     layers: Iterable[int] | None,
     positions: Iterable[int] | None,
-    parts: Parts | None,
-    source: Callable[[torch.Tensor, int], torch.Tensor],
-    like: list[torch.Tensor],
+    source: Callable[[torch.Tensor, int, int], torch.Tensor],
+    prepare: Callable[[list[int]], None] | None,
     options: dict[str, Any],
 ) -> Results:
     """The sweep that writes one place of a part."""
-    site = Site(model, part, parts)
-    length = like[0].shape[1]
-    every = {
-        "layer": list(range(site.layers) if layers is None else layers),
-        "position": list(range(length) if positions is None else positions),
-        "head": list(range(site.heads)),
-    }
-    chosen = tuple(over or site.axes)
-    if "layer" not in chosen or not set(chosen) <= set(every) or ("head" in chosen and part not in HEADED):
+    model, chosen = site.model, tuple(over or site.axes)
+    known = ("layer", "position", "head")
+    if "layer" not in chosen or not set(chosen) <= set(known) or ("head" in chosen and site.part not in HEADED):
         raise ValueError(
             f"{user_line()}: `over` is `layer`, with `position` or (for {', '.join(HEADED)}) `head`; not {chosen}."
         )
+    if "position" in chosen and positions is None:
+        positions = range(_length(site, _several(model, inputs)))
+    every = {
+        "layer": list(range(site.layers) if layers is None else layers),
+        "position": list(positions or ()),
+        "head": list(range(site.heads)),
+    }
+    measure = _measure(model, site, metric)
 
-    def body(tracer: Any, **cell: int) -> torch.Tensor:
+    def body(tracer: Any, prompt: int = 0, **cell: int) -> torch.Tensor:
         here = site.value(cell["layer"])
-        if here.shape[1] != length:
+        there = source(here, cell["layer"], prompt)
+        if here.shape[1] != there.shape[1]:
             raise ValueError(
-                f"{user_line()}: the prompts differ in length: {length} tokens and {here.shape[1]}. Patching `{part}` goes position by position."
+                f"{user_line()}: the prompts differ in length: {there.shape[1]} tokens and {here.shape[1]}. Patching `{site.part}` goes "
+                "position by position."
             )
         index = site.index(here.shape[-1], cell.get("position"), cell.get("head"))
-        here[index] = source(here, cell["layer"])[index]
-        return metric(model.get(site.table.unembed).nns_output)
+        here[index] = there[index]
+        return measure(prompt)
 
-    def named(tracer: Any, *values: int) -> torch.Tensor:
-        return body(tracer, **dict(zip(chosen, values, strict=True)))
+    return sweep(model, body, inputs, {name: every[name] for name in chosen}, prepare=prepare, **options)
 
-    return sweep(model, named, inputs, {name: every[name] for name in chosen}, **options)
+
+def _measure(model: Any, site: Site, metric: Metric) -> Callable[[int], torch.Tensor]:
+    """The metric of the logits; it gets the prompt's number where it has a parameter `prompt`."""
+    logits = lambda: model.get(site.table.unembed).nns_output  # noqa: E731
+    if "prompt" in inspect.signature(metric).parameters:
+        return lambda prompt: metric(logits(), prompt=prompt)
+    return lambda prompt: metric(logits())
+
+
+def _several(model: Any, inputs: Any) -> list:
+    return list(inputs) if is_dataset(model, inputs) else [inputs]
+
+
+def _paired(ours: list, theirs: list) -> None:
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"{user_line()}: {len(ours)} prompts to take values from, and {len(theirs)} to run; give pairs."
+        )
+
+
+def _length(site: Site, items: list) -> int:
+    lengths = [site.length(item) for item in items]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"{user_line()}: the prompts have {min(lengths)} to {max(lengths)} tokens, so that a position is another place in each. Give "
+            '`positions=`, negative ones from the end, or `over=("layer",)`.'
+        )
+    return lengths[0]
 
 
 def _same_length(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:

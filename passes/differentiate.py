@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from nnsight_fx.capture._torch import detect_fake_mode
+from nnsight_fx.capture._torch import detect_fake_mode, hook
 
 from .job import Job, NotDifferentiable, backward, gradient, set_gradient, settled, tap
 
@@ -49,6 +49,10 @@ def differentiate(gm: fx.GraphModule, job: Job) -> int:
     for name, value in [*traced.named_buffers(), *vars(traced).items()]:
         if name.startswith("_tensor_constant"):
             setattr(gm, name, value)
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = (
+            torch.ops.aten.reshape.default
+        )  # the same, but where fakes are wrong about strides (pytorch/pytorch#192668)
     gm.graph = traced.graph
     return len(passes)
 
@@ -88,7 +92,7 @@ class Flow(fx.Interpreter):
     def step(self, node: fx.Node) -> Any:
         if node.target is tap:
             value = self.taps[node] = self.env[node.args[0]]  # type: ignore[index]
-            value.register_hook(partial(self.arrived, node))
+            hook(value, partial(self.arrived, node))
             return value
         if node.target is backward:
             return self.back(node)

@@ -43,6 +43,8 @@ def splice(gm: fx.GraphModule, job: Job) -> int:
     for index, node in enumerate(list(gm.graph.nodes)):
         if node.op != "call_function" or node.target not in (site, supply):
             continue
+        if weaver.stopping and node.args[:3] not in weaver.supplied:
+            continue  # behind the stop: what the site that stops is written with belongs to it still
         if node.target is supply:
             node.replace_all_uses_with(weaver.supplied_leaf(node))
             gm.graph.erase_node(node)
@@ -53,7 +55,7 @@ def splice(gm: fx.GraphModule, job: Job) -> int:
             rewrites += weaver.pass_site(group, index)
             if weaver.stopping:
                 job.stop = node
-            if job.cut is not None or weaver.stopping:
+            if job.cut is not None:
                 break
             group = []
     job.exit = weaver

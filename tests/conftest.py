@@ -28,6 +28,7 @@ AOT_LATER = {
     "test_cond",
     "test_gradients",
     "test_edit_files",
+    "test_harvest",
     "test_interventions",
     "test_removal",
     "test_source_models",

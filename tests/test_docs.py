@@ -24,6 +24,18 @@ def test_the_readmes_example_runs_where_no_source_file_exists():
     assert "torch.Tensor" in done.stdout and "torch.Size([2, 100])" in done.stdout
 
 
+def test_the_page_on_sweeps_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "sweeps.md").read_text()
+    names: dict = {"__name__": "sweeps"}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(compile(block, "sweeps.md", "exec"), names)
+    assert names["found"]["result"].shape == (2, 2, 5) and names["mean"].errors["result"].shape == (2,)
+    assert names["pairs"]["result"].shape == (2, 2) and len(names["acts"]) == 10 and len(names["frame"]) == 30
+    assert names["batch"].shape == (2, 32) and names["batch"].dtype == names["torch"].float16
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"scale", "acts"}
+
+
 def test_a_five_line_trace_under_python_c():
     text = (
         "import torch, nnsight_fx\n"

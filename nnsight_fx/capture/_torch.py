@@ -5,6 +5,7 @@
 | `FakeTensorMode`, `FakeCopyMode`, `FakeTensor`, its exceptions | shapes and dtypes without data | 2.11, 2.13 |
 | `torch._C._functorch.maybe_current_level`, `torch._C._is_alias_of` | transforms, shared memory | 2.11, 2.13 |
 | `torch._C._swap_tensor_impl` | a recorded tensor becomes the real one | 2.11, 2.13 |
+| `_torchdynamo_orig_callable` | what the user compiled, as it was | 2.13 |
 | `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.13 |
 | `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
@@ -247,6 +248,8 @@ def own_sizes(context: Any) -> Iterator[None]:
         env.divisible.clear()
         env.divisible.update(divisible)
         env._update_version_counter()
+        if hasattr(env, "_replacements_version_counter"):  # symbols keep what they were replaced with, by this count
+            env._replacements_version_counter += 1
         getattr(env, "fake_tensor_cache", {}).clear()
         for function in vars(type(env)).values():
             if hasattr(function, "cache_clear"):
@@ -371,43 +374,60 @@ def break_of(gm: torch.fx.GraphModule) -> tuple[str, str] | None:
 RECOMPILES = 64  # captures of one entry; Dynamo's own default is 8
 
 
+def patience(modules: int) -> int:
+    """How many captures one frame may have: behind graph breaks, modules of one class share the frames of their code."""
+    config: Any = torch._dynamo.config
+    return max(RECOMPILES, config.recompile_limit, 4 * modules)
+
+
 def guards(function: Callable) -> list[str]:
     """What Dynamo checks before it uses each capture of a function, as text."""
     found = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
     return [str(entry.guard_manager).strip() for entry in found]
 
 
-def recompiles(functions: list[Callable]) -> tuple[int, int]:
-    """How many captures the function with the most has, and how many it may have."""
+def recompiles(functions: list[Callable]) -> int:
+    """How many captures the function with the most has."""
     count = torch._dynamo.eval_frame._debug_get_cache_entry_list
-    limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
-    return max((len(count(f.__code__)) for f in functions), default=0), limit
+    return max((len(count(f.__code__)) for f in functions), default=0)
 
 
 @contextlib.contextmanager
-def capturing() -> Iterator[None]:
-    """Dynamo's settings while it captures for us: floats of the model are structure, since variants compile too late to ask
-    Dynamo to look again; a model with many graph breaks has many variants of one frame."""
-    config = torch._dynamo.config
-    old = config.specialize_float, config.recompile_limit
-    config.specialize_float, config.recompile_limit = True, max(RECOMPILES, old[1])
+def capturing(modules: int) -> Iterator[None]:
+    """Dynamo's settings while it captures a model for us: its floats are structure, since variants compile too late to ask
+    Dynamo to look again; and a frame may have `patience` captures under each of its entries."""
+    config: Any = torch._dynamo.config
+    limit = patience(modules)
+    old = config.specialize_float, config.recompile_limit, config.accumulated_recompile_limit
+    config.specialize_float, config.recompile_limit = True, limit
+    config.accumulated_recompile_limit = max(old[2], 128 * limit)
     try:
         yield
     finally:
-        config.specialize_float, config.recompile_limit = old
+        config.specialize_float, config.recompile_limit, config.accumulated_recompile_limit = old
 
 
 def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, fullgraph: bool) -> Callable:
-    """`torch.compile`, without the guards on what our hooks are made of: they never change. The user's keep theirs."""
+    """`torch.compile`, without the guards on what our hooks are made of: they never change. The user's keep theirs.
+
+    Behind a graph break Dynamo captures frames one by one, and modules of one class share a frame: there it looks at which
+    module of the model a hook belongs to, and at how often it was called.
+    """
+    tables, root = ("_forward_hooks[", "_forward_pre_hooks["), function.__code__.co_freevars
+
+    def tells(guard: Any) -> bool:
+        path = guard.guard_type == "CONSTANT_MATCH" and guard.has_value and isinstance(guard.value, str)
+        return (path or guard.name.endswith(".calls") or ".calls[" in guard.name) and not guard.name.startswith(root)
 
     def keep(guards: Any) -> list[bool]:
-        tables = ("_forward_hooks[", "_forward_pre_hooks[")
         user = tuple(
             guard.name
             for guard in guards
             if guard.guard_type == "CLOSURE_MATCH" and guard.has_value and not _library(guard.value)
         )
-        return [guard.name.startswith(user) or not any(t in guard.name for t in tables) for guard in guards]
+        return [
+            guard.name.startswith(user) or not any(t in guard.name for t in tables) or tells(guard) for guard in guards
+        ]
 
     weakref.finalize(
         function, torch._dynamo.eval_frame.reset_code, function.__code__
@@ -417,6 +437,19 @@ def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, 
 
 def _library(hook: Any) -> bool:
     return (getattr(hook, "__module__", "") or "").startswith(("nnsight_fx.", "transformers.", "accelerate."))
+
+
+def compiled_from(function: Any) -> Any:
+    """What `torch.compile` made this from, if it did."""
+    disabled = getattr(function, "_torchdynamo_disable", False)
+    return None if disabled else getattr(function, "_torchdynamo_orig_callable", None)
+
+
+def hook(tensor: torch.Tensor, function: Callable) -> Any:
+    """`tensor.register_hook`, on a view too that was changed through an alias: torch <= 2.14 crashes there, unless somebody has
+    looked at its `grad_fn` (pytorch/pytorch#196459)."""
+    _ = tensor.grad_fn
+    return tensor.register_hook(function)
 
 
 def undisturbed(function: Callable) -> Callable:

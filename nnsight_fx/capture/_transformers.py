@@ -31,3 +31,15 @@ def restored(thing: object) -> bool:
 def collects_states(hook: object) -> bool:
     """Does a hook of transformers collect hidden states? It counts its calls, even those at which it collects none."""
     return "hidden_states" in [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
+
+
+def without_library_hooks(module: nn.Module) -> tuple:
+    """How `pickle` writes a module: without the hooks that transformers collects outputs with, which it puts on again."""
+    reduced = module.__reduce_ex__(2)
+    state = reduced[2]
+    if isinstance(state, dict) and "_forward_hooks" in state:
+        hooks = state["_forward_hooks"]
+        kept = {k: h for k, h in hooks.items() if not (getattr(h, "__module__", "") or "").startswith("transformers.")}
+        state = {**state, "_forward_hooks": type(hooks)(kept)}
+        state.pop("_output_capturing_hooks_installed", None)
+    return *reduced[:2], state, *reduced[3:]

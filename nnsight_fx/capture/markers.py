@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..tracing import tree
 from ..tracing.encode import Keep
+from ._torch import compiled_from
 from .operations import Operations
 
 active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
@@ -48,6 +49,12 @@ def anchor() -> torch.Tensor:
 def supply(path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
     """A tensor that the plan puts where the model had none of this kind. A graph node."""
     return active.capture.fake_supply(path, kind, call, leaf)
+
+
+@torch.compiler.assume_constant_result
+def taken(path: str, kind: str, call: int) -> bool:
+    """Has the plan replaced this site, or skipped this call, when the model comes by? Not where it waits for a later site."""
+    return active.capture.taken((path, kind, call))
 
 
 class Replacement:
@@ -233,7 +240,7 @@ class Markers:
         self.originals: dict[nn.Module, Callable] = {}
         self.skip_live: dict[nn.Module, Callable] = {}
         self.operations = Operations(self)
-        self.calls: dict[tuple[str, str], list[int]] = {}  # counted by Dynamo itself, for modules in the capture half
+        self.calls: dict[tuple[str, str], list[None]] = {}  # counted by Dynamo itself, for modules in the capture half
 
     def _hooks(self, path: str) -> tuple[Callable, Callable]:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -262,10 +269,8 @@ class Markers:
         value = mark(value, path, kind)
         if self.half is None or (path, kind) not in self.calls:
             return value
-        cell = self.calls[(path, kind)]
-        call = cell[0]
-        cell[0] = call + 1
-        if (path, kind, call) in self.half:
+        call = _next(self.calls[(path, kind)])
+        if (path, kind, call) in self.half and taken(path, kind, call):
             value = _replaced(value, path, kind, call, self.half[(path, kind, call)])
         if self.stop_at == (path, kind, call):
             raise Stop
@@ -275,10 +280,8 @@ class Markers:
         """While Dynamo traces: is this call skipped, and its output then."""
         if self.half is None or (path, "skip") not in self.calls:
             return False, None
-        cell = self.calls[(path, "skip")]
-        call = cell[0]
-        cell[0] = call + 1
-        if (path, "skip", call) not in self.half:
+        call = _next(self.calls[(path, "skip")])
+        if (path, "skip", call) not in self.half or not taken(path, "skip", call):
             return False, None
         half = self.half[(path, "skip", call)]
         return True, _build(half.spec, _supplied(path, call, half), 0)[0]
@@ -320,6 +323,8 @@ class Markers:
         undo: list[Callable[[], None]] = []
         try:
             self.operations.bodies, self.operations.inner = {}, {}
+            for module, name, own in _uncompiled(self.paths):
+                undo.append(override(module, own, name))
             for module, body in list(self.operations.use(frames)):
                 if self.paths[module] not in skips:  # else what replaces it calls this body
                     self.originals[module] = module.forward
@@ -335,6 +340,12 @@ class Markers:
             for module in modules:
                 take(module)
             self.operations.bodies, self.operations.inner = {}, {}
+
+
+def _next(calls: list[None]) -> int:
+    """Which call this is. The length of a list: of a number Dynamo would make a symbol."""
+    calls.append(None)
+    return len(calls) - 1
 
 
 def _supplied(path: str, call: int, half: Replacement) -> list:
@@ -387,7 +398,20 @@ def _insert(table: dict, hook: Callable, comes_after: Callable[[Any], bool]) -> 
     table.update(later)
 
 
-def override(module: nn.Module, function: Callable, name: str = "forward") -> Callable[[], None]:
+def _uncompiled(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Callable | None]]:
+    """`(module, attribute, what the user compiled)` for each module that he did: compiled code passes no markers."""
+    found: list[tuple[nn.Module, str, Callable | None]] = []
+    for m in modules:
+        if m.__dict__.get("_compiled_call_impl") is not None:  # `module.compile()`
+            found.append((m, "_compiled_call_impl", None))
+        if "forward" in m.__dict__:  # `torch.compile(module)`, `module.forward = torch.compile(module.forward)`
+            own = compiled_from(m.__dict__["forward"])
+            if own is not None:
+                found.append((m, "forward", own))
+    return found
+
+
+def override(module: nn.Module, function: Callable | None, name: str = "forward") -> Callable[[], None]:
     """Replace an instance's `forward`, or another method; the undo puts back exactly what was there."""
     had = name in module.__dict__
     old = module.__dict__.get(name)

@@ -8,19 +8,20 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..tracing import tree
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.plan import Site
 from ..tracing.tape import Missing, Opaque, SiteMeta
 from . import operations, source
-from ._torch import FakeCopyMode, FakeTensorMode
+from ._torch import FakeCopyMode, FakeTensorMode, compiled_from
 from .markers import override, put, take
 
 PLAIN: tuple = (
@@ -50,10 +51,17 @@ def callee(module: nn.Module, fn: str | None) -> Callable:
 def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
     """A copy of a module's structure on fake tensors, without the user's hooks."""
     with FakeCopyMode(fakes), torch.no_grad():
-        made = copy.deepcopy(module)
+        try:
+            made = copy.deepcopy(module)
+        except TypeError:
+            made = copy.deepcopy(module, dict(_uncopyable(module)))
         _from_meta(made)
+    copies = dict(zip(module.modules(), made.modules(), strict=True))
     for m in made.modules():
         m._compiled_call_impl = None
+        own = compiled_from(m.__dict__.get("forward"))
+        if own is not None:
+            m.__dict__["forward"] = MethodType(own.__func__, copies[own.__self__]) if _part(own, copies) else own
         for table in ("_forward_hooks", "_forward_pre_hooks"):
             hooks = getattr(m, table)
             for key in list(hooks):
@@ -66,6 +74,23 @@ def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
                     ):
                         getattr(m, flags).pop(key, None)
     return made
+
+
+def _part(function: Any, copies: dict[nn.Module, nn.Module]) -> bool:
+    """Is it a method of a module that was copied?"""
+    owner = getattr(function, "__self__", None)
+    return isinstance(owner, nn.Module) and owner in copies
+
+
+def _uncopyable(module: nn.Module) -> Iterator[tuple[int, Any]]:
+    """Attributes of which there is no copy (operators, locks, clients): the copy holds the same."""
+    for m in module.modules():
+        for name, value in vars(m).items():
+            if name not in nn.Module().__dict__:
+                try:
+                    copy.deepcopy(value)
+                except TypeError:
+                    yield id(value), value
 
 
 def _from_meta(module: nn.Module) -> None:
@@ -125,7 +150,14 @@ def scan(
         module = real(x) if isinstance(x, nn.Module) else None
         return Opaque(type(x)) if module is None else module
 
+    def skipped(path: str) -> dict[int, tuple] | None:
+        if plan is None or plan.calling:
+            return None
+        return plan.skipped.get((path, "output", counts[(path, "input")] - 1))
+
     def note(path: str, kind: str, value: Any, depth: int = 0) -> Any:
+        if plan is not None and plan.calling:
+            return value
         n = counts.get((path, kind), 0)
         counts[(path, kind)] = n + 1
         site = (path, kind, n)
@@ -145,7 +177,7 @@ def scan(
             path = f"{frame}.{name}"
             args, kwargs = note(path, "input", (args, kwargs), depth)
             found.called.setdefault(path, fn)
-            parts = plan.skipped.get((path, "output", counts[(path, "input")] - 1)) if plan is not None else None
+            parts = skipped(path)
             if parts is not None:
                 leaves, spec = gather(parts, plan.plan.groups)  # type: ignore[union-attr]
                 out = tree.unflatten(leaves, spec)
@@ -180,7 +212,7 @@ def scan(
         if plan is not None and path in plan.plan.skips:
 
             def forward(*args: Any, path: str = path, original: Callable = module.forward, **kwargs: Any) -> Any:
-                parts = plan.skipped.get((path, "output", counts[(path, "input")] - 1))
+                parts = skipped(path)
                 if parts is None:
                     return original(*args, **kwargs)
                 leaves, spec = gather(parts, plan.plan.groups)
@@ -188,7 +220,7 @@ def scan(
 
             undo.append(override(module, forward))
     try:
-        with fakes:
+        with fakes, Grouped():
             if plan is not None:
                 plan.work(None)
             note("", "result", contextvars.copy_context().run(call, copied))  # what it sets stays in the scan
@@ -202,6 +234,15 @@ def scan(
         for module in copied.modules():
             take(module)
     return found
+
+
+class Grouped(TorchDispatchMode):
+    """The shape of `torch._grouped_mm` (experts) in every dtype: torch 2.13's own takes bfloat16 only, its kernels float32 too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:
+            return args[0].new_empty((args[0].shape[0], args[1].shape[2]))
+        return func(*args, **kwargs or {})
 
 
 class Clock:

@@ -245,7 +245,7 @@ class Run(TensorInterleaver):
                 return None
             return self.put_rows(gradient, new, *part) if part else new
 
-        self.taps[n] = (tensor, tensor.register_hook(arrived))
+        self.taps[n] = (tensor, _torch.hook(tensor, arrived))
 
     def differentiate(self, n: int, op: Op) -> None:
         (loss, gradient), options = self.arguments(op)

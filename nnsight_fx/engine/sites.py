@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -38,6 +40,7 @@ from .past import Past, copied, growing, is_cache, state
 
 # Sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers.
 ROWS, LENGTH = 11, 13
+_TORCH, _HERE = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
 SIGNATURES = 64  # scans kept a model
 STEPS = 100_000  # recorded operations kept a scan
 
@@ -338,6 +341,17 @@ class WaveSites:
             self.signature.metas[key] = found
         return found
 
+    def ended(self) -> str:
+        """How the scan ended before the model did, and at which of its lines; empty where it did not."""
+        error = self.signature.scan.ended
+        if error is None:
+            return ""
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if not f.filename.startswith((_TORCH, _HERE))]
+        at = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return f" (a forward on fake tensors ended{at} with {type(error).__name__}: {reason})"
+
     def calls(self, path: str, kind: str) -> int:
         """How often the forward passes a site, as its scan saw it."""
         if path not in self.scanner.paths:
@@ -478,5 +492,9 @@ class FakeInterleaver(TensorInterleaver):
             return None
         args, kwargs = self.arguments(op)
         fn = self.sites.module(op.target) if op.kind == MODULE else op.target.obj
-        with under(op.ambient):
-            return fn(*args, **kwargs)
+        self.calling = op.kind == MODULE
+        try:
+            with under(op.ambient):
+                return fn(*args, **kwargs)
+        finally:
+            self.calling = False

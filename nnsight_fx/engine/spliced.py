@@ -176,10 +176,10 @@ class Capture:
             self.last = [*self.last[-9:], job.report]
         self.nodes = len(segment.gm.graph.nodes)
 
-    def refusal(self, plan: InterventionGraph) -> str | None:
+    def refusal(self, plan: InterventionGraph, sites: Any) -> str | None:
         """Why a plan runs on the hook engine, if it does."""
         if plan.sees_objects:
-            return "hook engine: the body looks at objects, or at a site that no scan could tell"
+            return f"hook engine: the body looks at objects, or at a site that no scan could tell{sites.ended()}"
         if plan.chooses:
             return "hook engine: a `tracer.cond` decides whether the model skips a call, or stops"
         return self.refused.get(plan)
@@ -262,7 +262,7 @@ class SplicedRun(Run):
         def call() -> Any:
             self.capture_half = plan if plan.recapture and not self.removes else None
             try:
-                with self.half(self.capture_half), _torch.capturing():
+                with self.half(self.capture_half), _torch.capturing(len(self.owner.paths)):
                     return entry(self.capture_half)
             except NotDifferentiable as why:  # nothing has run yet
                 self.report.append(self.capture.refuse(plan, str(why)))
@@ -297,7 +297,7 @@ class SplicedRun(Run):
             stop_at = self.stop_at()
             markers.half = _half(plan)
             markers.stop_at = stop_at
-            markers.calls = {(path, kind): [0] for path, kind, _ in [*markers.half, *([stop_at] if stop_at else [])]}
+            markers.calls = {(path, kind): [] for path, kind, _ in [*markers.half, *([stop_at] if stop_at else [])]}
             active.capture = FakeCapture(self)
         try:
             yield
@@ -494,6 +494,9 @@ class FakeCapture:
             self._state(x.fake_mode).leaf(x, path, kind, leaf, last)
         return x
 
+    def taken(self, at: Site) -> bool:
+        return self._state(detect_fake_mode()).taken(at)
+
     def fake_supply(self, path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
         mode = detect_fake_mode()
         return self._state(mode).supply((path, kind, call), leaf)
@@ -554,6 +557,10 @@ class DynamoInterleaver(FakeInterleaver):
             if op.when:
                 firing.leaves[:] = [self.select(op, v, x) for v, x in zip(firing.leaves, old, strict=True)]
             self.supplied[firing.site] = firing.leaves
+
+    def taken(self, at: Site) -> bool:
+        """Did the plan replace a site, or skip a call, when it came by?"""
+        return at in self.supplied or (at[1] == "skip" and (at[0], "output", at[2]) in self.skipped)
 
     def supply(self, at: Site, leaf: int) -> torch.Tensor:
         if at not in self.supplied:

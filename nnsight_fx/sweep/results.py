@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,35 @@ class Results:
     """A value for each cell of the grid.
 
     `values[name]` is a tensor of shape (len of each axis ..., shape of one result); a body that returns one tensor has
-    the name `"result"`. `array` (xarray) has the axes' names and values as labels, `dataset` all names at once.
+    the name `"result"`. `array` (xarray) has the axes' names and values as labels, `dataset` all names at once. `errors` are
+    the standard errors of values that are means, `manifest` is that of the store.
     """
 
-    def __init__(self, over: Mapping[str, Sequence], values: dict[str, torch.Tensor], manifest: dict[str, Any]):
+    def __init__(
+        self,
+        over: Mapping[str, Sequence],
+        values: dict[str, torch.Tensor],
+        manifest: dict[str, Any],
+        errors: dict[str, torch.Tensor] | None = None,
+    ):
         self.over, self.values, self.manifest = {k: list(v) for k, v in over.items()}, values, manifest
+        self.errors = errors or {}
+
+    def mean(self, axis: str = "prompt") -> Results:
+        """The mean over an axis, and its standard error (of n values: their deviation, with n - 1, over the root of n).
+
+        Computed in float64. Of one value the error is NaN.
+        """
+        if axis not in self.over:
+            raise ValueError(f"{user_line()}: there is no axis `{axis}`; there is {', '.join(self.over)}.")
+        dim, n = list(self.over).index(axis), len(self.over[axis])
+        doubles = {name: value.double() for name, value in self.values.items()}
+        means = {name: value.mean(dim) for name, value in doubles.items()}
+        squares = {name: (value - means[name].unsqueeze(dim)).square().sum(dim) for name, value in doubles.items()}
+        errors = {
+            name: (total / (n * (n - 1))).sqrt() if n > 1 else total * math.nan for name, total in squares.items()
+        }
+        return Results({k: v for k, v in self.over.items() if k != axis}, means, self.manifest, errors)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.values[name]
@@ -40,7 +65,9 @@ class Results:
         for name, value in self.values.items():
             dims = [*self.over, *(f"{name}_{i}" for i in range(value.dim() - len(self.over)))]
             arrays[name] = (dims, (value.float() if value.dtype is torch.bfloat16 else value).numpy())
-        return xr.Dataset(arrays, coords=coords, attrs={"nnsight_fx": self.manifest["program"]})
+            if name in self.errors:
+                arrays[f"{name}_stderr"] = (dims, self.errors[name].numpy())
+        return xr.Dataset(arrays, coords=coords, attrs={k: str(v) for k, v in self.manifest.items()})
 
     @property
     def array(self) -> xarray.DataArray:

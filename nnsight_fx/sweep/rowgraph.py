@@ -45,7 +45,7 @@ def captured(host: Any, capture: Capture, fn: str | None, batch: Any) -> tuple[S
     markers = host._markers
     outer, active.run = getattr(active, "run", None), None
     try:
-        with markers.installed(list(markers.paths), {}), _torch.capturing():
+        with markers.installed(list(markers.paths), {}), _torch.capturing(len(markers.paths)):
             capture.rowwise[fn](batch.args, batch.kwargs)
     except Captured as found:
         return found.segment, list(found.args)

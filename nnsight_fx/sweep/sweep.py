@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import NotRecordableError
-from ..tracing.lazy import LazyTensor, user_line
+from ..tracing.lazy import user_line
+from .executors import Executor, chosen
+from .job import PROMPT, Job, is_dataset, look
 from .results import Results
 from .store import Store, manifest
 
-Cell = tuple[int, tuple]  # its index in the grid, and its values
+CHUNK = 64
 
 
 def sweep(
@@ -25,8 +24,13 @@ def sweep(
     inputs: Any,
     over: Mapping[str, Iterable],
     *,
+    reduce: str | None = None,
+    stop: bool = False,
+    prepare: Callable[[list[int]], None] | None = None,
     store: Any = None,
-    chunk: int = 64,
+    chunk: int | None = None,
+    seed: int | None = None,
+    executor: str | Executor | None = None,
     progress: bool = True,
     compile: Any = None,
     **options: Any,
@@ -48,9 +52,17 @@ def sweep(
             Returns a recorded value, or a dict of them: the results, which are saved for it. All cells give the same
             names and shapes.
         inputs: what `model.trace` takes, each time the same; a tuple is several arguments, a dict keywords of a plain module.
+            A list is a dataset: each of its inputs is a value of the axis `prompt`, the first of the grid. `fn` gets its
+            number if it has a parameter `prompt`. Inputs of one length share forwards; none is padded to another's.
         over: the axes: names and their values. The grid is their product, the last axis the fastest.
+        reduce: "mean" averages over the prompts; `Results.errors` are then the standard errors.
+        stop: end each forward behind the last site of its body, as `tracer.stop()` does in a trace.
+        prepare: called with the numbers of a chunk's prompts before these run: for what bodies need of other runs.
         store: a folder for results as they come. A sweep that was killed goes on in it, and ends with the same result.
-        chunk: cells in one session, and in one file of the store.
+        chunk: cells in one session, and in one file of the store; 64.
+        seed: what a cell draws at random is decided by this and the cell's number. By default torch's own seed.
+        executor: "devices" runs chunks on all GPUs of the machine, "ray" on a Ray cluster or a local one;
+            `nnsight_fx.sweep.executors` has the objects that these stand for.
         progress: show a bar with cells a second and what is left.
         compile: as `model.trace` takes it. Other keywords go to `model.trace`, too.
 
@@ -60,103 +72,73 @@ def sweep(
         StoreError: `store` holds another sweep, model, input or body.
         NotRecordableError: `fn` returns no recorded value.
         ValueError: an axis is empty, or cells differ in the shape of their results.
+        WorkerLostError: a worker of an executor dies again and again.
     """
+    many = is_dataset(model, inputs)
     axes = {name: list(values) for name, values in over.items()}
+    if many and PROMPT in axes:
+        raise ValueError(f"{user_line()}: `{PROMPT}` is the axis of the list of inputs; give yours another name.")
+    axes = {PROMPT: list(range(len(inputs))), **axes} if many else axes
     if not axes or not all(axes.values()):
         raise ValueError(f"{user_line()}: `over` needs at least one axis, and each a value; it has {{{_sizes(axes)}}}.")
-    cells = list(enumerate(itertools.product(*axes.values())))
-    call = _by_name(fn, tuple(axes))
-    about = manifest(model, fn, inputs, axes)
-    kept = Store(store, about) if store is not None else None
-    found: dict[int, dict[str, torch.Tensor]] = {}
-    for indices, results in kept.load() if kept else ():
-        found.update({i: {name: rows[n] for name, rows in results.items()} for n, i in enumerate(indices)})
-    todo = [cell for cell in cells if cell[0] not in found]
-    with tqdm(
-        total=len(cells), initial=len(cells) - len(todo), unit="cell", disable=not progress, smoothing=0.1
-    ) as bar:
-        for some in _chunks(todo, chunk):
-            results = _run(model, call, inputs, axes, some, {"compile": compile, **options})
-            if kept is not None:
-                kept.put([i for i, _ in some], {name: torch.stack([r[name] for r in results]) for name in results[0]})
-            found.update(zip((i for i, _ in some), results, strict=True))
-            bar.update(len(some))
+    if reduce not in (None, "mean") or (reduce and not many):
+        raise ValueError(f'{user_line()}: `reduce="mean"` averages over a list of inputs; it is {reduce!r} here.')
+    runner = chosen(executor)
+    model.dispatch()
+    items = list(inputs) if many else [inputs]
+    looked = [look(model, item) for item in items]
+    options = {"compile": compile, **options}
+    job = Job(model, fn, items, axes, options, many, prepare, stop, shapes=[shapes for _, shapes in looked])
+    kept = None
+    if store is not None:
+        about = manifest(model, (fn, prepare), [digest for digest, _ in looked], axes, {**options, "stop": stop})
+        begun = {"seed": torch.initial_seed() if seed is None else seed, "chunk": chunk or CHUNK}
+        kept, job.stored = Store(store, about | begun), True
+        seed, chunk = kept.adopt("seed", seed), kept.manifest["chunk"]
+    job.seed = torch.initial_seed() if seed is None else seed
+    found = _run(job, job.chunks(max(1, CHUNK if chunk is None else chunk)), kept, runner, progress)
+    stacked = {name: torch.stack([found[i][name] for i in range(len(found))]) for name in found[0]}
     shape = [len(values) for values in axes.values()]
-    first = found[0]
-    for i, values in cells:
-        if {n: t.shape for n, t in found[i].items()} != {n: t.shape for n, t in first.items()}:
-            raise ValueError(
-                f"{user_line()}: cell {_named(axes, values)} has results {_shapes(found[i])}, the first cell {_shapes(first)}; one "
-                "array holds what has one shape."
-            )
-    stacked = {name: torch.stack([found[i][name] for i, _ in cells]) for name in first}
-    return Results(
-        axes, {n: t.reshape(*shape, *t.shape[1:]) for n, t in stacked.items()}, kept.manifest if kept else about
-    )
+    values = {name: rows.reshape(*shape, *rows.shape[1:]) for name, rows in stacked.items()}
+    results = Results(axes, values, kept.manifest if kept else {})
+    return results.mean(PROMPT) if reduce else results
 
 
-def _run(
-    model: Any, call: Any, inputs: Any, axes: dict, cells: list[Cell], options: dict
-) -> list[dict[str, torch.Tensor]]:
-    """The results of some cells, in one session."""
-    args, kwargs = _given(model, inputs)
-    saved: list[dict[str, Any]] = []
-    with torch.no_grad(), model.session():
-        for _, values in cells:
-            with _cell(axes, values), model.trace(*args, **kwargs, **options) as tracer:
-                saved.append(_saved(call(tracer, values)))
-    return [{name: value.detach().cpu() for name, value in each.items()} for each in saved]
+def _run(job: Job, chunks: list[list[int]], kept: Store | None, runner: Executor, progress: bool) -> dict[int, dict]:
+    """The results of all cells, by number."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    plans: dict[int, str] = {}
+    for cells, results, digests in kept.load() if kept else ():
+        found.update({i: {name: rows[n] for name, rows in results.items()} for n, i in enumerate(cells)})
+        plans.update(zip(cells, digests, strict=True))
+    todo = [cells for cells in chunks if not found.keys() >= set(cells)]
+    total = len(job.cells)
+    runs = runner.run(job, todo) if todo else iter(())
+    with (
+        tqdm(total=total, initial=len(found), unit="cell", disable=not progress, smoothing=0.1) as bar,
+        contextlib.ExitStack() as ending,
+    ):
+        ending.callback(getattr(runs, "close", lambda: None))  # workers end now, whatever is wrong with what they gave
+        for cells, done in runs:
+            for cell, results in zip(cells, done.results, strict=True):
+                found[cell] = results
+                _check(job, cell, results, next(iter(found.values())), next(iter(found)))
+            if kept is not None:
+                rows = {name: torch.stack([r[name] for r in done.results]) for name in done.results[0]}
+                kept.put(cells, rows, done.plans)
+                plans.update(zip(cells, done.plans, strict=True))
+            bar.update(len(cells))
+    if kept is not None:
+        kept.finish([plans[cell] for cell in range(total)])
+    return found
 
 
-@contextlib.contextmanager
-def _cell(axes: dict, values: tuple) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"nnsight_fx: in the sweep's cell {_named(axes, values)}")
-        raise
-
-
-def _saved(result: Any) -> dict[str, Any]:
-    """What a body returned, by name, saved."""
-    named = dict(result) if isinstance(result, Mapping) else {"result": result}
-    for name, value in named.items():
-        if not isinstance(value, torch.Tensor):
-            raise NotRecordableError(
-                f"{user_line()}: a sweep's body returns its result, a recorded value or a dict of them; `{name}` is a "
-                f"{type(value).__name__}. End the body with `return model.lm_head.output[:, -1]`, say."
-            )
-        if isinstance(value, LazyTensor):
-            value.save()
-    return named
-
-
-def _given(model: Any, inputs: Any) -> tuple[tuple, dict]:
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    if isinstance(inputs, dict) and not hasattr(model, "tokenizer"):
-        return (), inputs
-    return (inputs,), {}
-
-
-def _by_name(fn: Callable, names: tuple[str, ...]) -> Callable[[Any, tuple], Any]:
-    """`fn` with a cell's values in its own order, where its parameters are named as the axes are."""
-    try:
-        own = list(inspect.signature(fn).parameters)[1:]
-    except (TypeError, ValueError):
-        own = []
-    if set(names) <= set(own):
-        return lambda tracer, values: fn(tracer, **dict(zip(names, values, strict=True)))
-    return lambda tracer, values: fn(tracer, *values)
-
-
-def _chunks(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
-    for start in range(0, len(cells), max(1, size)):
-        yield list(cells[start : start + max(1, size)])
-
-
-def _named(axes: dict, values: tuple) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in zip(axes, values, strict=True))
+def _check(job: Job, cell: int, results: dict, first: dict, of: int) -> None:
+    if {n: t.shape for n, t in results.items()} != {n: t.shape for n, t in first.items()}:
+        raise ValueError(
+            f"{user_line()}: cell {job.named(cell)} has results {_shapes(results)}, cell {job.named(of)} {_shapes(first)}; one "
+            "array holds what has one shape."
+        )
 
 
 def _sizes(axes: dict[str, list]) -> str:

@@ -272,9 +272,9 @@ class Interleaver:
 
     def _write(self, op: Op, firing: Firing | None) -> None:
         assert firing is not None
-        spec, batched, _ = op.extra
+        spec, batched, fits = op.extra
         new = list(self.arguments(op)[0][0])
-        if spec == firing.spec:
+        if spec == firing.spec or (fits and firing.spec is None):  # captured code has the tensors alone
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
                     value = firing.leaves[value.index] if isinstance(value, Keep) else value
@@ -282,7 +282,9 @@ class Interleaver:
                     firing.leaves[i] = self.select(op, new_leaf, firing.leaves[i])
         else:
             old = list(firing.leaves)
-            firing.leaves[:] = [old[v.index] if isinstance(v, Keep) else v for v in new]
+            firing.leaves[:] = [
+                (old[v.index] if v.index < len(old) else None) if isinstance(v, Keep) else v for v in new
+            ]
             self.restructured[firing.site] = spec
 
     @property
@@ -362,6 +364,8 @@ class Interleaver:
 
 class TensorInterleaver(Interleaver):
     """Values are tensors: the running model's, or a scan's fakes."""
+
+    calling = False  # does an operation call a module now, whose sites are not the run's
 
     def __init__(self, plan: InterventionGraph, constants: list):
         super().__init__(plan)

@@ -398,6 +398,29 @@ def test_a_vector_trains_by_the_bodys_own_backward(engine):
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
+class Turned(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).T
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_view_changed_through_another(engine):
+    """torch's own `register_hook` crashes there (pytorch/pytorch#196459)."""
+    module, x = Turned(4, 4), torch.ones(2, 4)
+    model = NNsight(module)
+    if engine != "hooks":
+        model.compile(backend=engine)
+    with model.trace(x):
+        h = model.output
+        h[:, 0] += 1
+        loss = h.square().sum()
+        with loss.backward():
+            g = h.grad.save()
+    want = module(x).detach()
+    want[:, 0] += 1
+    torch.testing.assert_close(g, 2 * want, rtol=0, atol=0)
+
+
 def test_no_grad_without_anything_that_requires_it():
     model = NNsight(Net().requires_grad_(False))
     with (

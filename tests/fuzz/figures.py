@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 KEPT, PAGE = ROOT / ".cache" / "fuzz", ROOT / "docs" / "equivalence.md"
-COUNTS = ("programs", "ran", "agreed", "refused", "failed", "compiles", "fallbacks", "seconds")
+COUNTS = ("programs", "ran", "agreed", "refused", "rounded", "failed", "compiles", "fallbacks", "seconds")
 
 TEXT = """# Equivalence: the figures of the last `make fuzz`
 
@@ -28,8 +28,12 @@ and tensors nothing may compile, and nothing may fall back where the program doe
 
 *ran*: at least one of its four runs went through. *agreed*: at least one raised, the same class on both engines. *refused*:
 the spliced engine said that it cannot (`PlanMismatchError`: after a sync point has begun the captured run, what the model's
-Python sees cannot be changed any more). *failed*: the engines differed. *fallbacks*: runs on which the spliced engine said
-that hooks did the work (behind a graph break: a cache of all sites, a backward).
+Python sees cannot be changed any more). *rounded*: a program
+with a backward, whose values agree but for their last bits (autograd adds gradients up in place, a graph does not, and some
+kernels choose their order by the strides of what they get; `aot_eager` of the plain model does the same). *failed*: the engines
+differed. *fallbacks*: runs on which the spliced engine said
+that hooks did the work (behind a graph break: a cache of all sites, a backward; in invokes: sites behind a write
+or a skip of another shape, type or `requires_grad`).
 
 torch {torch}, Python {python}.
 

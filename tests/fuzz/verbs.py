@@ -427,8 +427,10 @@ class Program:
 
     @property
     def steady(self) -> bool:
-        """Is its plan the same in each run? Python that looks at values may take another way."""
-        return not {"If", "Apply"} & set(self.verbs())
+        """Is its plan the same in each run? Python that looks at values may take another way, and where a view of a lifted
+        position goes past a sync point, what comes behind is compiled for where it lies."""
+        verbs = set(self.verbs())
+        return not {"If", "Apply"} & verbs and not ("Item" in verbs and {"View", "Augment", "InPlace"} & verbs)
 
     def run(self, model: Any, given: Given, kwargs: dict, out: dict) -> None:
         """Trace the model with it; `out` gets what it leaves."""

@@ -102,30 +102,27 @@ def test_a_killed_sweep_goes_on(tmp_path):
     over = {"layer": LAYERS, "by": SCALES}
 
     store = tmp_path / "run"
-    box = Box(6)
-    interrupted = interrupting(box, runs, scale)
+    stop = tmp_path / "stop"
+    stop.touch()
+    interrupted = interrupting(stop, runs, scale)
     with pytest.raises(KeyboardInterrupt):
         model.sweep(interrupted, given(), over=over, store=store, chunk=4, progress=False)
     assert [p.name for p in sorted(store.iterdir())] == ["000000.safetensors", "manifest.json"]
     assert model.tracer is None
     runs.clear()
-    box.limit = -1
+    stop.unlink()
     found = model.sweep(interrupted, given(), over=over, store=store, chunk=4, progress=False)
     assert len(runs) == 12 - 4  # the first file's cells are there
     torch.testing.assert_close(found["result"], loop(model._module, given()))
     runs.clear()
     again = model.sweep(interrupted, given(), over=over, store=store, progress=False)
+    assert again.manifest["chunk"] == 4
     assert runs == [] and torch.equal(again["result"], found["result"])
 
 
-class Box:
-    def __init__(self, limit):
-        self.limit = limit
-
-
-def interrupting(box, runs, scale):
+def interrupting(stop, runs, scale):
     def body(tracer, layer, by):
-        if len(runs) == box.limit:
+        if stop.exists() and len(runs) == 6:
             raise KeyboardInterrupt
         runs.append((layer, by))
         return scale(tracer, layer, by)
@@ -151,7 +148,7 @@ def test_the_manifest_and_what_it_refuses(tmp_path):
         "another body": lambda: model.sweep(another, given(), over=over, store=store, progress=False),
         "another grid": lambda: model.sweep(scale, given(), over={**over, "by": [1.0]}, store=store, progress=False),
     }.items():
-        with pytest.raises(StoreError, match=rf"test_sweep\.py:\d+: the store `.*` is of {what}"):
+        with pytest.raises(StoreError, match=rf"test_sweep\.py:\d+: the folder `.*` is of {what}"):
             run()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")

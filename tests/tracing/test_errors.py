@@ -455,6 +455,7 @@ PARENTS = {
     "UnknownOperationError": (AttributeError,),
     "SourceNotAvailable": (),
     "StoreError": (ValueError,),
+    "WorkerLostError": (RuntimeError,),
     "OutsideTraceError": (ValueError,),
     "NestedTraceError": (ValueError,),
     "InvokeError": (ValueError,),

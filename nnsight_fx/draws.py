@@ -1,0 +1,22 @@
+"""Random draws that depend on a seed and a number alone: what is done again draws the same."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def own_draws(model: Any) -> Iterator[None]:
+    """Leave the caller's generators where they were."""
+    devices = [d for d in model.devices if d.type == "cuda"]
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def draw_for(seed: int, number: int) -> None:
+    """From here on torch draws what belongs to a number."""
+    torch.manual_seed((seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63)

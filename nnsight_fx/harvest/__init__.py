@@ -1,0 +1,1 @@
+"""Activations of a data set on disk: `model.harvest` writes them, `Activations` reads them."""

@@ -1,0 +1,148 @@
+"""The cells of a sweep, and how some of them run: what an executor hands out."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from ..draws import draw_for, own_draws
+from ..errors import NotRecordableError
+from ..provenance import hashed
+from ..tracing import tree
+from ..tracing.lazy import LazyTensor, user_line
+
+PROMPT = "prompt"  # the axis of a list of inputs
+
+
+class Done(NamedTuple):
+    """What a chunk gave: each cell's results by name, on the CPU, and a digest of its plan where the job is `stored`."""
+
+    results: list[dict[str, torch.Tensor]]
+    plans: list[str]
+
+
+@dataclass
+class Job:
+    """One body over a grid. Called with the numbers of some cells it runs them, in one session."""
+
+    model: Any
+    fn: Callable
+    inputs: list[Any]
+    axes: dict[str, list]
+    options: dict[str, Any]
+    many: bool = False  # the first axis are the inputs
+    prepare: Callable | None = None
+    stop: bool = False
+    seed: int = 0
+    stored: bool = False
+    shapes: list[tuple] = field(default_factory=list)  # of each input's tensors
+
+    def __post_init__(self):
+        self.cells = list(itertools.product(*self.axes.values()))
+        self.names = tuple(self.axes)
+        self.call = _caller(self.fn, self.names, self.many)
+
+    def chunks(self, size: int) -> list[list[int]]:
+        """The numbers of all cells, `size` at a time; cells whose inputs have one shape stand together, and share forwards."""
+        order = range(len(self.cells))
+        if self.many:
+            first = {shape: n for n, shape in reversed(list(enumerate(self.shapes)))}
+            order = sorted(order, key=lambda i: first[self.shapes[self.prompt(i)]])
+        return [list(order[start : start + size]) for start in range(0, len(self.cells), size)]
+
+    def prompt(self, cell: int) -> int:
+        """Which input a cell is about."""
+        return self.cells[cell][0] if self.many else 0
+
+    def named(self, cell: int) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in zip(self.names, self.cells[cell], strict=True))
+
+    def __call__(self, chunk: Sequence[int]) -> Done:
+        """Run some cells."""
+        saved: list[dict[str, Any]] = []
+        plans: list[str] = []
+        with own_draws(self.model), torch.no_grad():
+            if self.prepare is not None:
+                self.prepare(sorted({self.prompt(cell) for cell in chunk}))
+            with self.model.session():
+                for n, cell in enumerate(chunk):
+                    args, kwargs = given(self.model, self.inputs[self.prompt(cell)])
+                    draw_for(self.seed, cell)
+                    with self._told(cell):
+                        with self.model.trace(*args, **kwargs, **self.options) as tracer:
+                            saved.append(_saved(self.call(tracer, self.cells[cell])))
+                            plans += [hashed([repr(w.tape.ops) for w in tracer.waves])] if self.stored else []
+                            if self.stop:
+                                tracer.stop()
+                        if len(saved) <= n:
+                            raise NotRecordableError(
+                                f"{user_line()}: a sweep's body ended by `tracer.stop()`, before it returned its result. Give the sweep "
+                                "`stop=True`: then each forward ends behind the last site of its body."
+                            )
+        return Done([{name: value.detach().cpu() for name, value in each.items()} for each in saved], plans)
+
+    @contextlib.contextmanager
+    def _told(self, cell: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"nnsight_fx: in the sweep's cell {self.named(cell)}")
+            raise
+
+
+def given(model: Any, item: Any) -> tuple[tuple, dict]:
+    """One input as `model.trace` takes it."""
+    if isinstance(item, tuple):
+        return item, {}
+    if isinstance(item, dict) and not hasattr(model, "tokenizer"):
+        return (), item
+    return (item,), {}
+
+
+def look(model: Any, item: Any) -> tuple[str, tuple]:
+    """A digest of one input as the model gets it, and the shapes in it."""
+    args, kwargs = given(model, item)
+    batch = model._prepare(args, kwargs)
+    leaves = tree.flatten((batch.args, batch.kwargs))[0]
+    return hashed(leaves), tuple(tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor))
+
+
+def is_dataset(model: Any, inputs: Any) -> bool:
+    """A list of inputs? A list of numbers is one prompt's token ids."""
+    ids = hasattr(model, "tokenizer") and isinstance(inputs, list) and all(isinstance(x, int) for x in inputs)
+    return isinstance(inputs, list) and not (ids and inputs)
+
+
+def _saved(result: Any) -> dict[str, Any]:
+    """What a body returned, by name, saved."""
+    named = dict(result) if isinstance(result, Mapping) else {"result": result}
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor):
+            raise NotRecordableError(
+                f"{user_line()}: a sweep's body returns its result, a recorded value or a dict of them; `{name}` is a "
+                f"{type(value).__name__}. End the body with `return model.lm_head.output[:, -1]`, say."
+            )
+        if isinstance(value, LazyTensor):
+            value.save()
+    return named
+
+
+def _caller(fn: Callable, names: tuple[str, ...], many: bool) -> Callable[[Any, tuple], Any]:
+    """`fn` with a cell's values by name, where it has parameters of these names; else in their order, without the prompt."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())[1:]
+    except (TypeError, ValueError):
+        parameters = []
+    own = {p.name for p in parameters}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        own |= set(names)
+    needed = set(names[many:])
+    if needed <= own and (needed or PROMPT in own):
+        return lambda tracer, values: fn(tracer, **{n: v for n, v in zip(names, values, strict=True) if n in own})
+    return lambda tracer, values: fn(tracer, *values[many:])

@@ -1,0 +1,1 @@
+"""`make coverage`: which architectures run captured, and equal to the hook engine."""
