@@ -293,6 +293,8 @@ def _path(root: Any, module: Any) -> str:
     """The path of a module that was given as an envoy or as text, from `model` on, or from the root."""
     if isinstance(module, Envoy):
         return module._path
+    if not isinstance(module, str):
+        raise TypeError(f"{user_line()}: a cache takes modules as envoys or paths, and got {module!r}")
     paths = {e._path for e in root.modules()}
     for path in (module.removeprefix("model").lstrip(".") if module.split(".")[0] == "model" else module, module):
         if path in paths:

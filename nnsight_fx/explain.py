@@ -48,7 +48,7 @@ class Explanation:
 
 
 def _of(capture: Capture) -> dict[str, Any]:
-    entries = _torch.recompiles([inner for _, inner in capture.entries.values()])
+    entries = _torch.recompiles([inner for _, inner in capture.entries.values() if inner is not None])
     limit = _torch.patience(len(capture.markers.paths))
     before, report = capture.nodes, capture.last[-1] if capture.last else []
     passes = []
@@ -56,7 +56,7 @@ def _of(capture: Capture) -> dict[str, Any]:
         passes.append({"pass": name, "rewrites": rewrites, "nodes": nodes, "change": nodes - before})
         before = nodes
     return {
-        "options": {k: v for k, v in vars(capture.options).items() if v not in (None, (), False)},
+        "options": {k: v for k, v in vars(capture.options).items() if v not in (None, (), False, "dynamo")},
         "segments": [
             {
                 "sites": len(s.sites),

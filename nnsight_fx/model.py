@@ -28,7 +28,7 @@ from .engine.spliced import Capture, Options, SplicedRun
 from .engine.switch import State
 from .engine.wave import Wave
 from .envoy import Envoy
-from .errors import NestedTraceError, UnknownModuleError, nearest
+from .errors import InvokeError, NestedTraceError, UnknownModuleError, nearest
 from .explain import Explanation
 from .harvest.activations import Activations
 from .harvest.harvest import harvest
@@ -113,6 +113,10 @@ class NNsight(Edits, Envoy):
     envoys: Any = None
 
     def __init__(self, module: nn.Module, *, rename: Rename | None = None, envoys: Any = None):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"{user_line()}: `NNsight` wraps an `nn.Module`, and got {module!r}. A name or a folder is for `LanguageModel`."
+            )
         self._shared = Shared(self)
         self._envoys: dict[int, Envoy] = {}
         self._caller: Callable | None = None  # who runs the calls of the model outside of traces
@@ -299,7 +303,10 @@ class NNsight(Edits, Envoy):
             return batches[0]
         flat = [tree.flatten((b.args, b.kwargs)) for b in batches]
         if any(spec != flat[0][1] for _, spec in flat):
-            raise ValueError("the invokes of one batch must be called with the same arguments; their structures differ")
+            raise InvokeError(
+                f"{user_line()}: the invokes of one batch must be called with the same arguments, and their structures differ. "
+                "Call them alike, or use several traces."
+            )
         joined = [
             self._join(i, list(column)) for i, column in enumerate(zip(*(leaves for leaves, _ in flat), strict=True))
         ]
@@ -312,12 +319,16 @@ class NNsight(Edits, Envoy):
         if isinstance(first, torch.Tensor) and first.dim() > 0:
             if any(x.shape[1:] != first.shape[1:] for x in column):
                 shapes = ", ".join(str(tuple(x.shape)) for x in column)
-                raise ValueError(
-                    f"argument {index} of the invokes cannot be batched: shapes {shapes} differ behind dimension 0"
+                raise InvokeError(
+                    f"{user_line()}: argument {index} of the invokes cannot be batched: shapes {shapes} differ behind dimension 0. "
+                    "Pad them to one shape, or use several traces."
                 )
             return torch.cat(column)
         if any(x is not first and x != first for x in column):
-            raise ValueError(f"argument {index} of the invokes cannot be batched: {column} are not equal")
+            raise InvokeError(
+                f"{user_line()}: argument {index} of the invokes cannot be batched: {column} are not equal, and one forward takes one "
+                "value for all rows. Use several traces."
+            )
         return first
 
     def _unknown_dims(self, batch: Batch) -> tuple:
@@ -383,7 +394,7 @@ class NNsight(Edits, Envoy):
             return callee(self._module, fn)(*batch.args, **batch.kwargs)
 
         capture = self._capture_for(wave.tracer.compile)
-        why = capture.refusal(plan, wave.tape.sites) if capture is not None else None
+        why = capture.refusal(plan, wave.tape.sites, (batch.args, batch.kwargs)) if capture is not None else None
         if capture is not None and why is not None:
             capture.fall_back(why)
             capture = None
@@ -433,8 +444,16 @@ class NNsight(Edits, Envoy):
         dynamic: Any = None,
         fullgraph: bool = False,
         options: Any = None,
+        capture: str = "dynamo",
     ) -> Capture:
-        chosen = Options(backend, mode, dynamic, fullgraph, tuple(sorted((options or {}).items())))
+        if capture not in ("dynamo", "symbolic"):
+            raise ValueError(f'{user_line()}: `capture={capture!r}` is unknown; there is "dynamo" and "symbolic"')
+        if capture == "symbolic" and dynamic:
+            raise ValueError(
+                f"{user_line()}: a symbolic capture is for the sizes that it was made with, so `dynamic=True` cannot hold; "
+                "leave it out, or capture with Dynamo"
+            )
+        chosen = Options(backend, mode, dynamic, fullgraph, tuple(sorted((options or {}).items())), capture)
         if chosen not in self._captures:
             self._captures[chosen] = Capture(self._markers, chosen)
         return self._captures[chosen]
@@ -446,6 +465,16 @@ class NNsight(Edits, Envoy):
         dynamic: bool | None = None,
         fullgraph: bool = False,
         options: dict | None = None,
+        capture: str = "dynamo",
     ) -> None:
-        """Run traces on captured, compiled graphs from now on; the arguments are `nn.Module.compile`'s."""
-        self._compiled = self._captured(backend, mode, dynamic, fullgraph, options)
+        """Run traces on captured, compiled graphs from now on; the arguments are `nn.Module.compile`'s.
+
+        `capture="symbolic"` makes the graphs as `torch.fx.symbolic_trace` does, by running the model's Python once on tensors
+        without data, for each shape of its inputs. What that cannot take (control flow on values, hooks of your own,
+        attributes that a forward sets, objects as arguments) runs on hooks, and `explain()` says at which line; with
+        `fullgraph=True` it is a `FallbackError`. Globals and closures that a forward reads are taken to stay as they are.
+
+        Raises:
+            ValueError: another `capture`, or `dynamic=True` with a symbolic one.
+        """
+        self._compiled = self._captured(backend, mode, dynamic, fullgraph, options, capture)

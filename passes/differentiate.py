@@ -112,7 +112,14 @@ class Flow(fx.Interpreter):
         inputs = list(taps) if only else [*(self.given[i] for i in into), *(self.made if chosen is None else ())]
         if not inputs:
             raise NotDifferentiable("the loss does not depend on an input or a parameter of the captured graph")
-        found = torch.autograd.grad(loss, inputs, weight, retain_graph=options["retain_graph"], allow_unused=True)
+        try:
+            found = torch.autograd.grad(loss, inputs, weight, retain_graph=options["retain_graph"], allow_unused=True)
+        except (
+            RuntimeError
+        ) as error:  # eager has the last word: fakes can be wrong about strides, so about what is a copy
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise NotDifferentiable("on fake tensors, what the backward needs was changed in place") from error
         self.running = None
         if not only:
             self.filled += [(i, g) for i, g in zip(into, found, strict=False) if g is not None]

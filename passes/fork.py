@@ -29,7 +29,7 @@ def fork(gm: fx.GraphModule, job: Job | None = None, *, at: Collection[Site] = (
     (`meta["rows"] == "count"`).
 
     Does not fire when: a site is not in the graph. A value that holds the rows in a part of a dimension (`meta["rows"] is
-    None` and `meta["mixed"]`) must not be used behind a site: `ValueError`.
+    None` and `meta["mixed"]`) must not be used behind a site: `ValueError`. What is the clean run's for good (`meta["clean"]`, pass `causal`) stays.
     """
     sources = [n for n in gm.graph.nodes if n.op == "placeholder"]
     joins = 0
@@ -45,6 +45,8 @@ def fork(gm: fx.GraphModule, job: Job | None = None, *, at: Collection[Site] = (
         with gm.graph.inserting_before(group[0]):
             for node in live:
                 dim = node.meta.get("rows")
+                if node.meta.get("clean"):
+                    continue
                 if node.meta.get("mixed"):
                     raise ValueError(
                         f"`{node.name}` holds the rows together with something else at `{'.'.join(map(str, where))}`"

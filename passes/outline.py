@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from nnsight_fx.tracing.plan import Site
 from .job import Job
 
 
-def outline(gm: fx.GraphModule, job: Job | None = None, *, at: Collection[Site] = ()) -> int:
+def outline(
+    gm: fx.GraphModule, job: Job | None = None, *, at: Collection[Site] = (), apart: Collection[Callable] = ()
+) -> int:
     """Put what lies between the sites `at` into submodules; return how many calls of them there are.
 
     ```
@@ -28,17 +30,17 @@ def outline(gm: fx.GraphModule, job: Job | None = None, *, at: Collection[Site] 
 
     Parameters are inputs of a region, and so is every value from outside; its outputs are what is used behind it. Regions
     that call the same functions on inputs of the same shapes are one submodule, to be compiled once. Other markers than
-    those `at` are erased: what tells equal blocks apart is the path in them.
+    those `at` are erased: what tells equal blocks apart is the path in them. Calls of functions that are `apart` stay, too.
 
     Does not fire when: no region would have a tensor to give, or one would have to give something else (a size, a tuple).
     """
-    pieces = _pieces(gm, set(at))
+    pieces = _pieces(gm, set(at), apart)
     regions = [_region(gm, piece) for piece in pieces]
     if not regions or any(not _gives_tensors(r) for r in regions):
         return 0
     unmark(gm, at)
     known: dict[Hashable, str] = {}
-    for piece in _pieces(gm, set(at)):
+    for piece in _pieces(gm, set(at), apart):
         region = _region(gm, piece)
         if region.key not in known:
             known[region.key] = f"region_{len(known)}"
@@ -62,12 +64,12 @@ def seams(gm: fx.GraphModule) -> list[tuple[Site, list[fx.Node]]]:
     return found
 
 
-def _pieces(gm: fx.GraphModule, at: set[Site]) -> list[list[fx.Node]]:
-    """The nodes between the markers of the sites `at`, in order."""
+def _pieces(gm: fx.GraphModule, at: set[Site], apart: Collection[Callable]) -> list[list[fx.Node]]:
+    """The nodes between the markers of the sites `at` and the calls that are `apart`, in order."""
     cuts = {node for where, group in seams(gm) if where in at for node in group}
     pieces: list[list[fx.Node]] = [[]]
     for node in gm.graph.nodes:
-        if node in cuts or node.op == "output":
+        if node in cuts or node.op == "output" or node.target in apart:
             pieces.append([])
         elif node.op not in ("placeholder", "get_attr"):
             pieces[-1].append(node)

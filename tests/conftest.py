@@ -32,6 +32,9 @@ AOT_LATER = {
     "test_interventions",
     "test_removal",
     "test_source_models",
+    "test_state",
+    "test_symbolic",
+    "test_tensor_classes",
 }
 
 

@@ -5,12 +5,14 @@
 | `FakeTensorMode`, `FakeCopyMode`, `FakeTensor`, its exceptions | shapes and dtypes without data | 2.11, 2.13 |
 | `torch._C._functorch.maybe_current_level`, `torch._C._is_alias_of` | transforms, shared memory | 2.11, 2.13 |
 | `torch._C._swap_tensor_impl` | a recorded tensor becomes the real one | 2.11, 2.13 |
-| `_torchdynamo_orig_callable` | what the user compiled, as it was | 2.13 |
+| `_torchdynamo_orig_callable`, `OptimizedModule` | what the user compiled, as it was | 2.13 |
 | `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.13 |
 | `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
 | `ShapeEnv.produce_guards_expression` | guards that a variant adds | 2.11, 2.13 |
 | `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
+| `is_traceable_wrapper_subclass` | tensors that cannot be recorded | 2.13 |
+| `torch.nn.modules.module._has_any_global_hook` | hooks that a traced graph would not call | 2.13 |
 | `InstructionTranslator.current_tx().output.side_effects` | whether Dynamo replays anything | 2.13 |
 """
 
@@ -18,12 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 import torch._guards
 from torch._dynamo.source import ConstantSource
@@ -38,7 +42,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+    is_traceable_wrapper_subclass,
+)
 
 __all__ = [
     "ConstantSource",
@@ -210,6 +219,36 @@ def tracing_context() -> Any:
     return torch._guards.TracingContext.try_get()
 
 
+def new_context(mode: FakeTensorMode) -> tuple[Any, Any]:
+    """A context of compilation as Dynamo would have made it, and the block in which it holds."""
+    context = torch._guards.TracingContext(mode)
+    return context, torch._guards.tracing(context)
+
+
+def process_flags() -> tuple:
+    """What Python can look at of the process, and operations of a graph do not take as an argument."""
+    cuda = torch.backends.cuda
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.backends.mha.get_fastpath_enabled(),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+    )
+
+
+def wraps_tensors(x: torch.Tensor) -> bool:
+    """Is it a tensor of a class that is made of other tensors: a `DTensor`, a jagged `NestedTensor`, a quantised weight?"""
+    return is_traceable_wrapper_subclass(x)
+
+
+def hooked_everywhere() -> bool:
+    """Has anybody put a hook on all modules?"""
+    return bool(torch.nn.modules.module._has_any_global_hook())
+
+
 @contextlib.contextmanager
 def tracing(context: Any) -> Iterator[None]:
     """Compile under a captured graph's context. Integers may be read from tensors there: that is how positions are lifted."""
@@ -226,18 +265,30 @@ def tracing(context: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_sizes(context: Any) -> Iterator[None]:
-    """Compile one variant: what is decided of the sizes meanwhile (a symbol is 2, say) holds for it alone, not for the next."""
+def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iterator[list]:
+    """Compile one variant: what is decided of the sizes meanwhile (a symbol is 2, say) holds for it alone, not for the next.
+
+    It is decided by the sizes of the call's `values`, not by those that the graph was captured with: the block gets the
+    `fakes` of the inputs with these.
+    """
     env = context.fake_mode.shape_env
     if env is None:
-        yield
+        yield list(fakes)
         return
+    captured: dict = getattr(env, "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val")
+    now = {s: n for s, n in _sizes(fakes, values).items() if s in captured and captured[s] != n}
+    before = {s: captured[s] for s in now}
+    captured.update(now)
+    if now:
+        fakes = [_hinted(context, env, fake, captured) for fake in fakes]
+        _refresh(env)
     ranges, guards = dict(env.var_to_range), list(env.guards)
     kept = {name: dict(getattr(env, name)) for name in ("replacements", "replacements_slocs") if hasattr(env, name)}
     divisible = set(env.divisible)
     try:
-        yield
+        yield list(fakes)
     finally:
+        captured.update(before)
         env.var_to_range.update(ranges)
         env.guards[:] = guards
         for name, old in kept.items():  # symbols that this variant made keep theirs: its backward may be compiled later
@@ -247,13 +298,46 @@ def own_sizes(context: Any) -> Iterator[None]:
             now.update(made | old)
         env.divisible.clear()
         env.divisible.update(divisible)
-        env._update_version_counter()
-        if hasattr(env, "_replacements_version_counter"):  # symbols keep what they were replaced with, by this count
-            env._replacements_version_counter += 1
-        getattr(env, "fake_tensor_cache", {}).clear()
-        for function in vars(type(env)).values():
-            if hasattr(function, "cache_clear"):
-                function.cache_clear()
+        _refresh(env)
+
+
+def _refresh(env: Any) -> None:
+    """What was derived from sizes is derived anew."""
+    env._update_version_counter()
+    if hasattr(env, "_replacements_version_counter"):  # symbols keep what they were replaced with, by this count
+        env._replacements_version_counter += 1
+    getattr(env, "fake_tensor_cache", {}).clear()
+    for function in vars(type(env)).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def _sizes(fakes: Sequence, values: Sequence) -> dict[Any, sympy.Integer]:
+    """What each symbol among the sizes of fake inputs is in a call."""
+    found = {}
+    for fake, value in zip(fakes, values, strict=False):
+        pairs = zip(fake.shape, value.shape, strict=True) if isinstance(fake, torch.Tensor) else [(fake, value)]
+        for size, number in pairs:
+            if isinstance(size, torch.SymInt) and isinstance(number, int) and size.node._expr.is_symbol:
+                found[size.node._expr] = sympy.Integer(number)
+    return found
+
+
+def _hinted(context: Any, env: Any, fake: Any, sizes: dict) -> Any:
+    """A fake input with the sizes of this call as its hints."""
+
+    def hinted(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        expr = size.node._expr
+        return env.create_symintnode(expr, hint=int(expr.xreplace(sizes)))
+
+    if not isinstance(fake, torch.Tensor):
+        return hinted(fake)
+    if not any(isinstance(n, torch.SymInt) for n in (*fake.shape, *fake.stride())):
+        return fake
+    shape, stride = tuple(map(hinted, fake.shape)), tuple(map(hinted, fake.stride()))
+    return fake_like(context, (shape, stride, fake.dtype, fake.device, fake.requires_grad))
 
 
 def placeholder_fakes(gm: torch.fx.GraphModule) -> list:
@@ -450,6 +534,28 @@ def hook(tensor: torch.Tensor, function: Callable) -> Any:
     looked at its `grad_fn` (pytorch/pytorch#196459)."""
     _ = tensor.grad_fn
     return tensor.register_hook(function)
+
+
+@functools.cache
+def _seen_by_dynamo() -> type:
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    class Seen(OptimizedModule):
+        """What `torch.compile(module)` returns, while we run it: of that very class Dynamo looks at the module inside only, and
+        passes neither its hooks nor its `forward` (torch 2.13, `VariableBuilder.wrap_module`)."""
+
+        __call__ = torch.nn.Module.__call__
+
+    return Seen
+
+
+def seen_by_dynamo(module: torch.nn.Module) -> Callable[[], None] | None:
+    """Have Dynamo look at what `torch.compile(module)` returned as at any module; returns what undoes it, where it was one."""
+    old = type(module)
+    if old.__name__ != "OptimizedModule" or old.__module__ != "torch._dynamo.eval_frame":
+        return None
+    object.__setattr__(module, "__class__", _seen_by_dynamo())
+    return lambda: object.__setattr__(module, "__class__", old)
 
 
 def undisturbed(function: Callable) -> Callable:

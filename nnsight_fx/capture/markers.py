@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..tracing import tree
 from ..tracing.encode import Keep
-from ._torch import compiled_from
+from ._torch import compiled_from, seen_by_dynamo
 from .operations import Operations
 
 active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
@@ -43,7 +43,8 @@ def site(x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> torch.
 
 def anchor() -> torch.Tensor:
     """What a marker passes where a site has no tensor. A graph node."""
-    return torch.empty(0)
+    capture = getattr(active, "capture", None)
+    return torch.empty(0) if capture is None else capture.fake_anchor()
 
 
 def supply(path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
@@ -324,7 +325,7 @@ class Markers:
         try:
             self.operations.bodies, self.operations.inner = {}, {}
             for module, name, own in _uncompiled(self.paths):
-                undo.append(override(module, own, name))
+                undo += [override(module, own, name), *filter(None, [seen_by_dynamo(module)])]
             for module, body in list(self.operations.use(frames)):
                 if self.paths[module] not in skips:  # else what replaces it calls this body
                     self.originals[module] = module.forward

@@ -20,7 +20,7 @@ from ..tracing import tree
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.plan import Site
 from ..tracing.tape import Missing, Opaque, SiteMeta
-from . import operations, source
+from . import operations, source, streams
 from ._torch import FakeCopyMode, FakeTensorMode, compiled_from
 from .markers import override, put, take
 
@@ -220,7 +220,7 @@ def scan(
 
             undo.append(override(module, forward))
     try:
-        with fakes, Grouped():
+        with streams.untouched(), fakes, Mended():
             if plan is not None:
                 plan.work(None)
             note("", "result", contextvars.copy_context().run(call, copied))  # what it sets stays in the scan
@@ -236,10 +236,16 @@ def scan(
     return found
 
 
-class Grouped(TorchDispatchMode):
-    """The shape of `torch._grouped_mm` (experts) in every dtype: torch 2.13's own takes bfloat16 only, its kernels float32 too."""
+class Mended(TorchDispatchMode):
+    """Where fakes say nothing, or what is not so.
+
+    The shape of `torch._grouped_mm` (experts) in every dtype: torch 2.13's own takes bfloat16 only, its kernels float32 too. A
+    quantised tensor is a fake float32 one there: the scan ends in front of it.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func._schema.name.startswith("aten::quantize_per"):
+            raise NotImplementedError("there are no fakes of quantised tensors")
         if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:
             return args[0].new_empty((args[0].shape[0], args[1].shape[2]))
         return func(*args, **kwargs or {})

@@ -39,7 +39,7 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
             continue
         for name in ("_tape", "_key", "_fake", "_line"):
             vars(lazy).pop(name, None)
-        delivered.append((held[0].nbytes, held[0].grad_fn is not None))
+        delivered.append((_bytes(held[0]), held[0].grad_fn is not None))
         _torch.swap(lazy, _own(held))
     return delivered
 
@@ -56,3 +56,7 @@ def _own(held: list[torch.Tensor]) -> torch.Tensor:
             if real.layout is torch.strided or real.requires_grad or real.is_inference()
             else real.detach()
         )
+
+
+def _bytes(x: torch.Tensor) -> int:
+    return x.nbytes if x.layout is torch.strided else x._nnz() * x.element_size() if x.is_sparse else 0

@@ -190,7 +190,8 @@ class Run(TensorInterleaver):
         """Remember whom to blame, should the model fail now."""
         op = self.plan.ops[n]
         if op.kind in (WRITE, SKIP):
-            self.written = (".".join(p for p in op.target[:2] if p), self.lines[n])
+            done = "skipped" if op.kind == SKIP else "written"
+            self.written = (f"`{'.'.join(p for p in op.target[:2] if p)}` was {done}", self.lines[n])
 
     def _alias_saved(self, n: int, leaves: list) -> None:
         """Where a saved value requires grad the model goes on with an alias, which is the saved tensor's own (SEMANTICS D5).
@@ -294,8 +295,8 @@ class Run(TensorInterleaver):
     def _blame(self, error: Exception) -> None:
         """Name the write after which the model failed."""
         if self.written is not None:
-            site, line = self.written
-            error.add_note(f"nnsight_fx: the model failed after `{site}` was written at {line}")
+            what, line = self.written
+            error.add_note(f"nnsight_fx: the model failed after {what} at {line}")
 
     def missed_error(self, missed: list[int]) -> MissedSiteError:
         for n in missed:

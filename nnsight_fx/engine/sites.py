@@ -204,7 +204,7 @@ class Scanner:
             ]
         else:
             made = [_faked(self.fakes, x, past and past.faker(self.fakes, found)) for x in leaves]
-        found.inputs = lambda: tree.unflatten([_again(x) for x in made], spec)
+        found.inputs = lambda: tree.unflatten(_again(made), spec)
         args, kwargs = found.inputs()
         before = len(self.shapes.guards)
         found.scan = self.run(copied, fn, args, kwargs, found)
@@ -298,9 +298,20 @@ def _faked(fakes: FakeTensorMode, x: Any, make: Callable | None = None) -> Any:
         return copy.deepcopy(x)
 
 
-def _again(x: Any) -> Any:
-    """An input for another scan: what a forward changes of an object is its own."""
-    return x if isinstance(x, (torch.Tensor, *PLAIN)) or callable(x) else copied(x, lambda t: t)
+def _again(inputs: list) -> list:
+    """The inputs for another scan: what it changes of one is its own."""
+    made: dict[int, torch.Tensor] = {}
+
+    def own(x: torch.Tensor) -> torch.Tensor:
+        if id(x) not in made:
+            made[id(x)] = x if x.requires_grad else x.detach()  # which a write of something that does would change
+        return made[id(x)]
+
+    def again(x: Any) -> Any:
+        return own(x) if isinstance(x, torch.Tensor) else x if isinstance(x, PLAIN) or callable(x) else copied(x, own)
+
+    with NoTorchFunction():
+        return [again(x) for x in inputs]
 
 
 class WaveSites:

@@ -22,7 +22,8 @@ from ..capture._transformers import settle
 from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, anchor, mark, site, supply
 from ..capture.scan import callee
 from ..capture.segment import Segment
-from ..errors import PlanMismatchError, SkipError
+from ..capture.symbolic import Untraceable
+from ..errors import FallbackError, PlanMismatchError, SkipError
 from ..passes.calls import ModuleCall
 from ..passes.job import NotDifferentiable, Unfit
 from ..tracing import tree
@@ -33,21 +34,24 @@ from ..tracing.plan import MODULE, OBJECT, READ, SKIP, STOP, WRITE, Intervention
 from . import gradients
 from .run import Run
 from .sites import FakeInterleaver
+from .symbolic import Symbolic
 from .variants import extras, variant
 
 _serial = itertools.count()
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 ENTRIES = 128  # captures kept a model and set of options
 
 
 @dataclass(frozen=True)
 class Options:
-    """`model.compile`'s arguments, as `nn.Module.compile` has them."""
+    """`model.compile`'s arguments: those of `nn.Module.compile`, and who captures the graphs, `dynamo` or `symbolic`."""
 
     backend: Any = "inductor"
     mode: str | None = None
     dynamic: bool | None = None
     fullgraph: bool = False
     options: tuple = ()
+    capture: str = "dynamo"
 
 
 @dataclass
@@ -104,6 +108,9 @@ class Capture:
         key = (fn, plan, frames)
         if key not in self.entries:
             settle(module)
+        if key not in self.entries and self.options.capture == "symbolic":
+            self.entries[key] = (Symbolic(module, fn, self.markers, self.add, self.drop), None)
+        elif key not in self.entries:
             inner = entry_point(module, fn)
             own = weakref.WeakMethod(self.backend)  # Dynamo keeps it with the code, where no collector sees the ring
 
@@ -131,15 +138,22 @@ class Capture:
     def backend(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
         """What Dynamo calls with each graph it captured."""
         segment = Segment.captured(gm)
-        segment.plan = active.run.capture_half
-        self.segments.append(segment)
-        self.captures += 1
+        self.add(segment)
 
         @_torch.undisturbed
         def run_segment(*args: Any) -> Any:
             return active.run.run_segment(segment, args)
 
         return run_segment
+
+    def add(self, segment: Segment) -> None:
+        """A graph was captured, for the run that is active."""
+        segment.plan = active.run.capture_half
+        self.segments.append(segment)
+        self.captures += 1
+
+    def drop(self, segment: Segment) -> None:
+        self.segments = [s for s in self.segments if s is not segment]
 
     def build(self, gm: torch.fx.GraphModule, inputs: Callable[[], list], report: list[str]) -> Callable:
         """A rewritten segment, compiled; where its compiler fails by `aot_eager`, and where that fails the graph as it is."""
@@ -175,10 +189,17 @@ class Capture:
             self.last = [*self.last[-9:], job.report]
         self.nodes = len(segment.gm.graph.nodes)
 
-    def refusal(self, plan: InterventionGraph, sites: Any) -> str | None:
-        """Why a plan runs on the hook engine, if it does."""
+    def refusal(self, plan: InterventionGraph, sites: Any, inputs: Any) -> str | None:
+        """Why a plan runs on the hook engine with these inputs, if it does."""
+        own = next(
+            (type(x) for x in tree.flatten(inputs)[0] if isinstance(x, torch.Tensor) and type(x) not in PLAIN), None
+        )
+        if own is not None:
+            return f"hook engine: the model is called with a {own.__name__}, a tensor of a class of its own"
         if plan.sees_objects:
             return f"hook engine: the body looks at objects, or at a site that no scan could tell{sites.ended()}"
+        if self.options.capture == "symbolic" and self.markers.operations.frames(plan):
+            return "hook engine: the body looks inside a module (`.source`), which a symbolic capture does not"
         if plan.chooses:
             return "hook engine: a `tracer.cond` decides whether the model skips a call, or stops"
         return self.refused.get(plan)
@@ -241,6 +262,7 @@ class SplicedRun(Run):
     skeleton: Callable[[str], Any]
     everything: bool = True
 
+    on_hooks = False  # did it turn out, before anything ran, that the model runs as it is
     removes = False  # does this run leave out what its plan skips in the graph of all plans
     capture_half: InterventionGraph | None = None  # the plan whose own capture it runs on
     stop_at: Callable[[], Site | None]
@@ -267,8 +289,15 @@ class SplicedRun(Run):
             try:
                 with self.half(self.capture_half), _torch.capturing(len(self.owner.paths)):
                     return entry(self.capture_half)
-            except NotDifferentiable as why:  # nothing has run yet
-                self.report.append(self.capture.refuse(plan, str(why)))
+            except (NotDifferentiable, Untraceable) as why:  # nothing has run yet
+                if self.removes:
+                    raise Unfit from why  # hooks skip by an override, of which such a run has none
+                if isinstance(why, NotDifferentiable):
+                    self.report.append(self.capture.refuse(plan, str(why)))
+                elif self.capture.options.fullgraph:
+                    raise FallbackError(f"under `fullgraph=True` nothing may run on hooks, but {why}") from why
+                else:
+                    self.fall_back(f"hook engine: the model could not be traced symbolically: {why}")
             except StopUnknown:  # nor here
                 self.fall_back("hook engine: no scan could tell where the trace stops the model")
             except Exception as error:
@@ -277,7 +306,7 @@ class SplicedRun(Run):
                 self.fall_back(
                     f"hook engine: Dynamo could not trace the model with what was written ({type(error).__name__})"
                 )
-            self.segments_run += 1  # it is said already
+            self.on_hooks, self.segments_run = True, 0
             return plain()  # the model's own exception, or its result
 
         self.call = call
@@ -424,7 +453,7 @@ class SplicedRun(Run):
             return value
         before = len(self.done)
         value = super().pass_site(path, kind, value)
-        if len(self.done) > before and kind != "result":
+        if len(self.done) > before and kind != "result" and not self.on_hooks:
             self.live_sites.add(".".join(p for p in (path, kind) if p))
         return value
 
@@ -441,7 +470,7 @@ class SplicedRun(Run):
             super().forward()
         self._root_objects()
         self.capture.live_sites.update(self.live_sites)
-        if not self.segments_run and not self.stopping:
+        if not self.segments_run and not self.stopping and not self.on_hooks:
             self.fall_back("nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)")
             warnings.warn(
                 "nnsight_fx: nothing of the model ran captured in this trace (Dynamo's recompile limit, or compilation is "
@@ -503,6 +532,9 @@ class FakeCapture:
 
     def taken(self, at: Site) -> bool:
         return self._state(detect_fake_mode()).taken(at)
+
+    def fake_anchor(self) -> torch.Tensor:
+        return torch.empty(0)
 
     def fake_supply(self, path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
         mode = detect_fake_mode()
@@ -594,8 +626,6 @@ def assert_max_compiles(n: int) -> Iterator[None]:
 @contextlib.contextmanager
 def assert_no_fallback() -> Iterator[None]:
     """Raise `FallbackError` when anything that a plan touches ran outside captured code in the block."""
-    from ..errors import FallbackError
-
     before = len(watch.fallbacks)
     yield
     if len(watch.fallbacks) > before:

@@ -62,8 +62,8 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
             run.capture.hits += 1
             run.hits += 1
             return each
-    with _torch.own_sizes(segment.context):
-        made = _compile(segment, run, args, aliases)
+    with _torch.own_sizes(segment.context, segment.fakes, args) as fakes:
+        made = _compile(segment, run, fakes, args, aliases)
     found.append(made)
     if len(segment.variants) > VARIANTS:
         segment.variants.popitem(last=False)
@@ -89,7 +89,7 @@ def _aliases(run: SplicedRun, args: tuple) -> dict[tuple[int, int], tuple[int, t
     return found
 
 
-def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> Variant:
+def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliases: dict) -> Variant:
     gm = segment.copy()
     pristine = list(gm.graph.nodes)
     job = Job(
@@ -107,7 +107,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
     )
 
     def inputs() -> list:
-        return [*segment.fakes, *(_fake(segment, run, take) for take in job.takes)]
+        return [*fakes, *(_fake(segment, run, take) for take in job.takes)]
 
     job.inputs = lambda: [_torch.as_leaf(segment.context, x) for x in inputs()]
     job.differentiates = differentiable(run, args)
@@ -123,7 +123,7 @@ def _compile(segment: Segment, run: SplicedRun, args: tuple, aliases: dict) -> V
         raise NotDifferentiable("the loss is not in the first captured segment")
     with _torch.tracing(segment.context), torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None):
         call = run.capture.build(gm, inputs, run.report)
-    guards = _torch.added_guards(segment.context, segment.guards, segment.fakes)
+    guards = _torch.added_guards(segment.context, segment.guards, fakes)
     run.capture.note_compile(segment, job)
     run.compiles += 1
     return Variant(

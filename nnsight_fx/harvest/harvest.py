@@ -104,9 +104,11 @@ def harvest(
         "rows": 0,
         "complete": False,
     }
-    folder = Folder(out, about, SAME)
+    if not isinstance(dataset, Iterable):
+        raise TypeError(f"{user_line()}: a data set is an iterable of prompts or inputs, and this is {dataset!r}.")
     shape = Shape(model, reader, chosen, positions if reader.tokens else None, dtype, {"compile": compile, **options})
     items = reader.read(dataset)
+    folder = Folder(out, about, SAME)
     with tqdm(unit="tok", unit_scale=True, disable=not progress, initial=_verified(folder, items)) as bar:
         for window in _windows(items, shape, shard_size):
             _write(folder, window, shape, Batches(batch_size, tokens_per_batch), seed, bar)

@@ -48,7 +48,7 @@ def _chunked(group: list[Pending], told: Group, size: int) -> None:
         except Exception as error:
             if not out_of_memory(error) or len(cells) == 1:
                 raise
-            told.notes.append(f"out of memory with {len(cells)} traces in a forward: halved")
+            told.note(f"out of memory with {len(cells)} traces in a forward: halved")
             _chunked(cells, told, -(-len(cells) // 2))
             continue
         told.forwards += 1

@@ -12,6 +12,7 @@ import torch.fx as fx
 from ..capture.markers import site
 from ..engine.run import Run
 from ..passes.outline import seams
+from ..passes.tokens import Layout
 from ..tracing.encode import Keep
 from ..tracing.interleave import Firing
 from ..tracing.plan import WRITE, Op, Site
@@ -34,9 +35,29 @@ class Cell(Run):
             if not (isinstance(value, Keep) and value.index == i):
                 firing.leaves[i] = firing.leaves[value.index] if isinstance(value, Keep) else value
 
-    def part(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """Its rows of a tensor."""
-        return x.narrow(dim, self.start, self.size)
+    changed: frozenset[Site] = frozenset()  # the sites that it changes
+    base = 0  # the first of its rows of the clean run, for good
+    layout: Layout | None = None  # where the rows are as tokens
+
+    def part(self, x: torch.Tensor, meta: dict) -> torch.Tensor:
+        """Its rows of the value of a node: a view, but where the beginning of its rows is the clean run's."""
+        if meta.get("clean"):
+            return x.narrow(meta["rows"], self.base, self.size)
+        if meta.get("packed") is None:
+            return x.narrow(meta["rows"], self.start, self.size)
+        assert self.layout is not None
+        return self.layout.part(x, meta["rows"], meta["packed"], self.start, self.size)
+
+    def put(self, x: torch.Tensor, meta: dict, new: torch.Tensor) -> None:
+        """Write its rows of the value of a node, of which `part` gave a copy."""
+        assert self.layout is not None
+        self.layout.put(x, meta["rows"], meta["packed"], self.start, self.size, new)
+
+    def shares(self, meta: dict) -> bool:
+        """Are earlier positions of its rows there the clean run's?"""
+        if meta.get("packed") is None or meta.get("clean") or self.layout is None:
+            return False
+        return any(self.layout.starts[self.start : self.start + self.size])
 
     @property
     def over(self) -> bool:
@@ -95,36 +116,41 @@ class Walk(fx.Interpreter):
 
     def _fire(self, where: Site, group: list[fx.Node], last: Any) -> list:
         leaves: list[Any] = [None] * (max(n.args[3] for n in group) + 1)  # type: ignore[type-var]
-        dims: list[int | None] = [None] * len(leaves)
+        metas: list[dict] = [{}] * len(leaves)
         for n in group:
             leaves[n.args[3]] = last if n is group[-1] else self.env[n]  # type: ignore[index]
-            dims[n.args[3]] = n.args[0].meta.get("rows")  # type: ignore[index, union-attr]
+            metas[n.args[3]] = n.args[0].meta  # type: ignore[index, union-attr]
         written: set[int] = set()
         for cell in self.cells:
             if cell.leaves == where:
                 cell.start = cell.joins_at
             if where in cell.plan.touches and not cell.stopping:
-                self._visit(cell, where, leaves, dims, written)
+                self._visit(cell, where, leaves, metas, written)
         return leaves
 
-    def _visit(self, cell: Cell, where: Site, leaves: list, dims: list, written: set[int]) -> None:
+    def _visit(self, cell: Cell, where: Site, leaves: list, metas: list[dict], written: set[int]) -> None:
         """One trace at one site, on its own rows; what it replaces is replaced in a copy, which nothing else aliases."""
         changes = cell.plan.writes or any(cell.plan.ops[n].kind == WRITE for n in cell.plan.touches[where])
         used = {j for n in cell.plan.touches[where] for j in range(len(leaves)) if (n, j) in cell.plan.users}
+        dims = [meta.get("rows") for meta in metas]
         if changes and any(dims[j] is None and leaves[j] is not None for j in used):
             raise Mixed(f"`{'.'.join(where[:2])}` holds a tensor that all rows share")
-        own = [x if d is None or x is None else cell.part(x, d) for x, d in zip(leaves, dims, strict=True)]
+        own = [x if d.get("rows") is None or x is None else cell.part(x, d) for x, d in zip(leaves, metas, strict=True)]
         firing = Firing(where, list(own), None)
         cell.fire(firing)
         for j, (old, new) in enumerate(zip(own, firing.leaves, strict=True)):
-            if new is old:
+            shares = cell.shares(metas[j])
+            if new is old and not (shares and where in cell.changed):
                 continue
-            if dims[j] is None:
+            if dims[j] is None or (new is not old and metas[j].get("clean")):
                 raise Mixed(f"`{'.'.join(where[:2])}` holds a tensor that all rows share")
-            if j not in written:
+            if new is not old and j not in written:
                 leaves[j] = leaves[j].clone()
                 written.add(j)
-            place = cell.part(leaves[j], dims[j])
+            if shares:
+                cell.put(leaves[j], metas[j], new)
+                continue
+            place = cell.part(leaves[j], metas[j])
             place.copy_(new)
             move_aliases(cell.env, new, place)
 

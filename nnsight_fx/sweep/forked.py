@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
@@ -17,20 +17,39 @@ from ..capture import _torch
 from ..capture.markers import site
 from ..capture.segment import Segment
 from ..engine.spliced import Capture
+from ..passes.causal import APART, causal
 from ..passes.demand import demand, take
 from ..passes.effects import changes
 from ..passes.fork import fork
 from ..passes.outline import outline, seams, unmark
+from ..passes.tokens import Layout, NotCausal
 from ..tracing import tree
 from .cells import Cell, Walk
 from .memory import chunks, free, out_of_memory
 from .pending import Pending
+from .positions import positions as follow
+from .reach import reach
 from .report import Group
-from .rowgraph import annotated, captured
+from .rowgraph import annotated, captured, copy_of
 from .rows import Mixed
 from .where import blocks, fork_of, keep_until, positions
 
+WORTH = 0.9  # of the positions: where more must be computed, all are, with the kernels of a batch
+
 _compiled: weakref.WeakKeyDictionary[Segment, dict] = weakref.WeakKeyDictionary()  # regions, by structure
+
+
+_ready: weakref.WeakKeyDictionary[Segment, dict[tuple, Prepared]] = weakref.WeakKeyDictionary()
+
+
+class Prepared(NamedTuple):
+    """A graph for a walk: its compiled regions, is it cut to one position of a row, and how many it holds as tokens."""
+
+    gm: fx.GraphModule
+    regions: dict[str, Callable]
+    demanded: bool
+    tokens: int
+    why: str | None
 
 
 def forked(group: list[Pending], told: Group) -> None:
@@ -38,22 +57,25 @@ def forked(group: list[Pending], told: Group) -> None:
     _run([p for cells in _bases(group) for p in cells], told)
 
 
-def _run(cells: list[Pending], told: Group) -> None:
+def _run(cells: list[Pending], told: Group, whole: bool = False) -> None:
     try:
-        sheet = Sheet(cells, told)
+        sheet = Sheet(cells, told, whole)
         size = sheet.fits
         if len(cells) <= size:
             sheet.run()
             for p in cells:
                 p.tracer.deliver()
             return
+    except NotCausal as why:
+        told.note(f"every position was computed: {str(why).partition(chr(10))[0]}")
+        return _run(cells, told, whole=True)
     except Exception as error:
         if not out_of_memory(error) or len(cells) == 1:
             raise
-        told.notes.append(f"out of memory with {len(cells)} traces in a forward: halved")
+        told.note(f"out of memory with {len(cells)} traces in a forward: halved")
         size = -(-len(cells) // 2)
     for some in chunks(cells, size):
-        _run(some, told)
+        _run(some, told, whole)
 
 
 def _bases(group: list[Pending]) -> list[list[Pending]]:
@@ -78,8 +100,9 @@ def _input(p: Pending) -> tuple:
 class Sheet:
     """One forward of many traces."""
 
-    def __init__(self, pending: list[Pending], told: Group):
+    def __init__(self, pending: list[Pending], told: Group, whole: bool = False):
         self.pending, self.told = pending, told
+        self.whole = whole  # every position of each row is computed
         first = pending[0]
         host = first.host
         self.capture: Capture = host._capture_for(first.tracer.compile)
@@ -119,24 +142,37 @@ class Sheet:
         cells = [self._cell(p, b) for b, group in enumerate(self.bases) for p in group]
         self.pending = [p for group in self.bases for p in group]
         leaving = sorted({c.leaves for c in cells if c.leaves is not None}, key=lambda where: self.order[where])
-        indices, count = [], self.base_rows
+        joining, bases = [], list(range(self.base_rows))
         for where in leaving:
-            rows: list[int] = []
+            joining.append([cell for cell in cells if cell.leaves == where])
+            for cell in joining[-1]:
+                cell.joins_at = len(bases)
+                bases += range(cell.base, cell.base + self.size)
+        chosen = None
+        if "demand" not in self.capture.disable:
+            chosen = positions(cells, self.last, len(bases), self.size)
+        starts, at = self._starts(cells, bases)
+        made = self._prepared(chosen is not None, at, tuple(leaving))
+        indices: list[Any] = []
+        if made.demanded:
+            self.told.note(f"`{'.'.join(self.last[:2])}` was computed at one position of a row")
+            indices.append(torch.tensor(chosen, dtype=torch.int64, device=self._device))
             for cell in cells:
-                if cell.leaves == where:
-                    rows += range(cell.start, cell.start + self.size)
-                    cell.joins_at, count = count, count + self.size
-            indices.append(torch.tensor(rows, dtype=torch.int64, device=self._device))
-        indices = [*self._demanded(cells, count), *indices]
-        if not outline(self.gm, at=self.cuts):
-            raise Mixed("what lies between two sites gives more than tensors")
-        try:
-            fork(self.gm, at=leaving)
-        except ValueError as error:
-            raise Mixed(str(error)) from error
-        self.gm.graph.lint()
-        self.gm.recompile()
-        walk = Walk(self.gm, self._regions(), cells)
+                cell.constants = cell.ones
+        layout = None
+        if made.tokens:
+            layout = Layout(made.tokens, starts, bases, self._device)
+            indices += [layout, self.base_rows * layout.positions]
+            computed = 1 - sum(starts) / (layout.positions * len(bases))
+            self.told.note(f"{computed:.0%} of the positions were computed: the others are before what a trace changes")
+        elif made.why:
+            self.told.note(f"every position was computed: {made.why}")
+        for cell in cells:
+            cell.layout = layout
+        for some in joining:
+            rows = [row for cell in some for row in range(cell.joins_at, cell.joins_at + self.size)]
+            indices.append(self._joining(rows, bases, layout))
+        walk = Walk(made.gm, made.regions, cells)
         with torch.no_grad():
             walk.go(*self.args, *indices)
         if any(cell.unfinished() and not cell.stopping for cell in cells):
@@ -147,19 +183,81 @@ class Sheet:
         self.told.flops = (self.told.flops or 0) + int(walk.flops)
         self.told.naive = (self.told.naive or 0) + int(self.naive * len(cells))
 
-    def _demanded(self, cells: list[Cell], rows: int) -> list[torch.Tensor]:
-        """Leave out what nobody reads: what comes behind the last site, and there all positions but one of each row.
+    def _joining(self, rows: list[int], bases: list[int], layout: Layout | None) -> torch.Tensor:
+        """What rows begin as: of the clean run, or of its tokens."""
+        if layout is None:
+            found = [bases[row] for row in rows]
+        else:
+            count = layout.positions
+            found = [bases[row] * count + t for row in rows for t in range(layout.starts[row], count)]
+        return torch.tensor(found, dtype=torch.int64, device=self._device)
 
-        Returns the positions, an input of the graph behind those that it has.
-        """
-        last = self.last
-        keep_until(self.gm, last)
+    def _starts(self, cells: list[Cell], bases: list[int]) -> tuple[list[int], frozenset | None]:
+        """The first position that each row can change, and the leaves where traces do; `None` where that saves nothing."""
+        count = self._positions()
+        starts, at = [0] * len(bases), set()
+        if self.whole or count < 2 or "causal" in self.capture.disable:
+            return starts, None
+        for cell in cells:
+            reached = reach(cell.plan, cell.constants, count)
+            at |= reached.keys()
+            cell.changed = frozenset(where for where, _ in reached)
+            if cell.leaves is not None:
+                first = min(reached.values(), default=0)
+                starts[cell.joins_at : cell.joins_at + self.size] = [first] * self.size
+        worth = sum(starts) >= (1 - WORTH) * count * len(bases)
+        return starts, frozenset(at) if worth else None
+
+    def _prepared(self, choose: bool, at: frozenset | None, leaving: tuple) -> Prepared:
+        """The graph, cut and rewritten for traces that do the like; the same for all such groups."""
+        known = _ready.setdefault(self.segment, {})
+        key = (self.last, frozenset(self.cuts), choose, at, leaving)
+        if key not in known:
+            known[key] = self._prepare(choose, at, leaving)
+        return known[key]
+
+    def _prepare(self, choose: bool, at: frozenset | None, leaving: tuple) -> Prepared:
+        keep_until(self.gm, self.last)
         unmark(self.gm, self.cuts)
-        found = positions(cells, last, rows, self.size)
-        group = dict(seams(self.gm)).get(last, [])
+        demanded, tokens, why = choose and self._demanded(), 0, None
+        if at is not None:
+            copied = copy_of(self.gm)
+            try:
+                facts = follow(copied, at)
+                causal(copied, facts=facts)
+                self.gm, tokens = copied, facts.tokens
+            except (Mixed, ValueError) as error:
+                why = str(error).partition("\n")[0]
+        if not outline(self.gm, at=self.cuts, apart=APART):
+            raise Mixed("what lies between two sites gives more than tensors")
+        try:
+            fork(self.gm, at=leaving)
+        except ValueError as error:
+            raise Mixed(str(error)) from error
+        self.gm.graph.lint()
+        self.gm.recompile()
+        return Prepared(self.gm, self._regions(), demanded, tokens, why)
+
+    def _positions(self) -> int:
+        """The size of dimension 1 of what is changed first."""
+        sites = dict(seams(self.gm))
+        found = [w for w in {f for f in self.forks.values() if f is not None} if w in sites]
+        if not found:
+            return 0
+        leaf: Any = sites[min(found, key=lambda w: self.order[w])][0].args[0]
+        value = leaf.meta.get("example_value")
+        size = value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else 0
+        return size if isinstance(size, int) else 0
+
+    def _demanded(self) -> bool:
+        """Leave out all positions but one of each row, where no more is read at the last site.
+
+        The positions are an input of the graph behind those that it has.
+        """
+        group = dict(seams(self.gm)).get(self.last, [])
         leaf: Any = group[0].args[0] if len(group) == 1 else None
-        if found is None or leaf is None or leaf.meta.get("rows") != 0 or group[0].args[3] != 0:
-            return []
+        if leaf is None or leaf.meta.get("rows") != 0 or group[0].args[3] != 0:
+            return False
         sources = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         with self.gm.graph.inserting_after(sources[-1]):
             given = self.gm.graph.placeholder("positions")
@@ -170,15 +268,12 @@ class Sheet:
             taken = self.gm.graph.call_function(take, (leaf, given))
         taken.meta = {**leaf.meta, "flops": 0}
         group[0].args = (taken, *group[0].args[1:])
-        if not demand(self.gm):  # nothing to gain
-            group[0].args = (leaf, *group[0].args[1:])
-            self.gm.graph.erase_node(taken)
-            self.gm.graph.erase_node(given)
-            return []
-        self.told.notes.append(f"`{'.'.join(last[:2])}` was computed at one position of a row")
-        for cell in cells:
-            cell.constants = cell.ones
-        return [torch.tensor(found, dtype=torch.int64, device=self._device)]
+        if demand(self.gm):
+            return True
+        group[0].args = (leaf, *group[0].args[1:])  # nothing to gain
+        self.gm.graph.erase_node(taken)
+        self.gm.graph.erase_node(given)
+        return False
 
     @property
     def _device(self) -> Any:
@@ -190,6 +285,7 @@ class Sheet:
             *(p.plan, p.tape.constants, p.tape.lines, host._markers, lambda: None, host._module.get_submodule, {})
         )
         cell.size, cell.start, cell.joins_at, cell.ones = self.size, base * self.size, base * self.size, cell.constants
+        cell.base = cell.start
         if len(self.bases[base]) > 1:  # else nobody but it has these rows
             cell.leaves = self.forks[p.plan]
         return cell

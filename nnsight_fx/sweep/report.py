@@ -19,6 +19,11 @@ class Group:
     naive: int | None = None  # what the traces would have computed one by one
     notes: list[str] = field(default_factory=list)
 
+    def note(self, line: str) -> None:
+        """Add a line, once."""
+        if line not in self.notes:
+            self.notes.append(line)
+
     def to_dict(self) -> dict[str, Any]:
         facts = {k: v for k, v in vars(self).items() if v not in (None, []) and k != "lines"}
         return facts | {"traces": len(self.lines), "lines": sorted({str(line) for line in self.lines})}

@@ -17,7 +17,7 @@ SAME = {
 }
 ALONG = {  # keep the shape; work along `dim`
     *("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "cumsum", "cumprod", "sort", "argsort"),
-    *("topk", "logcumsumexp", "flip", "roll", "glu", "index_select", "slice_scatter"),
+    *("topk", "logcumsumexp", "flip", "roll", "glu", "index_select"),
 }
 REDUCES = {
     *("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "argmax", "argmin"),
@@ -104,12 +104,14 @@ def pointwise(call: Call, found: list) -> Any:
 
 
 def _same(call: Call, found: list) -> Any:
-    return call.d if call.only_first() else pointwise(call, found)
+    return call.d if len(call.tensors) == 1 else pointwise(call, found)
 
 
 def _along(call: Call, found: list) -> Any:
     dims = call.given.get("dim", call.given.get("dims", -1))
     dims = [-1] if dims is None else dims if isinstance(dims, list | tuple) else [dims]
+    if not dims:  # of all of it, flattened
+        return None
     return call.d if call.only_first() and call.d not in [call.axis(d) for d in dims] else None
 
 
@@ -193,7 +195,7 @@ def _cat(call: Call, found: list) -> Any:
 
 def _mm(call: Call, found: list) -> Any:
     *bias, a, b = call.tensors
-    if any(call.known.dim(x) is not None for x in bias):
+    if any(call.known.dim(x) is not None or (x.dim() > 1 and x.shape[0] != 1) for x in bias):
         return None
     da, db = call.known.dim(a), call.known.dim(b)
     return 0 if (da, db) == (0, None) else 1 if (da, db) == (None, 1) and not bias else None

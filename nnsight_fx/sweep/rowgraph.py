@@ -36,6 +36,8 @@ def captured(host: Any, capture: Capture, fn: str | None, batch: Any) -> tuple[S
     Dynamo guards it: the next batch of the kind gets the same graph. `Mixed` where the model is not one graph for any
     number of rows.
     """
+    if capture.options.capture == "symbolic":
+        raise Mixed("a symbolic capture is for one number of rows")
     if fn not in capture.rowwise:
         settle(host._module)
         capture.rowwise[fn] = _torch.dynamo_compile(entry_point(host._module, fn), _backend, False, True)
@@ -83,6 +85,11 @@ def annotated(segment: Segment, args: list) -> fx.GraphModule:
     found = _known[segment]
     if isinstance(found, str):
         raise Mixed(found)
+    return copy_of(found)
+
+
+def copy_of(found: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph, with what its nodes are known for."""
     copied = fx.GraphModule(found, fx.Graph())
     mapping: dict[fx.Node, fx.Node] = {}
     out = copied.graph.graph_copy(found.graph, mapping)

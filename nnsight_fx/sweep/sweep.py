@@ -74,6 +74,10 @@ def sweep(
         ValueError: an axis is empty, or cells differ in the shape of their results.
         WorkerLostError: a worker of an executor dies again and again.
     """
+    if not isinstance(over, Mapping):
+        raise TypeError(f"{user_line()}: `over` maps the names of axes to their values, and got {over!r}.")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"{user_line()}: `chunk` is how many cells run together, at least one; it is {chunk}.")
     many = is_dataset(model, inputs)
     axes = {name: list(values) for name, values in over.items()}
     if many and PROMPT in axes:
@@ -96,7 +100,7 @@ def sweep(
         kept, job.stored = Store(store, about | begun), True
         seed, chunk = kept.adopt("seed", seed), kept.manifest["chunk"]
     job.seed = torch.initial_seed() if seed is None else seed
-    found = _run(job, job.chunks(max(1, CHUNK if chunk is None else chunk)), kept, runner, progress)
+    found = _run(job, job.chunks(chunk or CHUNK), kept, runner, progress)
     stacked = {name: torch.stack([found[i][name] for i in range(len(found))]) for name in found[0]}
     shape = [len(values) for values in axes.values()]
     values = {name: rows.reshape(*shape, *rows.shape[1:]) for name, rows in stacked.items()}

@@ -48,6 +48,7 @@ class Condition:
         self.tracer, self.value, self.line = tracer, value, user_line()
 
     def __enter__(self) -> None:
+        self.tracer.check_open()
         self.predicate = predicate(self.value, self.tracer.constant)
         self.tracer.conditions.append(self)
 

@@ -297,12 +297,20 @@ class Tracer:
     @property
     def tape(self) -> Tape:
         """The open recording."""
+        self.check_open()
         if not self.waves or (self.given and self.invoker is None):
             raise OutsideTraceError(
                 f"{user_line()}: no input is open here: this trace takes its inputs by invoke. Move the line into a "
                 "`with tracer.invoke(...):` block."
             )
         return self.waves[-1].tape
+
+    def check_open(self) -> None:
+        """Verbs are for the body."""
+        if self.host.tracer is not self:
+            raise OutsideTraceError(
+                f"{user_line()}: this trace is not open. Move the line into its `with model.trace(...) as tracer:` block."
+            )
 
     # -- verbs ---------------------------------------------------------------------------------------------------
 
@@ -365,6 +373,8 @@ class Tracer:
 
     def barrier(self, n: int) -> Callable[[], None]:
         """A point that `n` invokes share. Values flow between invokes anyway; it only asserts the order."""
+        if n < 1:
+            raise ValueError(f"{user_line()}: a barrier is for one invoke or more, and got {n}")
         reached = [0]
 
         def barrier() -> None:

@@ -45,6 +45,8 @@ class Cursor:
         self.last: Hit | None = None  # of the body before
 
     def next(self, step: int, path: str | None = None) -> None:
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"{user_line()}: `next` goes forward by a number of occurrences, and got {step!r}")
         if path is None:
             self.pin, self.hit = (self.pin or 0) + step, None
         else:
@@ -119,8 +121,13 @@ class Iterations:
         self.tracer, self.chosen = tracer, slice(None) if chosen is None else chosen
 
     def __getitem__(self, chosen: int | slice | list[int]) -> Iterations:
-        numbers = [chosen.start, chosen.stop] if isinstance(chosen, slice) else chosen
-        for n in [numbers] if isinstance(numbers, int) else numbers:
+        given = [chosen.start, chosen.stop] if isinstance(chosen, slice) else chosen
+        numbers = given if isinstance(given, list | tuple | range) else [given]
+        if any(n is not None and not isinstance(n, int) for n in numbers):
+            raise TypeError(f"{user_line()}: `tracer.iter` takes an int, a slice or a list of ints, and got {chosen!r}")
+        if isinstance(chosen, slice) and chosen.step is not None and chosen.step < 1:
+            raise ValueError(f"{user_line()}: `tracer.iter` goes forward, and got steps of {chosen.step}")
+        for n in numbers:
             if n is not None and n < 0:
                 raise ValueError(
                     f"{user_line()}: `tracer.iter` counts from 0, and got {n}; how many there are is not known"

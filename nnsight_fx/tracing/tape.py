@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn as nn
 
-from ..capture._torch import FakeTensor, FakeTensorMode, NoTorchFunction, shares_memory, transforms
+from ..capture._torch import FakeTensor, FakeTensorMode, NoTorchFunction, shares_memory, transforms, wraps_tensors
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
 from . import ambient, tree
 from .conditions import Conditions
@@ -557,6 +557,7 @@ class Tape:
         self._check_passed(site, "read")
         meta = self.meta(site)
         opaque = isinstance(meta, SiteMeta) and any(isinstance(x, Opaque) for x in meta.leaves)
+        _check_plain(site, meta.leaves if isinstance(meta, SiteMeta) else ())
         if not isinstance(meta, SiteMeta) or (opaque and whole and not _replaceable(meta)):
             value = self._read_live(site)
         else:
@@ -607,6 +608,7 @@ class Tape:
         self.add(READ, site, (), {}, extra=None, result=lambda: None)
         real = self._sync([("v", n, -1)])[0]
         leaves, spec = tree.flatten(real)
+        _check_plain(site, leaves)
         fakes = [self.fakes.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in leaves]
         line = user_line()
         values = [self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else x for j, x in enumerate(fakes)]
@@ -1111,6 +1113,18 @@ def _replaceable(meta: SiteMeta) -> bool:
 
 def _mutable(spec: tree.Spec) -> bool:
     return spec is not None and (spec[0] in ("list", "dict", "dataclass") or any(_mutable(s) for s in spec[3]))
+
+
+def _check_plain(site: Site, leaves: Iterable) -> None:
+    """What is recorded is a plain tensor's operations; a class of its own (`DTensor`, `NestedTensor`) has others."""
+    own = next((x for x in leaves if isinstance(x, torch.Tensor) and (wraps_tensors(x) or x.is_quantized)), None)
+    if own is not None:
+        kind = f"quantised tensor ({own.dtype})" if own.is_quantized else type(own).__name__
+        raise NotRecordableError(
+            f"{user_line()}: `{_name(site)}` holds a {kind}, a tensor of a class of its own, whose operations cannot be "
+            "recorded. Read it where it is a plain tensor (behind `.to_local()`, `.full_tensor()` or `.dequantize()` in the model), or "
+            "take it with `register_forward_hook` on the module."
+        )
 
 
 def _name(site: Site) -> str:

@@ -14,13 +14,15 @@ import torch.nn as nn
 from nnsight_fx import NestedTraceError, NNsight
 from nnsight_fx.engine import sites, spliced, variants
 
-ENGINES = ["hooks", "eager", "aot_eager"]
+ENGINES = ["hooks", "eager", "aot_eager", pytest.param("symbolic", marks=pytest.mark.slow)]
 
 
 def wrap(engine, width=16):
     torch.manual_seed(0)
     model = NNsight(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)))
-    if engine != "hooks":
+    if engine == "symbolic":
+        model.compile(backend="eager", capture="symbolic")
+    elif engine != "hooks":
         model.compile(backend=engine)
     return model
 

@@ -461,3 +461,25 @@ def test_a_stop_behind_a_sync_point_that_would_lose_a_cache():
     module = llama()
     with pytest.raises(PlanMismatchError, match=r"test_removal.py:\d+: the model is stopped after a sync point"):
         outcome(module, body, IDS, engine="eager", warm=False, past_key_values=DynamicCache(config=module.config))
+
+
+def test_a_skip_beside_a_backward_that_hooks_must_run():
+    """Hooks make both, though the skip alone could have been tried in the shared graph."""
+    outcomes = []
+    for engine in ("hooks", "eager"):
+        torch.manual_seed(0)
+        module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        module[2].weight.register_hook(lambda grad: grad * 2)
+        model = NNsight(module)
+        if engine != "hooks":
+            model.compile(backend=engine)
+        with model.trace(torch.ones(2, 4)):
+            model[0].output.save()
+        with model.trace(torch.ones(2, 4)) as tracer:
+            model[1].skip(model[0].output * 3)
+            y = model.output.save()
+            y.sum().backward()
+        assert tracer.explain().engine == "hooks"
+        outcomes.append([y, *(p.grad for p in module.parameters())])
+    assert "a parameter has a gradient hook" in str(model.explain()) and module[1].weight.grad is None
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0, atol=0)

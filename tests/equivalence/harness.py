@@ -21,12 +21,18 @@ from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
 from .programs import run
 
 ENGINES = ("hooks", "eager", "aot_eager")
-EXACT = ("hooks", "eager")
+EXACT = (
+    "hooks",
+    "eager",
+    "symbolic",
+)  # `symbolic`: graphs as they are, captured by running the model's Python on fakes
 
 
 def wrap(module: nn.Module, engine: str, kind: type[NNsight] = NNsight, **options: Any) -> Any:
     model = kind(module)
-    if engine != "hooks":
+    if engine == "symbolic":
+        model.compile(backend="eager", capture="symbolic", **options)
+    elif engine != "hooks":
         model.compile(backend=engine, **options)
     return model
 

@@ -7,6 +7,7 @@ hook engine and the spliced graph both equal forward hooks; and what was not cap
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from nnsight_fx import NNsight, assert_no_fallback
 from .harness import data, same, wrap
 from .models import Block
 
-ENGINES = ["hooks", "eager", pytest.param("aot_eager", marks=pytest.mark.slow)]
+ENGINES = ["hooks", "eager", *(pytest.param(e, marks=pytest.mark.slow) for e in ("symbolic", "aot_eager"))]
 
 
 class Around(nn.Module):
@@ -262,7 +263,7 @@ LORA_READS = (
     "mid",
     "last.down",
 )
-INSIDE = ("first.act", "mid._orig_mod.a.up", "mid._orig_mod.a", "mid._orig_mod.b", "mid._orig_mod", "last.down")
+INSIDE = ("first.act", "mid._orig_mod.a.up", "mid._orig_mod.a", "mid._orig_mod.b", "mid._orig_mod", "mid", "last.down")
 THINGS = [
     Thing("branch", lambda: Around(branch), "Data-dependent branching", live=("mid.output",)),
     Thing("item", lambda: Around(item), "Tensor.item()", live=("mid.output",)),
@@ -288,6 +289,19 @@ THINGS = [
     Thing("torch.compile", lambda: optimized(Around(torch.tanh), "mid"), source="mid._orig_mod.a.up", reads=INSIDE),
     Thing("a-copy-cannot-be-made", lambda: Around(Uncopyable())),
 ]
+
+
+UNTRACED = {
+    "branch",
+    "item",
+    "tolist",
+    "numpy",
+    "print",
+    "disabled-module",
+    "custom-op-without-a-fake",
+    "packed-sequences",
+}
+UNTRACED |= {"experts", "experts-in-bfloat16", "offloaded"}
 
 
 def program(thing: Thing, model: NNsight, x: Any) -> list[torch.Tensor]:
@@ -333,10 +347,15 @@ def test_anything(thing, engine, capsys):
     module = thing.make().requires_grad_(False)
     model = wrap(module, engine)
     for seed in range(2):
-        with contextlib.nullcontext() if thing.breaks else assert_no_fallback():
+        falls = thing.name in UNTRACED if engine == "symbolic" else thing.breaks
+        with contextlib.nullcontext() if falls else assert_no_fallback():
             got = program(thing, model, thing.inputs(seed))
         same(got, by_hand(thing, module, thing.inputs(seed)), engine != "aot_eager")
-    if engine != "hooks":
+    if engine == "symbolic":  # one graph, or none
+        said = str(model.explain())
+        assert "graph break" not in said and "live, between" not in said, said
+        assert ("fallback: hook engine" in said) == (thing.name in UNTRACED), said
+    elif engine != "hooks":
         said = str(model.explain())
         assert ("graph break" in said) == (thing.breaks is not None and not thing.whole), said
         assert ("fallback: hook engine" in said) == thing.whole, said
@@ -352,6 +371,38 @@ def test_a_scan_knows_experts_in_float32():
     with model.scan(x) as tracer:
         found = nnsight_fx.save([model.mid.b.output, tracer.result])
     assert [tuple(v.shape) for v in found] == [(3, 7, 16), (3, 7, 16)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", ["mid", ""])
+def test_what_torch_compile_returned_is_a_module_like_any(engine, path):
+    """Written, skipped and stopped at; also as the whole model. Afterwards it is what it was."""
+    plain, x = Around(torch.tanh).requires_grad_(False), data(3, 7, 16)(0)
+    module = copy.deepcopy(plain)
+    module = optimized(module, path) if path else torch.compile(module, backend="eager")
+    inside = module.get_submodule(path)
+    model = wrap(module, engine)
+    envoy = model.get(path) if path else model
+    for _ in range(2):
+        with assert_no_fallback():
+            with model.trace(x) as tracer:
+                envoy.input = envoy.input * 2
+                envoy.output = envoy.output + 1
+                written = nnsight_fx.save(tracer.result)
+            with model.trace(x) as tracer:
+                envoy.skip(envoy.input * 3)
+                skipped = nnsight_fx.save(tracer.result)
+            with model.trace(x) as tracer:
+                stopped = envoy.input.save()
+                tracer.stop()
+        if path:
+            first = plain.first(x)
+            want = [plain.last(plain.mid(first * 2) + 1), plain.last(first * 3), first]
+        else:
+            want = [plain(x * 2) + 1, x * 3, x]
+        same([written, skipped, stopped], want, engine != "aot_eager")
+    assert type(inside) is type(torch.compile(nn.Linear(2, 2))) and inside.forward is not inside._orig_mod.forward
+    same(module(x), plain(x), True)
 
 
 def test_what_the_user_compiled_is_his_again_after_the_trace():

@@ -23,6 +23,7 @@ LATER = pytest.param(
     "inductor", marks=[pytest.mark.inductor, pytest.mark.slow]
 )  # `make test` has 15 Inductor programs at most
 FUSED = [*SPLICED, INDUCTOR]
+FUSED_LATER = [*SPLICED, LATER]
 ALL = ["hooks", *SPLICED]
 
 
@@ -86,7 +87,7 @@ def test_stop_leaves_the_cache_as_eager_does(engine):
     assert len(cache_of(got)) == 2
 
 
-@pytest.mark.parametrize("engine", FUSED)
+@pytest.mark.parametrize("engine", FUSED_LATER)
 def test_skip_leaves_the_cache_as_eager_does(engine):
     def run(model, cache):
         with assert_no_fallback(), torch.no_grad(), model.trace(ids(), past_key_values=cache, use_cache=True):
@@ -107,7 +108,7 @@ def test_skip_leaves_the_cache_as_eager_does(engine):
 # 3: dtypes
 
 
-@pytest.mark.parametrize("engine", FUSED)
+@pytest.mark.parametrize("engine", FUSED_LATER)
 def test_an_fp32_vector_into_a_bf16_model(engine):
     def run(model):
         with assert_no_fallback(), torch.no_grad(), model.trace(ids()):
@@ -228,7 +229,7 @@ class SAE(nn.Module):
         return self.down(STE.apply(self.up(h), 0.1))
 
 
-@pytest.mark.parametrize("engine", FUSED)
+@pytest.mark.parametrize("engine", FUSED_LATER)
 def test_an_sae_with_a_custom_autograd_function(engine):
     def run(engine):
         torch.manual_seed(0)
@@ -347,7 +348,7 @@ class Accumulates(nn.Module):
         return self.b(self.a(x, acc), acc), len(acc), acc[1]
 
 
-@pytest.mark.parametrize("engine", ["hooks", *FUSED])
+@pytest.mark.parametrize("engine", ["hooks", *FUSED_LATER])
 def test_a_module_that_appends_to_a_list_argument(engine):
     model = wrap(Accumulates(), engine)
     with assert_no_fallback(), model.trace(torch.ones(2)) as tracer:
@@ -357,7 +358,7 @@ def test_a_module_that_appends_to_a_list_argument(engine):
     same(result[2], torch.full((2,), 40.0), engine)
 
 
-@pytest.mark.parametrize("engine", ["hooks", *FUSED])
+@pytest.mark.parametrize("engine", ["hooks", *FUSED_LATER])
 def test_a_cache_that_is_registered_as_a_pytree(engine):
     from transformers.integrations.executorch import register_dynamic_cache_export_support
 
@@ -411,7 +412,7 @@ def test_fourteen_models_in_one_process(engine):
 # 13: side effects of a tail that no result needs
 
 
-@pytest.mark.parametrize("engine", ["hooks", *FUSED])
+@pytest.mark.parametrize("engine", ["hooks", *FUSED_LATER])
 def test_batchnorm_statistics_after_a_tail_that_no_result_needs(engine):
     def build():
         torch.manual_seed(0)
@@ -433,7 +434,7 @@ def test_batchnorm_statistics_after_a_tail_that_no_result_needs(engine):
 # 14: views
 
 
-@pytest.mark.parametrize("engine", FUSED)
+@pytest.mark.parametrize("engine", FUSED_LATER)
 def test_a_row_changed_through_a_view(engine):
     module = gpt2()
     hooks, model = wrap(module, "hooks"), wrap(module, engine)

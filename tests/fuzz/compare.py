@@ -183,6 +183,8 @@ AMONG_INVOKES = (
     "an earlier write changed the metadata of what follows",
     "no scan could tell where the trace stops the model",
 )
+# Fakes of a batch norm have strides of their own (pytorch#192668).
+FAKE_STRIDES = "on fake tensors, what the backward needs was changed in place"
 
 
 def _round(
@@ -194,8 +196,8 @@ def _round(
     fine, unsure, verbs = want["error"] is None, "branch" in net.layers, set(program.verbs())
     told = unsure and {"cache", "Backward"} & verbs  # behind a graph break hooks do these, and say so
     before = len(watch.fallbacks)
-    # With `dynamic=None` a second forward with other rows is captured anew, for any number of them, which the first one then takes.
-    again = (1, 3) if program.alone or net.dynamic is not None else (3,)
+    # A second forward with other rows is captured anew, for any number of them, which the first one then takes.
+    again = (1, 3) if program.alone else (3,)
     steady = given.seed in again and fine and not unsure and program.steady
     try:
         with assert_max_compiles(0) if steady else contextlib.nullcontext():
@@ -203,7 +205,8 @@ def _round(
     except AssertionError as error:
         error.add_note(f"in {what}")
         raise
-    fell = [why for why in watch.fallbacks[before:] if program.alone or not any(r in why for r in AMONG_INVOKES)]
+    expected = (*(() if program.alone else AMONG_INVOKES), *((FAKE_STRIDES,) if "norm" in net.layers else ()))
+    fell = [why for why in watch.fallbacks[before:] if not any(reason in why for reason in expected)]
     assert told or not fine or not fell, f"{what}: {fell}"
     for out, model in ((got, spliced), (want, hooks)):
         out["later"] = after(out, model._module)
@@ -224,10 +227,9 @@ def _round(
         same(*results, what)
     except AssertionError:
         if "Backward" not in program.verbs():
-            raise
-        same(
-            *results, what, bits={}
-        )  # autograd adds up gradients in place, a graph does not: where kernels go by strides
+            same(*({k: v for k, v in out.items() if k != "later"} for out in results), what)
+        # autograd adds up gradients in place and in the order of its graph, a graph does not: where kernels go by strides
+        same(*results, what, bits={})
         return want["error"], True
     return want["error"], False
 

@@ -169,7 +169,7 @@ def test_captures_do_not_grow_with_the_steps(engine, family, static):
         assert facts["compiles"] + facts["hits"] == 18
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("static", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dynamic", "static"])
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_captures_do_not_grow_with_chosen_steps_and_batches(family, static):
     """Dynamo sees a second batch size and makes it a symbol, for the prompt and for a step: two captures more, the last."""

@@ -31,6 +31,8 @@ lineage; R: the interleaving contract; D: decisions). The killer cases of the sp
 def engine_of(test: str) -> str:
     """The engine that a test id names, if it names one."""
     named = re.split(r"[\[\]-]", test.partition("[")[2])
+    if "symbolic" in named:
+        return "eager"  # a captured graph that runs as it is, whoever captured it
     return next((e for e in ENGINES if e in named), "beside")
 
 

@@ -27,6 +27,7 @@ APART = {
     "mask": lambda x: x.masked_fill(torch.ones(5, 5).tril()[:, :4] == 0, -1),
     "mean": lambda x: x.mean(1) * x.sum((1, 2), keepdim=True)[:, 0],
     "cat": lambda x: torch.cat([x, torch.zeros(len(x), 5, 1)], -1).flip(1),
+    "filled": lambda x: x + x.new_ones(4),
     "in place": lambda x: x.clone().mul_(2).add_(x),
     "pick": own_row,
     "transposed": lambda x: x.transpose(0, 1).relu().permute(1, 2, 0),
@@ -50,6 +51,7 @@ def test_rows_that_are_apart(name):
 
 
 MEET = {
+    "roll over everything": lambda x: x.roll(1),
     "mean": lambda x: x - x.mean(0),
     "all dims": lambda x: x / x.sum(),
     "softmax": lambda x: x.softmax(0),
