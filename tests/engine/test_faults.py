@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
+import weakref
 
 import greenlet
 import pytest
@@ -153,9 +153,9 @@ def in_a_gradient_block(model, fault):
 
 def in_a_callable_on_a_gradient(model, fault):
     with model.trace(X) as tracer:
-        h = model.first.output
-        tracer.apply(lambda g: blow(fault), h.grad)
+        grad = model.first.output.grad
         model.output.sum().backward()
+        tracer.apply(lambda g: blow(fault), grad)
 
 
 def in_a_scan(model, fault):
@@ -182,6 +182,61 @@ def in_the_second_trace_of_a_session(model, fault):
             raise fault
 
 
+def in_the_block_of_a_backward(model, fault):
+    with model.trace(X):
+        h = model.first.output
+        with model.output.sum().backward():
+            h.grad[:] = 0
+            raise fault
+
+
+def in_a_loop_over_calls(model, fault):
+    with model.trace(X) as tracer:
+        for _ in tracer.iter[:]:
+            model.first.output[:] = 0
+            raise fault
+
+
+def behind_a_stop(model, fault):
+    with model.trace(X) as tracer:
+        model.first.output.save()
+        try:
+            tracer.stop()
+        finally:
+            raise fault
+
+
+def behind_a_skip(model, fault):
+    with model.trace(X):
+        model.norm.skip(model.norm.input)
+        model.last.output.save()
+        raise fault
+
+
+def behind_a_cache(model, fault):
+    with model.trace(X) as tracer:
+        tracer.cache()
+        raise fault
+
+
+def in_a_sweep(model, fault):
+    def body(tracer, by):
+        model.first.output = model.first.output * by
+        if by > 1:
+            raise fault
+        return model.last.output
+
+    model.sweep(body, X, {"by": [0.5, 2.0]}, chunk=1, progress=False)
+
+
+def in_a_session_behind_its_traces(model, fault):
+    with model.session():
+        with model.trace(X):
+            kept = model.first.output.save()
+        assert kept.shape == (2, 4)
+        raise fault
+
+
 def in_an_edit(model, fault):
     with model.edit():
         model.first.output[:] = 0
@@ -201,6 +256,13 @@ BODY = [
     in_a_scan,
     between_the_traces_of_a_session,
     in_the_second_trace_of_a_session,
+    in_the_block_of_a_backward,
+    in_a_loop_over_calls,
+    behind_a_stop,
+    behind_a_skip,
+    behind_a_cache,
+    in_a_sweep,
+    in_a_session_behind_its_traces,
     in_an_edit,
 ]
 
@@ -237,6 +299,37 @@ def in_the_backward(model, fault):
         model.output.sum().backward()
 
 
+def in_the_gradients_of_a_body(model, fault):
+    with armed(model._module.fuse, backward_fault=fault), model.trace(X):
+        model.last.output.grad.save()
+        model.first.output.grad[:] = 0
+        model.output.sum().backward()
+
+
+def in_the_model_of_two_invokes(model, fault):
+    with armed(model._module.fuse, forward_fault=fault), model.trace() as tracer:
+        with tracer.invoke(X):
+            model.first.output[:] = 0
+        with tracer.invoke(X):
+            model.last.output.save()
+
+
+def in_the_model_with_an_edit(model, fault):
+    with model.edit() as edited:
+        edited.first.output[:] = 0
+    with armed(model._module.fuse, forward_fault=fault), edited.trace(X):
+        edited.last.output.save()
+
+
+def in_the_model_of_a_sweep(model, fault):
+    def body(tracer, by):
+        model.first.output = model.first.output * by
+        return model.last.output
+
+    with armed(model._module.fuse, forward_fault=fault, calls=0):
+        model.sweep(body, X, {"by": [0.5, 2.0]}, chunk=1, progress=False)
+
+
 def in_a_session_of_failing_models(model, fault):
     with armed(model._module.fuse, forward_fault=fault, calls=1), model.session():
         with model.trace(X):
@@ -251,8 +344,15 @@ MODEL = [
     in_the_model_behind_a_sync_point,
     in_the_model_at_a_sync_point,
     in_the_backward,
+    in_the_gradients_of_a_body,
+    in_the_model_of_two_invokes,
+    in_the_model_with_an_edit,
+    in_the_model_of_a_sweep,
     in_a_session_of_failing_models,
 ]
+
+
+BACKWARD = [in_the_backward, in_the_gradients_of_a_body, in_a_callable_on_a_gradient]
 
 
 # -- what must hold afterwards ---------------------------------------------------------------------------------------
@@ -287,14 +387,25 @@ def assert_untouched(module: nn.Module, before: dict, flags: list) -> None:
     assert all(p.grad is None for p in module.parameters())
     for m in module.modules():
         assert "forward" not in m.__dict__
-        assert not m._forward_hooks and not m._forward_pre_hooks and not m._backward_hooks
+        hooks = [*m._forward_hooks.values(), *m._forward_pre_hooks.values(), *m._backward_hooks.values()]
+        assert not [h for h in hooks if not h.__module__.startswith("transformers.")]  # which has some of its own
+
+
+@pytest.fixture(autouse=True)
+def _greenlets_are_seen():
+    """Every greenlet that a test switches to; a sync point has one, and so has a generation."""
+    SEEN.clear()
+    before = greenlet.settrace(lambda event, args: SEEN.add(args[1]))
+    yield
+    greenlet.settrace(before)
+
+
+SEEN: weakref.WeakSet = weakref.WeakSet()
 
 
 def suspended() -> list:
     """Runs that somebody left in the middle of a forward."""
-    here = greenlet.getcurrent()
-    all_of_them = (g for g in gc.get_objects() if issubclass(type(g), greenlet.greenlet))  # asks no object's `__class__`
-    return [g for g in all_of_them if g is not here and g and not g.dead]
+    return [g for g in SEEN if g is not greenlet.getcurrent() and g and not g.dead]
 
 
 def probe(model) -> list[torch.Tensor]:
@@ -324,6 +435,8 @@ def check(engine: str, stage, fused: bool) -> None:
         assert error.value is fault, f"{fault!r} became {error.value!r}"
         fault.__traceback__ = fault.__context__ = None
         error = None
+        if stage in BACKWARD:  # as in torch, parameters that were reached before have theirs
+            module.zero_grad(set_to_none=True)
         assert ambient() == around, repr(fault)
         assert_untouched(module, before, flags)
         assert not suspended(), repr(fault)
