@@ -176,7 +176,11 @@ class Wave:
     def _until(self, tape: Tape) -> Callable[[Key], Any]:
         if self.tracer.scan_only:
             ended = self.tape.sites.signature.scan.ended  # type: ignore[attr-defined]
-            what = f"the scan ended before this value: {type(ended).__name__}: {ended}" if ended is not None else "this line needs a number"
+            what = (
+                f"the scan ended before this value: {type(ended).__name__}: {ended}"
+                if ended is not None
+                else "this line needs a number"
+            )
             raise NotRecordableError(
                 f"{user_line()}: a scan has no values, only shapes; {what}. Use `model.trace`."
             ) from ended

@@ -15,7 +15,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import nnsight_fx
 from nnsight_fx import LanguageModel, NNsight
 
-ENGINES = ["hooks", "eager"]
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
 
@@ -42,6 +41,9 @@ FAULTS = [
     AttributeError("theirs"),
     Kill(),
 ]
+
+
+FEW = [FAULTS[0], FAULTS[2], FAULTS[5]]  # an error, an interrupt, the end of a loop
 
 
 class Fuse(nn.Module):
@@ -425,12 +427,12 @@ def probe(model) -> list[torch.Tensor]:
     return found
 
 
-def check(engine: str, stage, fused: bool) -> None:
+def check(engine: str, stage, fused: bool, faults: list) -> None:
     module = build(fused)
     model = wrap(engine, module)
     want = probe(wrap("hooks", build(fused)))
     before, flags, around = state(module), [m.training for m in module.modules()], ambient()
-    for fault in FAULTS:
+    for fault in faults:
         with pytest.raises(BaseException) as error:  # noqa: PT011  (which one is what the next line asks)
             stage(model, fault)
         got = error.value
@@ -455,16 +457,17 @@ def check(engine: str, stage, fused: bool) -> None:
         assert "sync point" not in str(tracer.explain()) and "fallback" not in str(tracer.explain()), repr(fault)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("stage", BODY, ids=lambda s: s.__name__)
-def test_a_fault_of_the_body(engine, stage):
-    check(engine, stage, fused=False)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("stage", MODEL, ids=lambda s: s.__name__)
-def test_a_fault_of_the_model(engine, stage):
-    check(engine, stage, fused=True)
+@pytest.mark.parametrize(
+    ("engine", "faults"),
+    [
+        pytest.param("hooks", FAULTS, id="hooks"),
+        pytest.param("eager", FEW, id="eager"),
+        pytest.param("eager", FAULTS, id="eager-all", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("stage", [*BODY, *MODEL], ids=lambda s: s.__name__)
+def test_a_fault(engine, stage, faults):
+    check(engine, stage, stage in MODEL, faults)
 
 
 @pytest.mark.parametrize(
@@ -522,7 +525,7 @@ def generate(model, at=None, fault=None) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["hooks", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("at", ["body", "callable", "model"])
 def test_a_fault_in_a_generation(engine, at):
     model = language_model(engine)
