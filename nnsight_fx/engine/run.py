@@ -307,6 +307,9 @@ class Run(TensorInterleaver):
                 why = (
                     f"the backward at {self.lines[b]} did not pass that value: it is not on the way from the loss to what requires grad"
                     if b < len(self.plan.ops)
+                    else f"{self.lines[-1]} looks at its numbers before a backward has run. Read it where it is, and look at it "
+                    "behind `loss.backward()`, or behind the block of `with loss.backward():`"
+                    if self.plan.ops[-1].kind == SYNC
                     else "no backward follows it. Read it before `loss.backward()`, or inside `with loss.backward():`"
                 )
                 return MissedSiteError(f"{self.lines[asked[0]]}: `.grad` was used, but {why}.")

@@ -128,6 +128,14 @@ class Scanner:
         self.signatures: OrderedDict[tuple, Signature] = OrderedDict()
         self._copy: tuple[tuple, nn.Module | Exception] | None = None
 
+    def forget_failed(self) -> None:
+        """Forget the scans that ended: a trace failed, maybe by the same fault, which may be gone when the next one scans."""
+        failed = [key for key, found in self.signatures.items() if found.scan.ended is not None]
+        for key in failed:
+            del self.signatures[key]
+        if failed:
+            self._copy = None  # it holds the module's attributes as they were
+
     def skeleton(self) -> nn.Module:
         """The structural copy, made anew when parameters changed their dtype, device or gradient flag."""
         state = tuple(

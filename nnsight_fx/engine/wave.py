@@ -175,9 +175,15 @@ class Wave:
 
     def _until(self, tape: Tape) -> Callable[[Key], Any]:
         if self.tracer.scan_only:
-            raise NotRecordableError(
-                f"{user_line()}: a scan has no values, only shapes; this line needs a number. Use `model.trace`."
+            ended = self.tape.sites.signature.scan.ended  # type: ignore[attr-defined]
+            what = (
+                f"the scan ended before this value: {type(ended).__name__}: {ended}"
+                if ended is not None
+                else "this line needs a number"
             )
+            raise NotRecordableError(
+                f"{user_line()}: a scan has no values, only shapes; {what}. Use `model.trace`."
+            ) from ended
         if self.run is not None and tape is not self.tracer.waves[-1].tape:
             return self.run.lookup  # a later wave asks for a value of this one
         if self.run is None:

@@ -220,6 +220,7 @@ class Tracer:
             wave.abandon()
         if self.generation is not None:
             self.generation.abandon()
+        self.host._scanner.forget_failed()
 
     # -- the forwards of a generation ------------------------------------------------------------------------------
 

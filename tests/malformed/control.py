@@ -199,6 +199,23 @@ def a_gradient_without_a_backward(m):
         m.first.output.grad.save()
 
 
+@row(MissedSiteError, "looks at its numbers before a backward has run", "behind `loss.backward()`")
+def a_gradient_looked_at_before_the_backward(m):
+    with m.trace(X):
+        grad = m.first.output.grad
+        if grad.sum() > 0:
+            pass
+        m.last.output.sum().backward()
+
+
+@row(MissedSiteError, "looks at its numbers before a backward has run", "behind the block")
+def a_gradient_looked_at_in_the_block_of_its_backward(m):
+    with m.trace(X) as tracer:
+        h = m.first.output
+        with m.last.output.sum().backward():
+            tracer.apply(lambda g: g, h.grad)
+
+
 @row(MissedSiteError, "grad")
 def a_gradient_asked_for_behind_the_backward(m):
     with m.trace(X):
