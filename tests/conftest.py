@@ -25,6 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Their `aot_eager` rows take seconds each: `make test-slow`. `make test` has that backend in all other files.
 AOT_LATER = {
+    "test_anything",
+    "test_contract",
     "test_cond",
     "test_edit_files",
     "test_gradients",
@@ -36,29 +38,47 @@ AOT_LATER = {
     "test_small_verbs",
     "test_source_models",
     "test_state",
+    "test_strategies",
     "test_surface",
     "test_symbolic",
     "test_tensor_classes",
 }
 # Ten seconds each or so, and a lighter sibling stays.
 LATER = {
+    "test_a_cache_of_the_users[skips_a_layer]",
+    "test_a_pass_has_one_module[in the checkout]",
     "test_a_step_flows_into_a_trace_and_into_another_generation[eager-gpt2-static]",
     "test_a_step_flows_into_a_trace_and_into_another_generation[eager-llama-static]",
     "test_captures_do_not_grow_with_chosen_steps_and_batches[llama-dynamic]",
+    "test_captures_do_not_grow_with_the_steps[eager-gpt2-dynamic]",
+    "test_every_engine_reads_and_writes_scores_and_activations[t5]",
+    "test_in_a_generation_and_a_session[eager]",
+    "test_in_every_step_of_a_generation",
+    "test_interventions_on_chosen_steps[eager-gpt2-slice(1, 3, None)]",
+    "test_interventions_on_chosen_steps[eager-gpt2-slice(None, None, None)]",
+    "test_interventions_on_chosen_steps[eager-llama-2]",
     "test_interventions_on_chosen_steps[eager-llama-slice(1, 3, None)]",
     "test_interventions_on_chosen_steps[eager-llama-slice(None, None, None)]",
+    "test_it_applies_and_equals_the_loop[gpt2, written out-eager]",
     "test_it_equals_its_reference[neox-eager-train_a_vector]",
     "test_it_runs_a_trace_outside_the_checkout[checkout]",
+    "test_one_plan_many_shapes_and_positions[inductor-None]",
     "test_one_plan_many_shapes_and_positions[inductor-True]",
     "test_patching_is_the_loop[gpt2-attention-eager]",
+    "test_patching_is_the_loop[gpt2-residual-eager]",
+    "test_patching_is_the_loop[gpt2-residual_pre-eager]",
     "test_patching_is_the_loop[llama-z-eager]",
+    "test_stop_leaves_the_cache_as_eager_does[inductor]",
     "test_the_compiled_grid_equals_plain_forward_hooks[24]",
+    "test_the_engines_pass_the_same_operations_in_the_same_order[gpt2]",
 }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.name in LATER or (item.path.stem in AOT_LATER and "aot_eager" in item.name):
+        aot = item.path.stem in AOT_LATER and "aot_eager" in item.name
+        model = item.path.stem == "test_programs" and any(f"[{name}-eager" in item.name for name in ("bert", "neox"))
+        if item.name in LATER or aot or model:  # GPT-2 and Llama stay
             item.add_marker(pytest.mark.slow)
 
 

@@ -327,6 +327,7 @@ model.harvest(slowly(), ["transformer.h.1"], sys.argv[1], shard_size=200, progre
 """
 
 
+@pytest.mark.slow  # stores have theirs in `make test`
 def test_kill_9(tmp_path, monkeypatch):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "a"), "slow"])
     threads = torch.get_num_threads()
