@@ -1,4 +1,4 @@
-"""Activation patching on a real language model, at every layer and position, as one compiled plan.
+"""Activation patching on a real language model, at every layer and position, as one compiled sweep.
 
 "When Mary and John went to the store, John gave a drink to" goes on with " Mary". Where does the model hold
 what it needs for that? Run a corrupted prompt, put one position of one layer's output of the clean run in its
@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from . import weights
 from .errors import NNsightFXError
@@ -32,8 +31,7 @@ from .viz.heatmap import heatmap, load_matplotlib
 Cell = tuple[int, int]  # layer, position
 T = TypeVar("T")
 
-ROWS = 30  # cells a forward: on 2 cores 14 or 15 cost a tenth more a cell, 42 and 60 save nothing
-SAMPLE = 30  # cells run with the hook engine too
+SAMPLE = 30  # cells run with the hook engine too: one at a time, and as the rows of one forward
 BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
 
 
@@ -98,27 +96,29 @@ class Patching:
             score = self._metric().save()
         return score.item()
 
-    def many(self, cells: Sequence[Cell], rows: int, **how: Any) -> torch.Tensor:
-        """Score up to `rows` cells, one a row. Which ones is data: all calls share one compiled plan."""
-        shape, device = (rows, self.shape[1], 1), self.corrupt_ids.device
+    def many(self, cells: Sequence[Cell]) -> torch.Tensor:
+        """Score cells as one batches them by hand: the rows of one forward of the hook engine."""
+        shape, device = (len(cells), self.shape[1], 1), self.corrupt_ids.device
         here = [torch.zeros(shape, dtype=torch.bool, device=device) for _ in self.layers]
         for row, (layer, position) in enumerate(cells):
             here[layer][row, position] = True
-        with torch.no_grad(), self.model.trace(self.corrupt_ids.repeat(rows, 1), **how):
+        with torch.no_grad(), self.model.trace(self.corrupt_ids.repeat(len(cells), 1), compile=False):
             for layer, chosen, clean in zip(self.layers, here, self.stream, strict=True):
                 layer.output = torch.where(chosen, clean, layer.output)
             scores = self._metric().save()
-        return scores[: len(cells)].float().cpu()
+        return scores.float().cpu()
 
-    def grid(self, rows: int) -> torch.Tensor:
-        """Score every cell, (layers, positions), under a progress bar."""
-        scores, cells = [], self.cells
-        with tqdm(total=len(cells), unit="cell", desc="patching") as bar:
-            for start in range(0, len(cells), rows):
-                chunk = cells[start : start + rows]
-                scores.append(self.many(chunk, rows))
-                bar.update(len(chunk))
-        return torch.cat(scores).view(self.shape)
+    def grid(self, chunk: int | None = None) -> torch.Tensor:
+        """Score every cell, (layers, positions), under a progress bar: `model.sweep`, `chunk` cells in a session."""
+        layers, positions = self.shape
+
+        def patch(tracer: Any, layer: int, position: int) -> Any:
+            self.layers[layer].output[:, position] = self.stream[layer][:, position]
+            return self._metric()
+
+        over = {"layer": range(layers), "position": range(positions)}
+        found = self.model.sweep(patch, self.corrupt_ids, over, chunk=chunk or len(self.cells))
+        return found["result"].view(self.shape).float()
 
     def recovered(self, scores: torch.Tensor) -> torch.Tensor:
         """Rescale logit differences: 0 is the corrupted run's, 1 the clean run's."""
@@ -141,13 +141,13 @@ def run(
     *,
     backend: str = "inductor",
     out: Path = Path("demo-out"),
-    rows: int = ROWS,
+    chunk: int | None = None,
     sample: int = SAMPLE,
 ) -> dict[str, Any]:
     """Patch every cell, compare a sample with the hook engine, write `out`/heatmap.png and `out`/scores.json.
 
-    `model` is a hub id, a folder, a LanguageModel, or None for the bundled SmolLM2. Returns what scores.json
-    holds.
+    `model` is a hub id, a folder, a LanguageModel, or None for the bundled SmolLM2; `chunk` cells make a session, by
+    default all. Returns what scores.json holds.
     """
     load_matplotlib()  # before the minutes of work, not after
     _make_folder(out)
@@ -156,15 +156,14 @@ def run(
     _introduce(patching, name)
 
     lm.compile(backend=backend)
-    rows = min(rows, len(patching.cells))
-    print(f"compiling one plan for {rows} cells a forward with {backend} ...", flush=True)
-    _, first = _timed(lambda: patching.many(patching.cells[:rows], rows))
-    scores, compiled = _timed(lambda: patching.grid(rows))
+    print(f"first sweep, which compiles with {backend}, and then a second one ...", flush=True)
+    scores, first = _timed(lambda: patching.grid(chunk))
+    scores, compiled = _timed(lambda: patching.grid(chunk))
     _print_strongest(patching, scores)
 
-    seconds = {"compiled": compiled, "compiled_with_compile_time": first + compiled}
-    report = _describe(patching, name, scores) | {"backend": backend, "rows": rows}
-    report |= _against_hooks(patching, scores, rows, sample, seconds)
+    seconds = {"compiled": compiled, "compiled_with_compile_time": first}
+    report = _describe(patching, name, scores) | {"backend": backend, "chunk": chunk}
+    report |= _against_hooks(patching, scores, sample, seconds)
     _write(patching, name, scores, report, out)
     print(_last_line(report))
     return report
@@ -178,22 +177,22 @@ def _load(model: str | LanguageModel | None) -> tuple[LanguageModel, str]:
     return LanguageModel(str(weights.smollm2()), dtype=torch.float32, dispatch=True), weights.NOTE
 
 
-def _against_hooks(p: Patching, scores: torch.Tensor, rows: int, sample: int, seconds: dict) -> dict[str, Any]:
-    """Time and score some cells with the hook engine: one at a time, and in the compiled plan's batches."""
-    cells = _sampled(p.cells, min(sample, rows))
-    p.one(*cells[0])  # once untimed, as the compiled plan was
-    p.many(cells, rows, compile=False)
+def _against_hooks(p: Patching, scores: torch.Tensor, sample: int, seconds: dict) -> dict[str, Any]:
+    """Time and score some cells with the hook engine: one at a time, and as one batch."""
+    cells = _sampled(p.cells, sample)
+    p.one(*cells[0])  # once untimed, as the compiled sweep was
+    p.many(cells)
     one, one_seconds = _timed(lambda: torch.tensor([p.one(*cell) for cell in cells]))
-    batch, batch_seconds = _timed(lambda: p.many(cells, rows, compile=False))
+    batch, batch_seconds = _timed(lambda: p.many(cells))
     compiled = torch.stack([scores[cell] for cell in cells])
-    forwards = -(-len(p.cells) // rows)
+    scale = len(p.cells) / len(cells)
     return {
         "sampled_cells": [list(cell) for cell in cells],
         "largest_difference": max((compiled - hooks).abs().max().item() for hooks in (one, batch)),
         "seconds": seconds
         | {
-            "hooks_one_at_a_time_scaled": one_seconds * len(p.cells) / len(cells),
-            "hooks_batched_scaled": batch_seconds * forwards,
+            "hooks_one_at_a_time_scaled": one_seconds * scale,
+            "hooks_batched_scaled": batch_seconds * scale,
         },
     }
 
@@ -204,8 +203,8 @@ def _last_line(report: dict[str, Any]) -> str:
     one, batched = s["hooks_one_at_a_time_scaled"], s["hooks_batched_scaled"]
     return (
         f"{layers * len(report['tokens'])} cells: "
-        f"{compiled:.1f} s compiled ({total:.1f} s with compile time), "
-        f"{one:.1f} s with the hook engine one cell at a time and {batched:.1f} s in the same batches "
+        f"{compiled:.1f} s compiled (the first time {total:.1f} s, with compile time), "
+        f"{one:.1f} s with the hook engine one cell at a time and {batched:.1f} s batched by hand "
         f"({len(report['sampled_cells'])} cells timed, scaled), "
         f"ratio {one / compiled:.1f} and {batched / compiled:.1f} "
         f"({one / total:.1f} and {batched / total:.1f} with compile time), "

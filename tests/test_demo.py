@@ -82,12 +82,16 @@ def test_one_cell_equals_plain_forward_hooks(patching, by_hand):
     assert by_hand.unique().numel() == 6, "three layers at the last token, two at the one before"
 
 
-@pytest.mark.parametrize("rows", [7, 24])
-def test_the_compiled_grid_equals_plain_forward_hooks(patching, by_hand, rows):
+@pytest.mark.parametrize("chunk", [7, None])
+def test_the_compiled_grid_equals_plain_forward_hooks(patching, by_hand, chunk):
     patching.model.compile(backend="eager")
-    with assert_max_compiles(1):
-        got = patching.grid(rows)
-    torch.testing.assert_close(got, by_hand, rtol=0, atol=1e-5)
+    torch.testing.assert_close(patching.grid(chunk), by_hand, rtol=0, atol=1e-5)
+    with assert_max_compiles(0):
+        torch.testing.assert_close(patching.grid(chunk), by_hand, rtol=0, atol=1e-5)
+
+
+def test_cells_batched_by_hand_equal_plain_forward_hooks(patching, by_hand):
+    torch.testing.assert_close(patching.many(patching.cells).view(3, 8), by_hand, rtol=0, atol=1e-5)
 
 
 def test_the_ends_of_the_scale(patching):
@@ -103,7 +107,7 @@ def test_tokens_show_both_prompts_where_they_differ(patching):
 
 def test_run_writes_a_picture_and_the_scores_and_ends_with_one_line(patching, by_hand, tmp_path, capsys):
     out = tmp_path / "deep" / "folder"
-    report = demo.run(patching.model, TASK, backend="eager", out=out, rows=5, sample=4)
+    report = demo.run(patching.model, TASK, backend="eager", out=out, chunk=5, sample=4)
     assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "scores.json").read_text(encoding="utf-8")) == report
     torch.testing.assert_close(torch.tensor(report["logit_difference"]), by_hand, rtol=0, atol=1e-5)
