@@ -87,10 +87,10 @@ def cannot_trace(error: Exception) -> bool:
 
 
 def fails(error: Exception) -> bool:
-    """Is it an error of Dynamo's own, and not of what it traces?"""
-    from torch._dynamo.exc import InternalTorchDynamoError
+    """Is it an error of Dynamo's own, or of its fake tensors, and not as the model would raise it?"""
+    from torch._dynamo.exc import InternalTorchDynamoError, TorchRuntimeError
 
-    return isinstance(error, InternalTorchDynamoError)
+    return isinstance(error, InternalTorchDynamoError | TorchRuntimeError)
 
 
 def alone(held: list[torch.Tensor]) -> bool:

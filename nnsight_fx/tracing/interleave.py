@@ -393,7 +393,10 @@ class TensorInterleaver(Interleaver):
         if group is None:
             return new
         start, size = group
-        return torch.cat([leaf.narrow(0, 0, start), new, leaf.narrow(0, start + size, leaf.shape[0] - start - size)])
+        end = start + size
+        before = [leaf.narrow(0, 0, start)] if start else []
+        behind = [leaf.narrow(0, end, leaf.shape[0] - end)] if end < leaf.shape[0] else []
+        return torch.cat([*before, new, *behind])  # no empty parts: they would hang the old leaf's graph on it
 
 
 def observed(leaf: Any, how: Observed) -> Any:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from . import figures
 from .compare import Figures, check
 from .draw import PER_CASE, THEMES, cases
-from .found import FOUND, OPEN
+from .found import FOUND
 
 FULL = os.environ.get("NNSIGHT_FX_FUZZ") == "full"
 PROGRAMS = int(os.environ.get("NNSIGHT_FX_FUZZ_PROGRAMS", "2000" if FULL else "200"))
@@ -71,10 +71,3 @@ def test_a_random_program_is_the_same_on_both_engines(theme):
 def test_what_was_found(name):
     found = check(FOUND[name])
     assert found.ran + found.agreed >= found.programs
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="open: see its row")
-@pytest.mark.parametrize("name", OPEN)
-def test_what_is_open(name):
-    check(OPEN[name])
