@@ -15,6 +15,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from .architectures import KNOWN
 from .programs import ALL, PROGRAMS, Cell, Row, work
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -46,6 +47,7 @@ def page(rows: list[Row], backend: str) -> str:
     notes = [f"- {r.name}: {r.error}" for r in rows if r.error]
     notes += [f"- {r.name}, graph break: {b}" for r in rows for b in r.breaks]
     notes += [f"- {r.name}, fallback: {f}" for r in rows for f in r.fallbacks]
+    notes += [f"- {r.name}, upstream: {KNOWN[r.name]}" for r in rows if r.name in KNOWN]
     notes += [f"- {r.name}, {n}: {c.verdict}: {c.note}" for r in rows for n, c in r.cells.items() if c.note]
     return "\n".join([*lines, "", "## Graph breaks, fallbacks, refusals and red cells", "", *(notes or ["none"]), ""])
 

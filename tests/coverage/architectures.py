@@ -195,3 +195,13 @@ VISION_LANGUAGE = [
 ]  # fmt: skip
 
 ARCHITECTURES = [*DECODERS, *ENCODERS, *PAIRS, *VISIONS, *AUDIO, *VISION_LANGUAGE]
+
+# Reasons that lie upstream, for the rows that fall back.
+KNOWN = {
+    "LLaVA": "a check of the image tokens' number reads a value (`torch_compilable_check`, transformers), so the forward is several "
+    "graphs, and a backward over several runs on hooks",
+    "Qwen2-VL": "`get_rope_index` counts on the values of tokens and of the image grid, which no scan on fakes has: "
+    "https://github.com/pytorch/pytorch/issues/173915",
+    "PaliGemma": "as LLaVA",
+    "resemblyzer (LSTM)": "Dynamo leaves RNNs alone (`torch._dynamo.config.allow_rnn`), so they run live",
+}

@@ -195,7 +195,9 @@ def run(architecture: Architecture, backend: str = "eager") -> Row:
     except Exception as e:
         row.error = f"{type(e).__name__}: {e}"
         return row
-    plain = {**given, "use_cache": False} if hasattr(getattr(raw, "config", None), "use_cache") else given  # no objects
+    config = getattr(raw, "config", None)
+    text = config.get_text_config() if config is not None else None  # of a vision-language model, its language model's
+    plain = {**given, "use_cache": False} if hasattr(text, "use_cache") else given  # no objects
     live, spliced = NNsight(raw), NNsight(raw)
     spliced.compile(backend=backend)
     for name, program in PROGRAMS.items():
