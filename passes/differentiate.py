@@ -85,6 +85,8 @@ class Flow(fx.Interpreter):
                 outputs = [self.env[n] if isinstance(n, fx.Node) else n for n in node.args[0]]  # type: ignore[union-attr]
             elif node not in self.env:
                 self.env[node] = self.step(node)
+        if any(_leaf(x) and i not in self.leaves for i, x in enumerate(given)):
+            raise NotDifferentiable("an input was changed in place, and requires grad since")
         self.requires = [_leaf(x) for x in outputs]
         self.accumulates = [i for i, _ in self.filled]
         return [*outputs, *(g for _, g in self.filled)]

@@ -438,6 +438,13 @@ def fake_like(context: Any, facts: tuple) -> torch.Tensor:
     return made.requires_grad_(requires_grad)
 
 
+def unchanged(context: Any, fake: Any, value: Any) -> Any:
+    """A fake input that requires grad as its value does: written in place while Dynamo traced, it may have come to."""
+    if not isinstance(value, torch.Tensor) or fake.requires_grad == value.requires_grad:
+        return fake
+    return fake_like(context, (fake.shape, fake.stride(), fake.dtype, fake.device, value.requires_grad))
+
+
 def as_leaf(context: Any, fake: Any) -> Any:
     """A fake input in the mode that compilation uses: Dynamo makes a new one when it has captured a graph."""
     if not isinstance(fake, torch.Tensor):

@@ -642,4 +642,26 @@ FOUND = {
             ),
         ),
     ),
+    # Written in place while Dynamo traced, an input's fake came to require grad.
+    "the input becomes a result, behind its backward": Case(
+        net=Net(layers=("alias", "linear"), train=False, grad=True, dynamic=True),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="", kind="input", call=0, leaf=None)),
+                            Read(place=Place(path="", kind="output", call=0, leaf=None)),
+                            Backward(a=1, around=(InPlace(fn="iadd", a=2, b=1, slot=0),), retain=False),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
 }
