@@ -1,0 +1,150 @@
+"""What traces leave in memory, and what one needs at its peak, beside the bare compiled model.
+
+    python bench/memory.py [--traces 1000] [--layers 30] [--tokens 512] [--out bench/results/memory.json]
+
+Growth: Python objects and resident memory over `--traces` traces of a small model, each with other values, a sync point every
+tenth, behind 100 traces to warm up; one process an engine. Peak: resident memory above what was there before a call, of one
+trace with one save, and of a plain `torch.compile` of the model; Llama of SmolLM2's shape, `no_grad`, one process each (Linux:
+`/proc/self/clear_refs`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn as nn
+import transformers
+
+from nnsight_fx import NNsight
+
+if __package__:
+    from .steer import smollm2
+else:
+    from steer import smollm2
+
+ENGINES = ("hooks", "eager", "aot_eager", "inductor")
+MIB = 2**20
+
+
+def growth(engine: str, traces: int) -> dict[str, float]:
+    """Objects and MiB more after `traces` traces."""
+    torch.manual_seed(0)
+    model, me = NNsight(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))), psutil.Process()
+    if engine != "hooks":
+        model.compile(backend=engine)
+
+    def trace(i: int) -> None:
+        with model.trace(torch.randn(2, 16)) as tracer:
+            if i % 10 == 0:
+                assert model[0].output.sum() > -1e9  # a sync point
+            model[0].output[:, i % 16] = float(i)
+            model[2].output = model[2].output + torch.randn(16)
+            tracer.result.save()
+
+    def now() -> tuple[int, int]:
+        gc.collect()
+        return len(gc.get_objects()), me.memory_info().rss
+
+    for i in range(100):
+        trace(i)
+    objects, memory = now()
+    for i in range(traces):
+        trace(i)
+    more, larger = now()
+    return {"objects": more - objects, "rss_mib": (larger - memory) / MIB}
+
+
+def peak(who: str, layers: int, tokens: int) -> dict[str, float]:
+    """MiB above what was resident before, at the peak of a call; the median of five."""
+    module, ids = smollm2(layers), torch.randint(0, 49152, (1, tokens))
+    call: Callable[[], Any]
+    if who == "torch.compile":
+        plain = torch.compile(module)
+
+        def call() -> Any:
+            return plain(input_ids=ids, use_cache=False)
+    else:
+        model = NNsight(module)
+        model.compile()
+
+        def call() -> Any:
+            with model.trace(ids, use_cache=False):
+                saved = model.model.layers[layers // 2].output.save()
+            return saved
+
+    found = []
+    with torch.no_grad():
+        for _ in range(3):
+            call()
+        for _ in range(5):
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+            before = psutil.Process().memory_info().rss
+            call()
+            status = Path("/proc/self/status").read_text()
+            high = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+            found.append((high - before) / MIB)
+    return {"peak_mib": statistics.median(found), "resident_mib": psutil.Process().memory_info().rss / MIB}
+
+
+def alone(*call: Any) -> dict[str, float]:
+    """A measurement in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(call)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(traces: int, layers: int, tokens: int) -> dict[str, Any]:
+    grown = {engine: alone("growth", engine, traces) for engine in ENGINES}
+    peaks = {who: alone("peak", who, layers, tokens) for who in ("trace", "torch.compile")}
+    return {
+        "growth": {"workload": f"{traces} traces, each with other values, a sync point every tenth", **grown},
+        "peak": {
+            "workload": f"one trace with one save, {layers} layers of SmolLM2's shape, 1 x {tokens} tokens, Inductor, no_grad",
+            **peaks,
+            "ratio": peaks["trace"]["peak_mib"] / peaks["torch.compile"]["peak_mib"],
+        },
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "hardware": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "load": os.getloadavg()[0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"traces": 1000, "layers": 30, "tokens": 512}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "memory.json")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        name, *rest = json.loads(args.one)
+        with contextlib.redirect_stdout(sys.stderr):
+            found = {"growth": growth, "peak": peak}[name](*rest)
+        print(json.dumps(found))
+        return
+    found = measure(args.traces, args.layers, args.tokens)
+    print(json.dumps(found, indent=2))
+    args.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
