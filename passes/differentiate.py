@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from nnsight_fx.capture._torch import detect_fake_mode, hook
+from nnsight_fx.capture._torch import detect_fake_mode, enable_python_dispatcher, hook
 
 from .job import Job, NotDifferentiable, backward, gradient, set_gradient, settled, tap
 
@@ -40,7 +40,8 @@ def differentiate(gm: fx.GraphModule, job: Job) -> int:
     assert job.inputs is not None
     flow = Flow(gm)
     fakes = job.inputs()
-    with detect_fake_mode(fakes) or contextlib.nullcontext(), torch.enable_grad():
+    # As AOTAutograd traces: without the Python dispatcher C++ expands to no symbolic size.
+    with detect_fake_mode(fakes) or contextlib.nullcontext(), torch.enable_grad(), enable_python_dispatcher():
         traced = make_fx(flow.values)(*fakes)
     job.requires = flow.requires
     job.accumulates = flow.accumulates

@@ -30,6 +30,7 @@ from typing import Any
 import sympy
 import torch
 import torch._guards
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import (
@@ -59,6 +60,7 @@ __all__ = [
     "GuardOnDataDependentSymNode",
     "UnsupportedOperatorException",
     "detect_fake_mode",
+    "enable_python_dispatcher",
 ]
 SET_GRAD = torch._C._set_grad_enabled
 NoTorchFunction, TorchFunction = torch._C.DisableTorchFunction, torch._C._EnableTorchFunction

@@ -664,4 +664,27 @@ FOUND = {
             ),
         ),
     ),
+    # Tracing a backward without the Python dispatcher, C++ expanded to no symbolic size.
+    "a number beside a value of symbolic sizes, behind a backward": Case(
+        net=Net(layers=("linear",), train=False, grad=True, dynamic=True),
+        programs=(
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="", kind="input", call=0, leaf=None)),
+                            View(fn="select", a=1, slot=0),
+                            Read(place=Place(path="", kind="output", call=0, leaf=None)),
+                            Backward(a=1, around=(Pure(fn="lerp", a=1, b=2, slot=0),), retain=False),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
 }
