@@ -63,7 +63,7 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
             run.hits += 1
             return each
     with _torch.own_sizes(segment.context, segment.fakes, args) as fakes:
-        fakes = [_torch.unchanged(segment.context, *each) for each in zip(fakes, args, strict=False)]
+        fakes = [_torch.unchanged(segment.context, *each) for each in zip(fakes, args, strict=True)]
         made = _compile(segment, run, fakes, args, aliases)
     found.append(made)
     if len(segment.variants) > VARIANTS:

@@ -187,8 +187,8 @@ AMONG_INVOKES = (
 FAKE_STRIDES = "on fake tensors, what the backward needs was changed in place"
 # What a body changed in place behind its backward keeps a graph of the forward that has no backward any more.
 GRAPH_ON_INPUT = "an input was changed in place, and requires grad since"
-# What a Python function gives has no shape yet while Dynamo traces what is written of it.
-APPLIED = "Dynamo could not trace the model with what was written"
+# What a Python function gives has no shape yet while Dynamo traces what is written behind it.
+APPLIED = "a Python function (`tracer.apply`) comes before it"
 
 
 def _round(
