@@ -200,11 +200,6 @@ class Capture:
             return f"hook engine: the body looks at objects, or at a site that no scan could tell{sites.ended()}"
         if self.options.capture == "symbolic" and self.markers.operations.frames(plan):
             return "hook engine: the body looks inside a module (`.source`), which a symbolic capture does not"
-        if plan.written_behind_python:
-            return (
-                "hook engine: what is written has another shape or type, and a Python function (`tracer.apply`) comes before it, which "
-                "no capture can run"
-            )
         if plan.chooses:
             return "hook engine: a `tracer.cond` decides whether the model skips a call, or stops"
         return self.refused.get(plan)

@@ -209,14 +209,6 @@ class InterventionGraph:
         return any(op.kind == CALL and op.effect == "inplace" for op in self.ops)
 
     @cached_property
-    def written_behind_python(self) -> bool:
-        """Must a capture know metadata that are written behind a Python function of the same worker?"""
-        python = {op.invoke: n for n, op in reversed([*enumerate(self.ops)]) if op.kind == APPLY}
-        return self.recapture == "changes" and any(
-            op.kind in (WRITE, SKIP) and python.get(op.invoke, n) < n for n, op in enumerate(self.ops)
-        )
-
-    @cached_property
     def sees_objects(self) -> bool:
         """Does it read leaves that only a live site has: objects, or a structure that no scan could tell?"""
         return bool(self.followed) or any(

@@ -688,8 +688,8 @@ FOUND = {
             ),
         ),
     ),
-    # Only what was written before the Python function was known to the capture.
-    "another shape is written, and behind a Python function the old one": Case(
+    # What was written before a sync point was what the rest was captured for.
+    "another shape is written, and behind a sync point the old one": Case(
         net=Net(layers=("linear",), train=False, grad=False, dynamic=True),
         programs=(
             Program(bodies=(Body(ops=(), rows=2, cache=False, fresh=False),), alone=True, together=False),
