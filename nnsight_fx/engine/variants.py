@@ -13,6 +13,7 @@ from .. import passes
 from ..capture import _torch
 from ..capture.markers import supply
 from ..capture.segment import Segment
+from ..errors import PlanMismatchError
 from ..passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
 from ..tracing import ambient
 from .gradients import differentiable
@@ -62,6 +63,7 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
             run.capture.hits += 1
             run.hits += 1
             return each
+    _check_written(segment, run, args)
     with _torch.own_sizes(segment.context, segment.fakes, args) as fakes:
         fakes = [_torch.unchanged(segment.context, *each) for each in zip(fakes, args, strict=True)]
         made = _compile(segment, run, fakes, args, aliases)
@@ -69,6 +71,20 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     if len(segment.variants) > VARIANTS:
         segment.variants.popitem(last=False)
     return made
+
+
+def _check_written(segment: Segment, run: SplicedRun, args: tuple) -> None:
+    """What comes into the segment is of the kind that it was captured with: behind a sync point another could be written."""
+    for fake, value in zip(segment.fakes, args, strict=True):
+        if not isinstance(fake, torch.Tensor) or not isinstance(value, torch.Tensor):
+            continue
+        sizes = [isinstance(n, int) and n != m for n, m in zip(fake.shape, value.shape, strict=False)]
+        if fake.dim() != value.dim() or fake.dtype != value.dtype or any(sizes):
+            done, line = run.written or ("a site was written", "a write")
+            raise PlanMismatchError(
+                f"{line}: {done} with another shape, dtype or structure after a sync point has begun the captured run, which cannot "
+                "take it any more. Write it before the sync point, or trace with `compile=False`."
+            )
 
 
 def _aliases(run: SplicedRun, args: tuple) -> dict[tuple[int, int], tuple[int, tuple | None]]:

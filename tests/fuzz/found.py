@@ -5,6 +5,7 @@ from __future__ import annotations
 from .compare import Case
 from .nets import Net, Place
 from .verbs import (
+    Apply,
     Augment,
     Backward,
     Body,
@@ -676,6 +677,31 @@ FOUND = {
                             View(fn="select", a=1, slot=0),
                             Read(place=Place(path="", kind="output", call=0, leaf=None)),
                             Backward(a=1, around=(Pure(fn="lerp", a=1, b=2, slot=0),), retain=False),
+                        ),
+                        rows=2,
+                        cache=False,
+                        fresh=False,
+                    ),
+                ),
+                alone=True,
+                together=False,
+            ),
+        ),
+    ),
+    # What was written before a sync point was what the rest was captured for.
+    "another shape is written, and behind a sync point the old one": Case(
+        net=Net(layers=("linear",), train=False, grad=False, dynamic=True),
+        programs=(
+            Program(bodies=(Body(ops=(), rows=2, cache=False, fresh=False),), alone=True, together=False),
+            Program(
+                bodies=(
+                    Body(
+                        ops=(
+                            Read(place=Place(path="", kind="input", call=0, leaf=None)),
+                            View(fn="select", a=1, slot=0),
+                            Write(place=Place(path="", kind="input", call=0, leaf=None), a=1, fits=False),
+                            Apply(a=1),
+                            Write(place=Place(path="", kind="input", call=0, leaf=None), a=3, fits=False),
                         ),
                         rows=2,
                         cache=False,
