@@ -32,9 +32,9 @@ from .errors import InvokeError, NestedTraceError, UnknownModuleError, nearest
 from .explain import Explanation
 from .harvest.activations import Activations
 from .harvest.harvest import harvest
+from .program import Program
 from .sweep.results import Results
 from .sweep.session import Session
-from .program import Program
 from .sweep.sweep import sweep
 from .tracing import tree
 from .tracing.contexts import Tracer

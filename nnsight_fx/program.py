@@ -55,7 +55,13 @@ class Program:
         model.dispatch()
         leaves, spec = tree.flatten((args, kwargs))
         batch, signature = self._signature(inputs)
-        key = (signature, spec, self._described(leaves), *model._edits, getattr(model._capture_for(self._of("compile")), "options", None))
+        key = (
+            signature,
+            spec,
+            self._described(leaves),
+            *model._edits,
+            getattr(model._capture_for(self._of("compile")), "options", None),
+        )
         known = self.recordings.get(key)
         if known is not None:
             self.runs["recorded"] += 1

@@ -47,7 +47,11 @@ def steer(model: NNsight):
 
 def draw(seed: int, rows: int = 2):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 4, generator=generator), torch.randn((), generator=generator), torch.randn(4, generator=generator)
+    return (
+        torch.randn(rows, 4, generator=generator),
+        torch.randn((), generator=generator),
+        torch.randn(4, generator=generator),
+    )
 
 
 def check(program, module, x, alpha, vector, **kwargs):
@@ -241,7 +245,9 @@ def test_what_a_recording_does_not_hold_is_traced_each_time(engine):
 @engines
 def test_errors(engine):
     model, x = wrap(net(), engine), torch.randn(2, 4)
-    with pytest.raises(NotRecordableError, match=r"test_program\.py:\d+: a program's body returns recorded values.*a float"):
+    with pytest.raises(
+        NotRecordableError, match=r"test_program\.py:\d+: a program's body returns recorded values.*a float"
+    ):
         model.program(lambda tracer: (model.output, 1.0))(x)
     with pytest.raises(TypeError, match=r"test_program\.py:\d+: an argument of a program"):
         model.program(lambda tracer, many: model.output)(x, {1})
@@ -322,7 +328,7 @@ def test_a_language_model(engine):
         return {"logits": model.lm_head.output[:, -1]}
 
     program = model.program(body, use_cache=False)
-    for seed in range(3):
+    for _ in range(3):
         ids, v = torch.randint(0, 50, (1, 5)), torch.randn(16)
         with model.trace(ids, compile=False, use_cache=False):
             model.transformer.h[0].output[:, -1] += v
