@@ -96,7 +96,20 @@ def memory() -> list[str]:
     ]
 
 
-SECTIONS = (sweep, steer, memory)
+def recording() -> list[str]:
+    found = kept("recording")
+    if found is None:
+        return []
+    rows = [[name, f"{us:.0f}", f"{us / found['us']['nnsight 0.8.1, one']:.2f}"] for name, us in found["us"].items()]
+    saves = ", ".join(f"{who} {us:.1f}" for who, us in found["us_a_save"].items())
+    return [
+        f"## Our Python: {found['workload']}",
+        f"`python bench/recording.py`. {machine(found)} Microseconds a further save: {saves}.",
+        table(["", "us a call", "over nnsight's with one save"], rows),
+    ]
+
+
+SECTIONS = (sweep, steer, recording, memory)
 
 
 def short() -> str:

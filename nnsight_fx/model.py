@@ -32,6 +32,7 @@ from .errors import InvokeError, NestedTraceError, UnknownModuleError, nearest
 from .explain import Explanation
 from .harvest.activations import Activations
 from .harvest.harvest import harvest
+from .program import Program
 from .sweep.results import Results
 from .sweep.session import Session
 from .sweep.sweep import sweep
@@ -261,6 +262,22 @@ class NNsight(Edits, Envoy):
     def harvest(self, dataset: Iterable, sites: Any, out: Any, **options: Any) -> Activations:
         """Write the activations of a data set to the folder `out`; see `nnsight_fx.harvest.harvest`."""
         return harvest(self, dataset, sites, out, **options)
+
+    def program(self, fn: Callable[..., Any], *, stop: bool = False, **options: Any) -> Program:
+        """`fn(tracer, *args)` as a function `program(inputs, *args)`, recorded once for each kind of input; see `Program`.
+
+        `stop` ends each forward behind the last site of the body. `options` are keywords of every trace: `compile`, `fn`, `pad_to`, and the model's own.
+
+        ```python
+        def steered(tracer, alpha, vector):
+            model.transformer.h[5].output += alpha * vector
+            return model.lm_head.output[:, -1]
+
+        program = model.program(steered)
+        logits = program(prompt, torch.tensor(2.0), vector)
+        ```
+        """
+        return Program(self, fn, stop, options)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What ran how: engine, segments and graph breaks, compiles, passes, what ran outside captured code, the latest trace.

@@ -40,11 +40,11 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
         for name in ("_tape", "_key", "_fake", "_line"):
             vars(lazy).pop(name, None)
         delivered.append((_bytes(held[0]), held[0].grad_fn is not None))
-        _torch.swap(lazy, _own(held))
+        _torch.swap(lazy, own(held))
     return delivered
 
 
-def _own(held: list[torch.Tensor]) -> torch.Tensor:
+def own(held: list[torch.Tensor]) -> torch.Tensor:
     """A tensor that nobody else holds: the one in the list where it lies on an autograd graph and is ours alone, so that later gradients
     find it there; else an alias, which shares storage and version counter."""
     if held[0].grad_fn is not None and _torch.alone(held):

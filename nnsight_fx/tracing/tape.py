@@ -418,6 +418,12 @@ class Tape:
             self.constants.append(tensor)
         return key
 
+    def lend(self, tensor: torch.Tensor) -> LazyTensor:
+        """A real tensor as a recorded value of its own: all that the body does with it is recorded."""
+        key = ("c", len(self.constants), facts(tensor))
+        self.constants.append(tensor)
+        return self._lazy(key, self.fake_of(key), user_line())
+
     def _number_key(self, number: Lifted) -> Key:
         if number.written is not None:
             self.negative[len(self.constants)] = number.written
