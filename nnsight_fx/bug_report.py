@@ -39,7 +39,7 @@ def write(tracer: Any, path: str | os.PathLike, inputs: bool = False) -> None:
     captures = host.explain().captures
     for i, segment in enumerate(s for capture in captures for s in capture.segments):
         parts[f"segment_{i}.py"] = segment.gm.print_readable(print_output=False)
-    entries = [inner for capture in captures for _, inner in capture.entries.values() if inner is not None]
+    entries = [e.inner for capture in captures for e in capture.entries.values() if e.inner is not None]
     parts["guards.txt"] = "\n\n".join(text for inner in entries for text in guards(inner)) + "\n"
     if inputs:
         given = [leaf for wave in tracer.waves for b in wave.batches for leaf in tree.flatten((b.args, b.kwargs))[0]]

@@ -48,7 +48,7 @@ class Explanation:
 
 
 def _of(capture: Capture) -> dict[str, Any]:
-    entries = _torch.recompiles([inner for _, inner in capture.entries.values() if inner is not None])
+    entries = _torch.recompiles([e.inner for e in capture.entries.values() if e.inner is not None])
     limit = _torch.patience(len(capture.markers.paths))
     before, report = capture.nodes, capture.last[-1] if capture.last else []
     passes = []

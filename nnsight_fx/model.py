@@ -302,7 +302,9 @@ class NNsight(Edits, Envoy):
 
     def _prepare(self, args: tuple, kwargs: dict) -> Batch:
         """One invoke's input, on the model's device; where its weights are not loaded, as it came."""
-        device = None if self.device == torch.device("meta") else self.device
+        device = self.device
+        if device is not None and device.type == "meta":
+            device = None
         leaves, spec = tree.flatten((args, kwargs))
         moved = [x.to(device) if isinstance(x, torch.Tensor) and device is not None else x for x in leaves]
         if any(a is not b for a, b in zip(leaves, moved, strict=True)):  # else the model gets the user's own lists
@@ -435,9 +437,9 @@ class NNsight(Edits, Envoy):
                 return sites.replay(wave.tape, plan, constants[len(wave.tape.constants) :]).stop_site
 
             def entry(half: Any) -> Any:
-                return capture.entry(self._module, fn, half, frames)(batch.args, batch.kwargs)
+                return capture.entry(self._module, fn, half, frames)
 
-            run.start(capture, stop_at, sites, entry, removes)
+            run.start(capture, stop_at, sites, entry, (batch.args, batch.kwargs), removes)
         return run
 
     def _cache(

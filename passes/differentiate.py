@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from nnsight_fx.capture._torch import detect_fake_mode, enable_python_dispatcher, hook
+from nnsight_fx.capture._torch import detect_fake_mode, enable_python_dispatcher, hook, no_python_dispatcher
 
 from .job import Job, NotDifferentiable, backward, gradient, set_gradient, settled, tap
 
@@ -143,6 +143,12 @@ class Flow(fx.Interpreter):
         if new is not None and new not in self.env:
             raise NotDifferentiable("a gradient is set with one that comes after it")
         return None if new is None else self.env[new]
+
+    def run_node(self, n: fx.Node) -> Any:
+        # Written in Python, dropout draws otherwise, and one that drops nothing copies, where eager's gives back its input.
+        dropout = getattr(n.target, "__name__", "") in ("dropout", "dropout_")
+        with no_python_dispatcher() if dropout else contextlib.nullcontext():
+            return super().run_node(n)
 
     def ready(self, node: fx.Node) -> bool:
         return all(n in self.env for n in node.all_input_nodes)

@@ -21,16 +21,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import sympy
 import torch
 import torch._guards
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import (
@@ -61,6 +62,7 @@ __all__ = [
     "UnsupportedOperatorException",
     "detect_fake_mode",
     "enable_python_dispatcher",
+    "no_python_dispatcher",
 ]
 SET_GRAD = torch._C._set_grad_enabled
 NoTorchFunction, TorchFunction = torch._C.DisableTorchFunction, torch._C._EnableTorchFunction
@@ -471,6 +473,7 @@ def break_of(gm: torch.fx.GraphModule) -> tuple[str, str] | None:
     return reason, f"{line.filename}:{line.lineno}" if line is not None else "an unknown line"
 
 
+_TABLE = re.compile(r"\._forward_(pre_)?hooks")
 RECOMPILES = 64  # captures of one entry; Dynamo's own default is 8
 
 
@@ -478,6 +481,13 @@ def patience(modules: int) -> int:
     """How many captures one frame may have: behind graph breaks, modules of one class share the frames of their code."""
     config: Any = torch._dynamo.config
     return max(RECOMPILES, config.recompile_limit, 4 * modules)
+
+
+def needs_hooks(function: Callable) -> bool:
+    """Does the code of any capture of a function get at what a hook holds, as it does for lists that one appends to?"""
+    entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
+    used = [name for entry in entries for name in (*entry.code.co_names, *entry.code.co_consts)]
+    return any(isinstance(name, str) and _TABLE.search(f".{name}") for name in used)
 
 
 def guards(function: Callable) -> list[str]:
@@ -507,13 +517,23 @@ def capturing(modules: int) -> Iterator[None]:
         config.specialize_float, config.recompile_limit, config.accumulated_recompile_limit = old
 
 
-def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, fullgraph: bool) -> Callable:
-    """`torch.compile`, without the guards on what our hooks are made of: they never change. The user's keep theirs.
+class NotCaptured(Exception):
+    """No capture holds for a call."""
+
+
+def dynamo_compile(
+    function: Callable, backend: Callable, dynamic: bool | None, fullgraph: bool
+) -> tuple[Callable, Callable]:
+    """`torch.compile`, without the guards on tables of hooks: whoever calls this asks for another function when the user's hooks
+    change, and ours never do. What is in the closures of the user's hooks keeps its guards.
+
+    Returns the compiled function, and one that runs what was captured and raises `NotCaptured`, before anything ran, where
+    none of it holds.
 
     Behind a graph break Dynamo captures frames one by one, and modules of one class share a frame: there it looks at which
     module of the model a hook belongs to, and at how often it was called.
     """
-    tables, root = ("_forward_hooks[", "_forward_pre_hooks["), function.__code__.co_freevars
+    root = function.__code__.co_freevars
 
     def tells(guard: Any) -> bool:
         path = guard.guard_type == "CONSTANT_MATCH" and guard.has_value and isinstance(guard.value, str)
@@ -525,14 +545,22 @@ def dynamo_compile(function: Callable, backend: Callable, dynamic: bool | None, 
             for guard in guards
             if guard.guard_type == "CLOSURE_MATCH" and guard.has_value and not _library(guard.value)
         )
-        return [
-            guard.name.startswith(user) or not any(t in guard.name for t in tables) or tells(guard) for guard in guards
-        ]
+        return [guard.name.startswith(user) or not _TABLE.search(guard.name) or tells(guard) for guard in guards]
 
     weakref.finalize(
         function, torch._dynamo.eval_frame.reset_code, function.__code__
     ).atexit = False  # what it holds knows it
-    return torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)(function)
+    context: Any = torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)
+    return context(function), _cached_only(context, function)
+
+
+def _cached_only(context: Any, function: Callable) -> Callable:
+    def refuse(*_: Any) -> NoReturn:
+        raise NotCaptured
+
+    callback: Any = refuse
+    callback._torchdynamo_orig_backend = context.callback  # the captures to look among
+    return torch._dynamo.eval_frame._TorchDynamoContext(callback)(function)
 
 
 def _library(hook: Any) -> bool:

@@ -229,11 +229,25 @@ def _replaced(value: Any, path: str, kind: str, call: int, half: Replacement) ->
     return (_filled(value, half.spec, new, 0) if _alike(value, half.spec) else _build(half.spec, new, 0))[0]
 
 
+class Holding:
+    """Keeps objects while their ids are compared: part of a key, and equal to any other."""
+
+    def __init__(self, objects: list):
+        self.objects = objects
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Holding)
+
+
 class Markers:
     """The hooks of one wrapped model, ready to be put on its modules for the length of a run."""
 
     def __init__(self, root: nn.Module):
         self.paths: dict[nn.Module, str] = {m: name for name, m in root.named_modules()}
+        self.states = [m.__dict__ for m in self.paths]
         self.hooks = {m: self._hooks(path) for m, path in self.paths.items()}
         self.half: dict[tuple[str, str, int], Replacement] | None = None  # the capture half of the active run
         self.stop_at: tuple[str, str, int] | None = None
@@ -298,6 +312,18 @@ class Markers:
         ours = (self.skippers.get(module), self.operations.bodies.get(self.paths[module]))
         return self.originals[module] if any(now is f for f in ours if f is not None) else now
 
+    def own(self) -> tuple:
+        """What the user, or a library, has put on the modules: hooks, and functions in place of `forward`. A function is its
+        code, as it is to Dynamo, which guards what is in its closure."""
+        found: list = []
+        for state in self.states:
+            before, after = state["_forward_pre_hooks"], state["_forward_hooks"]
+            if before or after or "forward" in state or "_compiled_call_impl" in state:
+                functions = (*before.values(), *after.values(), state.get("forward"), state.get("_compiled_call_impl"))
+                found += (before, after, *(getattr(f, "__code__", f) for f in functions))
+                found += (getattr(f, "__self__", None) for f in functions)
+        return tuple(map(id, found)), Holding(found)
+
     def skipper(self, module: nn.Module, skip: Callable) -> Callable:
         """The `forward` that a skipped module has for the length of a run; one function a module, as Dynamo guards on it."""
         self.skip_live[module] = skip
@@ -324,7 +350,7 @@ class Markers:
         undo: list[Callable[[], None]] = []
         try:
             self.operations.bodies, self.operations.inner = {}, {}
-            for module, name, own in _uncompiled(self.paths):
+            for module, name, own in uncompiled(self.paths):
                 undo += [override(module, own, name), *filter(None, [seen_by_dynamo(module)])]
             for module, body in list(self.operations.use(frames)):
                 if self.paths[module] not in skips:  # else what replaces it calls this body
@@ -399,7 +425,7 @@ def _insert(table: dict, hook: Callable, comes_after: Callable[[Any], bool]) -> 
     table.update(later)
 
 
-def _uncompiled(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Callable | None]]:
+def uncompiled(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Callable | None]]:
     """`(module, attribute, what the user compiled)` for each module that he did: compiled code passes no markers."""
     found: list[tuple[nn.Module, str, Callable | None]] = []
     for m in modules:

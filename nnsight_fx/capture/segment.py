@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -56,6 +57,11 @@ class Segment:
     def sites(self) -> list[tuple[str, str]]:
         """`(path, kind)` of its sites, in order."""
         return list(dict.fromkeys((n.args[1], n.args[2]) for n in self.gm.graph.nodes if n.target in (site, supply)))  # type: ignore[misc]
+
+    @functools.cached_property
+    def whole(self) -> bool:
+        """Is all of the model in it?"""
+        return {("", "input"), ("", "result")} <= set(self.sites)
 
     def tail(self, last: int, call: int) -> tuple[Segment, list[int], list[int]]:
         """What comes after node `last`, a marker of that call of its site: a segment of its own, and the nodes whose values it takes.

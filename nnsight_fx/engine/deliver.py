@@ -14,6 +14,8 @@ from ..tracing.lazy import LazyTensor
 from ..tracing.saving import put_objects
 from ..tracing.tape import Tape
 
+_RECORDED = ("_tape", "_key", "_fake", "_line")
+
 
 def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]) -> list[tuple[int, bool]]:
     """Turn every saved value that was computed into the real tensor; `release` makes the runs let go of theirs.
@@ -37,8 +39,9 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
         lazy, held = found.pop()
         if not isinstance(held[0], torch.Tensor):  # the scan took it for one
             continue
-        for name in ("_tape", "_key", "_fake", "_line"):
-            vars(lazy).pop(name, None)
+        own_state = vars(lazy)
+        for name in _RECORDED:
+            own_state.pop(name, None)
         delivered.append((_bytes(held[0]), held[0].grad_fn is not None))
         _torch.swap(lazy, own(held))
     return delivered
@@ -50,12 +53,17 @@ def own(held: list[torch.Tensor]) -> torch.Tensor:
     if held[0].grad_fn is not None and _torch.alone(held):
         return held.pop()
     real = held.pop()
-    with torch.inference_mode(real.is_inference()), torch.set_grad_enabled(real.requires_grad):
-        return (
-            real.view_as(real)
-            if real.layout is torch.strided or real.requires_grad or real.is_inference()
-            else real.detach()
-        )
+    inference, grad = real.is_inference(), real.requires_grad
+    if inference is torch.is_inference_mode_enabled() and grad is torch.is_grad_enabled():
+        return _alias(real)
+    with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        return _alias(real)
+
+
+def _alias(real: torch.Tensor) -> torch.Tensor:
+    if real.layout is torch.strided or real.requires_grad or real.is_inference():
+        return real.view_as(real)
+    return real.detach()
 
 
 def _bytes(x: torch.Tensor) -> int:

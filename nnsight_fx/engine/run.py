@@ -58,7 +58,7 @@ class Run(TensorInterleaver):
             self.work(None)
             if self.stopping:
                 raise Stopped
-            with _torch.as_compiled(), live(self, self.everything):
+            with _torch.as_compiled(), self.around():
                 self.result = self.pass_site("", "result", self.call())
         except Stopped:
             pass
@@ -67,6 +67,10 @@ class Run(TensorInterleaver):
             raise
         finally:
             active.run = outer
+
+    def around(self) -> contextlib.AbstractContextManager:
+        """Around the model: what makes its sites call `pass_site`."""
+        return live(self, self.everything)
 
     def until(self, plan: InterventionGraph, state: State) -> Callable[[Key], Any]:
         """Run as far as the plan's last operation, a sync, needs; returns the look-up of values."""

@@ -139,11 +139,14 @@ class Scanner:
     def skeleton(self) -> nn.Module:
         """The structural copy, made anew when parameters changed their dtype, device or gradient flag."""
         state = tuple(
-            (id(t), t.dtype, t.device, t.requires_grad)
-            for m in self.modules
-            for table in (m._parameters, m._buffers)
-            for t in table.values()
-            if t is not None
+            [
+                (id(t), t.dtype, t.device, t.requires_grad)
+                for m in self.modules
+                for table in (m._parameters, m._buffers)
+                if table
+                for t in table.values()
+                if t is not None
+            ]
         )
         if self._copy is None or self._copy[0] != state:
             if self._copy is not None:

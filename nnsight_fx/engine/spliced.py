@@ -19,7 +19,7 @@ from .. import passes
 from ..capture import _torch
 from ..capture._torch import FakeTensor, detect_fake_mode
 from ..capture._transformers import settle
-from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, anchor, mark, site, supply
+from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, anchor, mark, site, supply, uncompiled
 from ..capture.scan import callee
 from ..capture.segment import Segment
 from ..capture.symbolic import Untraceable
@@ -32,7 +32,7 @@ from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
 from ..tracing.plan import MODULE, OBJECT, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
 from . import gradients
-from .run import Run
+from .run import Run, live
 from .sites import FakeInterleaver
 from .symbolic import Symbolic
 from .variants import extras, variant
@@ -40,6 +40,7 @@ from .variants import extras, variant
 _serial = itertools.count()
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 ENTRIES = 128  # captures kept a model and set of options
+MISSES = 3  # how often an entry may look for its capture in vain before it stops trying without hooks
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,17 @@ class Options:
     fullgraph: bool = False
     options: tuple = ()
     capture: str = "dynamo"
+
+
+@dataclass
+class Entry:
+    """A function of the model that is captured."""
+
+    call: Callable
+    inner: Callable | None = None  # what Dynamo evaluates
+    cached: Callable | None = None  # runs what is captured, and raises `NotCaptured` where nothing fits
+    whole: bool = False  # was it captured in one graph, so that no hook has anything to do any more
+    missed: int = 0  # how often nothing fitted, though it was there
 
 
 @dataclass
@@ -68,8 +80,8 @@ class Capture:
     segments: list[Segment] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
-    rowwise: dict[str | None, Callable] = field(default_factory=dict)  # what captures a function for any number of rows
-    entries: OrderedDict[tuple, tuple[Callable, Any]] = field(default_factory=OrderedDict)
+    rowwise: dict[tuple, Callable] = field(default_factory=dict)  # what captures a function for any number of rows
+    entries: OrderedDict[tuple, Entry] = field(default_factory=OrderedDict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
     nodes: int = 0  # of the segment that was compiled last, before its passes
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
@@ -102,14 +114,15 @@ class Capture:
         fn: str | None,
         plan: InterventionGraph | None,
         frames: frozenset[str] = frozenset(),
-    ) -> Callable:
+    ) -> Entry:
         """The captured function that runs a plan: one for all plans that leave the model's Python alone and look into the
         same modules, else one a plan."""
-        key = (fn, plan, frames)
+        key = (fn, plan, frames, self.markers.own())
         if key not in self.entries:
             settle(module)
+            key = (fn, plan, frames, self.markers.own())
         if key not in self.entries and self.options.capture == "symbolic":
-            self.entries[key] = (Symbolic(module, fn, self.markers, self.add, self.drop), None)
+            self.entries[key] = Entry(Symbolic(module, fn, self.markers, self.add, self.drop))
         elif key not in self.entries:
             inner = entry_point(module, fn)
             own = weakref.WeakMethod(self.backend)  # Dynamo keeps it with the code, where no collector sees the ring
@@ -117,21 +130,22 @@ class Capture:
             def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
                 return own()(gm, inputs)  # type: ignore[misc]
 
-            compiled = _torch.dynamo_compile(inner, backend, self.options.dynamic, self.options.fullgraph)
-            self.entries[key] = (compiled, inner)
+            call, cached = _torch.dynamo_compile(inner, backend, self.options.dynamic, self.options.fullgraph)
+            self.entries[key] = Entry(call, inner, cached)
         self.entries.move_to_end(key)
         if len(self.entries) > ENTRIES:
-            (_, old, _), _ = self.entries.popitem(last=False)
+            (_, old, *_), _ = self.entries.popitem(last=False)
             self.segments = [s for s in self.segments if old is None or s.plan is not old]
-        return self.entries[key][0]
+        return self.entries[key]
 
     def shares(self, fn: str | None, plan: InterventionGraph) -> bool:
         """Can a plan that leaves parts out be tried in the graph of all plans: is there one, and none for it alone?"""
         pure = any(s.pure and s.plan is None for s in self.segments)
+        own = self.markers.own()
         return (
             pure
-            and (fn, None, frozenset()) in self.entries
-            and (fn, plan, frozenset()) not in self.entries
+            and (fn, None, frozenset(), own) in self.entries
+            and (fn, plan, frozenset(), own) not in self.entries
             and plan not in self.unfit
         )
 
@@ -272,13 +286,15 @@ class SplicedRun(Run):
         capture: Capture,
         stop_at: Callable[[], Site | None],
         sites: Any,
-        entry: Callable[[InterventionGraph | None], Any],
+        entry: Callable[[InterventionGraph | None], Entry],
+        inputs: tuple,
         removes: bool = False,
     ) -> SplicedRun:
         self.capture, self.sites, self.stop_at, self.everything = capture, sites, stop_at, True
         self.removes = removes
         self.skeleton = lambda path: sites.scanner.skeleton().get_submodule(path)
         self.segments_run = 0
+        self.segment: Segment | None = None  # the one that ran last
         self.frames = self.owner.operations.frames(self.plan)
         self.live_sites: set[str] = set()
         self.result_marked = False
@@ -287,8 +303,7 @@ class SplicedRun(Run):
         def call() -> Any:
             self.capture_half = plan if plan.recapture and not self.removes else None
             try:
-                with self.half(self.capture_half), _torch.capturing(len(self.owner.paths)):
-                    return entry(self.capture_half)
+                return self._captured(entry(self.capture_half), inputs)
             except (NotDifferentiable, Untraceable) as why:  # nothing has run yet
                 if self.removes:
                     raise Unfit from why  # hooks skip by an override, of which such a run has none
@@ -308,10 +323,34 @@ class SplicedRun(Run):
                     f"hook engine: Dynamo could not trace the model with what was written ({type(error).__name__}: {reason})"
                 )
             self.on_hooks, self.segments_run = True, 0
-            return plain()  # the model's own exception, or its result
+            with live(self, self.everything):
+                return plain()  # the model's own exception, or its result
 
         self.call = call
         return self
+
+    def _captured(self, entry: Entry, inputs: tuple) -> Any:
+        """The model through an entry: by what is captured already, where that is all of it, with no hook on any module."""
+        missed = False
+        if entry.whole and not self.frames and not self.skips and entry.cached is not None:
+            try:
+                with self.half(self.capture_half):
+                    return entry.cached(*inputs)
+            except _torch.NotCaptured:
+                missed = True
+        captures = self.capture.captures
+        with self.half(self.capture_half), _torch.capturing(len(self.owner.paths)), live(self, self.everything):
+            result = entry.call(*inputs)
+        if missed and captures == self.capture.captures:
+            entry.missed += 1
+            entry.whole = False
+        if entry.inner is not None and entry.missed < MISSES:
+            one = self.segments_run == 1 and self.segment is not None and self.segment.whole
+            entry.whole = one and not uncompiled(self.owner.paths) and not _torch.needs_hooks(entry.inner)
+        return result
+
+    def around(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()  # `_captured` decides
 
     def fall_back(self, why: str) -> None:
         self.capture.fall_back(why)
@@ -363,6 +402,7 @@ class SplicedRun(Run):
     def run_segment(self, segment: Segment, args: tuple) -> Any:
         """One captured segment: its variant for this plan; cut where the plan needs real values."""
         self.segments_run += 1
+        self.segment = segment
         while True:
             found = variant(segment, self, args)
             for n in sorted(found.exit.done - self.done):

@@ -38,9 +38,11 @@ def captured(host: Any, capture: Capture, fn: str | None, batch: Any) -> tuple[S
     """
     if capture.options.capture == "symbolic":
         raise Mixed("a symbolic capture is for one number of rows")
-    if fn not in capture.rowwise:
+    key = (fn, host._markers.own())
+    if key not in capture.rowwise:
         settle(host._module)
-        capture.rowwise[fn] = _torch.dynamo_compile(entry_point(host._module, fn), _backend, False, True)
+        key = (fn, host._markers.own())
+        capture.rowwise[key], _ = _torch.dynamo_compile(entry_point(host._module, fn), _backend, False, True)
     for x in tree.flatten((batch.args, batch.kwargs))[0]:
         if isinstance(x, torch.Tensor):
             _torch.any_size(x, 0)
@@ -48,7 +50,7 @@ def captured(host: Any, capture: Capture, fn: str | None, batch: Any) -> tuple[S
     outer, active.run = getattr(active, "run", None), None
     try:
         with markers.installed(list(markers.paths), {}), _torch.capturing(len(markers.paths)):
-            capture.rowwise[fn](batch.args, batch.kwargs)
+            capture.rowwise[key](batch.args, batch.kwargs)
     except Captured as found:
         return found.segment, list(found.args)
     except Exception as error:

@@ -33,6 +33,19 @@ def current() -> Ambient:
     )
 
 
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def plain(ambient: Ambient) -> bool:
+    """Do recorded modes without autocast hold now? The answer that costs next to nothing."""
+    return (
+        torch.is_grad_enabled() is ambient.grad
+        and torch.is_inference_mode_enabled() is ambient.inference
+        and not _any_autocast()
+        and not any(enabled for _, enabled, _ in ambient.autocast)
+    )
+
+
 @contextlib.contextmanager
 def under(ambient: Any) -> Iterator[None]:
     """Run a block under recorded modes; `None` means those that hold."""

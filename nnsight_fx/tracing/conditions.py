@@ -75,6 +75,7 @@ class Conditions:
     def __init__(self, tape: Tape):
         self.tape = tape
         self.blocks: list[Condition] = []  # the open ones, outermost first; the trace's own list
+        self.used = False  # has anything been recorded that depends on a condition
         self.saves: dict[int, tuple[Key, ...]] = {}  # id of a value that is saved in blocks only -> what must hold
 
     def open(self) -> tuple[Key, ...]:
@@ -83,7 +84,7 @@ class Conditions:
 
     def of(self, kind: str, keys: Any) -> tuple[Key, ...]:
         """What must hold for an operation of `kind` on arguments `keys`."""
-        if kind in ALWAYS:
+        if kind in ALWAYS or not (self.blocks or self.used):
             return ()
         when = tuple(dict.fromkeys([*self.open(), *self._made(references(keys))]))
         if when and kind in NEVER:
@@ -98,7 +99,8 @@ class Conditions:
 
     def save(self, lazy: LazyTensor) -> None:
         """A value is saved here: undefined after the trace where the open blocks do not hold, unless it is saved elsewhere."""
-        here = self.open()
+        here = self.open() if self.blocks else ()
+        self.used = self.used or bool(here)
         if id(lazy) not in self.tape.saved and here:
             self.saves[id(lazy)] = here
         elif not here:
@@ -106,6 +108,8 @@ class Conditions:
 
     def hold(self, lazy: LazyTensor, value: Callable[[Key], Any]) -> bool:
         """Has the run made a value, and saved it?"""
+        if not self.used:
+            return True
         when = [*self._made([lazy._key[1:3]] if lazy._key[0] == "v" else []), *self.saves.get(id(lazy), ())]
         try:
             return all(held.is_meta or bool(held) for held in map(value, when))  # a scan cannot tell

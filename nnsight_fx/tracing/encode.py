@@ -72,17 +72,8 @@ class Lifted:
         self.kind, self.value, self.written = kind, value, written
 
 
-LITERALS = (
-    int,
-    bool,
-    str,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-    type(Ellipsis),
-    Keep,
+LITERALS = frozenset(
+    {int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis), Keep}
 )
 
 

@@ -55,6 +55,8 @@ class Cursor:
     def call(self, path: str, kind: str) -> int:
         """The call, in the open forward, of the occurrence of a site that is meant; opens the forward that has it."""
         tracer, hit = self.tracer, self.hit
+        if hit is None and self.pin is None and not self.moved and tracer.generation is None:
+            return 0  # or never: the run says what there is to say
         moved = self.moved.get(path, 0)
         if hit is None:
             want = (self.pin or 0) + moved
@@ -79,8 +81,6 @@ class Cursor:
                 return want - before
             if tracer.can_advance:
                 tracer.advance()
-            elif tracer.generation is None and self.pin is None and not self.moved:
-                return want - before  # the run says what there is to say
             else:
                 seen = before + tracer.calls(path, kind, tracer.step)
                 raise Never(

@@ -6,6 +6,7 @@ can compute on it in silence: below the Python API it always raises.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -31,10 +32,15 @@ class Line(NamedTuple):
         return f"{self.filename}:{self.lineno}"
 
 
+@functools.cache
+def _internal(filename: str) -> bool:
+    return filename.startswith(_INTERNAL)
+
+
 def user_line() -> Line:
     """The innermost line that is neither this package's nor torch's."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
+    while frame.f_back is not None and _internal(frame.f_code.co_filename):
         frame = frame.f_back
     return Line(frame.f_code.co_filename, frame.f_lineno)
 

@@ -81,11 +81,18 @@ class SiteMeta(NamedTuple):
     unsure: bool = False  # did the scan guess, so that a read must look whether it was right
     sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
 
+    @property
+    def opaque(self) -> bool:
+        return any(type(x) is Opaque for x in self.leaves)
+
 
 class Opaque(NamedTuple):
     """A leaf that is an object with data of its own (a KV cache): read by a sync point."""
 
     type: type
+
+
+NO_ARGS, NO_KWARGS = ("t", tuple, ()), ("d", (), ())
 
 
 class DeclaredCache(NamedTuple):
@@ -290,7 +297,7 @@ class Tape:
         """
         self.settle()
         marks = len(self.constants)
-        keys = self.encode(args), self.encode(kwargs)
+        keys = self.encode(args) if args else NO_ARGS, self.encode(kwargs) if kwargs else NO_KWARGS
         when = self.conditions.of(kind, keys)
         op = Op(kind, self.invoke.index, target, *keys, self.modes(), effect, extra, when)
         key = (op, sizes) if sizes else op
@@ -348,6 +355,8 @@ class Tape:
         self.specs.append(step.spec)
         self.lines.append(line)
         self.step = step
+        if op.when:
+            self.conditions.used = True
         for key, fake in step.rebound:
             grew = fake.requires_grad and not self.fake_of(key).requires_grad
             if grew and op.effect == "inplace":  # from here on the model's own values require grad
@@ -356,7 +365,7 @@ class Tape:
             self._rebind(key, fake)
         self._order(n, op)
         values = [self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)]
-        return tree.unflatten(values, step.spec)
+        return values[0] if step.spec is None else tree.unflatten(values, step.spec)
 
     def _value(self, leaf: Any, key: Key, line: Line) -> Any:
         if isinstance(leaf, tuple) and leaf and leaf[0] in ("v", "c") and not isinstance(leaf, torch.Size):
@@ -366,7 +375,8 @@ class Tape:
         return self._lazy(key, leaf, line) if isinstance(leaf, FakeTensor) else leaf
 
     def _lazy(self, key: Key, fake: torch.Tensor, line: Line) -> LazyTensor:
-        made = self.values[key] = LazyTensor(self, key, fake, line)
+        with NoTorchFunction():
+            made = self.values[key] = LazyTensor(self, key, fake, line)
         return made
 
     def _rebind(self, key: Key, fake: torch.Tensor) -> None:
@@ -385,6 +395,8 @@ class Tape:
 
     def _order(self, n: int, op: Op) -> None:
         """Where in the model's order the results of an operation exist."""
+        if op.kind == SAVE:  # nothing uses what it returns
+            return
         if op.kind == GRAD:
             self.order[(n, 0)] = (LATE, ("the gradient", "", 0), self.invoke.index)
             return
@@ -504,6 +516,8 @@ class Tape:
         return self.changed.setdefault(id(x), x)
 
     def modes(self) -> ambient.Ambient | None:
+        if ambient.plain(self.base):
+            return None
         now = ambient.current()
         return None if now == self.base else now
 
@@ -562,22 +576,22 @@ class Tape:
             return self.invoke.partial[site]
         self._check_passed(site, "read")
         meta = self.meta(site)
-        opaque = isinstance(meta, SiteMeta) and any(isinstance(x, Opaque) for x in meta.leaves)
-        _check_plain(site, meta.leaves if isinstance(meta, SiteMeta) else ())
+        opaque = isinstance(meta, SiteMeta) and meta.opaque
         if not isinstance(meta, SiteMeta) or (opaque and whole and not _replaceable(meta)):
             value = self._read_live(site)
         else:
-            leaves = [
-                LazyObject(self, site, i, x.type) if isinstance(x, Opaque) else x for i, x in enumerate(meta.leaves)
-            ]
+
+            def result() -> Any:
+                _check_plain(site, meta.leaves)
+                return tree.unflatten(leaves, meta.spec)
+
+            leaves = list(meta.leaves)
+            if opaque:
+                leaves = [
+                    LazyObject(self, site, i, x.type) if isinstance(x, Opaque) else x for i, x in enumerate(leaves)
+                ]
             value = self.add(
-                READ,
-                site,
-                (),
-                {},
-                extra=(meta.batched, _expected(meta)),
-                result=lambda: tree.unflatten(leaves, meta.spec),
-                sizes=meta.sizes,
+                *(READ, site, (), {}), extra=(meta.batched, _expected(meta)), result=result, sizes=meta.sizes
             )
         self._touch(site)
         if isinstance(meta, SiteMeta) and opaque and not whole and not _replaceable(meta):
@@ -909,6 +923,8 @@ class Tape:
 
     def _watch(self, site: Site, value: Any) -> None:
         """Remember a container that the user can change in place."""
+        if isinstance(value, torch.Tensor):
+            return
         leaves, spec = tree.flatten(value)
         if _mutable(spec):
             self.invoke.containers[site] = (value, leaves, spec)
@@ -919,6 +935,8 @@ class Tape:
 
     def settle(self) -> None:
         """Record as writes what the user did to the containers he was given."""
+        if not self.invoke.containers:
+            return
         for site, (value, leaves, spec) in list(self.invoke.containers.items()):
             now, now_spec = tree.flatten(value)
             if now_spec != spec or any(a is not b for a, b in zip(now, leaves, strict=True)):
@@ -950,7 +968,10 @@ class Tape:
         if not self.open or self.closed:  # a forward that has run has kept what was held then
             return
         self.settle()
-        mine, self.invoke = self.invoke, Invoke(self.ops[lazy._key[1]].invoke)  # whoever made it waits for nobody
+        made_by = self.ops[lazy._key[1]].invoke  # who waits for nobody
+        mine = self.invoke
+        if made_by != mine.index:
+            self.invoke = Invoke(made_by)
         self.add(SAVE, None, (lazy,), {}, result=lambda: None)
         self.invoke = mine
 
@@ -988,7 +1009,7 @@ class Tape:
             finally:
                 self.deciding = False
         for key in keys:
-            op = Op(SYNC, self.invoke.index, None, ("t", tuple, (key,)), ("d", (), ()), None, "inplace")
+            op = Op(SYNC, self.invoke.index, None, ("t", tuple, (key,)), NO_KWARGS, None, "inplace")
             self.ops.append(op)
             self.specs.append(None)
             self.lines.append(user_line())

@@ -713,4 +713,23 @@ FOUND = {
             ),
         ),
     ),
+    # Traced with its backward, a dropout that drops nothing was a copy, and in eager it gives back its input itself.
+    "a dropout in evaluation, behind a backward": Case(
+        Net(("linear", "dropout"), grad=True, dynamic=True),
+        (
+            Program(
+                (
+                    Body(
+                        (
+                            Read(Place("layers.0.fc", "output")),
+                            Save(1),
+                            Read(Place("", "output")),
+                            Backward(1, (), False),
+                            Result(),
+                        )
+                    ),
+                )
+            ),
+        ),
+    ),
 }

@@ -1,0 +1,174 @@
+"""A model that is captured whole runs without hooks from then on, and sees all the same what the user changes between traces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+
+from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
+from nnsight_fx.capture import markers
+
+
+def wrapped(backend="eager"):
+    torch.manual_seed(0)
+    model = NNsight(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    model.compile(backend=backend)
+    return model
+
+
+def traced(model, x):
+    with model.trace(x):
+        model[0].output[:, 0] = 1.0
+        inner, out = model[0].output.save(), model.output.save()
+    return inner, out
+
+
+def by_hand(model, x):
+    got = []
+
+    def change(_, __, out):
+        out = out.clone()
+        out[:, 0] = 1.0
+        got.append(out)
+        return out
+
+    handle = model[0]._module.register_forward_hook(change)
+    got.append(model._module(x))
+    handle.remove()
+    return tuple(got)
+
+
+@pytest.fixture
+def put(monkeypatch):
+    """The modules that got our hooks."""
+    found = []
+    real = markers.put
+    monkeypatch.setattr(markers, "put", lambda module, *hooks: (found.append(module), real(module, *hooks)))
+    return found
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_no_module_gets_a_hook(put, backend):
+    model = wrapped(backend)
+    traced(model, torch.randn(2, 4))
+    assert len(put) == 4
+    put.clear()
+    for _ in range(2):
+        x = torch.randn(2, 4)
+        with assert_no_fallback(), assert_max_compiles(0):
+            got = traced(model, x)
+        torch.testing.assert_close(got, by_hand(model, x), rtol=0, atol=0)
+    assert not put
+
+
+def test_another_plan_needs_no_hook_either(put):
+    model = wrapped()
+    traced(model, torch.randn(2, 4))
+    put.clear()
+    x = torch.randn(2, 4)
+    with model.trace(x):
+        value = model[0].output.save()
+        doubled = (value * 2).save()
+        if value.sum() > -1e9:  # a sync point
+            model[0].output = -value
+        out = model.output.save()
+    plain = model._module
+    torch.testing.assert_close(value, plain[0](x), rtol=0, atol=0)
+    torch.testing.assert_close(doubled, 2 * plain[0](x), rtol=0, atol=0)
+    torch.testing.assert_close(out, plain[2](plain[1](-plain[0](x))), rtol=0, atol=0)
+    assert not put
+
+
+@pytest.mark.parametrize("where", ["forward", "forward_pre"])
+def test_a_hook_of_the_users_comes_and_goes(where):
+    model, x, seen = wrapped(), torch.randn(2, 4), []
+
+    def hook(module, *values):
+        seen.append(1)
+        value = values[-1]
+        return tuple(v + 1 for v in value) if isinstance(value, tuple) else value + 1
+
+    for _ in range(2):
+        traced(model, x)
+    for _ in range(2):  # the second time nothing is captured any more
+        handle = getattr(model[0]._module, f"register_{where}_hook")(hook)
+        for _ in range(3):
+            seen.clear()
+            got = traced(model, x)
+            assert len(seen) == 1
+            torch.testing.assert_close(got, by_hand(model, x), rtol=0, atol=0)
+        handle.remove()
+        got = traced(model, x)
+        torch.testing.assert_close(got, by_hand(model, x), rtol=0, atol=0)
+
+
+def test_hooks_of_one_code_with_other_values():
+    model, x = wrapped(), torch.randn(2, 4)
+
+    def adds(n):
+        return lambda module, args, out: out + n
+
+    for n in (1, 1, 5, 1, 5):
+        handle = model[0]._module.register_forward_hook(adds(n))
+        got = traced(model, x)
+        torch.testing.assert_close(got, by_hand(model, x), rtol=0, atol=0)
+        handle.remove()
+
+
+def test_two_hooks_that_write_to_their_own_lists():
+    """Dynamo finds what a hook holds by its place among the hooks."""
+    model, x, first, second = wrapped(), torch.randn(2, 4), [], []
+    model[0]._module.register_forward_hook(lambda module, args, out: first.append(out.detach().clone()))
+    model[0]._module.register_forward_hook(lambda module, args, out: second.append(-out.detach()))
+    for n in range(1, 4):
+        traced(model, x)
+        assert (len(first), len(second)) == (n, n)
+        torch.testing.assert_close(second[-1], -first[-1], rtol=0, atol=0)
+
+
+def test_what_changes_in_the_model_is_seen():
+    torch.manual_seed(0)
+    model = NNsight(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4)))
+    model.compile(backend="eager")
+    x = torch.randn(2, 4)
+
+    def check(exact=True):
+        with model.trace(x):
+            out = model.output.save()
+        torch.testing.assert_close(out, model._module(x), rtol=0, atol=0)
+
+    model.eval()
+    check()
+    check()
+    model._module[1].p = 0.25
+    check()
+    model._module[0].weight = nn.Parameter(torch.randn(4, 4))
+    check()
+    model._module[2] = nn.Linear(4, 4)
+    check()
+    model._module.double()
+    x = x.double()
+    check()
+    model.train()
+    torch.manual_seed(3)
+    with model.trace(x):
+        out = model.output.save()
+    torch.manual_seed(3)
+    torch.testing.assert_close(out, model._module(x), rtol=0, atol=0)
+
+
+def test_a_global_hook_is_seen():
+    model, x = wrapped(), torch.randn(2, 4)
+    traced(model, x)
+    traced(model, x)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out + 1 if isinstance(module, nn.ReLU) else None
+    )
+    try:
+        for _ in range(2):
+            got = traced(model, x)
+            torch.testing.assert_close(got, by_hand(model, x), rtol=0, atol=0)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(traced(model, x), by_hand(model, x), rtol=0, atol=0)
