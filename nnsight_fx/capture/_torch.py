@@ -26,13 +26,14 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import sympy
 import torch
 import torch._guards
 from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.types import ConvertFrameReturn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -555,10 +556,12 @@ def dynamo_compile(
 
 
 def _cached_only(context: Any, function: Callable) -> Callable:
-    def refuse(*_: Any) -> NoReturn:
-        raise NotCaptured
+    def refuse(frame: Any, *_: Any) -> ConvertFrameReturn:
+        if frame.f_code is code:
+            raise NotCaptured
+        return ConvertFrameReturn()  # a finalizer, say, that happens to run now: as it is
 
-    callback: Any = refuse
+    code, callback = function.__code__, cast(Any, refuse)
     callback._torchdynamo_orig_backend = context.callback  # the captures to look among
     return torch._dynamo.eval_frame._TorchDynamoContext(callback)(function)
 

@@ -260,6 +260,8 @@ class Markers:
     def _hooks(self, path: str) -> tuple[Callable, Callable]:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
             if torch.compiler.is_compiling():
+                if self.half is None and len(args) == 1 and len(kwargs) == 0 and isinstance(args[0], torch.Tensor):
+                    return (site(args[0], path, "input", 0, True),), kwargs  # what `traced` comes to, far down
                 return self.traced((args, kwargs), path, "input")
             run = getattr(active, "run", None)
             if run is None or run.owner is not self:
@@ -270,6 +272,8 @@ class Markers:
 
         def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             if torch.compiler.is_compiling():
+                if self.half is None and isinstance(output, torch.Tensor):
+                    return site(output, path, "output", 0, True)
                 return self.traced(output, path, "output")
             run = getattr(active, "run", None)
             if run is None or run.owner is not self:

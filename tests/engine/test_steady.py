@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import torch.nn as nn
@@ -172,3 +174,24 @@ def test_a_global_hook_is_seen():
     finally:
         handle.remove()
     torch.testing.assert_close(traced(model, x), by_hand(model, x), rtol=0, atol=0)
+
+
+def test_what_python_runs_in_between_is_left_alone():
+    """A callback of the garbage collector may run while Dynamo looks for a capture."""
+    model, seen = wrapped(), []
+    traced(model, torch.randn(2, 4))
+
+    def collected(phase, info):
+        seen.append(phase)
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(collected)
+    gc.set_threshold(1, 10**6, 10**6)  # at nearly every allocation, of the youngest alone
+    try:
+        for _ in range(3):
+            x = torch.randn(2, 4)
+            torch.testing.assert_close(traced(model, x), by_hand(model, x), rtol=0, atol=0)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(collected)
+    assert seen
