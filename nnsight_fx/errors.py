@@ -75,7 +75,7 @@ class PlanError(NNsightFXError, ValueError):
 
 
 class StoreError(NNsightFXError, ValueError):
-    """A folder that holds another sweep, or none at all."""
+    """A folder that holds another sweep, harvest or machine's code, or none at all."""
 
 
 class WorkerLostError(NNsightFXError, RuntimeError):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from . import bug_report
+from . import bug_report, compiled
 from .aliasing import Names, Rename
 from .cache import CacheView, cache, observed
 from .capture import _torch
@@ -497,3 +497,22 @@ class NNsight(Edits, Envoy):
             ValueError: another `capture`, or `dynamic=True` with a symbolic one.
         """
         self._compiled = self._captured(backend, mode, dynamic, fullgraph, options, capture)
+
+    def save_compiled(self, path: Any) -> None:
+        """Save what compilers made in this process so far into the folder `path`, for `load_compiled` in another process.
+
+        That is the compilers' own caches (`torch.compiler.save_cache_artifacts`), of all models of the process. Dynamo still
+        traces the model there, once.
+
+        Raises:
+            StoreError: nothing was compiled yet, or the folder is of something else.
+        """
+        compiled.save(path)
+
+    def load_compiled(self, path: Any) -> None:
+        """Use what `save_compiled` wrote: the same traces of the same model compile nothing anew.
+
+        Raises:
+            StoreError: the folder is of something else, of another torch or kind of machine, or damaged.
+        """
+        compiled.load(path)

@@ -115,13 +115,7 @@ class Weaver(Emitter):
                     new_leaf = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
                     firing.leaves[i] = self.select(op, new_leaf, firing.leaves[i])
         else:
-            old = list(firing.leaves)
-            firing.leaves[:] = [
-                (old[v.index] if v.index < len(old) else None) if isinstance(v, Keep) else v for v in new
-            ]
-            if op.when:
-                firing.leaves[:] = [self.select(op, v, x) for v, x in zip(firing.leaves, old, strict=True)]
-            self.supplied[firing.site] = firing.leaves
+            self.supplied[firing.site] = self.merged(op, firing, new)
 
     def supplied_leaf(self, node: fx.Node) -> Any:
         """The value of a `supply` node: a leaf of a written or skipped output."""

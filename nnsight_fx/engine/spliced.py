@@ -630,13 +630,7 @@ class DynamoInterleaver(FakeInterleaver):
         if fits:
             super()._write(op, firing._replace(spec=spec))
         else:
-            old, new = list(firing.leaves), list(self.arguments(op)[0][0])
-            firing.leaves[:] = [
-                (old[v.index] if v.index < len(old) else None) if isinstance(v, Keep) else v for v in new
-            ]
-            if op.when:
-                firing.leaves[:] = [self.select(op, v, x) for v, x in zip(firing.leaves, old, strict=True)]
-            self.supplied[firing.site] = firing.leaves
+            self.supplied[firing.site] = self.merged(op, firing, list(self.arguments(op)[0][0]))
 
     def taken(self, at: Site) -> bool:
         """Did the plan replace a site, or skip a call, when it came by?"""

@@ -287,6 +287,21 @@ class Interleaver:
             ]
             self.restructured[firing.site] = spec
 
+    def merged(self, op: Op, firing: Firing, new: list) -> list:
+        """A captured site's leaves, written with other metadata; of the same structure, the rows of other invokes stay."""
+        _, batched, _ = op.extra
+        old = list(firing.leaves)
+
+        def leaf(i: int, value: Any) -> Any:
+            if isinstance(value, Keep):
+                return old[value.index] if value.index < len(old) else None
+            return self.put_rows(old[i], value, op.invoke, firing.batched(i, batched)) if i < len(old) else value
+
+        firing.leaves[:] = [leaf(i, value) for i, value in enumerate(new)]
+        if op.when:
+            firing.leaves[:] = [self.select(op, v, x) for v, x in zip(firing.leaves, old, strict=True)]
+        return firing.leaves
+
     @property
     def restructured(self) -> dict[Site, tree.Spec]:
         return self.__dict__.setdefault("_restructured", {})

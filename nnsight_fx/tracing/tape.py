@@ -681,7 +681,9 @@ class Tape:
         self._check_conditional(site, leaves, spec, meta, fits)
         self.recapture = self.recapture if fits else "changes"
         self.reshaped = self.reshaped or not fits
-        batched = meta.batched if isinstance(meta, SiteMeta) else None
+        batched: tuple[bool | None, ...] | None = None
+        if isinstance(meta, SiteMeta):  # another structure has no rows of other invokes
+            batched = meta.batched if spec == meta.spec else (False,) * len(leaves)
         stays = [fits and not isinstance(x, torch.Tensor) for x in leaves]  # what fits and is no tensor is what it was
         self.add(
             WRITE,

@@ -19,6 +19,7 @@ from .verbs import (
     Read,
     Result,
     Save,
+    SaveWhole,
     Skip,
     Stop,
     View,
@@ -729,6 +730,28 @@ FOUND = {
                         )
                     ),
                 )
+            ),
+        ),
+    ),
+    # What one of two invokes wrote with another gradient flag took the place of the other's rows, too.
+    "a write that requires grad, in one of two invokes": Case(
+        Net(("alias", "again", "dict"), grad=True, dynamic=True),
+        (
+            Program(
+                (
+                    Body((Read(Place("", "input")), Result()), rows=1, fresh=True),
+                    Body(
+                        (
+                            Read(Place("", "input")),
+                            SaveWhole(Place("layers.1.part", "output")),
+                            Read(Place("layers.1.part", "output", 0, "h")),
+                            Write(Place("layers.1.part", "output", 0, "skip"), 1, True),
+                        ),
+                        rows=1,
+                        fresh=True,
+                    ),
+                ),
+                alone=False,
             ),
         ),
     ),

@@ -64,7 +64,7 @@ def test_a_random_program_is_the_same_on_both_engines(theme):
     finally:
         total.seconds = time.process_time() - start
         figures.keep(theme, total)
-    assert total.ran >= 0.7 * total.programs, f"too many programs only raise: {total.errors}"
+    assert total.ran >= 0.5 * total.programs, f"too many programs only raise: {total.errors}"
 
 
 @pytest.mark.parametrize("name", FOUND)
