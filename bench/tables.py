@@ -79,6 +79,26 @@ def steer() -> list[str]:
     ]
 
 
+def saves() -> list[str]:
+    found = kept("saves")
+    if found is None:
+        return []
+    rows = []
+    for name, each in found["workloads"].items():
+        shape = " x ".join(map(str, each["tokens"]))
+        rows += [
+            [f"{name}, {shape}", who, f"{1e3 * s:.1f}", f"{each['ratio'][who]:.2f}" if who in each["ratio"] else ""]
+            for who, s in each["median_s"].items()
+        ]
+    largest = max(each["largest_difference_to_peer"] for each in found["workloads"].values())
+    return [
+        f"## Reading all layers: {found['workload']}",
+        f"`python bench/saves.py`, which says what each workload is. {machine(found)} {found['grad'][0].upper()}{found['grad'][1:]}. "
+        f"Largest difference to nnsight {largest:.0e}.",
+        table(["workload", "", "ms", "ours over it"], rows),
+    ]
+
+
 def memory() -> list[str]:
     found = kept("memory")
     if found is None:
@@ -109,7 +129,7 @@ def recording() -> list[str]:
     ]
 
 
-SECTIONS = (sweep, steer, recording, memory)
+SECTIONS = (sweep, steer, saves, recording, memory)
 
 
 def short() -> str:
