@@ -75,6 +75,7 @@ def _of(capture: Capture) -> dict[str, Any]:
         "live": sorted(capture.live_sites),
         "fallbacks": list(capture.fallbacks),
         "passes": passes,
+        "whole": capture.whole,
     }
 
 
@@ -91,6 +92,8 @@ def _text(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"    pass {n} {step['pass']}: {step['rewrites']} rewrites, {step['nodes']} nodes ({step['change']:+d})"
         )
+    if facts["whole"] is not None:
+        lines.append(f"    compiled in one piece: {facts['whole']}")
     lines += [f"    fallback: {why}" for why in facts["fallbacks"]]
     most, limit = facts["recompiles"]["most"], facts["recompiles"]["limit"]
     if most > limit - NEAR:

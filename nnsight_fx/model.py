@@ -464,6 +464,7 @@ class NNsight(Edits, Envoy):
         fullgraph: bool = False,
         options: Any = None,
         capture: str = "dynamo",
+        regional: bool | None = None,
     ) -> Capture:
         if capture not in ("dynamo", "symbolic"):
             raise ValueError(f'{user_line()}: `capture={capture!r}` is unknown; there is "dynamo" and "symbolic"')
@@ -472,7 +473,7 @@ class NNsight(Edits, Envoy):
                 f"{user_line()}: a symbolic capture is for the sizes that it was made with, so `dynamic=True` cannot hold; "
                 "leave it out, or capture with Dynamo"
             )
-        chosen = Options(backend, mode, dynamic, fullgraph, tuple(sorted((options or {}).items())), capture)
+        chosen = Options(backend, mode, dynamic, fullgraph, tuple(sorted((options or {}).items())), capture, regional)
         if chosen not in self._captures:
             self._captures[chosen] = Capture(self._markers, chosen)
         return self._captures[chosen]
@@ -485,6 +486,7 @@ class NNsight(Edits, Envoy):
         fullgraph: bool = False,
         options: dict | None = None,
         capture: str = "dynamo",
+        regional: bool | None = None,
     ) -> None:
         """Run traces on captured, compiled graphs from now on; the arguments are `nn.Module.compile`'s.
 
@@ -496,7 +498,7 @@ class NNsight(Edits, Envoy):
         Raises:
             ValueError: another `capture`, or `dynamic=True` with a symbolic one.
         """
-        self._compiled = self._captured(backend, mode, dynamic, fullgraph, options, capture)
+        self._compiled = self._captured(backend, mode, dynamic, fullgraph, options, capture, regional)
 
     def save_compiled(self, path: Any) -> None:
         """Save what compilers made in this process so far into the folder `path`, for `load_compiled` in another process.

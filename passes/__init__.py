@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch.fx as fx
 
+from .blocks import blocks
 from .conditional import conditional
 from .differentiate import differentiate
 from .erase import erase
@@ -28,7 +29,10 @@ from .truncate import truncate
 
 Pass = Callable[[fx.GraphModule, Job], int]
 
-PIPELINE: tuple[Pass, ...] = (skip, splice, truncate, narrow, lift_constants, expose, erase, conditional, differentiate)
+PIPELINE: tuple[Pass, ...] = (
+    *(skip, splice, truncate, narrow, lift_constants, expose),
+    *(blocks, erase, conditional, differentiate),
+)
 
 
 def run(
@@ -50,6 +54,7 @@ __all__ = [
     "Entry",
     "Job",
     "Pass",
+    "blocks",
     "conditional",
     "differentiate",
     "erase",

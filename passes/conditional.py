@@ -13,7 +13,7 @@ from .job import Job, select
 
 CHEAP = {  # total, and less work than a branch; the rest of a block is worth one
     *("add", "sub", "mul", "neg", "abs", "clamp", "clone", "copy_", "where", "logical_and", "detach", "fill_", "zero_"),
-    *("getitem", "setitem", "select", "narrow", "view", "reshape", "expand", "unsqueeze", "squeeze", "transpose", "permute"),
+    *("getitem", "setitem", "take_at", "put_at", "select", "narrow", "view", "reshape", "expand", "unsqueeze", "squeeze", "transpose", "permute"),
     *("flatten", "cat", "stack", "zeros_like", "ones_like", "full_like", "to", "float", "type_as", "contiguous", "masked_fill"),
     *("add_", "sub_", "mul_", "iadd", "isub", "imul", "ne", "eq", "lt", "le", "gt", "ge", "sum", "mean"),
 }  # fmt: skip

@@ -13,11 +13,17 @@ from nnsight_fx.capture.markers import anchor, site, supply
 from nnsight_fx.tracing.names import RANDOM, RANDOM_IN_PLACE
 
 TORCH = {  # where functions live that only compute; `None`: builtins of torch without a module
-    *(None, "torch", "torch.functional", "torch.nn.functional", "torch.special", "math"),
+    *(None, "nnsight_fx.passes.indexing", "torch", "torch.functional", "torch.nn.functional", "torch.special", "math"),
     *("torch._C._nn", "torch._C._linalg", "torch._C._fft", "torch._C._special"),
 }
 BUILTINS = {getattr, abs, min, max, sum, pow, round, len, int, float, bool}
-IN_PLACE = {"setitem", "delitem", "copy_", *(f"i{op}" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod"))}
+IN_PLACE = {
+    "setitem",
+    "delitem",
+    "copy_",
+    "put_at",
+    *(f"i{op}" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod")),
+}
 IN_PLACE |= {f"i{op}" for op in ("pow", "and", "or", "xor", "lshift", "rshift", "matmul", "concat")}
 DRAWS = RANDOM | RANDOM_IN_PLACE | {"alpha_dropout", "feature_alpha_dropout", "rrelu", "gumbel_softmax", "fractional"}
 DRAWS |= {"dropout1d", "dropout2d", "dropout3d", "native_dropout", "lstm", "gru", "rnn_tanh", "rnn_relu"}

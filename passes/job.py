@@ -63,6 +63,8 @@ class Job:
     differentiates: bool = False  # may a backward be part of this graph
     requires: list[bool] | None = None  # which outputs eager would have on the autograd graph that a backward has freed
     accumulates: list[int] = field(default_factory=list)  # of which inputs the further outputs are gradients
+    blocks: list[fx.Node] = field(default_factory=list)  # the nodes with which the model's equal blocks begin
+    whole: str | None = None  # why it was compiled in one piece, where blocks could have been
     own: int = 0  # how many outputs are the segment's own
     report: list[tuple[str, int, int]] = field(default_factory=list)  # pass, rewrites, nodes after
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.fx as fx
 
+from .indexing import index
 from .job import Job, constant, fetch, parameter
 
 
@@ -22,7 +22,7 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
     ```
 
     Numbers are 0-d tensors on the CPU: an integer read from one is unbacked, so neither its value nor 0 or 1 are
-    special, and views at a lifted position stay views. `job.takes` lists what to give, in order.
+    special; as a position it stays a tensor (`index`). `job.takes` lists what to give, in order.
 
     Does not fire when: the segment needs nothing from outside. With `job.raw_numbers` numbers stay Python numbers.
     """
@@ -60,7 +60,7 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
         made += 1
     for node in [user for value in lifted for user in value.users]:
         if node.op == "call_function" and node.target in (operator.getitem, operator.setitem):
-            _select(gm, job, node, lifted)
+            index(gm, job, node, lifted)
     return made
 
 
@@ -75,31 +75,4 @@ def _share(gm: fx.GraphModule, job: Job, node: fx.Node, inputs: list[fx.Node]) -
     job.exports.update({v: value for v, n in job.exports.items() if n is node})
     if job.cut is not None:
         job.cut.leaves[:] = [value if leaf is node else leaf for leaf in job.cut.leaves]
-    gm.graph.erase_node(node)
-
-
-def _select(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node]) -> None:
-    """`x[:, n]` with a lifted `n`, which indexing does not take, as `x.select(1, n)`: the same view."""
-    x: Any = node.args[0]
-    index: Any = node.args[1]
-    index = index if isinstance(index, tuple) else (index,)
-    at = {i for i, entry in enumerate(index) if isinstance(entry, fx.Node) and entry in lifted}
-    if not at:
-        return  # lowered already, through another of its positions
-    ellipsis = next((i for i, entry in enumerate(index) if entry is Ellipsis), len(index))
-    left = [(i, sum(e is not None for e in index[:i])) for i in range(ellipsis) if i in at]
-    right = [(i, -sum(e is not None for e in index[i:])) for i in range(ellipsis, len(index)) if i in at]
-    with gm.graph.inserting_before(node):
-        for i, dim in [*reversed(left), *right]:  # the innermost first: no dim shifts another
-            x = gm.graph.call_method("select", (x, dim, index[i]))
-        rest = tuple(entry for i, entry in enumerate(index) if i not in at)
-        if node.target is operator.setitem:
-            where: Any = rest or Ellipsis
-            x = gm.graph.call_function(operator.setitem, (x, where, node.args[2]))
-        elif not all(entry is Ellipsis or entry == slice(None) for entry in rest):
-            x = gm.graph.call_function(operator.getitem, (x, rest))
-    node.replace_all_uses_with(x)
-    job.exports.update({v: x for v, n in job.exports.items() if n is node})
-    if job.cut is not None:
-        job.cut.leaves[:] = [x if leaf is node else leaf for leaf in job.cut.leaves]
     gm.graph.erase_node(node)

@@ -16,9 +16,16 @@ from .job import Job
 
 
 def outline(
-    gm: fx.GraphModule, job: Job | None = None, *, at: Collection[Site] = (), apart: Collection[Callable] = ()
+    gm: fx.GraphModule,
+    job: Job | None = None,
+    *,
+    at: Collection[Site] = (),
+    before: Collection[fx.Node] = (),
+    apart: Collection[Callable] = (),
+    alike: Callable[[fx.Node], Hashable] | None = None,
 ) -> int:
-    """Put what lies between the sites `at` into submodules; return how many calls of them there are.
+    """Put what lies between the sites `at`, or in front of the nodes `before`, into submodules; return how many calls of them
+    there are.
 
     ```
     h0 = relu(linear(x, w0))                  r0 = region_0(x, w0);   h0 = r0[0]
@@ -31,17 +38,18 @@ def outline(
     Parameters are inputs of a region, and so is every value from outside; its outputs are what is used behind it. Regions
     that call the same functions on inputs of the same shapes are one submodule, to be compiled once. Other markers than
     those `at` are erased: what tells equal blocks apart is the path in them. Calls of functions that are `apart` stay, too.
+    `alike` tells of what kind an input is, where not as capture saw it.
 
     Does not fire when: no region would have a tensor to give, or one would have to give something else (a size, a tuple).
     """
-    pieces = _pieces(gm, set(at), apart)
-    regions = [_region(gm, piece) for piece in pieces]
+    pieces = _pieces(gm, set(at), before, apart)
+    regions = [_Region(piece, alike or _facts) for piece in pieces]
     if not regions or any(not _gives_tensors(r) for r in regions):
         return 0
     unmark(gm, at)
     known: dict[Hashable, str] = {}
-    for piece in _pieces(gm, set(at), apart):
-        region = _region(gm, piece)
+    for piece in _pieces(gm, set(at), before, apart):
+        region = _Region(piece, alike or _facts)
         if region.key not in known:
             known[region.key] = f"region_{len(known)}"
             gm.add_submodule(known[region.key], region.build(gm))
@@ -64,14 +72,18 @@ def seams(gm: fx.GraphModule) -> list[tuple[Site, list[fx.Node]]]:
     return found
 
 
-def _pieces(gm: fx.GraphModule, at: set[Site], apart: Collection[Callable]) -> list[list[fx.Node]]:
-    """The nodes between the markers of the sites `at` and the calls that are `apart`, in order."""
+def _pieces(
+    gm: fx.GraphModule, at: set[Site], before: Collection[fx.Node], apart: Collection[Callable]
+) -> list[list[fx.Node]]:
+    """The nodes between the markers of the sites `at`, the calls that are `apart` and the nodes that begin a piece, in order."""
     cuts = {node for where, group in seams(gm) if where in at for node in group}
     pieces: list[list[fx.Node]] = [[]]
     for node in gm.graph.nodes:
-        if node in cuts or node.op == "output" or node.target in apart:
+        if node in cuts or node in before or node.op == "output" or node.target in apart:
             pieces.append([])
-        elif node.op not in ("placeholder", "get_attr"):
+        if node in cuts or node.op == "output" or node.target in apart:
+            continue
+        if node.op not in ("placeholder", "get_attr"):
             pieces[-1].append(node)
     return [p for p in pieces if any(n.target is not site for n in p)]
 
@@ -90,14 +102,14 @@ def unmark(gm: fx.GraphModule, at: Collection[Site]) -> None:
 class _Region:
     """Nodes that follow one another, as a function."""
 
-    def __init__(self, nodes: list[fx.Node]):
+    def __init__(self, nodes: list[fx.Node], alike: Callable[[fx.Node], Hashable]):
         self.nodes, inside = nodes, set(nodes)
         inputs = dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside)
         self.inputs = list(inputs)
         self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
         numbers = {n: i for i, n in enumerate([*self.inputs, *nodes])}
         self.key: Hashable = (
-            tuple(_facts(n) for n in self.inputs),
+            tuple(alike(n) for n in self.inputs),
             tuple((n.op, n.target, _described(n.args, numbers), _described(n.kwargs, numbers)) for n in nodes),
             tuple(numbers[n] for n in self.outputs),
         )
@@ -124,12 +136,9 @@ class _Region:
             gm.graph.erase_node(node)
 
 
-def _region(gm: fx.GraphModule, nodes: list[fx.Node]) -> _Region:
-    return _Region(nodes)
-
-
 def _gives_tensors(region: _Region) -> bool:
-    return all(isinstance(_value(n), torch.Tensor) for n in region.outputs)
+    """As far as capture could tell: of what a plan put there, it told nothing."""
+    return all(isinstance(_value(n), torch.Tensor) for n in region.outputs if "example_value" in n.meta)
 
 
 def _value(node: fx.Node) -> Any:

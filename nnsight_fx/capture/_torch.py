@@ -407,6 +407,35 @@ def guard_count(context: Any) -> int:
     return 0 if env is None else len(env.guards)
 
 
+def guards_since(context: Any, since: int) -> list:
+    """The guards on sizes that were added since then."""
+    env = context.fake_mode.shape_env
+    return [] if env is None else list(env.guards[since:])
+
+
+def add_guards(context: Any, guards: list) -> None:
+    """What is compiled now holds under these guards, too."""
+    if guards:
+        context.fake_mode.shape_env.guards.extend(guards)
+
+
+@contextlib.contextmanager
+def on_fakes(context: Any) -> Iterator[None]:
+    """Run operations on a context's fakes, of which nothing is kept but what they look like: sizes that are known only when
+    the graph runs are of no interest to a compilation that has its own."""
+    env = context.fake_mode.shape_env
+    quiet = contextlib.nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
+    with context.fake_mode, quiet:
+        yield
+
+
+def unbacked(fake: torch.Tensor) -> bool:
+    """Has a fake a size that is known only when the graph runs?"""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols((*fake.shape, *fake.stride())))
+
+
 def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool]:
     """The check of all guards on sizes that were added since `since`, over the values of a call's inputs."""
     env = context.fake_mode.shape_env

@@ -75,9 +75,14 @@ SUPPLIED = Supplied()
 # -- what Dynamo traces: plain recursion over the container types of `tracing.tree` --------------------------------
 
 
+PLAIN = (bool, int, float, str)  # leaves that need no look inside
+
+
 def _tensors(value: Any) -> int:
     if isinstance(value, torch.Tensor):
         return 1
+    if value is None or isinstance(value, PLAIN):
+        return 0
     n = 0
     for child in _children(value):
         n = n + _tensors(child)
@@ -100,6 +105,8 @@ def _mark(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, 
     """`value` with each tensor passed through `site`; the next leaf index; the tensors left."""
     if isinstance(value, torch.Tensor):
         return site(value, path, kind, leaf, left == 1), leaf + 1, left - 1
+    if value is None or isinstance(value, PLAIN):
+        return value, leaf + 1, left
     if isinstance(value, ModelOutput):
         fresh = {}
         for key, child in value.items():
@@ -107,17 +114,17 @@ def _mark(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, 
         return type(value)(**fresh), leaf, left
     if type(value) is dict or type(value) is OrderedDict:
         for key in list(value):
-            tensors = _tensors(value[key])
-            new, leaf, left = _mark(value[key], path, kind, leaf, left)
-            if tensors > 0:
+            new, leaf, now = _mark(value[key], path, kind, leaf, left)
+            if now < left:
                 value[key] = new
+            left = now
         return value, leaf, left
     if type(value) is list:
         for i in range(len(value)):
-            tensors = _tensors(value[i])
-            new, leaf, left = _mark(value[i], path, kind, leaf, left)
-            if tensors > 0:
+            new, leaf, now = _mark(value[i], path, kind, leaf, left)
+            if now < left:
                 value[i] = new
+            left = now
         return value, leaf, left
     if type(value) is tuple or (isinstance(value, tuple) and hasattr(type(value), "n_sequence_fields")):
         items = []
@@ -133,10 +140,10 @@ def _mark(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, 
         return type(value)(*items), leaf, left
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for f in dataclasses.fields(value):
-            tensors = _tensors(getattr(value, f.name))
-            new, leaf, left = _mark(getattr(value, f.name), path, kind, leaf, left)
-            if tensors > 0:
+            new, leaf, now = _mark(getattr(value, f.name), path, kind, leaf, left)
+            if now < left:
                 setattr(value, f.name, new)
+            left = now
         return value, leaf, left
     return value, leaf + 1, left
 

@@ -53,6 +53,7 @@ class Options:
     fullgraph: bool = False
     options: tuple = ()
     capture: str = "dynamo"
+    regional: bool | None = None  # are equal blocks compiled once; `None`: by Inductor's default mode they are
 
 
 @dataclass
@@ -83,6 +84,7 @@ class Capture:
     rowwise: dict[tuple, Callable] = field(default_factory=dict)  # what captures a function for any number of rows
     entries: OrderedDict[tuple, Entry] = field(default_factory=OrderedDict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
+    whole: str | None = None  # why the latest was not compiled block by block, where that was asked for
     nodes: int = 0  # of the segment that was compiled last, before its passes
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
     unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
@@ -91,6 +93,10 @@ class Capture:
         _torch.register(site, supply, anchor)
         self.compiler = _torch.backend(
             self.options.backend, self.options.mode, dict(self.options.options) or None, self.options.dynamic
+        )
+        asked = self.options.regional
+        self.regional = (
+            self.options.backend == "inductor" and self.options.mode in (None, "default") if asked is None else asked
         )
         self.passing = _torch.undisturbed(SplicedRun.live_site)
         for function in (
@@ -201,6 +207,7 @@ class Capture:
         watch.compiles += 1
         if job is not None:
             self.last = [*self.last[-9:], job.report]
+            self.whole = job.whole
         self.nodes = len(segment.gm.graph.nodes)
 
     def refusal(self, plan: InterventionGraph, sites: Any, inputs: Any) -> str | None:

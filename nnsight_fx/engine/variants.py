@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ..errors import PlanMismatchError
 from ..passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
 from ..tracing import ambient
 from .gradients import differentiable
+from .regions import Whole, regional
 from .removal import check
 
 if TYPE_CHECKING:
@@ -139,7 +141,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
     if job.differentiates and not run.plan.backs <= job.exit.done:
         raise NotDifferentiable("the loss is not in the first captured segment")
     with _torch.tracing(segment.context), torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None):
-        call = run.capture.build(gm, inputs, run.report)
+        call = _built(segment, run, gm, job, fakes, args, inputs)
     guards = _torch.added_guards(segment.context, segment.guards, fakes)
     run.capture.note_compile(segment, job)
     run.compiles += 1
@@ -159,6 +161,25 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         requires=job.requires,
         accumulates=job.accumulates,
     )
+
+
+def _built(
+    segment: Segment, run: SplicedRun, gm: fx.GraphModule, job: Job, fakes: list, args: tuple, inputs: Callable
+) -> Callable:
+    """A rewritten segment, compiled: by blocks where it has equal ones."""
+    if not run.capture.regional:
+        return run.capture.build(gm, inputs, run.report)
+    cut = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    twins = dict(zip(gm.graph.nodes, cut.graph.nodes, strict=True))
+    for old, new in twins.items():
+        new.meta = dict(old.meta)
+    try:
+        job.blocks = [twins[n] for n in job.blocks if n in twins]
+        given = [_torch.as_leaf(segment.context, x) for x in inputs()]
+        return regional(cut, job, segment, (fakes, given), list(args), lambda *a: run.capture.build(*a, run.report))
+    except Whole as why:
+        job.whole = str(why)
+        return run.capture.build(gm, inputs, run.report)
 
 
 def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[fx.GraphModule, Job], int]:

@@ -8,6 +8,7 @@ parameters, and the state of the random generator.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,8 @@ def same(got: Any, want: Any, exact: bool, path: str = "out") -> None:
             same(*each, exact, f"{path}[{i}]")
     elif dataclasses.is_dataclass(want):
         same(vars(got), vars(want), exact, path)
+    elif isinstance(want, float) and not exact:
+        assert math.isclose(got, want, rel_tol=1e-4, abs_tol=1e-5), path
     else:
         assert got == want, path
 

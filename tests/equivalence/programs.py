@@ -382,7 +382,7 @@ def save_twice(m, s, x, out):
         h = s.a.output
         out["one"], out["two"], out["row"] = h.save(), s.a.output.save(), h[:, 1].save()
         out["copy"] = h.clone().save()
-        h[:, 1] = 9
+        h[:, 1] *= 9
         out["y"] = save(tracer.result)
     out["shared"] = [out["one"].data_ptr() == out[k].data_ptr() for k in ("two", "copy")]
 
@@ -390,7 +390,7 @@ def save_twice(m, s, x, out):
 def save_twice_by_hand(m, s, x, out):
     def change(h):
         out.update(one=h, two=h, row=h[:, 1], copy=h.clone())
-        h[:, 1] = 9
+        h[:, 1] *= 9
 
     out["y"] = run(m, x, after(s.a, change))
     out["shared"] = [True, False]

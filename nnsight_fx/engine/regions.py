@@ -1,0 +1,156 @@
+"""Regions: the equal blocks of a model, each compiled once, for all variants of a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx as fx
+
+from ..capture import _torch
+from ..passes.effects import changes
+from ..passes.job import Job
+from ..passes.outline import outline
+
+if TYPE_CHECKING:
+    from ..capture.segment import Segment
+
+KEPT = 256  # compiled regions a segment
+
+
+class Whole(Exception):
+    """Why a graph is compiled in one piece. Never reaches the user."""
+
+
+@dataclass
+class Region:
+    """A compiled region: for which sizes, and what compiling it decided of them."""
+
+    call: Callable
+    guards: list
+    hold: Callable[[list], bool]
+    gives: list[torch.Tensor]
+
+
+def regional(
+    gm: fx.GraphModule,
+    job: Job,
+    segment: Segment,
+    fakes: tuple[list, list],
+    args: list,
+    build: Callable[[fx.GraphModule, Callable[[], list]], Callable],
+) -> Callable:
+    """A variant as calls of compiled regions; `Whole` where it cannot be, or is not worth it.
+
+    `fakes` are those of the segment's inputs, and those of all the graph's; `args` the values of the former.
+    """
+    if not job.blocks:
+        raise Whole("no equal blocks")
+    if job.requires is not None:
+        raise Whole("a backward is part of it")
+    own, given = fakes
+    calls = outline(gm, before=job.blocks, alike=lambda n: None)  # `_facts` tells, below
+    kinds = {n.target for n in gm.graph.nodes if n.op == "call_module"}
+    if 3 * len(kinds) > 2 * calls:
+        raise Whole("fewer than a third of its blocks are copies of another")
+    values: dict[fx.Node, Any] = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), given, strict=True))
+    made = _Regions(gm, segment, own, args, build)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module":
+            values[node] = made.place(node, values)
+        elif node.op == "call_function":  # of a region's outputs
+            values[node] = values[node.args[0]][node.args[1]]
+        elif node.op == "get_attr":
+            raise Whole("it has tensors, or graphs, of its own")
+    job.report.append(("outline", calls, len(gm.graph.nodes)))
+    gm.delete_all_unused_submodules()
+    gm.graph.lint()
+    gm.recompile()
+    return gm.forward
+
+
+class _Regions:
+    def __init__(self, gm: fx.GraphModule, segment: Segment, own: list, args: list, build: Callable):
+        self.gm, self.segment, self.own, self.args, self.build = gm, segment, own, args, build
+        self.known: dict[Hashable, list[Region]] = segment.regions
+
+    def place(self, node: fx.Node, values: dict[fx.Node, Any]) -> list[torch.Tensor]:
+        """Put a compiled region where a submodule is called; returns the fakes of what it gives."""
+        graph = self.gm.get_submodule(str(node.target))
+        assert isinstance(graph, fx.GraphModule)
+        inputs = [values[a] for a in node.args]  # type: ignore[index]
+        if any(isinstance(x, torch.Tensor) and _torch.unbacked(x) for x in inputs):
+            raise Whole("a size that is known only when it runs crosses from block to block")
+        key = (structure(graph), tuple(map(_facts, inputs)), torch.is_grad_enabled())
+        found = next((r for r in self.known.get(key, ()) if r.hold(self.args)), None)
+        if found is None:
+            found = self._compile(graph, inputs)
+            self.known.setdefault(key, []).append(found)
+            if len(self.known) > KEPT:
+                self.known.pop(next(iter(self.known)))
+        else:
+            _torch.add_guards(self.segment.context, found.guards)
+        node.op, node.target = "call_function", found.call
+        return found.gives
+
+    def _compile(self, graph: fx.GraphModule, inputs: list) -> Region:
+        context = self.segment.context
+        gives = _Checked(graph, inputs).gives(context)
+        since = _torch.guard_count(context)
+        graph.recompile()
+        compiled = self.build(graph, lambda: [_torch.as_leaf(context, x) for x in inputs])
+
+        def region(*args: Any) -> Any:
+            return compiled(*args)
+
+        guards = _torch.guards_since(context, since)
+        return Region(region, guards, _torch.added_guards(context, since, self.own), gives)
+
+
+class _Checked(fx.Interpreter):
+    """A region on fakes: what it gives, and that it changes nothing it is given."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: list):
+        super().__init__(graph)
+        self.inputs = inputs
+        self.given = {_storage(x) for x in inputs if isinstance(x, torch.Tensor)}
+
+    def gives(self, context: Any) -> list[torch.Tensor]:
+        with _torch.on_fakes(context):
+            found = self.run(*self.inputs)
+        if not all(isinstance(x, torch.Tensor) for x in found):
+            raise Whole("a number crosses from block to block")
+        return [x if _torch.unbacked(x) else _torch.as_leaf(context, x) for x in found]
+
+    def run_node(self, n: fx.Node) -> Any:
+        if changes(n):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            target = kwargs["out"] if kwargs.get("out") is not None else args[0]
+            if not isinstance(target, torch.Tensor) or _storage(target) in self.given:
+                raise Whole("a block changes in place what another made")
+        return super().run_node(n)
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _facts(x: Any) -> Hashable:
+    if not isinstance(x, torch.Tensor):
+        return str(x)
+    return (*map(str, x.shape), "|", *map(str, x.stride())), x.dtype, x.device, x.requires_grad
+
+
+def structure(graph: fx.GraphModule) -> Hashable:
+    """What a graph computes, but for the kinds of its inputs."""
+    numbers = {n: i for i, n in enumerate(graph.graph.nodes)}
+
+    def walk(arg: Any) -> Any:
+        return fx.map_arg(arg, lambda n: f"%{numbers[n]}")  # type: ignore[arg-type, return-value]
+
+    return tuple(
+        (n.op, "" if n.op == "placeholder" else n.target, repr((walk(n.args), walk(n.kwargs))))
+        for n in graph.graph.nodes
+    )

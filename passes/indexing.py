@@ -1,0 +1,162 @@
+"""Positions that change from run to run."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from nnsight_fx.capture.markers import site
+
+from .effects import changes, effect
+from .job import Job
+
+VIEWS = {
+    *("getitem", "select", "narrow", "view", "reshape", "transpose", "permute", "movedim", "unsqueeze", "squeeze", "expand"),
+    *("detach", "flatten", "contiguous", "to", "float", "half", "bfloat16", "double", "split", "chunk", "unbind", "t"),
+}  # fmt: skip
+FRESH = {
+    *("add", "sub", "mul", "truediv", "div", "neg", "matmul", "linear", "cat", "stack", "clone", "where", "zeros_like"),
+    *("ones_like", "full_like", "take_at", "softmax", "relu", "gelu", "silu", "tanh", "exp", "mean", "sum", "norm"),
+}  # fmt: skip
+
+
+def index(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node]) -> None:
+    """Lower `x[:, n]` and `x[:, n] = v` with a lifted `n`, which neither indexing nor Inductor takes as a number.
+
+    ```
+    r = getitem(x, (:, n))         ->   r = take_at(x, [1], [n])
+    setitem(x, (:, n), v)          ->   put_at(x, [1], [n], (:,), v)
+    r.add_(c)                      ->   r.add_(c);  put_at(x, [1], [n], (:,), r)
+    ```
+
+    A read is a copy, written back where it is changed itself; it stays a view (`select`) where what it is read from, or a view of
+    it, is changed while it is in use.
+    """
+    x: Any = node.args[0]
+    key: Any = node.args[1]
+    key = key if isinstance(key, tuple) else (key,)
+    at = {i for i, entry in enumerate(key) if isinstance(entry, fx.Node) and entry in lifted}
+    if not at:
+        return  # lowered already, through another of its positions
+    ellipsis = next((i for i, entry in enumerate(key) if entry is Ellipsis), len(key))
+    left = [(i, sum(e is not None for e in key[:i])) for i in range(ellipsis) if i in at]
+    right = [(i, -sum(e is not None for e in key[i:])) for i in range(ellipsis, len(key)) if i in at]
+    where = [dim for _, dim in (*left, *right)]
+    numbers = [key[i].args[0] for i, _ in (*left, *right)]  # the 0-d tensors
+    rest = tuple(entry for i, entry in enumerate(key) if i not in at)
+    basic = all(entry is None or entry is Ellipsis or isinstance(entry, int | slice) for entry in rest)
+    writes = node.target is operator.setitem
+    back = None if writes or not basic else _written_back(job, node)
+    with gm.graph.inserting_before(node):
+        if writes and basic:
+            x = gm.graph.call_function(put_at, (x, where, numbers, rest, node.args[2]))
+        elif back is not None:
+            made = gm.graph.call_function(take_at, (x, where, numbers))
+        else:
+            made = x
+            for i, dim in [*reversed(left), *right]:  # the innermost first: no dim shifts another
+                made = gm.graph.call_method("select", (made, dim, key[i]))
+            if writes:
+                x = gm.graph.call_function(operator.setitem, (made, rest or Ellipsis, node.args[2]))
+        if not writes and not all(entry is Ellipsis or entry == slice(None) for entry in rest):
+            made = gm.graph.call_function(operator.getitem, (made, rest))
+    new = x if writes else made
+    for change in back or ():
+        with gm.graph.inserting_after(change):
+            job.emitted.add(gm.graph.call_function(put_at, (x, where, numbers, rest, made)))
+    node.replace_all_uses_with(new)
+    job.exports.update({v: new for v, n in job.exports.items() if n is node})
+    if job.cut is not None:
+        job.cut.leaves[:] = [new if leaf is node else leaf for leaf in job.cut.leaves]
+    gm.graph.erase_node(node)
+    for i in at:
+        _settle(gm, key[i])
+
+
+def _written_back(job: Job, read: fx.Node) -> list[fx.Node] | None:
+    """The operations that change what was read, and nothing else of the same memory; `None` where a copy would show."""
+    kept = {*job.exports.values(), *(job.cut.leaves if job.cut is not None else ())}
+    output = read.graph.output_node()
+
+    def last(node: fx.Node) -> fx.Node:
+        return output if node in kept else max(node.users, default=node)
+
+    same, views, found, used = {read}, {read}, [], last(read)
+    node = read.next
+    while node is not output:
+        changed = node.kwargs.get("out") or (node.args[0] if node.args else None)
+        if changes(node):
+            if changed in same:
+                same.add(node)
+                found.append(node)
+            elif changed in views or (node < used and _may_share(changed, read.args[0])):
+                return None
+        elif effect(node) is not None and node.target not in (put_at, take_at, torch._check):
+            if any(a in views or _may_share(a, read.args[0]) for a in node.all_input_nodes):
+                return None  # it may change what it is given
+        if views.intersection(node.all_input_nodes) and (node in same or _name(node) not in FRESH):
+            views.add(node)
+            used = max(used, last(node))
+        node = node.next
+    return found
+
+
+def _may_share(a: Any, b: Any) -> bool:
+    """May two values lie in the same memory?"""
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return True
+    a, b = _root(a), _root(b)
+    stored = _storage(a), _storage(b)
+    if None not in stored:
+        return stored[0] == stored[1]
+    return a is b or not any(_name(n) in FRESH for n in (a, b))
+
+
+def _root(node: fx.Node) -> fx.Node:
+    while node.target is site or (_storage(node) is None and (_name(node) in VIEWS or changes(node))):
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            break
+        node = node.args[0]
+    return node
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _settle(gm: fx.GraphModule, number: fx.Node) -> None:
+    """Read a number, and check it, where it is used first; forget it where nothing uses it but its check."""
+    check = next((n for n in number.users if n.target is operator.ge), None)
+    if check is None:
+        return
+    chain = [number, check, *check.users]
+    first = min((n for n in number.users if n is not check), default=None)
+    for node in chain if first is not None else reversed(chain):
+        if first is None:
+            gm.graph.erase_node(node)
+        else:
+            first.prepend(node)
+
+
+def take_at(x: torch.Tensor, dims: list[int], numbers: list[torch.Tensor]) -> torch.Tensor:
+    """A copy of `x` at these numbers of these dimensions, with tensors for indices."""
+    front = x.movedim(dims, [*range(len(dims))])
+    return front[tuple(n.reshape(1).to(x.device) for n in numbers)].squeeze(0)
+
+
+def put_at(x: torch.Tensor, dims: list[int], numbers: list[torch.Tensor], rest: tuple, value: Any) -> None:
+    """`x[..., n, rest] = value`, likewise."""
+    part = x.movedim(dims, [*range(len(dims))])[(*[slice(None)] * len(dims), *rest)]
+    shape = part.shape[len(dims) :]
+    new = torch.as_tensor(value).to(x.device, x.dtype)
+    while new.dim() > len(shape) and new.shape[0] == 1:
+        new = new[0]
+    part.index_put_(tuple(n.reshape(1).to(x.device) for n in numbers), new.expand(shape).unsqueeze(0))

@@ -1,0 +1,200 @@
+"""Equal blocks are compiled once: the numbers are those of the graph as a whole, and of hooks."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import nnsight_fx
+from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
+
+LAYERS = 8
+
+
+def llama(frozen=True):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(not frozen)
+
+
+def gpt2(frozen=True):
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=LAYERS, n_head=4, vocab_size=64, n_positions=32, use_cache=False)
+    return GPT2LMHeadModel(config).eval().requires_grad_(not frozen)
+
+
+def layers_of(m):
+    return m.model.layers if hasattr(m, "model") else m.transformer.h
+
+
+def hidden(layer):
+    out = layer.output
+    return out[0] if isinstance(out, tuple) else out
+
+
+def nothing(m, ids, v):
+    with m.trace(input_ids=ids):
+        out = m.lm_head.output.save()
+    return [out]
+
+
+def read_all(m, ids, v):
+    with m.trace(input_ids=ids):
+        saved = nnsight_fx.save([hidden(layer) for layer in layers_of(m)])
+    return saved
+
+
+def steer(m, ids, v):
+    with m.trace(input_ids=ids):
+        hidden(layers_of(m)[3])[:, -1] += v
+        saved = [hidden(layer)[:, -2:].save() for layer in layers_of(m)]
+        out = m.lm_head.output.save()
+    return [*saved, out]
+
+
+def change_in_place(m, ids, v):
+    with m.trace(input_ids=ids):
+        before = hidden(layers_of(m)[2]).clone().save()
+        hidden(layers_of(m)[2])[:] = 0
+        hidden(layers_of(m)[4])[:, 1] = v
+        out = m.lm_head.output.save()
+    return [before, out]
+
+
+def carry(m, ids, v):
+    """A value of one block is put into another."""
+    with m.trace(input_ids=ids):
+        early = hidden(layers_of(m)[1])
+        hidden(layers_of(m)[4])[:, 0] = early[:, 2] * v
+        out = m.lm_head.output.save()
+    return [out]
+
+
+def inside(m, ids, v):
+    with m.trace(input_ids=ids):
+        part = layers_of(m)[2].mlp
+        part.output = part.output * 2 + v
+        attention = layers_of(m)[4].input[..., :4].save()
+        out = m.lm_head.output.save()
+    return [attention, out]
+
+
+def invokes(m, ids, v):
+    with m.trace() as tracer:
+        with tracer.invoke(input_ids=ids):
+            clean = hidden(layers_of(m)[2])[:, -1].save()
+        with tracer.invoke(input_ids=ids.flip(-1)):
+            hidden(layers_of(m)[2])[:, -1] = v
+            out = m.lm_head.output.save()
+    return [clean, out]
+
+
+def stop(m, ids, v):
+    with m.trace(input_ids=ids) as tracer:
+        saved = [hidden(layer).save() for layer in list(layers_of(m))[:5]]
+        tracer.stop()
+    return saved
+
+
+def look(m, ids, v):
+    with m.trace(input_ids=ids):
+        if hidden(layers_of(m)[1]).sum().item() > -1e9:
+            hidden(layers_of(m)[3])[:] *= 2
+        out = m.lm_head.output.save()
+    return [out]
+
+
+def gradients(m, ids, v):
+    with m.trace(input_ids=ids):
+        h = hidden(layers_of(m)[2])
+        h.requires_grad_()
+        loss = m.lm_head.output.sum()
+        with loss.backward():
+            saved = h.grad.save()
+    return [saved]
+
+
+PROGRAMS = (nothing, read_all, steer, change_in_place, carry, inside, invokes, stop, look, gradients)
+WHOLE = {look, gradients}  # too few blocks are left, or a backward is part of the graph
+
+
+CASES = [(p, llama, False) for p in PROGRAMS]
+CASES += [(p, gpt2, True) for p in (steer, change_in_place, carry, invokes)]
+
+
+@pytest.mark.parametrize(("program", "build", "grad"), CASES)
+def test_as_on_hooks(program, build, grad):
+    regional, hooks = NNsight(build()), NNsight(build())
+    regional.compile(backend="aot_eager", regional=True)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        ids, v = torch.randint(0, 64, (2, 7)), torch.randn(16)
+        with torch.set_grad_enabled(grad or program is gradients):
+            with assert_no_fallback(), assert_max_compiles(0 if seed else 99):
+                got = program(regional, ids, v)
+            want = program(hooks, ids, v)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+            assert a.requires_grad == b.requires_grad
+    told = str(regional.explain())
+    assert ("outline" in told) == (program not in WHOLE) == ("in one piece" not in told), told
+
+
+def test_another_layer_and_another_save_compile_only_what_is_new():
+    model = NNsight(llama())
+    made = []
+
+    def counting(gm, inputs):
+        made.append(gm)
+        return gm
+
+    model.compile(backend=counting, regional=True)
+    ids = torch.randint(0, 64, (2, 7))
+
+    def steered(at):
+        with torch.no_grad(), model.trace(input_ids=ids):
+            model.model.layers[at].output += 1.0
+            out = model.lm_head.output.save()
+        return out
+
+    steered(1)
+    first = len(made)
+    assert first == 5  # in front of the blocks, a block, the steered one, the last, and the head
+    out = steered(3)
+    assert len(made) == first and not torch.equal(out, steered(2))
+    assert len(made) == first
+
+
+def test_a_model_in_training_gives_its_parameters_the_same_gradients():
+    def step(model):
+        ids = torch.arange(14).reshape(2, 7)
+        with model.trace(input_ids=ids):
+            model.model.layers[2].output[:, -1] *= 2
+            loss = model.lm_head.output.square().mean().save()
+        loss.backward()
+        return {name: p.grad for name, p in model._module.named_parameters()}
+
+    regional, hooks = NNsight(llama(frozen=False)), NNsight(llama(frozen=False))
+    regional.compile(backend="aot_eager", regional=True)
+    got, want = step(regional), step(hooks)
+    assert "outline" in str(regional.explain())
+    assert all(torch.allclose(got[name], want[name], rtol=1e-4, atol=1e-6) for name in want)
+
+
+def test_other_lengths():
+    """A second length makes sizes symbols; blocks that a number decided are not used for another."""
+    model, hooks = NNsight(llama()), NNsight(llama())
+    model.compile(backend="aot_eager", regional=True)
+    for length in (5, 9, 3, 12, 9, 2):
+        ids, v = torch.randint(0, 64, (2, length)), torch.randn(16)
+        with torch.no_grad():
+            for a, b in zip(steer(model, ids, v), steer(hooks, ids, v), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert model.explain().to_dict()["captures"][0]["captures"] == 2
