@@ -23,7 +23,7 @@ FRESH = {
 }  # fmt: skip
 
 
-def index(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node]) -> None:
+def index(gm: fx.GraphModule, job: Job, lifted: set[fx.Node]) -> None:
     """Lower `x[:, n]` and `x[:, n] = v` with a lifted `n`, which neither indexing nor Inductor takes as a number.
 
     ```
@@ -35,12 +35,23 @@ def index(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node]) -> 
     A read is a copy, written back where it is changed itself; it stays a view (`select`) where what it is read from, or a view of
     it, is changed while it is in use.
     """
+    users = dict.fromkeys(user for number in lifted for user in number.users)
+    nodes = [n for n in users if n.op == "call_function" and n.target in (operator.getitem, operator.setitem)]
+    calls = (n for n in gm.graph.nodes if n.op.startswith("call") and n.target is not torch._check)
+    effects = [n for n in calls if effect(n) is not None] if nodes else []
+    back = {n: _written_back(job, n, effects) for n in nodes if n.target is operator.getitem}
+    for node in nodes:
+        _lower(gm, job, node, lifted, back.get(node))
+
+
+def _lower(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node], back: list[fx.Node] | None) -> None:
+    """One read or write; `back`: the changes of what is read, to be written back, if it may be a copy."""
     x: Any = node.args[0]
     key: Any = node.args[1]
     key = key if isinstance(key, tuple) else (key,)
     at = {i for i, entry in enumerate(key) if isinstance(entry, fx.Node) and entry in lifted}
     if not at:
-        return  # lowered already, through another of its positions
+        return  # a number is written, not a position
     ellipsis = next((i for i, entry in enumerate(key) if entry is Ellipsis), len(key))
     left = [(i, sum(e is not None for e in key[:i])) for i in range(ellipsis) if i in at]
     right = [(i, -sum(e is not None for e in key[i:])) for i in range(ellipsis, len(key)) if i in at]
@@ -49,7 +60,7 @@ def index(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node]) -> 
     rest = tuple(entry for i, entry in enumerate(key) if i not in at)
     basic = all(entry is None or entry is Ellipsis or isinstance(entry, int | slice) for entry in rest)
     writes = node.target is operator.setitem
-    back = None if writes or not basic else _written_back(job, node)
+    back = back if basic else None
     with gm.graph.inserting_before(node):
         if writes and basic:
             x = gm.graph.call_function(put_at, (x, where, numbers, rest, node.args[2]))
@@ -76,32 +87,38 @@ def index(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node]) -> 
         _settle(gm, key[i])
 
 
-def _written_back(job: Job, read: fx.Node) -> list[fx.Node] | None:
-    """The operations that change what was read, and nothing else of the same memory; `None` where a copy would show."""
+def _written_back(job: Job, read: fx.Node, effects: list[fx.Node]) -> list[fx.Node] | None:
+    """The operations that change what was read, and nothing else of the same memory; `None` where a copy would show.
+
+    `effects` are the operations of the graph that do more than compute, in order.
+    """
     kept = {*job.exports.values(), *(job.cut.leaves if job.cut is not None else ())}
-    output = read.graph.output_node()
-
-    def last(node: fx.Node) -> fx.Node:
-        return output if node in kept else max(node.users, default=node)
-
-    same, views, found, used = {read}, {read}, [], last(read)
-    node = read.next
-    while node is not output:
-        changed = node.kwargs.get("out") or (node.args[0] if node.args else None)
-        if changes(node):
-            if changed in same:
-                same.add(node)
-                found.append(node)
-            elif changed in views or (node < used and _may_share(changed, read.args[0])):
-                return None
-        elif effect(node) is not None and node.target not in (put_at, take_at, torch._check):
+    views, same, ahead, used = {read}, {read}, [read], read
+    while ahead:
+        node = ahead.pop()
+        used = max(used, read.graph.output_node() if node in kept else node, *node.users)
+        for user in node.users:
+            if user not in views and (_changed(user) in views if changes(user) else _name(user) not in FRESH):
+                views.add(user)
+                ahead.append(user)
+    found = []
+    for node in effects:
+        if node < read:
+            continue
+        if not changes(node):
             if any(a in views or _may_share(a, read.args[0]) for a in node.all_input_nodes):
                 return None  # it may change what it is given
-        if views.intersection(node.all_input_nodes) and (node in same or _name(node) not in FRESH):
-            views.add(node)
-            used = max(used, last(node))
-        node = node.next
+        elif _changed(node) in same:
+            same.add(node)
+            found.append(node)
+        elif _changed(node) in views or (node < used and _may_share(_changed(node), read.args[0])):
+            return None
     return found
+
+
+def _changed(node: fx.Node) -> Any:
+    """What an operation in place changes."""
+    return node.kwargs.get("out") or (node.args[0] if node.args else None)
 
 
 def _may_share(a: Any, b: Any) -> bool:

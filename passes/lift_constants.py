@@ -58,9 +58,7 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
             job.cut.leaves[:] = [value if leaf is node else leaf for leaf in job.cut.leaves]
         gm.graph.erase_node(node)
         made += 1
-    for node in [user for value in lifted for user in value.users]:
-        if node.op == "call_function" and node.target in (operator.getitem, operator.setitem):
-            index(gm, job, node, lifted)
+    index(gm, job, lifted)
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -176,7 +177,8 @@ def _built(
     try:
         job.blocks = [twins[n] for n in job.blocks if n in twins]
         given = [_torch.as_leaf(segment.context, x) for x in inputs()]
-        return regional(cut, job, segment, (fakes, given), list(args), lambda *a: run.capture.build(*a, run.report))
+        build = functools.partial(run.capture.build, report=run.report)
+        return regional(cut, job, segment, (fakes, given), list(args), build)
     except Whole as why:
         job.whole = str(why)
         return run.capture.build(gm, inputs, run.report)
