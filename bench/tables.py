@@ -129,7 +129,24 @@ def recording() -> list[str]:
     ]
 
 
-SECTIONS = (sweep, steer, saves, recording, memory)
+def first() -> list[str]:
+    found = kept("first")
+    if found is None:
+        return []
+    kinds = dict.fromkeys(kind for each in found["median_s"].values() for kind in each)
+    rows = [
+        [kind, *(f"{each[kind]:.1f}" if kind in each else "" for each in found["median_s"].values())] for kind in kinds
+    ]
+    for row in rows:
+        row.append(f"{found['ratio'][row[0]]:.2f}" if row[0] in found["ratio"] else "")
+    return [
+        f"## The first result: {found['workload']}",
+        f"`python bench/first.py`, which says what each line is. {machine(found)} Medians of {found['rounds']} new processes each.",
+        table(["seconds", *found["median_s"], "ratio"], rows),
+    ]
+
+
+SECTIONS = (sweep, steer, saves, first, recording, memory)
 
 
 def short() -> str:

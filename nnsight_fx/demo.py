@@ -151,7 +151,7 @@ def run(
     """
     load_matplotlib()  # before the minutes of work, not after
     _make_folder(out)
-    lm, name = _load(model)
+    lm, name = load(model)
     patching = Patching(lm, task)
     _introduce(patching, name)
 
@@ -169,7 +169,7 @@ def run(
     return report
 
 
-def _load(model: str | LanguageModel | None) -> tuple[LanguageModel, str]:
+def load(model: str | LanguageModel | None) -> tuple[LanguageModel, str]:
     if isinstance(model, LanguageModel):
         return model, type(model).__name__
     if model is not None:

@@ -490,6 +490,9 @@ class NNsight(Edits, Envoy):
     ) -> None:
         """Run traces on captured, compiled graphs from now on; the arguments are `nn.Module.compile`'s.
 
+        `regional`: compile a model's equal blocks once, and another plan's only where they differ, instead of the graph as a whole.
+        `None` is yes for Inductor in its default mode and no otherwise; `explain()` says where it could not be.
+
         `capture="symbolic"` makes the graphs as `torch.fx.symbolic_trace` does, by running the model's Python once on tensors
         without data, for each shape of its inputs. What that cannot take (control flow on values, hooks of your own,
         attributes that a forward sets, objects as arguments) runs on hooks, and `explain()` says at which line; with

@@ -22,7 +22,7 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
     ```
 
     Numbers are 0-d tensors on the CPU: an integer read from one is unbacked, so neither its value nor 0 or 1 are
-    special; as a position it stays a tensor (`index`). `job.takes` lists what to give, in order.
+    special; as a position it stays a tensor (`indexing`). `job.takes` lists what to give, in order.
 
     Does not fire when: the segment needs nothing from outside. With `job.raw_numbers` numbers stay Python numbers.
     """

@@ -161,7 +161,7 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, monkeypatc
 
 def test_an_output_folder_that_cannot_be_made_fails_before_any_work(tmp_path, monkeypatch, capsys):
     (tmp_path / "out").touch()
-    monkeypatch.setattr(demo, "_load", lambda model: pytest.fail("loaded a model"))
+    monkeypatch.setattr(demo, "load", lambda model: pytest.fail("loaded a model"))
     assert cli.main(_arguments(tmp_path)) == 2
     assert "Name another folder with --out" in capsys.readouterr().err
 

@@ -1,0 +1,112 @@
+"""The first compiled result: ours (steer + a save a layer) against a plain `torch.compile` of the same model, each in new processes.
+
+    python bench/first.py [--layers 30] [--rounds 3] [--out bench/results/first.json]
+
+- cold: nothing is in any cache on disk;
+- warm: another process has done the same, and left Inductor's caches;
+- one more save: in a process that has traced already, the seconds that a plan with another layer and one more save takes.
+
+The imports of the compiler and a first small compile come before, on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+CHILD = """
+import json, sys, time
+import torch
+from steer import smollm2, steer_and_save
+import nnsight_fx
+from nnsight_fx import NNsight
+
+who, layers = sys.argv[1], int(sys.argv[2])
+module = smollm2(layers)
+ids, vector = torch.randint(0, 49152, (1, 14)), torch.randn(576)
+torch.compile(lambda x: x * 2 + 1)(torch.randn(8))
+found = {}
+if who == "ours":
+    model = NNsight(module)
+    model.compile()
+    call = lambda: steer_and_save(model, ids, vector)
+else:
+    plain = torch.compile(module)
+    call = lambda: torch.no_grad()(plain)(input_ids=ids, use_cache=False)
+start = time.perf_counter()
+call()
+found["first"] = time.perf_counter() - start
+if who == "ours":
+    def other():
+        with torch.no_grad(), model.trace(ids, use_cache=False):
+            model.model.layers[layers // 2 + 2].output += vector
+            saved = nnsight_fx.save([layer.output[:, -1] for layer in model.model.layers])
+            more = model.model.layers[3].mlp.output.save()
+            out = model.lm_head.output.save()
+    start = time.perf_counter()
+    other()
+    found["one more save"] = time.perf_counter() - start
+print(json.dumps(found))
+"""
+
+
+def child(who: str, layers: int, cache: str) -> dict[str, float]:
+    """One process: its seconds."""
+    here = Path(__file__).resolve().parent
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, who, str(layers)], env=env, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(layers: int, rounds: int) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    times: dict[str, dict[str, list[float]]] = {}
+    for _ in range(rounds):
+        for who in ("ours", "torch.compile"):
+            with tempfile.TemporaryDirectory() as cache:
+                for kind in ("cold", "warm"):
+                    seconds = child(who, layers, cache)
+                    times.setdefault(who, {}).setdefault(kind, []).append(seconds.pop("first"))
+                    for name, s in seconds.items():
+                        times[who].setdefault(f"{name}, {kind}", []).append(s)
+        print(json.dumps(times), flush=True)
+    medians = {who: {kind: statistics.median(s) for kind, s in each.items()} for who, each in times.items()}
+    return {
+        "workload": f"steer + {layers} last-position saves, {layers} layers of SmolLM2's shape, 1 x 14 tokens",
+        "rounds": rounds,
+        "median_s": medians,
+        "ratio": {kind: medians["ours"][kind] / medians["torch.compile"][kind] for kind in ("cold", "warm")},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "hardware": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"layers": 30, "rounds": 3}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "first.json")
+    args = parser.parse_args()
+    found = measure(args.layers, args.rounds)
+    args.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
