@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
 
-.PHONY: demo test test-inductor test-slow test-ray test-peer semantics fuzz coverage lint bench clean
+.PHONY: demo test test-inductor test-slow test-ray test-peer semantics fuzz coverage lint bench bench-check clean
 
 demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
@@ -45,6 +45,10 @@ coverage: .venv/.stamp-coverage
 
 bench: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest bench -m "not gpu" --benchmark-enable --benchmark-only $(ARGS)
+
+# A short run beside the committed figures: a report; only other compile counts fail it.
+bench-check: .venv/.stamp
+	$(BIN)/python bench/check.py $(ARGS)
 
 lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1  # asks no registry for a newer pyright
 lint: .venv/.stamp

@@ -74,7 +74,8 @@ def steer() -> list[str]:
     rows = [[who, f"{1e3 * s:.1f}", f"{found['first_call_s'][who]:.1f}"] for who, s in found["median_s"].items()]
     return [
         f"## {found['workload'][0].upper()}{found['workload'][1:]}",
-        f"`python bench/steer.py`. {machine(found)} Ratio {found['ratio']:.3f}.",
+        f"`python bench/steer.py`. {machine(found)} Ratio {found['ratio']:.3f}, of `model.program` {found['ratio_program']:.3f}. "
+        "First calls with Inductor's caches as they were: `bench/first.py` has those from none.",
         table(["", "ms", "first call, s"], rows),
     ]
 

@@ -70,6 +70,7 @@ def _of(capture: Capture) -> dict[str, Any]:
         ],
         "captures": capture.captures,
         "compiles": capture.compiles,
+        "regions": sum(len(made) for s in capture.segments for made in s.regions.values()),
         "hits": capture.hits,
         "recompiles": {"most": entries, "limit": limit},
         "live": sorted(capture.live_sites),
@@ -82,6 +83,8 @@ def _of(capture: Capture) -> dict[str, Any]:
 def _text(facts: dict[str, Any]) -> list[str]:
     lines = [f"  {', '.join(f'{k}={v}' for k, v in facts['options'].items())}"]
     lines.append(f"    {facts['captures']} segments captured, {facts['compiles']} compiles, {facts['hits']} cache hits")
+    if facts["regions"]:
+        lines.append(f"    equal blocks share {facts['regions']} compiled regions")
     for i, segment in enumerate(facts["segments"]):
         span = f" from {segment['first']} to {segment['last']}" if segment["sites"] else ""
         lines.append(f"    segment {i}: {segment['sites']} sites{span}, {segment['variants']} variants")

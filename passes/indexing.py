@@ -176,4 +176,6 @@ def put_at(x: torch.Tensor, dims: list[int], numbers: list[torch.Tensor], rest: 
     new = torch.as_tensor(value).to(x.device, x.dtype)
     while new.dim() > len(shape) and new.shape[0] == 1:
         new = new[0]
-    part.index_put_(tuple(n.reshape(1).to(x.device) for n in numbers), new.expand(shape).unsqueeze(0))
+    part.index_put_(
+        tuple(n.reshape(1).to(x.device) for n in numbers), new.expand(shape).unsqueeze(0).clone()
+    )  # it may be `x`'s own memory
