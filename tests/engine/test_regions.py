@@ -147,6 +147,21 @@ def test_as_on_hooks(program, build, grad):
     assert ("outline" in told) == (program not in WHOLE) == ("in one piece" not in told), told
 
 
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize("program", [steer, change_in_place, carry, invokes, inside])
+def test_inductor(program):
+    regional, hooks = NNsight(llama(frozen=False)), NNsight(llama(frozen=False))
+    regional.compile()
+    ids, v = torch.randint(0, 64, (2, 7)), torch.randn(16)
+    for _ in range(2):
+        with assert_no_fallback():
+            got = program(regional, ids, v)
+        for a, b in zip(got, program(hooks, ids, v), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert "outline" in str(regional.explain())
+
+
 def test_another_layer_and_another_save_compile_only_what_is_new():
     model = NNsight(llama())
     made = []
