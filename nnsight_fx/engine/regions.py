@@ -51,7 +51,7 @@ def regional(
     if job.requires is not None:
         raise Whole("a backward is part of it")
     own, given = fakes
-    calls = outline(gm, before=job.blocks, alike=lambda n: None)  # `_facts` tells, below
+    calls = outline(gm, before=job.blocks, alike=lambda n: None)  # `facts` tells, below
     kinds = {n.target for n in gm.graph.nodes if n.op == "call_module"}
     if 3 * len(kinds) > 2 * calls:
         raise Whole("fewer than a third of its blocks are copies of another")
@@ -83,7 +83,7 @@ class _Regions:
         inputs = [values[a] for a in node.args]  # type: ignore[index]
         if any(isinstance(x, torch.Tensor) and _torch.unbacked(x) for x in inputs):
             raise Whole("a size that is known only when it runs crosses from block to block")
-        key = (structure(graph), tuple(map(_facts, inputs)), torch.is_grad_enabled())
+        key = (structure(graph), tuple(map(facts, inputs)), torch.is_grad_enabled())
         found = next((r for r in self.known.get(key, ()) if r.hold(self.args)), None)
         if found is None:
             found = self._compile(graph, inputs)
@@ -137,7 +137,8 @@ def _storage(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def _facts(x: Any) -> Hashable:
+def facts(x: Any) -> Hashable:
+    """Of what kind an input of a graph is, from its fake."""
     if not isinstance(x, torch.Tensor):
         return str(x)
     return (*map(str, x.shape), "|", *map(str, x.stride())), x.dtype, x.device, x.requires_grad

@@ -16,6 +16,7 @@ import torch.fx as fx
 from ..capture import _torch
 from ..capture.markers import site
 from ..capture.segment import Segment
+from ..engine.regions import facts, structure
 from ..engine.spliced import Capture
 from ..passes.causal import APART, causal
 from ..passes.demand import demand, take
@@ -298,7 +299,8 @@ class Sheet:
             assert isinstance(region, fx.GraphModule)
             if _changes_inputs(region):
                 raise Mixed("the model changes a value in place on which a site may be looked at")
-            key = _structure(region)
+            given = (n.meta.get("example_value") for n in region.graph.nodes if n.op == "placeholder")
+            key = (structure(region), tuple(map(facts, given)))
             if key not in known:
                 known[key] = self._compile(region)
             found[name] = known[key]
@@ -337,23 +339,3 @@ def _changes_inputs(region: fx.GraphModule) -> bool:
 def _storage(node: fx.Node) -> int | None:
     value = node.meta.get("example_value")
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
-
-
-def _structure(region: fx.GraphModule) -> tuple:
-    numbers = {n: i for i, n in enumerate(region.graph.nodes)}
-
-    def walk(arg: Any) -> Any:
-        return fx.map_arg(arg, lambda n: f"%{numbers[n]}")  # type: ignore[arg-type, return-value]
-
-    def fact(n: fx.Node) -> str:
-        value = n.meta.get("example_value")
-        return (
-            f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device}"
-            if isinstance(value, torch.Tensor)
-            else ""
-        )
-
-    return tuple(
-        (n.op, n.target if n.op != "placeholder" else fact(n), repr((walk(n.args), walk(n.kwargs))))
-        for n in region.graph.nodes
-    )

@@ -125,8 +125,9 @@ PROGRAMS = (nothing, read_all, steer, change_in_place, carry, inside, invokes, s
 WHOLE = {look, gradients}  # too few blocks are left, or a backward is part of the graph
 
 
-CASES = [(p, llama, False) for p in PROGRAMS]
-CASES += [(p, gpt2, True) for p in (steer, change_in_place, carry, invokes)]
+LATER = (nothing, inside, stop, gradients)  # in `make test-slow`
+CASES = [pytest.param(p, llama, False, marks=[pytest.mark.slow] if p in LATER else []) for p in PROGRAMS]
+CASES += [pytest.param(p, gpt2, True, marks=[pytest.mark.slow]) for p in (steer, change_in_place, carry, invokes)]
 
 
 @pytest.mark.parametrize(("program", "build", "grad"), CASES)
@@ -203,6 +204,7 @@ def test_a_model_in_training_gives_its_parameters_the_same_gradients():
     assert all(torch.allclose(got[name], want[name], rtol=1e-4, atol=1e-6) for name in want)
 
 
+@pytest.mark.slow
 def test_other_lengths():
     """A second length makes sizes symbols; blocks that a number decided are not used for another."""
     model, hooks = NNsight(llama()), NNsight(llama())
