@@ -8,9 +8,10 @@ import torch
 
 import semantics
 
-# Read when huggingface_hub and Inductor are imported, which conftest.py comes before.
+# Read when huggingface_hub, Dynamo and Inductor are imported, which conftest.py comes before.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compile processes under each worker
+os.environ.setdefault("TORCH_DYNAMO_AUTOMATIC_DYNAMIC_LOCAL_PGO", "0")  # no sizes remembered from earlier runs, on disk
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -346,13 +346,13 @@ def look(m, s, x, out):
             s.a.output = h + 1
         if s.a.output.sum() > 1e9:
             s.b.output = s.b.output * 0
-        s.b.output[:, 0] = s.b.output.mean().item()
+        s.b.output[:, 0] *= 1 + s.b.output.mean().item()
         out["y"] = save(tracer.result)
 
 
 def look_by_hand(m, s, x, out):
     def change(h):
-        h[:, 0] = h.mean().item()
+        h[:, 0] *= 1 + h.mean().item()
 
     out["y"] = run(m, x, after(s.a, lambda h: h + 1), after(s.b, change))
 
