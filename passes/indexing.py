@@ -39,7 +39,9 @@ def index(gm: fx.GraphModule, job: Job, lifted: set[fx.Node]) -> None:
     nodes = [n for n in users if n.op == "call_function" and n.target in (operator.getitem, operator.setitem)]
     calls = (n for n in gm.graph.nodes if n.op.startswith("call") and n.target is not torch._check)
     effects = [n for n in calls if effect(n) is not None] if nodes else []
-    back = {n: _written_back(job, n, effects) for n in nodes if n.target is operator.getitem}
+    over = job.closed and (job.exit is None or len(job.exit.done) == len(job.plan.ops))
+    kept = {*job.exports.values(), *(job.cut.leaves if job.cut is not None else ())}
+    back = {n: _written_back(n, effects, kept, over) for n in nodes if n.target is operator.getitem}
     for node in nodes:
         _lower(gm, job, node, lifted, back.get(node))
 
@@ -87,15 +89,17 @@ def _lower(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node], ba
         _settle(gm, key[i])
 
 
-def _written_back(job: Job, read: fx.Node, effects: list[fx.Node]) -> list[fx.Node] | None:
+def _written_back(read: fx.Node, effects: list[fx.Node], kept: set[Any], over: bool) -> list[fx.Node] | None:
     """The operations that change what was read, and nothing else of the same memory; `None` where a copy would show.
 
-    `effects` are the operations of the graph that do more than compute, in order.
+    `effects` are the operations of the graph that do more than compute, in order; `kept` is what leaves the graph, and `over`
+    tells that the plan does nothing behind it, which could change what was read from.
     """
-    kept = {*job.exports.values(), *(job.cut.leaves if job.cut is not None else ())}
     views, same, ahead, used = {read}, {read}, [read], read
     while ahead:
         node = ahead.pop()
+        if node in kept and not over:
+            return None
         used = max(used, read.graph.output_node() if node in kept else node, *node.users)
         for user in node.users:
             if user not in views and (_changed(user) in views if changes(user) else _name(user) not in FRESH):
