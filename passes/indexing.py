@@ -93,12 +93,14 @@ def _written_back(read: fx.Node, effects: list[fx.Node], kept: set[Any], over: b
     """The operations that change what was read, and nothing else of the same memory; `None` where a copy would show.
 
     `effects` are the operations of the graph that do more than compute, in order; `kept` is what leaves the graph, and `over`
-    tells that the plan does nothing behind it, which could change what was read from.
+    tells that the plan does nothing behind it, which could change what was read from. What is given out with what it was read
+    from shares its memory.
     """
+    alone = not any(_may_share(other, read.args[0]) for other in kept if other is not read)
     views, same, ahead, used = {read}, {read}, [read], read
     while ahead:
         node = ahead.pop()
-        if node in kept and not over:
+        if node in kept and not (over and alone):
             return None
         used = max(used, read.graph.output_node() if node in kept else node, *node.users)
         for user in node.users:
