@@ -135,7 +135,7 @@ def _may_share(a: Any, b: Any) -> bool:
     stored = _storage(a), _storage(b)
     if None not in stored:
         return stored[0] == stored[1]
-    return a is b or not any(_name(n) in FRESH for n in (a, b))
+    return a is b or not all(_name(n) in FRESH for n in (a, b))
 
 
 def _root(node: fx.Node) -> fx.Node:

@@ -89,6 +89,12 @@ def another_view_looked_at(h, n, m):
     return half * 1.0, row
 
 
+def a_view_of_another_kind_changed(h, n, m):
+    row, diagonal = h[:, n], h.diagonal(0, 1, 2)
+    diagonal.zero_()
+    return h, row
+
+
 def something_else_changed(h, n, m):
     row, other = h[:, n], h * 2.0
     other.zero_()
@@ -111,10 +117,18 @@ VIEWS = {
     read_then_written,
     base_changed_between,
     view_of_base_changed,
+    a_view_of_another_kind_changed,
 }  # where a copy would show
 PROGRAMS = (
     *(read_then_written, written_then_read, read_used_up_then_written, augmented, changed_through_the_view),
-    *(changed_twice, a_view_of_it_changed, base_changed_between, view_of_base_changed, another_view_looked_at),
+    *(
+        changed_twice,
+        a_view_of_it_changed,
+        base_changed_between,
+        view_of_base_changed,
+        a_view_of_another_kind_changed,
+        another_view_looked_at,
+    ),
     *(something_else_changed, two_positions, wider_values),
 )
 
