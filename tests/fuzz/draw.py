@@ -61,7 +61,7 @@ def nets(draw: Any, theme: str) -> Net:
         layers[0] = "linear"
     grad = theme == "gradients" or draw(st.integers(0, 3)) == 3
     dynamic = draw(st.sampled_from([True, True, True, None]))  # one capture for all shapes is half of the time
-    return Net(tuple(layers), draw(st.booleans()), grad, dynamic)
+    return Net(tuple(layers), draw(st.booleans()), grad, dynamic, draw(st.booleans()))
 
 
 class Walk:

@@ -279,6 +279,7 @@ class Net:
     train: bool = False
     grad: bool = False  # do parameters require grad
     dynamic: bool | None = None  # as `model.compile` has it
+    lifted: bool = False  # are numbers of the bodies inputs of the graphs, as any compiler but `eager` gets them
 
     @property
     def moves_state(self) -> bool:
