@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from nnsight_fx.capture._torch import detect_fake_mode, enable_python_dispatcher, hook, no_python_dispatcher
 
@@ -30,7 +30,8 @@ def differentiate(gm: fx.GraphModule, job: Job) -> int:
     The graph is interpreted over the fakes of its inputs, with tensor hooks where gradients are read or set, and
     `torch.autograd.grad` where the body says `backward`; `make_fx` records what that does, in aten operations. What lies
     between `backward` and its `settled` runs when the gradients that it needs have come. Gradients of leaves are further
-    outputs: `job.accumulates` says of which input each is. `job.requires` says which outputs require grad in eager.
+    outputs: `job.accumulates` says of which input each is. `job.requires` says which outputs require grad in eager. Blocks of
+    the graph become blocks of the forward and of the backward.
 
     Comes last: inputs and outputs are final. Does not fire when: there is no `backward`.
     """
@@ -38,7 +39,7 @@ def differentiate(gm: fx.GraphModule, job: Job) -> int:
     if not passes:
         return 0
     assert job.inputs is not None
-    flow = Flow(gm)
+    flow = Flow(gm, job.blocks)
     fakes = job.inputs()
     # As AOTAutograd traces: without the Python dispatcher C++ expands to no symbolic size.
     with detect_fake_mode(fakes) or contextlib.nullcontext(), torch.enable_grad(), enable_python_dispatcher():
@@ -55,6 +56,7 @@ def differentiate(gm: fx.GraphModule, job: Job) -> int:
             torch.ops.aten.reshape.default
         )  # the same, but where fakes are wrong about strides (pytorch/pytorch#192668)
     gm.graph = traced.graph
+    job.blocks = flow.begin(traced.graph)
     return len(passes)
 
 
@@ -65,15 +67,19 @@ def _leaf(x: Any) -> bool:
 class Flow(fx.Interpreter):
     """The graph as a function of its inputs, with its backward passes run."""
 
-    def __init__(self, gm: fx.GraphModule):
+    def __init__(self, gm: fx.GraphModule, blocks: list[fx.Node]):
         super().__init__(gm, garbage_collect_values=False)
+        self.blocks = set(blocks)
+        self.ends: list[fx.Node] = []  # of what is traced, the nodes behind which a block begins
         self.nodes: list[fx.Node] = list(gm.graph.nodes)
         self.running: fx.Node | None = None  # the backward that runs
         self.requires: list[bool] = []
         self.accumulates: list[int] = []
 
     def values(self, *given: Any) -> list:
-        self.env = {}
+        mode = get_proxy_mode()
+        assert mode is not None
+        self.traced, self.env = mode.tracer.graph, {}
         self.taps: dict[fx.Node, torch.Tensor] = {}
         self.leaves = [i for i, x in enumerate(given) if _leaf(x)]
         self.given, self.filled = given, []
@@ -101,10 +107,30 @@ class Flow(fx.Interpreter):
             return self.back(node)
         if node.target is gradient:
             raise NotDifferentiable("a gradient was asked for that the backward does not pass")
+        if node in self.blocks:
+            self.cut()
+            for n in node.all_input_nodes:  # and where its gradient is whole, in the backward
+                if isinstance(x := self.env[n], torch.Tensor) and x.requires_grad and not x.is_leaf:
+                    hook(x, self.cut)
+                    break
         made = None if node.target in (set_gradient, settled) else self.run_node(node)
         if node.op == "call_method" and node.target == "requires_grad_" and made.is_leaf and made.requires_grad:
             self.made.append(made)
         return made
+
+    def cut(self, _: Any = None) -> None:
+        self.ends.append(next(iter(reversed(self.traced.nodes))))
+
+    def begin(self, graph: fx.Graph) -> list[fx.Node]:
+        """The nodes of the traced graph, which has lost its dead ones since, with which blocks begin."""
+        alive, found = set(graph.nodes), []
+        for node in self.ends:
+            node = node.next
+            while node not in alive and node.op != "root":
+                node = node.next
+            if node.op not in ("root", "output"):
+                found.append(node)
+        return found
 
     def back(self, node: fx.Node) -> None:
         args: Any = self.map_nodes_to_values(node.args, node)  # type: ignore[arg-type]

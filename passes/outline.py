@@ -12,6 +12,7 @@ import torch.fx as fx
 from nnsight_fx.capture.markers import site
 from nnsight_fx.tracing.plan import Site
 
+from .effects import changes
 from .job import Job
 
 
@@ -55,6 +56,50 @@ def outline(
             gm.add_submodule(known[region.key], region.build(gm))
         region.replace(gm, known[region.key])
     return len(regions)
+
+
+def sink_views(gm: fx.GraphModule, before: list[fx.Node]) -> int:
+    """Take views of what another piece has made, or been given, in each piece that uses them; return how many are taken anew.
+    Pieces begin with the nodes `before`, which becomes those with which they begin now.
+
+    ```
+    h = mm(x, w);  v = view(h, [2, 3])            h = mm(x, w)
+    a = sin(v)                             ->     v0 = view(h, [2, 3]);  a = sin(v0)
+    ------------------------------------          ------------------------------------
+    b = cos(v)                                    v1 = view(h, [2, 3]);  b = cos(v1)
+    ```
+
+    A view costs nothing where it is used, and something as an output beside its base: compilers make it anew at each call.
+
+    Does not fire when: what the view is of is changed in place, which another time to take it would tell.
+    """
+    pieces = _pieces(gm, set(), before, ())
+    where = {node: i for i, piece in enumerate(pieces) for node in piece}
+    firsts = [piece[0] for piece in pieces]
+    count = 0
+    for node in reversed(gm.graph.nodes):
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not target.is_view or node not in where:
+            continue
+        base = node.all_input_nodes[0]
+        if any(changes(user) for n in (node, base) for user in n.users):
+            continue
+        home: dict[int, fx.Node] = {}
+        for user in list(node.users):
+            at = where.get(user)
+            if at is None or at == where[node]:
+                continue
+            if at not in home:
+                with gm.graph.inserting_before(firsts[at]):
+                    home[at] = gm.graph.node_copy(node)
+                before[:] = [home[at] if n is firsts[at] else n for n in before]
+                firsts[at] = home[at]
+                where[home[at]] = at
+                count += 1
+            user.replace_input_with(node, home[at])
+        if not node.users:
+            gm.graph.erase_node(node)
+    return count
 
 
 def seams(gm: fx.GraphModule) -> list[tuple[Site, list[fx.Node]]]:

@@ -12,7 +12,7 @@ import torch.fx as fx
 from ..capture import _torch
 from ..passes.effects import changes
 from ..passes.job import Job
-from ..passes.outline import outline
+from ..passes.outline import outline, sink_views
 
 if TYPE_CHECKING:
     from ..capture.segment import Segment
@@ -48,9 +48,8 @@ def regional(
     """
     if not job.blocks:
         raise Whole("no equal blocks")
-    if job.requires is not None:
-        raise Whole("a backward is part of it")
     own, given = fakes
+    sink_views(gm, job.blocks)
     calls = outline(gm, before=job.blocks, alike=lambda n: None)  # `facts` tells, below
     kinds = {n.target for n in gm.graph.nodes if n.op == "call_module"}
     if 3 * len(kinds) > 2 * calls:

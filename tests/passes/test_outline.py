@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn as nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from nnsight_fx import NNsight
 from nnsight_fx.capture.markers import site
-from nnsight_fx.passes.outline import outline, seams
+from nnsight_fx.passes.outline import outline, seams, sink_views
 
 from .graphs import capture, graph, net, net_graph, targets
 
@@ -110,3 +111,42 @@ def test_a_real_model():
     args = [X if x is X else next(given) for x in args]
     torch.testing.assert_close(gm(*args)[0], module(X), rtol=0, atol=0)
     assert net() is not None and targets(gm)
+
+
+def traced(function):
+    return make_fx(function)(X, W)
+
+
+def begins(gm, target):
+    return [n for n in gm.graph.nodes if n.target is target]
+
+
+def test_views_are_taken_again_where_they_are_used():
+    aten = torch.ops.aten
+
+    def forward(x, w):
+        turned = w.t()
+        h = (x @ turned).sin()
+        flat = h.view(4, 3).t()
+        return (flat @ turned).cos() @ turned, flat
+
+    gm = traced(forward)
+    before = begins(gm, aten.mm.default)[1:]
+    assert sink_views(gm, before) == 4  # `turned` twice, and the two that make `flat`
+    assert outline(gm, before=before, alike=lambda n: None) == 3
+    gm.recompile()
+    for got, want in zip(gm(X, W), forward(X, W), strict=True):
+        assert torch.equal(got, want)
+    first = gm.get_submodule("region_0")
+    assert len(first.graph.output_node().args[0]) <= 2  # `h`, and the view that is a result
+
+
+def test_a_view_of_what_is_changed_stays_where_it_is():
+    def forward(x, w):
+        h = x @ w
+        seen = h.view(4, 3)
+        h.add_(1.0)
+        return (seen @ x) @ w
+
+    gm = traced(forward)
+    assert sink_views(gm, begins(gm, torch.ops.aten.mm.default)[1:]) == 0
