@@ -18,6 +18,11 @@ class Ambient(NamedTuple):
     inference: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
 
+    @property
+    def casts(self) -> bool:
+        """Is there an autocast among them?"""
+        return any(enabled for _, enabled, _ in self.autocast)
+
 
 @functools.cache
 def devices() -> tuple[str, ...]:
@@ -37,12 +42,11 @@ _any_autocast = torch._C._is_any_autocast_enabled
 
 
 def plain(ambient: Ambient) -> bool:
-    """Do recorded modes without autocast hold now? The answer that costs next to nothing."""
+    """Do recorded modes, which have no autocast, hold now? The answer that costs next to nothing."""
     return (
         torch.is_grad_enabled() is ambient.grad
         and torch.is_inference_mode_enabled() is ambient.inference
         and not _any_autocast()
-        and not any(enabled for _, enabled, _ in ambient.autocast)
     )
 
 

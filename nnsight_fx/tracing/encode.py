@@ -72,6 +72,7 @@ class Lifted:
         self.kind, self.value, self.written = kind, value, written
 
 
+ALL = ("k", *(("l", type(None), None),) * 3)  # `:`
 LITERALS = frozenset(
     {int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis), Keep}
 )
@@ -105,10 +106,12 @@ def encode(value: Any, tensor: Callable[[torch.Tensor], Key], number: Callable[[
     if cls is Lifted:
         return number(value)
     if cls is tuple or cls is list or cls is torch.Size:
-        return ("t", tuple if cls is torch.Size else cls, tuple(encode(v, tensor, number) for v in value))
+        return ("t", tuple if cls is torch.Size else cls, tuple([encode(v, tensor, number) for v in value]))
     if cls is dict:
         return ("d", tuple(value), tuple(encode(v, tensor, number) for v in value.values()))
     if cls is slice:
+        if value.start is None and value.stop is None and value.step is None:
+            return ALL
         return ("k", *(encode(v, tensor, number) for v in (value.start, value.stop, value.step)))
     if isinstance(value, torch.SymInt):
         return ("s", value.node.expr)

@@ -22,6 +22,9 @@ FLOAT_OPERANDS = {
 }
 
 
+_PLAIN = frozenset({int, slice})  # entries of an index that each take one dimension
+
+
 def _size_at(shape: Any, index: tuple, at: int) -> Any:
     """The size of the dimension that entry `at` of an index takes, or `None` when the index is not plain."""
     if any(isinstance(i, torch.Tensor | list | bool) for i in index):
@@ -45,6 +48,8 @@ def _lift_index(index: Any, shape: Any) -> Any:
         return _position(index, _size_at(shape, (index,), 0))
     if type(index) is not tuple:
         return index
+    if len(index) <= len(shape) and _PLAIN.issuperset(map(type, index)):
+        return tuple([_position(v, n) if type(v) is int else v for v, n in zip(index, shape, strict=False)])
     return tuple(_position(v, _size_at(shape, index, at)) if type(v) is int else v for at, v in enumerate(index))
 
 

@@ -39,7 +39,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is SET_GRAD:
             set_grad(tape, args[0])
-        if any(issubclass(t, LazyTensor) for t in types) or self._concerns(tape, func, args, kwargs):
+        if LazyTensor in types or any(issubclass(t, LazyTensor) for t in types) or self._concerns(tape, func, args, kwargs):
             return tape.call(func, args, kwargs)
         return func(*args, **kwargs)
 

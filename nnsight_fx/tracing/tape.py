@@ -189,6 +189,7 @@ class Tape:
         self.awaited: dict[int, tuple] = {}  # what each slot expects that holds a value of a trace which is put off
         self.begun = False  # has the model begun to run, at a sync point
         self.base = ambient.current()
+        self.casts = self.base.casts
         self.grad = self.base.grad  # the grad mode of the body, whatever `Function.apply` makes of it
         self.transforms, self.thread = transforms(), threading.get_ident()
         self.closed = False  # has the forward run that this recording is of, while the trace goes on
@@ -516,7 +517,7 @@ class Tape:
         return self.changed.setdefault(id(x), x)
 
     def modes(self) -> ambient.Ambient | None:
-        if ambient.plain(self.base):
+        if not self.casts and ambient.plain(self.base):
             return None
         now = ambient.current()
         return None if now == self.base else now
