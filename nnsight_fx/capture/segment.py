@@ -8,6 +8,7 @@ import operator
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import torch
 import torch.fx as fx
 
 from . import _torch
@@ -87,6 +88,7 @@ class Segment:
                 moved.append(index)
         rest = [n for n in nodes[last + 1 :] if n not in head]
         used = {a for n in rest for a in n.all_input_nodes if a in head}
+        used |= _sizes(nodes, used)
         taken = [i for i, n in enumerate(nodes) if n in used]
         graph = fx.Graph()
         mapped: dict[fx.Node, fx.Node] = {}
@@ -98,3 +100,11 @@ class Segment:
         gm = fx.GraphModule(self.gm, graph)
         fakes = [_torch.as_input(self.context, nodes[i].meta.get("example_value")) for i in taken]
         return Segment(gm, fakes, self.context, self.guards, self.pure), taken, moved
+
+
+def _sizes(nodes: list[fx.Node], used: set[fx.Node]) -> set[fx.Node]:
+    """The inputs that are the sizes of used tensors: compilers look for each size among the inputs, as Dynamo gives them."""
+    shapes = [n.meta["example_value"].shape for n in used if isinstance(n.meta.get("example_value"), torch.Tensor)]
+    free = {s for shape in shapes for n in shape if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols}
+    sizes = [n for n in nodes if n.op == "placeholder" and isinstance(n.meta.get("example_value"), torch.SymInt)]
+    return {n for n in sizes if n.meta["example_value"].node.expr in free}
