@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
 
-.PHONY: demo test test-inductor test-slow test-ray test-peer semantics fuzz coverage lint bench bench-check clean
+.PHONY: demo test test-inductor test-slow test-ray test-peer semantics fuzz coverage lint bench bench-figures bench-gpu bench-check clean
 
 demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
@@ -43,12 +43,23 @@ fuzz: .venv/.stamp
 coverage: .venv/.stamp-coverage
 	$(BIN)/python -m tests.coverage $(ARGS)
 
-bench: .venv/.stamp .peer/.stamp
-	$(BIN)/pytest bench -m "not gpu" --benchmark-enable --benchmark-only $(ARGS)
+# Every workload on a small model, under pytest-benchmark.
+bench: .venv/.stamp
+	$(BIN)/python -m pytest bench -m "not gpu" --benchmark-enable --benchmark-only $(ARGS)
+
+# The figures of docs/performance.md, on a quiet machine: about an hour on two cores.
+bench-figures: .venv/.stamp .peer/.stamp-bench
+	$(BIN)/python -m bench.suite
+	$(BIN)/python -m bench.suite --models smollm2 --workloads steer --layers 3 6 12 30 --out bench/results/layers.json
+	for each in sweep harvest first recording memory; do $(BIN)/python -m bench.$$each || exit 1; done
+	$(BIN)/python bench/tables.py
+
+bench-gpu: .venv/.stamp
+	$(BIN)/python -m bench.suite --models llama-1b llama-8b --no-peers --out bench/results/gpu.json $(ARGS)
 
 # A short run beside the committed figures: a report; only other compile counts fail it.
 bench-check: .venv/.stamp
-	$(BIN)/python bench/check.py $(ARGS)
+	$(BIN)/python -m bench.check $(ARGS)
 
 lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1  # asks no registry for a newer pyright
 lint: .venv/.stamp
@@ -79,6 +90,10 @@ clean:
 	touch $@
 
 # nnsight patches torch when it is imported, so it lives in an environment of its own.
+.peer/.stamp-bench: .peer/.stamp
+	.peer/bin/python -m pip install $(PIP_FLAGS) transformer-lens==4.3.0
+	touch $@
+
 .peer/.stamp: constraints.txt
 	test -x .peer/bin/python || $(PYTHON) -m venv .peer
 	.peer/bin/python -m pip install $(PIP_FLAGS) nnsight==0.8.1 torch==2.13.0

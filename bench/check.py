@@ -1,7 +1,7 @@
 """Benchmark CI: a short run whose ratios are reported beside the committed ones, and whose compile counts must be the committed.
 
-    python bench/check.py            # report; exit status 1 where something compiles more or less often than it did
-    python bench/check.py --write    # commit these figures
+    python -m bench.check            # report; exit status 1 where something compiles more or less often than it did
+    python -m bench.check --write    # commit these figures
 
 A ratio is held against the committed one with the spread of the repeats of both runs: a machine that is busy spreads more.
 """
@@ -11,16 +11,31 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from steer import interleaved, smollm2, steer_and_save
 
+import nnsight_fx
 from nnsight_fx import NNsight
 
+from .measure import RESULTS, interleaved
+from .models import smollm2
+
 LAYERS, REPEATS, RUNS = 8, 5, 10
-KEPT = Path(__file__).with_name("results") / "check.json"
+KEPT = RESULTS / "check.json"
+
+
+def steer(model: NNsight, ids: torch.Tensor, vector: torch.Tensor) -> list[torch.Tensor]:
+    """A vector added in the middle; the last position of every layer and the logits saved."""
+    layers = model.model.layers
+    with torch.no_grad(), model.trace(ids, use_cache=False):
+        saved = nnsight_fx.save([])
+        for i, layer in enumerate(layers):
+            if i == len(layers) // 2:
+                layer.output = layer.output + vector
+            saved.append(layer.output[:, -1])
+        saved.append(model.lm_head.output)
+    return saved
 
 
 def measure() -> dict[str, Any]:
@@ -35,9 +50,9 @@ def measure() -> dict[str, Any]:
             plain(input_ids=ids, use_cache=False)
 
     calls = {
-        "ours": lambda: steer_and_save(ours, ids, vector),
+        "ours": lambda: steer(ours, ids, vector),
         "torch.compile": bare,
-        "hooks": lambda: steer_and_save(hooks, ids, vector),
+        "hooks": lambda: steer(hooks, ids, vector),
     }
     for call in calls.values():
         call()
@@ -47,7 +62,7 @@ def measure() -> dict[str, Any]:
         medians = interleaved(calls, RUNS)
         for peer, each in ratios.items():
             each.append(medians["ours"] / medians[peer])
-    steer_and_save(ours, ids, vector * 2)  # another vector: nothing compiles
+    steer(ours, ids, vector * 2)  # another vector: nothing compiles
     facts = ours.explain().to_dict()["captures"][0]
     return {
         "ratios": {peer: sorted(each) for peer, each in ratios.items()},

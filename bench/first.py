@@ -1,6 +1,6 @@
 """The first compiled result: ours (steer + a save a layer) against a plain `torch.compile` of the same model, each in new processes.
 
-    python bench/first.py [--layers 30] [--rounds 3] [--out bench/results/first.json]
+    python -m bench.first [--layers 30] [--rounds 3] [--out bench/results/first.json]
 
 - cold: nothing is in any cache on disk;
 - warm: another process has done the same, and left Inductor's caches;
@@ -12,10 +12,8 @@ The imports of the compiler and a first small compile come before, on both sides
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,10 +21,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .measure import arguments, setting, write
+
 CHILD = """
 import json, sys, time
 import torch
-from steer import smollm2, steer_and_save
+from bench.check import steer
+from bench.models import smollm2
 import nnsight_fx
 from nnsight_fx import NNsight
 
@@ -38,7 +39,7 @@ found = {}
 if who != "torch.compile":
     model = NNsight(module)
     model.compile(capture="symbolic" if "symbolic" in who else "dynamo")
-    call = lambda: steer_and_save(model, ids, vector)
+    call = lambda: steer(model, ids, vector)
 else:
     plain = torch.compile(module)
     call = lambda: torch.no_grad()(plain)(input_ids=ids, use_cache=False)
@@ -61,8 +62,7 @@ print(json.dumps(found))
 
 def child(who: str, layers: int, cache: str) -> dict[str, float]:
     """One process: its seconds."""
-    here = Path(__file__).resolve().parent
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, who, str(layers)], env=env, capture_output=True, text=True, check=True
     )
@@ -70,9 +70,6 @@ def child(who: str, layers: int, cache: str) -> dict[str, float]:
 
 
 def measure(layers: int, rounds: int) -> dict[str, Any]:
-    import torch
-    import transformers
-
     times: dict[str, dict[str, list[float]]] = {}
     for _ in range(rounds):
         for who in ("ours", "ours, capture=symbolic", "torch.compile"):
@@ -93,24 +90,13 @@ def measure(layers: int, rounds: int) -> dict[str, Any]:
             for who, each in medians.items()
             if who != "torch.compile"
         },
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "hardware": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        **setting(),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"layers": 30, "rounds": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "first.json")
-    args = parser.parse_args()
-    found = measure(args.layers, args.rounds)
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    args = arguments(__doc__, "first", layers=30, rounds=3).parse_args()
+    write(measure(args.layers, args.rounds), args.out)
 
 
 if __name__ == "__main__":

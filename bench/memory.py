@@ -1,6 +1,6 @@
 """What traces leave in memory, and what one needs at its peak, beside the bare compiled model.
 
-    python bench/memory.py [--traces 1000] [--layers 30] [--tokens 512] [--out bench/results/memory.json]
+    python -m bench.memory [--traces 1000] [--layers 30] [--tokens 512] [--out bench/results/memory.json]
 
 Growth: Python objects and resident memory over `--traces` traces of a small model, each with other values, a sync point every
 tenth, behind 100 traces to warm up; one process an engine. Peak: resident memory above what was there before a call, of one
@@ -15,7 +15,6 @@ import contextlib
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,14 +25,11 @@ from typing import Any
 import psutil
 import torch
 import torch.nn as nn
-import transformers
 
 from nnsight_fx import NNsight
 
-if __package__:
-    from .steer import smollm2
-else:
-    from steer import smollm2
+from .measure import arguments, setting, write
+from .models import smollm2
 
 ENGINES = ("hooks", "eager", "aot_eager", "inductor")
 MIB = 2**20
@@ -102,7 +98,9 @@ def peak(who: str, layers: int, tokens: int) -> dict[str, float]:
 
 def alone(*call: Any) -> dict[str, float]:
     """A measurement in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(call)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.memory", "--one", json.dumps(call)], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -118,21 +116,13 @@ def measure(traces: int, layers: int, tokens: int) -> dict[str, Any]:
             **peaks,
             "ratio": peaks["trace"]["peak_mib"] / peaks["torch.compile"]["peak_mib"],
         },
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "hardware": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        **setting(),
         "load": os.getloadavg()[0],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"traces": 1000, "layers": 30, "tokens": 512}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "memory.json")
+    parser = arguments(__doc__, "memory", traces=1000, layers=30, tokens=512)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -141,9 +131,7 @@ def main() -> None:
             found = {"growth": growth, "peak": peak}[name](*rest)
         print(json.dumps(found))
         return
-    found = measure(args.traces, args.layers, args.tokens)
-    print(json.dumps(found, indent=2))
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
+    write(measure(args.traces, args.layers, args.tokens), args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What our Python costs: `program()` and an inline trace against nnsight 0.8.1's trace, and a save more on each.
 
-    python bench/recording.py [--runs 300] [--rounds 7] [--out bench/results/recording.json]
+    python -m bench.recording [--runs 300] [--rounds 7] [--out bench/results/recording.json]
 
 A 12-layer MLP, 8 wide, where the model itself takes next to nothing; `no_grad`. Rounds of ours and of nnsight's (in its own
 process) follow one another; medians of the rounds' means.
@@ -8,20 +8,21 @@ process) follow one another; medians of the rounds' means.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 
 from nnsight_fx import NNsight
+
+from .measure import arguments, setting, write
+from .peers import run_peer
 
 LAYERS, WIDTH = 12, 8
 
@@ -90,6 +91,18 @@ def ours(engine: str) -> dict[str, Callable[[torch.Tensor], Any]]:
     return {"none": none, "one": one, "many": many, "program": lambda x: program(x)}
 
 
+def imports() -> dict[str, float]:
+    """Seconds of an import in a new process, whose files the system has in memory: the best of four."""
+    peer = os.environ.get("NNSIGHT_PEER_PYTHON", ".peer/bin/python")
+    names = {"nnsight_fx": sys.executable, "torch, transformers": sys.executable, "nnsight": peer}
+    found = {}
+    for name, python in names.items():
+        code = f"import time; start = time.perf_counter(); import {name}; print(time.perf_counter() - start)"
+        runs = [subprocess.run([python, "-c", code], capture_output=True, text=True, check=True) for _ in range(4)]
+        found[name] = min(float(run.stdout.splitlines()[-1]) for run in runs)
+    return found
+
+
 def mean(call: Callable[[torch.Tensor], Any], x: torch.Tensor, runs: int) -> float:
     start = time.perf_counter()
     for _ in range(runs):
@@ -99,9 +112,6 @@ def mean(call: Callable[[torch.Tensor], Any], x: torch.Tensor, runs: int) -> flo
 
 def measure(runs: int, rounds: int) -> dict[str, Any]:
     """Microseconds a call."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/peer"))
-    from nnsight_peer import run_peer  # type: ignore[import-not-found]
-
     x, found = torch.randn(2, WIDTH), {}
     calls = {engine: ours(engine) for engine in ("hooks", "inductor")}
     with torch.no_grad():
@@ -124,20 +134,14 @@ def measure(runs: int, rounds: int) -> dict[str, Any]:
             who: (us[f"{who}, many"] - us[f"{who}, one"]) / (LAYERS - 2) for who in ("hooks", "inductor", "nnsight 0.8.1")
         },
         "ratio": {name: t / one for name, t in us.items() if name.endswith(("one", "program"))},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "hardware": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "import_s": imports(),
+        **setting(),
     }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"runs": 300, "rounds": 7}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "recording.json")
-    args = parser.parse_args()
-    found = measure(args.runs, args.rounds)
-    print(json.dumps(found, indent=2))
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
+    args = arguments(__doc__, "recording", runs=300, rounds=7).parse_args()
+    write(measure(args.runs, args.rounds), args.out)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,27 @@
 """A patching grid (every layer and position) through a session, against a loop of traces and nnsight 0.8.1.
 
-    python bench/sweep.py [--layers 30] [--tokens 14] [--runs 3] [--sample 20] [--no-peer] [--out bench/results/sweep.json]
+    python -m bench.sweep [--layers 30] [--tokens 14] [--runs 3] [--sample 20] [--no-peer] [--out bench/results/sweep.json]
 
 A model of SmolLM2-135M's shape with random weights; a cell puts one position of one layer's output of a clean run into a
 corrupted one and reads the difference of two logits at the last position. Recording is part of every time, compiling is
-told apart. The loops are timed on `--sample` cells, spread over the grid.
+told apart. `cells` has the seconds of smaller grids, compiled; the loops are timed on `--sample` cells, spread over the grid.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from nnsight_fx import NNsight
 
-if __package__:
-    from .steer import smollm2
-else:
-    from steer import smollm2
+from .measure import arguments, setting, timed, write
+from .models import smollm2
+from .peers import run_peer
 
 ROWS = 16  # a forward of the peer, batched by hand
 
@@ -132,20 +126,11 @@ with torch.no_grad():
 
 def peer(module: Any, clean: torch.Tensor, corrupt: torch.Tensor, cells: list, folder: Path) -> dict[str, Any]:
     """The same cells on nnsight 0.8.1: in a loop, and 16 rows a forward with a mask at every layer."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/peer"))
-    from nnsight_peer import run_peer
-
     weights = folder / "weights.pt"
     torch.save(module.state_dict(), weights)
     config = {k: v for k, v in module.config.to_dict().items() if isinstance(v, int | float | bool)}
     values = {"config": config, "weights": str(weights), "rows": ROWS}
     return run_peer(PEER, clean=clean, corrupt=corrupt, cells=[list(c) for c in cells], **values)
-
-
-def timed(call: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
-    result = call()
-    return result, time.perf_counter() - start
 
 
 def measure(layers: int, tokens: int, runs: int, sample: int, with_peer: bool, backend: str) -> dict[str, Any]:
@@ -184,6 +169,12 @@ def measure(layers: int, tokens: int, runs: int, sample: int, with_peer: bool, b
         "compiles": model.explain().to_dict()["captures"][0]["compiles"],
         "steps": steps(model, clean, corrupt, cells, runs),
     }
+    found["cells"] = {}
+    for n in sorted({max(1, len(cells) // part) for part in (30, 10, 3, 1)}):
+        fewer = cells[:: len(cells) // n][:n]
+        grid(model, clean, corrupt, fewer, True)
+        found["cells"][n] = {"session": timed(lambda fewer=fewer: grid(model, clean, corrupt, fewer, True))[1]}
+        found["cells"][n]["hooks, one by one"] = n * found["ms_a_cell"]["hooks, one by one"] / 1e3
     if with_peer:
         import tempfile
 
@@ -203,24 +194,17 @@ def measure(layers: int, tokens: int, runs: int, sample: int, with_peer: bool, b
         )
     for group in (found["explain"] or {"groups": []})["groups"]:
         group["lines"] = [line.rpartition("/")[2] for line in group["lines"]]
-    found["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    found["versions"]["python"] = platform.python_version()
-    found["hardware"] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    found |= setting()
     found["hardware"]["load"] = os.getloadavg()[0]  # of the machine, other processes' too
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"layers": 30, "tokens": 14, "runs": 3, "sample": 20}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = arguments(__doc__, "sweep", layers=30, tokens=14, runs=3, sample=20)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "sweep.json")
     args = parser.parse_args()
-    found = measure(args.layers, args.tokens, args.runs, args.sample, not args.no_peer, args.backend)
-    print(json.dumps(found, indent=2))
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
+    write(measure(args.layers, args.tokens, args.runs, args.sample, not args.no_peer, args.backend), args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The tables of README.md and docs/performance.md, out of the committed figures in bench/results.
 
-python bench/tables.py            # write both
+python bench/tables.py            # write both, and the figures
 """
 
 from __future__ import annotations
@@ -58,45 +58,84 @@ def sweep() -> list[str]:
     ]
     return [
         f"## Patching grid: {found['workload']}",
-        f"`python bench/sweep.py`. {machine(found)} Recording is part of the times; the first run, with {found['compiles']} "
+        f"`python -m bench.sweep`. {machine(found)} Recording is part of the times; the first run, with {found['compiles']} "
         f"compiles, takes {found['first_s']:.0f} s. {ratio['loop']:.1f} times nnsight's loop, {ratio['batch']:.1f} times its batches; "
         f"largest difference {found['largest_difference_to_peer']:.0e}.",
         table(["", "ms a cell", "over ours"], rows),
+        *(["![Cost against cells](figures/cells.svg)"] if "cells" in found else []),
         "What each step of the forked strategy adds, timed in turn in the same process:",
         table(["steps", "ms a cell", "times nnsight's loop", "FLOPs over the naive loop's"], steps),
     ]  # fmt: skip
 
 
-def steer() -> list[str]:
-    found = kept("steer")
+def suite() -> list[str]:
+    """A table a workload; a line an engine or peer."""
+    found = kept("suite")
     if found is None:
         return []
-    rows = [[who, f"{1e3 * s:.1f}", f"{found['first_call_s'][who]:.1f}"] for who, s in found["median_s"].items()]
-    return [
-        f"## {found['workload'][0].upper()}{found['workload'][1:]}",
-        f"`python bench/steer.py`. {machine(found)} Ratio {found['ratio']:.3f}, of `model.program` {found['ratio_program']:.3f}. "
-        "First calls with Inductor's caches as they were: `bench/first.py` has those from none.",
-        table(["", "ms", "first call, s"], rows),
+    text = [
+        "## Workloads",
+        f"`python -m bench.suite`; `bench/workloads.py` has the texts and `bench/peers.py` says who runs them. {machine(found)} The "
+        "plain function, in eager and compiled, does no intervention: it gives the logits, or the blocks' outputs where those "
+        "are what is asked for. First calls have Inductor's caches as they were: `bench/first.py` has those from none. "
+        "Differences are to raw hooks, at most. TransformerLens runs attention in eager.",
+        "![Ratios](figures/ratios.svg)",
     ]
+    names = dict.fromkeys((r["workload"], r["what"], r["grad"]) for r in found["rows"])
+    for name, what, grad in names:
+        mine = [r for r in found["rows"] if r["workload"] == name]
+        shapes = [f"{r['model']}, {r['tokens'][0]} x {r['tokens'][1]}" for r in mine]
+        whos = dict.fromkeys(who for r in mine for who in r["median_s"])
+        rows = []
+        for who in whos:
+            cells = [_cell(r, who) for r in mine]
+            rows.append([who, *cells])
+        text += [f"**{name}**: {what}. {grad[0].upper()}{grad[1:]}.", table(["ms (ours over it)", *shapes], rows)]
+        away = ", ".join(f"{s} {max(r['largest_difference'].values()):.0e}" for s, r in zip(shapes, mine, strict=True))
+        firsts = ", ".join(
+            f"{s} {r['first_call_s']['ours']:.0f} s"
+            + (f" ({r['first_call_s']['torch.compile']:.0f} s)" if "torch.compile" in r["first_call_s"] else "")
+            for s, r in zip(shapes, mine, strict=True)
+        )
+        text.append(f"Largest difference of all engines: {away}. First call, ours (`torch.compile`): {firsts}.")
+    return text
 
 
-def saves() -> list[str]:
-    found = kept("saves")
+def _cell(row: dict[str, Any], who: str) -> str:
+    if who not in row["median_s"]:
+        return ""
+    ms = f"{1e3 * row['median_s'][who]:.1f}"
+    return ms if who == "ours" else f"{ms} ({row['ratio'][who]:.2f})"
+
+
+def layers() -> list[str]:
+    found = kept("layers")
     if found is None:
         return []
     rows = []
-    for name, each in found["workloads"].items():
-        shape = " x ".join(map(str, each["tokens"]))
-        rows += [
-            [f"{name}, {shape}", who, f"{1e3 * s:.1f}", f"{each['ratio'][who]:.2f}" if who in each["ratio"] else ""]
-            for who, s in each["median_s"].items()
-        ]
-    largest = max(each["largest_difference_to_peer"] for each in found["workloads"].values())
+    for r in found["rows"]:
+        rows.append([r["layers"], *(_cell(r, who) for who in ("ours", "torch.compile", "raw hooks", "nnsight 0.8.1"))])
     return [
-        f"## Reading all layers: {found['workload']}",
-        f"`python bench/saves.py`, which says what each workload is. {machine(found)} {found['grad'][0].upper()}{found['grad'][1:]}. "
-        f"Largest difference to nnsight {largest:.0e}.",
-        table(["workload", "", "ms", "ours over it"], rows),
+        f"## Cost against layers: {found['rows'][0]['workload']}, {' x '.join(map(str, found['rows'][0]['tokens']))} tokens",
+        f"`python -m bench.suite --models smollm2 --workloads steer --layers 3 6 12 30 --out bench/results/layers.json`. {machine(found)}",
+        "![Cost against layers](figures/layers.svg)",
+        table(["layers", "ours, ms", "torch.compile", "raw hooks", "nnsight 0.8.1"], rows),
+    ]
+
+
+def harvest() -> list[str]:
+    found = kept("harvest")
+    if found is None:
+        return []
+    rows = [
+        [who, f"{n:.0f}", f"{found['ratio'][who]:.2f}" if who in found["ratio"] else ""]
+        for who, n in found["tokens_a_second"].items()
+    ]
+    return [
+        f"## Harvest: {found['workload']}",
+        f"`python -m bench.harvest`. {machine(found)} The first run, compiled, takes {found['first_s']:.0f} s; compiled and hooks differ "
+        f"by {found['largest_difference']:.0e} at most.",
+        table(["", "tokens a second", "our time over it"], rows),
     ]
 
 
@@ -110,7 +149,7 @@ def memory() -> list[str]:
     high = [[who, f"{peaks[who]['peak_mib']:.0f}"] for who in ("trace", "torch.compile")]
     return [
         f"## Memory: {workload}",
-        f"`python bench/memory.py`. {machine(found)}",
+        f"`python -m bench.memory`. {machine(found)}",
         table(["engine", "Python objects more", "MiB resident more"], rows),
         f"{peaks['workload'][0].upper()}{peaks['workload'][1:]}: ratio {peaks['ratio']:.3f}.",
         table(["", "MiB at the peak, above what was resident"], high),
@@ -125,7 +164,12 @@ def recording() -> list[str]:
     saves = ", ".join(f"{who} {us:.1f}" for who, us in found["us_a_save"].items())
     return [
         f"## Our Python: {found['workload']}",
-        f"`python bench/recording.py`. {machine(found)} Microseconds a further save: {saves}.",
+        f"`python -m bench.recording`. {machine(found)} Microseconds a further save: {saves}. "
+        + (
+            f"Imports, seconds: {', '.join(f'`{k}` {t:.1f}' for k, t in found['import_s'].items())}."
+            if "import_s" in found
+            else ""
+        ),
         table(["", "us a call", "over nnsight's with one save"], rows),
     ]
 
@@ -140,12 +184,12 @@ def first() -> list[str]:
         rows += [[who, kind, f"{s:.1f}", f"{ratios[kind]:.2f}" if kind in ratios else ""] for kind, s in each.items()]
     return [
         f"## The first result: {found['workload']}",
-        f"`python bench/first.py`, which says what each line is. {machine(found)} Medians of {found['rounds']} new processes each.",
+        f"`python -m bench.first`, which says what each line is. {machine(found)} Medians of {found['rounds']} new processes each.",
         table(["", "", "seconds", "over plain `torch.compile`"], rows),
     ]
 
 
-SECTIONS = (sweep, steer, saves, first, recording, memory)
+SECTIONS = (suite, layers, sweep, harvest, first, recording, memory)
 
 
 def short() -> str:
@@ -163,27 +207,18 @@ def short() -> str:
                     f"{ratio:.1f} times as fast",
                 ]
             )
-    if (vector := kept("steer")) is not None:
-        ours, plain = (f"{1e3 * vector['median_s'][who]:.1f} ms" for who in ("ours", "torch.compile"))
-        rows.append(
-            [
-                vector["workload"],
-                f"plain `torch.compile` of the model: {plain}",
-                ours,
-                f"{vector['ratio']:.2f} times the time",
-            ]
-        )
-    if (all_layers := kept("saves")) is not None:
-        times = all_layers["workloads"]["saves"]["median_s"]
-        ratio = all_layers["workloads"]["saves"]["ratio"]["torch.compile"]
-        rows.append(
-            [
-                f"30 full saves, {all_layers['workload']}, 8 x 64 tokens",
-                f"`torch.compile` of a function that returns them: {1e3 * times['torch.compile']:.0f} ms",
-                f"{1e3 * times['ours']:.0f} ms",
-                f"{ratio:.2f} times the time",
-            ]
-        )
+    for r in (kept("suite") or {"rows": []})["rows"]:
+        if r["model"] == "smollm2" and r["workload"] in ("steer", "saves", "gradients"):
+            peer = "torch.compile" if "torch.compile" in r["median_s"] else "nnsight 0.8.1"
+            what = "plain `torch.compile`" if peer == "torch.compile" else peer
+            rows.append(
+                [
+                    f"{r['workload']}: {r['what']}; {r['layers']} layers, {r['tokens'][0]} x {r['tokens'][1]}",
+                    f"{what}: {1e3 * r['median_s'][peer]:.1f} ms",
+                    f"{1e3 * r['median_s']['ours']:.1f} ms",
+                    f"{r['ratio'][peer]:.2f} times the time",
+                ]
+            )
     if (new := kept("first")) is not None:
         for who, each in new["ratio"].items():
             rows.append(
@@ -217,6 +252,9 @@ def readme() -> str:
 
 
 if __name__ == "__main__":
+    import plots
+
+    plots.draw()
     PAGE.write_text(page())
     README.write_text(readme())
     print(page())

@@ -77,6 +77,7 @@ def _of(capture: Capture) -> dict[str, Any]:
         "fallbacks": list(capture.fallbacks),
         "passes": passes,
         "whole": capture.whole,
+        "cuda_graphs": None if not capture.options.replays else capture.unrecorded,
     }
 
 
@@ -97,6 +98,7 @@ def _text(facts: dict[str, Any]) -> list[str]:
         )
     if facts["whole"] is not None:
         lines.append(f"    compiled in one piece: {facts['whole']}")
+    lines += [f"    no CUDA graph: {why}" for why in facts["cuda_graphs"] or ()]
     lines += [f"    fallback: {why}" for why in facts["fallbacks"]]
     most, limit = facts["recompiles"]["most"], facts["recompiles"]["limit"]
     if most > limit - NEAR:

@@ -431,7 +431,8 @@ class NNsight(Edits, Envoy):
         if isinstance(run, SplicedRun) and capture is not None:
             sites: Any = wave.tape.sites
             frames = self._markers.operations.frames(plan)
-            removes = not frames and capture.shares(fn, plan) and removable(plan, wave.tape, self._module)
+            leaves_out = not frames and plan.recapture == "removes" and capture.shares(fn, plan)
+            removes = leaves_out and removable(plan, wave.tape, self._module)
 
             def stop_at() -> Any:
                 return sites.replay(wave.tape, plan, constants[len(wave.tape.constants) :]).stop_site

@@ -55,6 +55,10 @@ def differentiate(gm: fx.GraphModule, job: Job) -> int:
         node.target = (
             torch.ops.aten.reshape.default
         )  # the same, but where fakes are wrong about strides (pytorch/pytorch#192668)
+    for old, new in zip(gm.graph.find_nodes(op="placeholder"), traced.graph.find_nodes(op="placeholder"), strict=True):
+        new.meta |= {
+            k: v for k, v in old.meta.items() if k == "tensor_dict"
+        }  # is it a parameter, which stays where it is
     gm.graph = traced.graph
     job.blocks = flow.begin(traced.graph)
     return len(passes)

@@ -227,6 +227,19 @@ def backend(name: Any, mode: str | None, options: dict | None, dynamic: bool | N
     return lookup_backend(name)
 
 
+def as_dynamos(gm: torch.fx.GraphModule) -> None:
+    """Say of a rewritten graph what Dynamo says of its own: which inputs (parameters) stay where they are, as CUDA graphs ask.
+
+    Without it they would copy every parameter into memory of theirs, at each replay.
+    """
+    from torch._dynamo.source import LocalSource
+
+    gm.meta.setdefault("dynamo_compile_id", None)
+    gm._param_name_to_source = {}  # type: ignore[assignment]
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = LocalSource(node.name)
+
+
 def tracing_context() -> Any:
     return torch._guards.TracingContext.try_get()
 

@@ -94,7 +94,8 @@ class Segment:
         mapped: dict[fx.Node, fx.Node] = {}
         for i in taken:
             mapped[nodes[i]] = graph.placeholder(nodes[i].name)
-            mapped[nodes[i]].meta = {"example_value": nodes[i].meta.get("example_value")}
+            kept = ("example_value", "tensor_dict") if nodes[i].op == "placeholder" else ("example_value",)
+            mapped[nodes[i]].meta = {name: nodes[i].meta[name] for name in kept if name in nodes[i].meta}
         for node in rest:
             mapped[node] = graph.node_copy(node, lambda n: mapped[n])
         gm = fx.GraphModule(self.gm, graph)

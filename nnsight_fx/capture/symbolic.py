@@ -49,11 +49,12 @@ class SymbolicTracer(fx.Tracer):
         self.given: list[fx.Node] = []
         self.marked: dict[int, torch.Tensor] = {}  # what a marker returned, and what for
 
-    def give(self, fake: torch.Tensor, name: str) -> None:
+    def give(self, fake: torch.Tensor, name: str) -> fx.Node:
         """An input of the graph."""
         node = self.create_node("placeholder", name, (), {})
         self.given.append(node)
         self._keep(node, fake)
+        return node
 
     def unmarked(self, x: Any) -> Any:
         """What a value was before its markers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 import traceback
 from collections import OrderedDict
@@ -138,16 +139,10 @@ class Scanner:
 
     def skeleton(self) -> nn.Module:
         """The structural copy, made anew when parameters changed their dtype, device or gradient flag."""
-        state = tuple(
-            [
-                (id(t), t.dtype, t.device, t.requires_grad)
-                for m in self.modules
-                for table in (m._parameters, m._buffers)
-                if table
-                for t in table.values()
-                if t is not None
-            ]
-        )
+        with NoTorchFunction():  # in a body each look at an attribute would be looked at
+            tables = [t for m in self.modules for t in (m._parameters, m._buffers) if t]
+            tensors = [t for table in tables for t in table.values() if t is not None]
+            state = tuple(map(id, tensors)), tuple(map(_FACTS, tensors))
         if self._copy is None or self._copy[0] != state:
             if self._copy is not None:
                 self.signatures.clear()
@@ -472,6 +467,9 @@ class WaveSites:
     def module(self, path: str) -> Callable:
         """A module's forward, on fakes."""
         return self.scanner.skeleton().get_submodule(path).forward
+
+
+_FACTS = operator.attrgetter("dtype", "device", "requires_grad")
 
 
 def _computed(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ from ..tracing.ambient import under
 from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
 from ..tracing.plan import MODULE, OBJECT, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
-from . import gradients
+from . import cuda_graphs, gradients
 from .run import Run, live
 from .sites import FakeInterleaver
 from .symbolic import Symbolic
@@ -54,6 +54,11 @@ class Options:
     options: tuple = ()
     capture: str = "dynamo"
     regional: bool | None = None  # are equal blocks compiled once; `None`: by Inductor's default mode they are
+
+    @property
+    def replays(self) -> bool:
+        """Are CUDA graphs recorded, whose next replay writes over what this one gave?"""
+        return cuda_graphs.recorded(self.backend, self.mode, dict(self.options))
 
 
 @dataclass
@@ -84,6 +89,9 @@ class Capture:
     rowwise: dict[tuple, Callable] = field(default_factory=dict)  # what captures a function for any number of rows
     entries: OrderedDict[tuple, Entry] = field(default_factory=OrderedDict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
+    unrecorded: list[str] = field(
+        default_factory=list
+    )  # why no CUDA graph is recorded of a segment, where that was asked for
     whole: str | None = None  # why the latest was not compiled block by block, where that was asked for
     nodes: int = 0  # of the segment that was compiled last, before its passes
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
@@ -181,7 +189,7 @@ class Capture:
             return self.compiler(gm, inputs())
         spare = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
         try:
-            return self.compiler(gm, inputs())
+            return self._compiled(gm, inputs())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -200,6 +208,15 @@ class Capture:
         self.fall_back(why)
         report.append(why)
         warnings.warn(f"nnsight_fx: {why}", stacklevel=2)
+        return made
+
+    def _compiled(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
+        if not self.options.replays:
+            return self.compiler(gm, inputs)
+        device = next((x.device for x in inputs if isinstance(x, torch.Tensor) and x.dim()), None)
+        with cuda_graphs.refusals(device) as why:
+            made = self.compiler(gm, inputs)
+        self.unrecorded += [reason for reason in why if reason not in self.unrecorded]
         return made
 
     def note_compile(self, segment: Segment, job: Any) -> None:
@@ -298,7 +315,7 @@ class SplicedRun(Run):
         removes: bool = False,
     ) -> SplicedRun:
         self.capture, self.sites, self.stop_at, self.everything = capture, sites, stop_at, True
-        self.removes = removes
+        self.removes, self.inputs = removes, inputs
         self.skeleton = lambda path: sites.scanner.skeleton().get_submodule(path)
         self.segments_run = 0
         self.segment: Segment | None = None  # the one that ran last
@@ -510,6 +527,8 @@ class SplicedRun(Run):
         return () if self.removes else self.plan.skips  # what it overrides, Dynamo guards on
 
     def forward(self) -> None:
+        if self.capture.options.replays:
+            cuda_graphs.begin()
         try:
             super().forward()
         except Unfit:  # nothing has run yet
@@ -517,6 +536,10 @@ class SplicedRun(Run):
             self.removes, self.segments_run = False, 0
             super().forward()
         self._root_objects()
+        if self.capture.options.replays and torch.cuda.is_available():
+            root = next(iter(self.owner.paths))
+            given = [*root.parameters(), *root.buffers(), *self.constants, self.inputs]
+            self.env = cuda_graphs.apart(self.env, given)
         self.capture.live_sites.update(self.live_sites)
         if not self.segments_run and not self.stopping and not self.on_hooks:
             self.fall_back("nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)")

@@ -92,8 +92,10 @@ class Symbolic:
         fakes = [made.get(id(x), x) for x in leaves]
         tracer = SymbolicTracer()
         context, compiles = _torch.new_context(mode)
-        for i, fake in enumerate([*(x for x in fakes if isinstance(x, torch.Tensor)), *parts]):
+        for i, fake in enumerate(x for x in fakes if isinstance(x, torch.Tensor)):
             tracer.give(fake, f"x{i}")
+        for i, fake in enumerate(parts):
+            tracer.give(fake, f"p{i}").meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         args, kwargs = tree.unflatten(fakes, spec)
         before = snapshot(copied)
         with (

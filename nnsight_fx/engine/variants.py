@@ -169,6 +169,7 @@ def _built(
 ) -> Callable:
     """A rewritten segment, compiled: by blocks where it has equal ones."""
     if not run.capture.regional:
+        _torch.as_dynamos(gm)
         return run.capture.build(gm, inputs, run.report)
     cut = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     twins = dict(zip(gm.graph.nodes, cut.graph.nodes, strict=True))
@@ -181,6 +182,7 @@ def _built(
         return regional(cut, job, segment, (fakes, given), list(args), build)
     except Whole as why:
         job.whole = str(why)
+        _torch.as_dynamos(gm)
         return run.capture.build(gm, inputs, run.report)
 
 

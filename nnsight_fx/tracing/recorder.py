@@ -39,12 +39,18 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is SET_GRAD:
             set_grad(tape, args[0])
-        if LazyTensor in types or any(issubclass(t, LazyTensor) for t in types) or self._concerns(tape, func, args, kwargs):
+        if (
+            LazyTensor in types
+            or any(issubclass(t, LazyTensor) for t in types)
+            or self._concerns(tape, func, args, kwargs)
+        ):
             return tape.call(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _concerns(self, tape: Tape, func: Any, args: tuple, kwargs: dict) -> bool:
         name = name_of(func)
+        if name == "__get__" and not tape.changed and not tape.gradients.backwards:
+            return False
         if (name in _RANDOM and self.inside) or (tape.gradients.backwards and func == _GET_GRAD):
             return True
         leaves: list | None = None

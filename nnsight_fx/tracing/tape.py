@@ -821,10 +821,9 @@ class Tape:
 
     def module(self, path: str, args: tuple, kwargs: dict) -> Any:
         """Call a module of the model on values, unobserved."""
-        fn = self.sites.module(path)
 
         def result() -> Any:
-            return fn(*_fake_args(self, args), **_fake_args(self, kwargs))
+            return self.sites.module(path)(*_fake_args(self, args), **_fake_args(self, kwargs))
 
         return self.add(MODULE, path, args, kwargs, effect="random", result=result)
 

@@ -1,0 +1,128 @@
+"""Activations of a data set to disk: `model.harvest`, compiled and on hooks, against loops over the same batches.
+
+    python -m bench.harvest [--prompts 256] [--layers 30] [--rounds 3] [--out bench/results/harvest.json]
+
+Prompts of 16 to 64 tokens on a model of SmolLM2's shape; the output of the middle layer at every token, float32, written to files.
+The loops (raw hooks, nnsight 0.8.1) get the batches padded alike and sorted by length, as `harvest` makes them, and write each
+with `torch.save`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnsight_fx import NNsight
+
+from .measure import arguments, interleaved, setting, timed, write
+from .models import MODELS
+from .peers import BEGIN, Bench, Peer
+
+TOKENS = 4096  # a batch
+
+PEER = f"""
+{BEGIN}
+def call():
+    with torch.no_grad():
+        for i, (ids, mask) in enumerate(batches):
+            with model.trace(input_ids=ids, attention_mask=mask, use_cache=False):
+                h = blocks[len(blocks) // 2].output.save()
+            torch.save(h[mask.bool()], folder + f"/{{i}}.pt")
+    return [torch.load(folder + "/0.pt")]
+if values:
+    out["values"] = call()
+else:
+    start = time.perf_counter()
+    call()
+    out["seconds"] = time.perf_counter() - start
+"""
+
+
+def batched(prompts: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and mask of batches of `TOKENS` padded tokens, by length."""
+    left, found = sorted(prompts, key=len, reverse=True), []
+    while left:
+        rows = max(1, TOKENS // len(left[0]))
+        part, left = left[:rows], left[rows:]
+        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in part], batch_first=True)
+        found.append((ids, mask))
+    return found
+
+
+def by_hooks(module: Any, block: Any, batches: list, folder: Path) -> None:
+    kept: list = []
+    handle = block.register_forward_hook(lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out))
+    try:
+        for i, (ids, mask) in enumerate(batches):
+            module(input_ids=ids, attention_mask=mask, use_cache=False)
+            torch.save(kept.pop()[mask.bool()], folder / f"{i}.pt")
+    finally:
+        handle.remove()
+
+
+def measure(prompts: int, layers: int, rounds: int) -> dict[str, Any]:
+    shape = MODELS["smollm2"]
+    module = shape.build(layers)
+    lengths = torch.randint(16, 65, (prompts,)).tolist()
+    data = [torch.randint(0, shape.config["vocab_size"], (n,)) for n in lengths]
+    batches, site = batched(data), f"{shape.blocks}.{layers // 2}"
+    hooks, compiled = NNsight(module), NNsight(module)
+    compiled.compile()
+    with tempfile.TemporaryDirectory() as root:
+        bench, count = Bench(shape, module, Path(root)), iter(range(10**6))
+
+        def ours(model: NNsight) -> Any:
+            return model.harvest(
+                [{"input_ids": ids.tolist()} for ids in data],
+                site,
+                out=Path(root) / f"harvest-{next(count)}",
+                tokens_per_batch=TOKENS,
+                progress=False,
+            )
+
+        given = {"cls": shape.cls.__name__, "config": {**shape.config, "num_hidden_layers": layers}}
+        given |= {
+            "weights": str(bench.weights),
+            "blocks_path": shape.blocks,
+            "norm_path": shape.norm,
+            "generates": False,
+        }
+        peer = Peer(PEER, {**given, "batches": [list(b) for b in batches], "folder": root})
+        peer.values()
+        calls: dict[str, Callable] = {
+            "ours": lambda: ours(compiled),
+            "ours, hooks": lambda: ours(hooks),
+            "raw hooks": torch.no_grad()(
+                lambda: by_hooks(module, bench.parts.blocks[layers // 2], batches, Path(root))
+            ),
+            "nnsight 0.8.1": peer.timed(1),
+        }
+        found, first = timed(calls["ours"])
+        ours(hooks)
+        largest = float((found[site][0:64] - ours(hooks)[site][0:64]).abs().max())
+        medians = interleaved(calls, rounds)
+    tokens = sum(lengths)
+    return {
+        "workload": f"{prompts} prompts, {tokens} tokens, the middle one of {layers} layers of SmolLM2's shape",
+        "grad": "no_grad, parameters frozen",
+        "first_s": first,
+        "median_s": medians,
+        "tokens_a_second": {who: tokens / s for who, s in medians.items()},
+        "ratio": {who: medians["ours"] / s for who, s in medians.items() if who != "ours"},
+        "largest_difference": largest,
+        **setting(),
+    }
+
+
+def main() -> None:
+    args = arguments(__doc__, "harvest", prompts=256, layers=30, rounds=3).parse_args()
+    write(measure(args.prompts, args.layers, args.rounds), args.out)
+
+
+if __name__ == "__main__":
+    main()
