@@ -24,7 +24,7 @@ class Model:
     def build(self, layers: int | None = None) -> Any:
         """In evaluation mode, with frozen parameters, drawn from seed 0 on its device."""
         torch.manual_seed(0)
-        key = "n_layer" if self.cls is GPT2LMHeadModel else "num_hidden_layers"
+        key = "n_layer" if "n_layer" in self.config else "num_hidden_layers"
         config = self.config if layers is None else {**self.config, key: layers}
         with torch.device(self.device):
             made = self.cls(self.cls.config_class(**config))
