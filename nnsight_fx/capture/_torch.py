@@ -516,7 +516,7 @@ def break_of(gm: torch.fx.GraphModule) -> tuple[str, str] | None:
     return reason, f"{line.filename}:{line.lineno}" if line is not None else "an unknown line"
 
 
-_TABLE = re.compile(r"\._forward_(pre_)?hooks")
+_TABLE = re.compile(r"\.(_forward_(pre_)?hooks|_compiled_call_impl)")  # where ours are
 RECOMPILES = 64  # captures of one entry; Dynamo's own default is 8
 
 

@@ -11,10 +11,12 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
+from torch.nn.modules import module as _module
 from transformers.utils.generic import ModelOutput
 
 from ..tracing import tree
@@ -65,6 +67,10 @@ class Replacement:
         self.spec, self.leaves = spec, leaves  # a leaf: SUPPLIED, Keep(i), or the object itself
 
 
+# what torch calls on every module of the process
+GLOBAL = [getattr(_module, f"_global_{way}_{when}hooks") for way in ("forward", "backward") for when in ("", "pre_")]
+
+
 class Supplied:
     """A leaf that the spliced graph computes."""
 
@@ -79,17 +85,22 @@ PLAIN = (bool, int, float, str)  # leaves that need no look inside
 
 
 def _tensors(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return 1
-    if value is None or isinstance(value, PLAIN):
+    """How many tensors are in a value that is none. Leaves are looked at here and in `_mark` where they are found: a call is dear
+    in Dynamo."""
+    children = value if type(value) is tuple else _children(value)
+    if children is None:
         return 0
     n = 0
-    for child in _children(value):
-        n = n + _tensors(child)
+    for child in children:
+        if isinstance(child, torch.Tensor):
+            n = n + 1
+        elif child is not None and not isinstance(child, PLAIN):
+            n = n + _tensors(child)
     return n
 
 
 def _children(value: Any) -> Any:
+    """What a container has in it; None of a leaf."""
     if isinstance(value, ModelOutput) or type(value) is dict or type(value) is OrderedDict:
         return list(value.values())
     if type(value) is tuple or type(value) is list:
@@ -98,59 +109,51 @@ def _children(value: Any) -> Any:
         return list(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, f.name) for f in dataclasses.fields(value)]
-    return ()
+    return None
 
 
 def _mark(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, int, int]:
-    """`value` with each tensor passed through `site`; the next leaf index; the tensors left."""
-    if isinstance(value, torch.Tensor):
-        return site(value, path, kind, leaf, left == 1), leaf + 1, left - 1
-    if value is None or isinstance(value, PLAIN):
+    """A value that is no tensor, with each tensor in it passed through `site`; the next leaf index; the tensors left."""
+    children = value if type(value) is tuple else _children(value)
+    if children is None:
         return value, leaf + 1, left
+    fresh, before = [], left
+    for child in children:
+        if isinstance(child, torch.Tensor):
+            child, leaf, left = site(child, path, kind, leaf, left == 1), leaf + 1, left - 1
+        elif child is None or isinstance(child, PLAIN):
+            leaf = leaf + 1
+        else:
+            child, leaf, left = _mark(child, path, kind, leaf, left)
+        fresh.append(child)
+    if left == before:
+        return value, leaf, left
+    return tuple(fresh) if type(value) is tuple else _with(value, fresh), leaf, left
+
+
+def _with(value: Any, fresh: list) -> Any:
+    """A container with other children: a list, dict or dataclass itself, since its owner holds it; else a new one."""
     if isinstance(value, ModelOutput):
-        fresh = {}
-        for key, child in value.items():
-            fresh[key], leaf, left = _mark(child, path, kind, leaf, left)
-        return type(value)(**fresh), leaf, left
-    if type(value) is dict or type(value) is OrderedDict:
-        for key in list(value):
-            new, leaf, now = _mark(value[key], path, kind, leaf, left)
-            if now < left:
-                value[key] = new
-            left = now
-        return value, leaf, left
+        return type(value)(**dict(zip(value.keys(), fresh, strict=True)))
+    if isinstance(value, tuple):
+        named = hasattr(type(value), "_fields") and not hasattr(type(value), "n_sequence_fields")
+        return type(value)(*fresh) if named else type(value)(fresh)
     if type(value) is list:
-        for i in range(len(value)):
-            new, leaf, now = _mark(value[i], path, kind, leaf, left)
-            if now < left:
-                value[i] = new
-            left = now
-        return value, leaf, left
-    if type(value) is tuple or (isinstance(value, tuple) and hasattr(type(value), "n_sequence_fields")):
-        items = []
-        for child in value:
-            new, leaf, left = _mark(child, path, kind, leaf, left)
-            items.append(new)
-        return type(value)(items), leaf, left
-    if isinstance(value, tuple) and hasattr(type(value), "_fields"):
-        items = []
-        for child in value:
-            new, leaf, left = _mark(child, path, kind, leaf, left)
-            items.append(new)
-        return type(value)(*items), leaf, left
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for f in dataclasses.fields(value):
-            new, leaf, now = _mark(getattr(value, f.name), path, kind, leaf, left)
-            if now < left:
-                setattr(value, f.name, new)
-            left = now
-        return value, leaf, left
-    return value, leaf + 1, left
+        value[:] = fresh
+    elif type(value) is dict or type(value) is OrderedDict:
+        value.update(zip(list(value), fresh, strict=True))
+    else:
+        for f, child in zip(dataclasses.fields(value), fresh, strict=True):
+            if child is not None and not isinstance(child, PLAIN):
+                setattr(value, f.name, child)
+    return value
 
 
 def mark(value: Any, path: str, kind: str) -> Any:
     """`value` with markers, while Dynamo traces: one at least, also where it has no tensor."""
-    left = _tensors(value)
+    if isinstance(value, torch.Tensor):
+        return site(value, path, kind, 0, True)
+    left = 0 if value is None or isinstance(value, PLAIN) else _tensors(value)
     if left == 0:
         site(anchor(), path, kind, 0, True)
         return value
@@ -160,7 +163,7 @@ def mark(value: Any, path: str, kind: str) -> Any:
 def _leaves(value: Any) -> list:
     if not isinstance(value, torch.Tensor):
         kids = _children(value)
-        if len(kids) > 0 or type(value) in (tuple, list, dict, OrderedDict):
+        if kids is not None:
             found = []
             for child in kids:
                 found.extend(_leaves(child))
@@ -191,8 +194,8 @@ def _build(spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:
 
 def _alike(value: Any, spec: tree.Spec) -> bool:
     """Has `value` the structure of `spec`?"""
-    kids = _children(value)
-    if isinstance(value, torch.Tensor) or not (len(kids) > 0 or type(value) in (tuple, list, dict, OrderedDict)):
+    kids = None if isinstance(value, torch.Tensor) else _children(value)
+    if kids is None:
         return spec is None
     if spec is None or spec[1] is not type(value) or len(spec[3]) != len(kids):
         return False
@@ -256,6 +259,7 @@ class Markers:
         self.paths: dict[nn.Module, str] = {m: name for name, m in root.named_modules()}
         self.states = [m.__dict__ for m in self.paths]
         self.hooks = {m: self._hooks(path) for m, path in self.paths.items()}
+        self.alone = {m: MethodType(self._alone(path), m) for m, path in self.paths.items()}
         self.half: dict[tuple[str, str, int], Replacement] | None = None  # the capture half of the active run
         self.stop_at: tuple[str, str, int] | None = None
         self.skippers: dict[nn.Module, Callable] = {}
@@ -267,8 +271,6 @@ class Markers:
     def _hooks(self, path: str) -> tuple[Callable, Callable]:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
             if torch.compiler.is_compiling():
-                if self.half is None and len(args) == 1 and len(kwargs) == 0 and isinstance(args[0], torch.Tensor):
-                    return (site(args[0], path, "input", 0, True),), kwargs  # what `traced` comes to, far down
                 return self.traced((args, kwargs), path, "input")
             run = getattr(active, "run", None)
             if run is None or run.owner is not self:
@@ -279,8 +281,6 @@ class Markers:
 
         def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             if torch.compiler.is_compiling():
-                if self.half is None and isinstance(output, torch.Tensor):
-                    return site(output, path, "output", 0, True)
                 return self.traced(output, path, "output")
             run = getattr(active, "run", None)
             if run is None or run.owner is not self:
@@ -289,6 +289,31 @@ class Markers:
             return None if new is output else new
 
         return before, after
+
+    def _alone(self, path: str) -> Callable:
+        """What calls a module that has no hooks but ours, while there is no capture half: its `forward` between its two sites. On
+        torch's way through its hooks Dynamo reads three times the instructions, and guards on what each of them holds."""
+        before, after = self._hooks(path)
+
+        def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            if (
+                len(module._forward_hooks) != 1
+                or len(module._forward_pre_hooks) != 1
+                or len(module._backward_hooks) != 0
+                or len(module._backward_pre_hooks) != 0
+            ):  # hooked while the model runs, as transformers' collectors are
+                return module._call_impl(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                if len(args) == 1 and len(kwargs) == 0 and isinstance(args[0], torch.Tensor):
+                    return mark(module.forward(site(args[0], path, "input", 0, True)), path, "output")
+                args, kwargs = mark((args, kwargs), path, "input")
+                return mark(module.forward(*args, **kwargs), path, "output")
+            args, kwargs = before(module, args, kwargs) or (args, kwargs)
+            output = module.forward(*args, **kwargs)
+            changed = after(module, args, kwargs, output)
+            return output if changed is None else changed
+
+        return call
 
     def traced(self, value: Any, path: str, kind: str) -> Any:
         """A site while Dynamo traces: the graph half is left to splicing, the capture half is applied now."""
@@ -326,7 +351,7 @@ class Markers:
     def own(self) -> tuple:
         """What the user, or a library, has put on the modules: hooks, and functions in place of `forward`. A function is its
         code, as it is to Dynamo, which guards what is in its closure."""
-        found: list = []
+        found: list = [getattr(f, "__code__", f) for hooks in GLOBAL for f in hooks.values()]
         for state in self.states:
             before, after = state["_forward_pre_hooks"], state["_forward_hooks"]
             if before or after or "forward" in state or "_compiled_call_impl" in state:
@@ -367,8 +392,11 @@ class Markers:
                 if self.paths[module] not in skips:  # else what replaces it calls this body
                     self.originals[module] = module.forward
                     undo.append(override(module, body))
+            short = self.half is None and not any(GLOBAL)
             for module in modules:
                 put(module, *self.hooks[module])
+                if short and _hooked(module) == 2:  # ours
+                    undo.append(override(module, self.alone[module], "_compiled_call_impl"))
                 if skips and self.paths[module] in skips:
                     undo.append(override(module, self.skipper(module, skips[self.paths[module]])))
             yield
@@ -416,6 +444,16 @@ def put(module: nn.Module, before: Callable, after: Callable) -> None:
         module._forward_hooks[KEY] = after
     module._forward_pre_hooks_with_kwargs[KEY] = True
     module._forward_hooks_with_kwargs[KEY] = True
+
+
+def _hooked(module: nn.Module) -> int:
+    """How many hooks are on a module."""
+    return (
+        len(module._forward_hooks)
+        + len(module._forward_pre_hooks)
+        + len(module._backward_hooks)
+        + len(module._backward_pre_hooks)
+    )
 
 
 def take(module: nn.Module) -> None:

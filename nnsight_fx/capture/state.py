@@ -14,7 +14,10 @@ import torch
 import torch.nn as nn
 
 TABLES = ("_parameters", "_buffers", "_modules")
-OWN = frozenset(vars(nn.Module())) - {"training", *TABLES}  # hooks among them, which are looked at apart
+OWN = frozenset((*vars(nn.Module()), "_compiled_call_impl")) - {
+    "training",
+    *TABLES,
+}  # hooks among them, looked at apart
 SCALARS = frozenset(
     (
         bool,

@@ -109,6 +109,7 @@ class Capture:
         self.passing = _torch.undisturbed(SplicedRun.live_site)
         for function in (
             *next(iter(self.markers.hooks.values())),
+            next(iter(self.markers.alone.values())),
             SplicedRun.pass_site,
             Run.operation,
             Run.skip,

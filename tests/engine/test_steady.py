@@ -176,6 +176,57 @@ def test_a_global_hook_is_seen():
     torch.testing.assert_close(traced(model, x), by_hand(model, x), rtol=0, atol=0)
 
 
+class Registers(nn.Module):
+    """Puts hooks on a submodule while it runs, the first time, as transformers does with its collectors."""
+
+    def __init__(self, where: str):
+        super().__init__()
+        self.inner, self.where, self.done = nn.Linear(4, 4), where, False
+
+    def forward(self, x):
+        if not self.done:
+            self.register()
+        return self.inner(x)
+
+    @torch.compiler.disable
+    def register(self):
+        self.done = True
+        if self.where == "_forward_pre_hooks":
+            self.inner.register_forward_pre_hook(lambda module, args: (args[0] * 2.0,))
+        else:
+            self.inner.register_forward_hook(lambda module, args, out: out * 2.0)
+
+
+@pytest.mark.parametrize("where", ["_forward_hooks", "_forward_pre_hooks"])
+@pytest.mark.parametrize("engine", ["hooks", "eager", "aot_eager"])
+def test_hooks_registered_while_the_model_runs_are_called(engine, where):
+    torch.manual_seed(0)
+    model, x = NNsight(nn.Sequential(nn.ReLU(), Registers(where), nn.ReLU())), torch.randn(2, 4)
+    if engine != "hooks":
+        model.compile(backend=engine)
+    reads = []
+    for _ in range(3):
+        with model.trace(x):
+            model[0].output += 1.0
+            entered = model[1].inner.input.save()
+            left = model[1].inner.output.save()
+            out = model.output.save()
+        reads.append((entered, left, out))
+    inner = model._module[1].inner
+    weight, bias = inner.weight, inner.bias
+    with torch.no_grad():
+        doubled = torch.relu(x) + 1.0
+        if where == "_forward_hooks":
+            left = (doubled @ weight.T + bias) * 2.0
+        else:
+            left = 2.0 * doubled @ weight.T + bias
+    for i, (entered, now, out) in enumerate(reads):
+        torch.testing.assert_close(entered, doubled)
+        torch.testing.assert_close(out, torch.relu(left))
+        if i:  # in the first run it came behind ours
+            torch.testing.assert_close(now, left)
+
+
 def test_what_python_runs_in_between_is_left_alone():
     """A callback of the garbage collector may run while Dynamo looks for a capture."""
     model, seen = wrapped(), []
