@@ -216,10 +216,8 @@ def test_hooks_registered_while_the_model_runs_are_called(engine, where):
     weight, bias = inner.weight, inner.bias
     with torch.no_grad():
         doubled = torch.relu(x) + 1.0
-        if where == "_forward_hooks":
-            left = (doubled @ weight.T + bias) * 2.0
-        else:
-            left = 2.0 * doubled @ weight.T + bias
+        before, behind = (1.0, 2.0) if where == "_forward_hooks" else (2.0, 1.0)
+        left = (before * doubled @ weight.T + bias) * behind
     for i, (entered, now, out) in enumerate(reads):
         torch.testing.assert_close(entered, doubled)
         torch.testing.assert_close(out, torch.relu(left))
