@@ -4,11 +4,12 @@
 
 Prompts of 16 to 64 tokens on a model of SmolLM2's shape; the output of the middle layer at every token, float32, written to files.
 The loops (raw hooks, nnsight 0.8.1) get the batches padded alike and sorted by length, as `harvest` makes them, and write each
-with `torch.save`.
+with `torch.save`. All of them stop behind the middle layer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nnsight_fx import NNsight
+from nnsight_fx import LanguageModel
 
 from .measure import arguments, interleaved, setting, timed, write
 from .models import MODELS
@@ -29,8 +30,9 @@ PEER = f"""
 def call():
     with torch.no_grad():
         for i, (ids, mask) in enumerate(batches):
-            with model.trace(input_ids=ids, attention_mask=mask, use_cache=False):
+            with model.trace(input_ids=ids, attention_mask=mask, use_cache=False) as tracer:
                 h = blocks[len(blocks) // 2].output.save()
+                tracer.stop()
             torch.save(h[mask.bool()], folder + f"/{{i}}.pt")
     return [torch.load(folder + "/0.pt")]
 if values:
@@ -54,12 +56,22 @@ def batched(prompts: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tenso
     return found
 
 
+class Enough(Exception):
+    """Ends a forward of the raw hooks' loop."""
+
+
 def by_hooks(module: Any, block: Any, batches: list, folder: Path) -> None:
     kept: list = []
-    handle = block.register_forward_hook(lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out))
+
+    def keep(_: Any, __: Any, out: Any) -> None:
+        kept.append(out[0] if isinstance(out, tuple) else out)
+        raise Enough
+
+    handle = block.register_forward_hook(keep)
     try:
         for i, (ids, mask) in enumerate(batches):
-            module(input_ids=ids, attention_mask=mask, use_cache=False)
+            with contextlib.suppress(Enough):
+                module(input_ids=ids, attention_mask=mask, use_cache=False)
             torch.save(kept.pop()[mask.bool()], folder / f"{i}.pt")
     finally:
         handle.remove()
@@ -71,14 +83,14 @@ def measure(prompts: int, layers: int, rounds: int) -> dict[str, Any]:
     lengths = torch.randint(16, 65, (prompts,)).tolist()
     data = [torch.randint(0, shape.config["vocab_size"], (n,)) for n in lengths]
     batches, site = batched(data), f"{shape.blocks}.{layers // 2}"
-    hooks, compiled = NNsight(module), NNsight(module)
+    hooks, compiled = LanguageModel(module), LanguageModel(module)
     compiled.compile()
     with tempfile.TemporaryDirectory() as root:
         bench, count = Bench(shape, module, Path(root)), iter(range(10**6))
 
-        def ours(model: NNsight) -> Any:
+        def ours(model: LanguageModel) -> Any:
             return model.harvest(
-                [{"input_ids": ids.tolist()} for ids in data],
+                [ids.tolist() for ids in data],
                 site,
                 out=Path(root) / f"harvest-{next(count)}",
                 tokens_per_batch=TOKENS,
