@@ -87,3 +87,9 @@ def test_a_pass_has_one_module(where, tmp_path):
 
     twice = "try: import passes\nexcept ImportError: print('refused')"
     assert python(twice, cwd=cwd) == "refused\n"
+
+
+def test_it_does_not_import_the_compiler(tmp_path):
+    """Dynamo takes longer to import than all of ours."""
+    imported = json.loads(python(WHAT_IT_IMPORTS, cwd=tmp_path))
+    assert not [name for name in imported if name.startswith(("torch._dynamo", "torch._inductor"))]

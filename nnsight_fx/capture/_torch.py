@@ -32,8 +32,6 @@ import sympy
 import torch
 import torch._guards
 from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
-from torch._dynamo.source import ConstantSource
-from torch._dynamo.types import ConvertFrameReturn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -53,7 +51,6 @@ from torch.utils._python_dispatch import (
 )
 
 __all__ = [
-    "ConstantSource",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeCopyMode",
@@ -225,6 +222,13 @@ def backend(name: Any, mode: str | None, options: dict | None, dynamic: bool | N
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)
+
+
+def constant_source(name: str) -> Any:
+    """Where a size that is no input's comes from: what a symbol made by hand is called."""
+    from torch._dynamo.source import ConstantSource
+
+    return ConstantSource(name)
 
 
 def as_dynamos(gm: torch.fx.GraphModule) -> None:
@@ -598,6 +602,8 @@ def dynamo_compile(
 
 
 def _cached_only(context: Any, function: Callable) -> Callable:
+    from torch._dynamo.types import ConvertFrameReturn
+
     def refuse(frame: Any, *_: Any) -> ConvertFrameReturn:
         if frame.f_code is code:
             raise NotCaptured

@@ -54,9 +54,8 @@ def supply(path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
     return active.capture.fake_supply(path, kind, call, leaf)
 
 
-@torch.compiler.assume_constant_result
 def taken(path: str, kind: str, call: int) -> bool:
-    """Has the plan replaced this site, or skipped this call, when the model comes by? Not where it waits for a later site."""
+    """To Dynamo a constant. Has the plan replaced this site, or skipped this call, when the model comes by? Not where it waits for a later site."""
     return active.capture.taken((path, kind, call))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 
-from ..capture._torch import ConstantSource, FakeTensorMode, TorchFunction
+from ..capture._torch import FakeTensorMode, TorchFunction, constant_source
 from ..capture.scan import PLAIN
 
 LENGTH = 23  # stands for the cache's length in a scan: shows up as a symbol, never as a number
@@ -44,7 +44,7 @@ class Past:
             shape[dim] = LENGTH + more
             example = torch.empty(shape, dtype=x.dtype, device=x.device)
             kinds = [DimDynamic.DUCK if i == dim else DimDynamic.STATIC for i in range(x.dim())]
-            source = ConstantSource(f"past_{more}")
+            source = constant_source(f"past_{more}")
             fake = fakes.from_tensor(example, symbolic_context=StatelessSymbolicContext(kinds), source=source)
             size: Any = fake.shape[dim]
             signature.past[size.node.expr] = more

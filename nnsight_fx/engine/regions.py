@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,25 +50,41 @@ def regional(
     if not job.blocks:
         raise Whole("no equal blocks")
     own, given = fakes
+    constants = _constants(gm, given)
     sink_views(gm, job.blocks)
     calls = outline(gm, before=job.blocks, alike=lambda n: None)  # `facts` tells, below
     kinds = {n.target for n in gm.graph.nodes if n.op == "call_module"}
     if 3 * len(kinds) > 2 * calls:
         raise Whole("fewer than a third of its blocks are copies of another")
     values: dict[fx.Node, Any] = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), given, strict=True))
+    values |= constants
     made = _Regions(gm, segment, own, args, build)
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
             values[node] = made.place(node, values)
         elif node.op == "call_function":  # of a region's outputs
-            values[node] = values[node.args[0]][node.args[1]]
-        elif node.op == "get_attr":
-            raise Whole("it has tensors, or graphs, of its own")
+            gives = values.get(node.args[0]) if node.target is operator.getitem else None  # type: ignore[arg-type]
+            if not isinstance(gives, list):
+                raise Whole("it computes numbers between its blocks")
+            values[node] = gives[node.args[1]]  # type: ignore[index]
     job.report.append(("outline", calls, len(gm.graph.nodes)))
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
     return gm.forward
+
+
+def _constants(gm: fx.GraphModule, given: list) -> dict[fx.Node, torch.Tensor]:
+    """The fakes of a graph's own tensors, which come first in it from here on: regions take them as they take inputs."""
+    first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    found = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value, mode = getattr(gm, str(node.target), None), _torch.detect_fake_mode(given)
+        if not isinstance(value, torch.Tensor) or mode is None:
+            raise Whole("it has graphs of its own")
+        first.prepend(node)
+        found[node] = value if isinstance(value, _torch.FakeTensor) else mode.from_tensor(value, static_shapes=True)
+    return found
 
 
 class _Regions:

@@ -21,11 +21,11 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from ..capture._torch import (
-    ConstantSource,
     FakeCopyMode,
     FakeTensorMode,
     GuardOnDataDependentSymNode,
     NoTorchFunction,
+    constant_source,
     guards_hold,
 )
 from ..capture.operations import frames_of
@@ -275,7 +275,7 @@ class Scanner:
         example = torch.zeros(shape, dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)
         context = StatelessSymbolicContext(kinds)
         made = self.fakes.from_tensor(
-            example, symbolic_context=context, source=ConstantSource(f"input_{len(self.signatures)}")
+            example, symbolic_context=context, source=constant_source(f"input_{len(self.signatures)}")
         )
         found = list(of.symbols)
         for i, dim in enumerate(dims):

@@ -19,7 +19,19 @@ from .. import passes
 from ..capture import _torch
 from ..capture._torch import FakeTensor, detect_fake_mode
 from ..capture._transformers import settle
-from ..capture.markers import SUPPLIED, Markers, Replacement, Stop, active, anchor, mark, site, supply, uncompiled
+from ..capture.markers import (
+    SUPPLIED,
+    Markers,
+    Replacement,
+    Stop,
+    active,
+    anchor,
+    mark,
+    site,
+    supply,
+    taken,
+    uncompiled,
+)
 from ..capture.scan import callee
 from ..capture.segment import Segment
 from ..capture.symbolic import Untraceable
@@ -99,6 +111,7 @@ class Capture:
 
     def __post_init__(self):
         _torch.register(site, supply, anchor)
+        torch.compiler.assume_constant_result(taken)
         self.compiler = _torch.backend(
             self.options.backend, self.options.mode, dict(self.options.options) or None, self.options.dynamic
         )

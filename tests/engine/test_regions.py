@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import nnsight_fx
-from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
+from nnsight_fx import LanguageModel, NNsight, assert_max_compiles, assert_no_fallback
 
 LAYERS = 8
 
@@ -121,7 +121,19 @@ def gradients(m, ids, v):
     return [saved]
 
 
-PROGRAMS = (nothing, read_all, steer, change_in_place, carry, inside, invokes, stop, look, gradients)
+def attribution(m, ids, v):
+    """A difference of two logits: the numbers of the tokens are tensors that the backward's graph has of its own."""
+    with m.trace(input_ids=ids):
+        layers_of(m)[0].input.requires_grad_()
+        streams, saved = [hidden(layer) for layer in layers_of(m)], nnsight_fx.save([])
+        logits = m.lm_head.output[0, -1]
+        with (logits[3] - logits[7]).backward():
+            for stream in reversed(streams):
+                saved.append((stream.grad * stream).sum(-1))
+    return saved
+
+
+PROGRAMS = (nothing, read_all, steer, change_in_place, carry, inside, invokes, stop, look, gradients, attribution)
 WHOLE = {look}  # too few blocks are left
 
 
@@ -137,7 +149,7 @@ def test_as_on_hooks(program, build, grad):
     for seed in (0, 1):
         torch.manual_seed(seed)
         ids, v = torch.randint(0, 64, (2, 7)), torch.randn(16)
-        with torch.set_grad_enabled(grad or program is gradients):
+        with torch.set_grad_enabled(grad or program in (gradients, attribution)):
             with assert_no_fallback(), assert_max_compiles(0 if seed else 99):
                 got = program(regional, ids, v)
             want = program(hooks, ids, v)
@@ -215,3 +227,43 @@ def test_other_lengths():
             for a, b in zip(steer(model, ids, v), steer(hooks, ids, v), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert model.explain().to_dict()["captures"][0]["captures"] == 2
+
+
+def differences(m):
+    with torch.no_grad(), m.trace() as tracer:
+        with tracer.invoke([[5, 6, 7, 8, 9, 10, 11]]):
+            one = m.model.layers[3].output[:, -1].save()
+        with tracer.invoke([[5, 6, 7]]):
+            other = m.model.layers[3].output[:, -1].save()
+    return [one - other]
+
+
+def attributed(m):
+    m.requires_grad_(False)
+    with m.trace([[5, 6, 7, 8]]):
+        m.model.layers[0].input.requires_grad_()
+        streams, saved = [layer.output for layer in m.model.layers], nnsight_fx.save([])
+        logits = m.lm_head.output[0, -1]
+        with (logits[3] - logits[7]).backward():
+            for stream in reversed(streams):
+                saved.append((stream.grad * stream)[0].sum(-1))
+    return list(saved)
+
+
+def generated(m, length):
+    with torch.no_grad(), m.generate([[*range(1, length + 1)]], max_new_tokens=3, do_sample=False) as tracer:
+        for _ in tracer.iter[:]:
+            m.model.layers[3].output += 2.0
+        out = tracer.result.save()
+    return [out]
+
+
+def test_a_language_model_with_prompts_of_other_lengths():
+    """Sizes are symbols then, what comes in front of the first block computes with them, and a graph has tensors of its own."""
+    model, hooks = (LanguageModel(llama()) for _ in range(2))
+    model.config.use_cache = hooks.config.use_cache = True
+    model.compile(backend="eager", regional=True)
+    for run in (attributed, differences, lambda m: generated(m, 5), lambda m: generated(m, 9)):
+        with assert_no_fallback():
+            got = run(model)
+        torch.testing.assert_close(got, run(hooks), rtol=1e-4, atol=1e-6)
