@@ -56,9 +56,8 @@ def differentiate(gm: fx.GraphModule, job: Job) -> int:
             torch.ops.aten.reshape.default
         )  # the same, but where fakes are wrong about strides (pytorch/pytorch#192668)
     for old, new in zip(gm.graph.find_nodes(op="placeholder"), traced.graph.find_nodes(op="placeholder"), strict=True):
-        new.meta |= {
-            k: v for k, v in old.meta.items() if k == "tensor_dict"
-        }  # is it a parameter, which stays where it is
+        if "tensor_dict" in old.meta:  # of a parameter, say, which stays where it is
+            new.meta["tensor_dict"] = old.meta["tensor_dict"]
     gm.graph = traced.graph
     job.blocks = flow.begin(traced.graph)
     return len(passes)

@@ -55,7 +55,9 @@ def supply(path: str, kind: str, call: int, leaf: int) -> torch.Tensor:
 
 
 def taken(path: str, kind: str, call: int) -> bool:
-    """To Dynamo a constant. Has the plan replaced this site, or skipped this call, when the model comes by? Not where it waits for a later site."""
+    """Has the plan replaced this site, or skipped this call, when the model comes by? Not where it waits for a later site.
+
+    A constant to Dynamo (`Capture` says so, since saying it imports Dynamo)."""
     return active.capture.taken((path, kind, call))
 
 
@@ -64,10 +66,6 @@ class Replacement:
 
     def __init__(self, spec: tree.Spec, leaves: list):
         self.spec, self.leaves = spec, leaves  # a leaf: SUPPLIED, Keep(i), or the object itself
-
-
-# what torch calls on every module of the process
-GLOBAL = [getattr(_module, f"_global_{way}_{when}hooks") for way in ("forward", "backward") for when in ("", "pre_")]
 
 
 class Supplied:
@@ -394,7 +392,7 @@ class Markers:
             short = self.half is None and not any(GLOBAL)
             for module in modules:
                 put(module, *self.hooks[module])
-                if short and _hooked(module) == 2:  # ours
+                if short:
                     undo.append(override(module, self.alone[module], "_compiled_call_impl"))
                 if skips and self.paths[module] in skips:
                     undo.append(override(module, self.skipper(module, skips[self.paths[module]])))
@@ -426,6 +424,8 @@ class Stop(Exception):
     """Ends a forward that Dynamo traces; the captured function catches it."""
 
 
+# what torch calls on every module of the process
+GLOBAL = [getattr(_module, f"_global_{way}_{when}hooks") for way in ("forward", "backward") for when in ("", "pre_")]
 KEY = -1  # the key of our hooks in every table, which torch counts from 0: Dynamo guards on it, so it never changes
 
 
@@ -443,16 +443,6 @@ def put(module: nn.Module, before: Callable, after: Callable) -> None:
         module._forward_hooks[KEY] = after
     module._forward_pre_hooks_with_kwargs[KEY] = True
     module._forward_hooks_with_kwargs[KEY] = True
-
-
-def _hooked(module: nn.Module) -> int:
-    """How many hooks are on a module."""
-    return (
-        len(module._forward_hooks)
-        + len(module._forward_pre_hooks)
-        + len(module._backward_hooks)
-        + len(module._backward_pre_hooks)
-    )
 
 
 def take(module: nn.Module) -> None:

@@ -1,11 +1,14 @@
 """Equal blocks are compiled once: the numbers are those of the graph as a whole, and of hooks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import nnsight_fx
 from nnsight_fx import LanguageModel, NNsight, assert_max_compiles, assert_no_fallback
+from nnsight_fx.engine.regions import Whole, regional
 
 LAYERS = 8
 
@@ -267,3 +270,20 @@ def test_a_language_model_with_prompts_of_other_lengths():
         with assert_no_fallback():
             got = run(model)
         torch.testing.assert_close(got, run(hooks), rtol=1e-4, atol=1e-6)
+
+
+def test_numbers_computed_between_blocks_leave_a_graph_whole():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    h = graph.call_function(torch.mul, (x, 2.0))
+    rows = graph.call_method("size", (x, 0))  # what comes before the first block gives a number: no region
+    rows.meta["example_value"] = 3
+    blocks = []
+    for _ in range(4):
+        blocks.append(graph.call_function(torch.relu, (h,)))
+        h = graph.call_function(torch.add, (blocks[-1], rows))
+    graph.output((h,))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    job, segment = SimpleNamespace(blocks=blocks), SimpleNamespace(regions={}, context=None)
+    with pytest.raises(Whole, match="it computes numbers between its blocks"):
+        regional(gm, job, segment, ([], [torch.ones(3)]), [], None)
