@@ -59,5 +59,6 @@ def versions() -> dict[str, Any]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    found["torch"] = torch.__version__  # which tells a CPU build from one for CUDA, as its package need not
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"python": platform.python_version(), "system": platform.platform(), "gpu": device, **found}

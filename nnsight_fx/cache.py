@@ -14,7 +14,9 @@ from .envoy import Envoy
 from .errors import InvokeError, UnknownModuleError, nearest
 from .tracing import tree
 from .tracing.lazy import LazyTensor, user_line
-from .tracing.tape import DeclaredCache, Invoke, Observed, SiteMeta, Tape
+from .tracing.plan import Observed
+from .tracing.steps import DeclaredCache, Invoke, SiteMeta
+from .tracing.tape import Tape
 
 SLOTS = {"input": "inputs", "output": "output"}  # kind of site -> field of an `Entry`
 

@@ -11,7 +11,8 @@ from .tracing.contexts import Stopping
 from .tracing.draft import Draft
 from .tracing.lazy import user_line
 from .tracing.recorder import Recorder
-from .tracing.tape import Invoke, Tape
+from .tracing.steps import Invoke
+from .tracing.tape import Tape
 
 
 class Editor:

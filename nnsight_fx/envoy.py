@@ -294,15 +294,18 @@ def _moved(x: Any, device: torch.device) -> Any:
 def _value(name: str) -> property:
     """A value under its short name, unless a child module has that name (BERT's `output`): the child wins."""
 
+    own: Any = getattr(Envoy, f"nns_{name}")
+    value = own.fget
+
     def get(self: Envoy) -> Any:
-        return self._child(name) if name in self._module._modules else getattr(self, f"nns_{name}")
+        return self._child(name) if name in self._module._modules else value(self)
 
     def put(self: Envoy, value: Any) -> None:
         if name in self._module._modules:
             raise AttributeError(f"{user_line()}: `{self.path}.{name}` is a module; its value is `.nns_{name}`")
-        setattr(self, f"nns_{name}", value)
+        own.fset(self, value)
 
-    return own_error(get, put if name != "source" else None, doc=getattr(Envoy, f"nns_{name}").__doc__)
+    return own_error(get, put if name != "source" else None, doc=own.__doc__)
 
 
 for _name in _TAKEN:

@@ -30,7 +30,8 @@ from .tracing.plan import (
     Site,
 )
 from .tracing.recorder import Recorder
-from .tracing.tape import SiteMeta, Tape
+from .tracing.steps import SiteMeta
+from .tracing.tape import Tape
 
 KINDS = frozenset({READ, WRITE, SKIP, CALL, MODULE, VISIT, SAVE, STOP, BARRIER, GRAD, SET_GRAD, BACKWARD})
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..tracing import tree
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.plan import Site
-from ..tracing.tape import Missing, Opaque, SiteMeta
+from ..tracing.steps import Missing, Opaque, SiteMeta
 from . import operations, source, streams
 from ._torch import FakeCopyMode, FakeTensorMode, compiled_from
 from .markers import override, put, take

@@ -19,7 +19,8 @@ from ..tracing import tree
 from ..tracing.interleave import Stopped
 from ..tracing.lazy import user_line
 from ..tracing.plan import Groups, Site
-from ..tracing.tape import SiteMeta, Step, Tape
+from ..tracing.steps import SiteMeta, Step
+from ..tracing.tape import Tape
 from .run import Run
 from .sites import Signature, WaveSites
 from .switch import Coroutine

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..capture.segment import Segment
 
 KEPT = 256  # compiled regions a segment
+SMALL = 8  # operations a block, below which its calls cost more than its compiling
 
 
 class Whole(Exception):
@@ -52,8 +53,11 @@ def regional(
     own, given = fakes
     constants = _constants(gm, given)
     sink_views(gm, job.blocks)
+    computed = sum(n.op in ("call_function", "call_method") for n in gm.graph.nodes)
     calls = outline(gm, before=job.blocks, alike=lambda n: None)  # `facts` tells, below
     kinds = {n.target for n in gm.graph.nodes if n.op == "call_module"}
+    if computed < SMALL * calls:
+        raise Whole(f"its blocks are small: {computed / calls:.0f} operations each")
     if 3 * len(kinds) > 2 * calls:
         raise Whole("fewer than a third of its blocks are copies of another")
     values: dict[fx.Node, Any] = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), given, strict=True))

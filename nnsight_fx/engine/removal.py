@@ -17,7 +17,8 @@ from ..capture.scan import PLAIN
 from ..errors import PlanMismatchError
 from ..passes.job import Job, Unfit
 from ..tracing.plan import APPLY, SKIP, SYNC, InterventionGraph
-from ..tracing.tape import SiteMeta, Tape, _mutable
+from ..tracing.steps import SiteMeta
+from ..tracing.tape import Tape, _mutable
 
 GLOBAL_HOOKS = (
     "_global_forward_hooks",

@@ -36,7 +36,8 @@ from ..tracing.ambient import under
 from ..tracing.interleave import TensorInterleaver
 from ..tracing.lazy import user_line
 from ..tracing.plan import MODULE, SKIP, STOP, Groups, InterventionGraph, Op, Site
-from ..tracing.tape import Missing, SiteMeta, Step, Tape
+from ..tracing.steps import Missing, SiteMeta, Step
+from ..tracing.tape import Tape
 from .past import Past, copied, growing, is_cache, state
 
 # Sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers.
@@ -358,6 +359,11 @@ class WaveSites:
                 found = self._alone(tape.invoke.index, site) or found
             self.signature.metas[key] = found
         return found
+
+    @property
+    def fixed(self) -> bool:
+        """Are all sizes numbers, the same in every recording?"""
+        return self.past is None and self.signature.symbols == (None, None)
 
     def ended(self) -> str:
         """How the scan ended before the model did, and at which of its lines; empty where it did not."""

@@ -19,7 +19,8 @@ from .graph import Graph
 from .iteration import Cursor, Iterations, Never
 from .lazy import Line, user_line
 from .recorder import Recorder
-from .tape import Invoke, Tape, held
+from .steps import Invoke
+from .tape import Tape, held
 
 
 class Wave(Protocol):

@@ -20,7 +20,8 @@ from .lifting import name_of
 from .names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY, effect_of
 from .plan import BARRIER, CALL, MODULE, READ, SKIP, STOP, WRITE, Op, Site
 from .recorder import Recorder
-from .tape import Missing, SiteMeta, Step, Tape
+from .steps import Missing, SiteMeta, Step
+from .tape import Tape
 
 FIRST = "first"  # of a read or write: the first argument alone
 

@@ -121,7 +121,7 @@ class Gradients:
             result=lambda: None,
         )
         key = self.tape._tensor_key(loss)
-        at = self.tape.order.get(key[1:3])
+        at = self.tape.order.get(key[1]) if key[0] == "v" else None
         if at is not None:  # from here on these gradients are as late as the loss
             self.tape.order.update({v: at for v, o in self.tape.order.items() if o[0] == LATE})
         self.asked = {}

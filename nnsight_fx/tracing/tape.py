@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
+import operator
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -60,91 +63,10 @@ from .plan import (
     Op,
     Site,
 )
+from .steps import NO_ARGS, NO_KWARGS, Beaten, DeclaredCache, Invoke, Missing, Opaque, SiteMeta, Sites, Step
 
+BEATEN = 256  # lines that a step knows to follow it
 _FAKES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
-
-
-class Missing(NamedTuple):
-    """Why the metadata of a site is not known before the run: its reads are sync points."""
-
-    reason: str
-    certain: bool = False  # is it known that the run does not pass it
-
-
-class SiteMeta(NamedTuple):
-    """What is known of a site before the run: the tree, with a fake for each tensor leaf."""
-
-    spec: tree.Spec
-    leaves: tuple  # fakes; anything else as it is (an `Opaque` where it holds data)
-    batched: tuple[bool | None, ...]  # leaf by leaf: does dimension 0 hold the batch; `None`: where its size says so
-    order: float  # its place among all sites of a run; the sites inside a module are between two whole numbers
-    unsure: bool = False  # did the scan guess, so that a read must look whether it was right
-    sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
-
-    @property
-    def opaque(self) -> bool:
-        return any(type(x) is Opaque for x in self.leaves)
-
-
-class Opaque(NamedTuple):
-    """A leaf that is an object with data of its own (a KV cache): read by a sync point."""
-
-    type: type
-
-
-NO_ARGS, NO_KWARGS = ("t", tuple, ()), ("d", (), ())
-
-
-class DeclaredCache(NamedTuple):
-    """A `tracer.cache(...)`: what the user got, in which invoke, and what he asked for."""
-
-    view: Any
-    invoke: int
-    line: Line
-    arguments: dict[str, Any]
-
-
-class Sites(Protocol):
-    """Where the metadata of sites comes from (the scan)."""
-
-    def symbol(self, expr: Any) -> Any: ...
-
-    def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing: ...
-
-    def module(self, path: str) -> Callable: ...
-
-    def called(self, path: str) -> Any: ...
-
-
-class Step:
-    """One operation after others: its fake results, and the steps that followed it so far."""
-
-    __slots__ = ("children", "leaves", "needs", "op", "parent", "plans", "rebound", "root", "size", "spec")
-
-    def __init__(self, parent: Step | None = None, op: Op | None = None):
-        self.parent, self.op = parent, op
-        self.root: Step = self if parent is None else parent.root
-        self.size = 0  # of a root: how many steps follow it
-        self.root.size += 1
-        self.children: dict[Op | tuple[Op, tuple], Step] = {}
-        self.plans: dict[tuple, InterventionGraph] = {}
-        self.needs = op.needs if op is not None else frozenset()
-        self.spec: tree.Spec = None
-        self.leaves: list = []  # FakeTensor: a new value; Key: an argument itself; else a literal
-        self.rebound: list[tuple[Key, torch.Tensor]] = []  # what an in-place operation made of its argument
-
-
-class Invoke:
-    """What one invoke has read and written so far."""
-
-    def __init__(self, index: int):
-        self.index = index
-        self.values: dict[Site, Any] = {}
-        self.partial: dict[Site, Any] = {}  # read without their objects
-        self.metas: dict[Site, SiteMeta] = {}
-        self.containers: dict[Site, tuple[Any, list, tree.Spec]] = {}
-        self.order: float = -1  # the latest site touched, in model order
-        self.latest: Site | None = None
 
 
 class Tape:
@@ -168,8 +90,8 @@ class Tape:
         self.changed: dict[int, torch.Tensor] = {}  # real tensors that a recorded operation changes in place
         self.values: weakref.WeakValueDictionary[Key, LazyTensor] = weakref.WeakValueDictionary()
         self.order: dict[
-            tuple[int, int], tuple[float, Site, int]
-        ] = {}  # the latest site a value depends on, and whose invoke's
+            int, tuple[float, Site, int]
+        ] = {}  # the latest site an operation depends on, and whose invoke's
         self.splits: set[int] = (
             set()
         )  # invokes that need another forward: they use early what an earlier invoke has late
@@ -221,6 +143,13 @@ class Tape:
         inside = custom_function(self, func, args, kwargs)
         if inside is not None:
             return inside.value
+        written = self._written(func, args) if not kwargs and type(func) in _FUNCTIONS else None
+        again = self._beaten(written) if written is not None else None
+        if again is not None:
+            self.settle()
+            for number in again.numbers:
+                self._number_key(number)
+            return self._advance(again.step, again.op)
         name = name_of(func)
         if name in ("__get__", "__set__"):
             return self._attribute(func, name, args)
@@ -252,11 +181,34 @@ class Tape:
             args = (held(args[0]), *args[1:])  # what is changed must be there
         args, kwargs = lift(name, args, kwargs, lambda t: (self.fake(t).shape, self.fake(t).dtype))
         try:
-            return self.add(CALL, Identity(func), args, kwargs, effect=effect)
+            self.settle()
+            before, slots = self.step, len(self.constants)
+            result = self.add(CALL, Identity(func), args, kwargs, effect=effect)
+            if written is not None and not effect and type(result) is LazyTensor:
+                values, at = self.constants[slots:], itertools.count(slots)
+                self._beat(before, written, None, tuple(Lifted("int", v, self.negative.get(next(at))) for v in values))
+            return result
         except RuntimeError as e:  # the parent of all that fakes refuse
             if isinstance(e, NNsightFXError) or not needs_data(e):
                 raise
         return func(*self.real_args(args), **self.real_args(kwargs))
+
+    def _written(self, func: Any, args: tuple) -> tuple | None:
+        """A call by what the user wrote, where that is this recording's values, positions and slices."""
+        parts: list = [func]
+        for x in args:
+            cls = type(x)
+            if cls is LazyTensor:
+                part = x._key if x._tape is self and x._key[1] != INSIDE else None
+            elif cls is tuple:
+                part = tuple(map(_position, x))
+                part = None if None in part else part
+            else:
+                part = _position(x)
+            if part is None:
+                return None
+            parts.append(part)
+        return tuple(parts)
 
     def _attribute(self, func: Any, name: str, args: tuple) -> Any:
         attr = func.__self__.__name__
@@ -369,11 +321,15 @@ class Tape:
         return values[0] if step.spec is None else tree.unflatten(values, step.spec)
 
     def _value(self, leaf: Any, key: Key, line: Line) -> Any:
+        if type(leaf) is FakeTensor:
+            return self._lazy(key, leaf, line)
+        if type(leaf) is Opaque:
+            return LazyObject(self, self.ops[key[1]].target, key[2], leaf.type)
         if isinstance(leaf, tuple) and leaf and leaf[0] in ("v", "c") and not isinstance(leaf, torch.Size):
             if leaf[0] == "c":
                 return self.changed.setdefault(id(self.constants[leaf[1]]), self.constants[leaf[1]])
             return self.values[leaf] if leaf in self.values else self._lazy(leaf, self.fake_of(leaf), line)
-        return self._lazy(key, leaf, line) if isinstance(leaf, FakeTensor) else leaf
+        return leaf
 
     def _lazy(self, key: Key, fake: torch.Tensor, line: Line) -> LazyTensor:
         with NoTorchFunction():
@@ -399,18 +355,17 @@ class Tape:
         if op.kind == SAVE:  # nothing uses what it returns
             return
         if op.kind == GRAD:
-            self.order[(n, 0)] = (LATE, ("the gradient", "", 0), self.invoke.index)
+            self.order[n] = (LATE, ("the gradient", "", 0), self.invoke.index)
             return
-        found = [self.order[v] for v in self.step.needs if v in self.order]
         if op.kind == READ:
-            order = self.invoke.metas[op.target].order if op.target in self.invoke.metas else -1
-            found.append((order, op.target, self.invoke.index))
+            meta = self.invoke.metas.get(op.target)
+            self.order[n] = (meta.order if meta is not None else -1, op.target, self.invoke.index)
+            return
+        found = [self.order[v] for v, _ in self.step.needs if v in self.order]
         if found:
-            at = max(found, key=lambda f: f[0])
+            at = self.order[n] = max(found, key=_place) if len(found) > 1 else found[0]
             if op.effect == "inplace" and op.kind == CALL and at[0] > self.invoke.order and at[2] != self.invoke.index:
                 self.splits.add(self.invoke.index)
-            for j in range(-1, max(1, len(self.step.leaves))):
-                self.order[(n, j)] = at
 
     # -- arguments ----------------------------------------------------------------------------------------------
 
@@ -575,6 +530,9 @@ class Tape:
             return self.invoke.values[site]
         if not whole and site in self.invoke.partial:
             return self.invoke.partial[site]
+        again = self._beaten((site, self.invoke.index))
+        if again is not None:
+            return self._read_again(site, again)
         self._check_passed(site, "read")
         meta = self.meta(site)
         opaque = isinstance(meta, SiteMeta) and meta.opaque
@@ -584,16 +542,14 @@ class Tape:
 
             def result() -> Any:
                 _check_plain(site, meta.leaves)
-                return tree.unflatten(leaves, meta.spec)
+                return tree.unflatten(list(meta.leaves), meta.spec)
 
-            leaves = list(meta.leaves)
-            if opaque:
-                leaves = [
-                    LazyObject(self, site, i, x.type) if isinstance(x, Opaque) else x for i, x in enumerate(leaves)
-                ]
+            before = self.step
             value = self.add(
                 *(READ, site, (), {}), extra=(meta.batched, _expected(meta)), result=result, sizes=meta.sizes
             )
+            if not opaque:
+                self._beat(before, (site, self.invoke.index), meta)
         self._touch(site)
         if isinstance(meta, SiteMeta) and opaque and not whole and not _replaceable(meta):
             self.invoke.partial[site] = value
@@ -602,15 +558,50 @@ class Tape:
         self._watch(site, value)
         return value
 
+    def _read_again(self, site: Site, again: Beaten) -> Any:
+        """A read that other recordings have made behind the same lines."""
+        invoke, meta = self.invoke, again.meta
+        assert meta is not None
+        invoke.metas[site] = meta
+        value = invoke.values[site] = self._advance(again.step, again.op)
+        if meta.order > invoke.order:
+            invoke.order, invoke.latest = meta.order, site
+        if again.step.spec is not None:
+            self._watch(site, value)
+        return value
+
+    def _beaten(self, written: tuple) -> Beaten | None:
+        """What follows here, by what the user wrote, if a recording has come by."""
+        found = self.step.beaten.get(written)
+        return found if found is not None and self._ordinary() else None
+
+    def _beat(
+        self, before: Step, written: tuple, meta: SiteMeta | None = None, numbers: tuple[Lifted, ...] = ()
+    ) -> None:
+        """From `before` on, what was written leads to this step."""
+        step = self.step
+        if self._ordinary() and step.parent is before and step.op is not None and len(before.beaten) < BEATEN:
+            before.beaten[written] = Beaten(step, step.op, meta, numbers)
+
+    def _ordinary(self) -> bool:
+        """Does nothing but the lines so far decide what a line records?"""
+        conditions = self.conditions
+        return (
+            self.sites.fixed
+            and self.passed is None
+            and not (conditions.used or conditions.blocks)
+            and not self.casts
+            and ambient.plain(self.base)
+        )
+
     def observe(self, site: Site, how: Observed) -> tuple[int, Any]:
         """A saved read of a site as everybody leaves it; the operation's number and the value."""
         n, meta = len(self.ops), self.meta(site)
         assert isinstance(meta, SiteMeta)
-        leaves = [LazyObject(self, site, i, x.type) if isinstance(x, Opaque) else x for i, x in enumerate(meta.leaves)]
         value = self.add(
             *(OBSERVE, site, (), {}),
             extra=(meta.batched, how),
-            result=lambda: tree.unflatten([observed(x, how) for x in leaves], meta.spec),
+            result=lambda: tree.unflatten([observed(x, how) for x in meta.leaves], meta.spec),
         )
         kept = [x for x in tree.flatten(value)[0] if isinstance(x, LazyTensor)]
         self.saved.update((id(x), x) for x in kept)
@@ -752,9 +743,9 @@ class Tape:
         self.write(site, (args, kwargs))
 
     def _written_order(self, leaves: list) -> tuple[float, Site, int] | None:
-        own = [x._key[1:] for x in leaves if isinstance(x, LazyTensor) and x._tape is self]
-        found = [self.order[value] for value in own if value in self.order]
-        return max(found, key=lambda f: f[0]) if found else None
+        own = [x._key[1] for x in leaves if isinstance(x, LazyTensor) and x._tape is self and x._key[0] == "v"]
+        found = [self.order[n] for n in own if n in self.order]
+        return max(found, key=_place) if found else None
 
     def _to_device(self, leaf: Any, meta: SiteMeta, i: int) -> Any:
         if isinstance(leaf, torch.Tensor) and i < len(meta.leaves) and isinstance(meta.leaves[i], torch.Tensor):
@@ -970,12 +961,17 @@ class Tape:
         if not self.open or self.closed:  # a forward that has run has kept what was held then
             return
         self.settle()
+        again = self._beaten(lazy._key)
+        if again is not None:
+            self._advance(again.step, again.op)
+            return
         made_by = self.ops[lazy._key[1]].invoke  # who waits for nobody
-        mine = self.invoke
+        mine, before = self.invoke, self.step
         if made_by != mine.index:
             self.invoke = Invoke(made_by)
         self.add(SAVE, None, (lazy,), {}, result=lambda: None)
         self.invoke = mine
+        self._beat(before, lazy._key)
 
     def close_step(self) -> None:
         """Nothing is recorded here any more: keep, for what comes later, the values that the body still holds."""
@@ -1061,6 +1057,21 @@ class Tape:
             known = InterventionGraph.of(tuple(self.ops), groups, self.recapture, tuple(self.specs))
             self.step.plans[(groups, self.recapture)] = known
         return known
+
+
+_place = operator.itemgetter(0)
+_FUNCTIONS = {types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType}
+
+
+def _position(x: Any) -> Any:
+    """A position or slice as something to look up by; `None` for anything else."""
+    cls = type(x)
+    if cls is int:
+        return x
+    if cls is slice:
+        ends = x.start, x.stop, x.step
+        return ("k", *ends) if all(i is None or type(i) is int for i in ends) else None
+    return "None" if x is None else "..." if x is Ellipsis else None
 
 
 def _facts_of(leaf: Any) -> list | None:

@@ -1,0 +1,117 @@
+"""What a recording is made of: the tree of steps that all recordings of one signature share, and what is known of sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+
+from . import tree
+from .encode import Key, Lifted
+from .lazy import Line
+from .plan import InterventionGraph, Op, Site
+
+if TYPE_CHECKING:
+    from .tape import Tape
+
+
+class Missing(NamedTuple):
+    """Why the metadata of a site is not known before the run: its reads are sync points."""
+
+    reason: str
+    certain: bool = False  # is it known that the run does not pass it
+
+
+class SiteMeta(NamedTuple):
+    """What is known of a site before the run: the tree, with a fake for each tensor leaf."""
+
+    spec: tree.Spec
+    leaves: tuple  # fakes; anything else as it is (an `Opaque` where it holds data)
+    batched: tuple[bool | None, ...]  # leaf by leaf: does dimension 0 hold the batch; `None`: where its size says so
+    order: float  # its place among all sites of a run; the sites inside a module are between two whole numbers
+    unsure: bool = False  # did the scan guess, so that a read must look whether it was right
+    sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
+
+    @property
+    def opaque(self) -> bool:
+        return any(type(x) is Opaque for x in self.leaves)
+
+
+class Opaque:
+    """A leaf that is an object with data of its own (a KV cache): read by a sync point."""
+
+    def __init__(self, cls: type):
+        self.type = cls
+
+
+NO_ARGS, NO_KWARGS = ("t", tuple, ()), ("d", (), ())
+
+
+class DeclaredCache(NamedTuple):
+    """A `tracer.cache(...)`: what the user got, in which invoke, and what he asked for."""
+
+    view: Any
+    invoke: int
+    line: Line
+    arguments: dict[str, Any]
+
+
+class Sites(Protocol):
+    """Where the metadata of sites comes from (the scan)."""
+
+    @property
+    def fixed(self) -> bool:
+        """Does a line find the same in every recording, behind the same lines?"""
+        ...
+
+    def symbol(self, expr: Any) -> Any: ...
+
+    def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing: ...
+
+    def module(self, path: str) -> Callable: ...
+
+    def called(self, path: str) -> Any: ...
+
+
+class Beaten(NamedTuple):
+    """A line that another recording has made behind the same lines."""
+
+    step: Step
+    op: Op
+    meta: SiteMeta | None = None  # of the site that it reads
+    numbers: tuple[Lifted, ...] = ()  # that it lifts
+
+
+class Step:
+    """One operation after others: its fake results, and the steps that followed it so far."""
+
+    __slots__ = (
+        *("beaten", "children", "leaves", "needs", "op", "parent", "plans", "rebound", "root", "size", "spec"),
+    )
+
+    def __init__(self, parent: Step | None = None, op: Op | None = None):
+        self.parent, self.op = parent, op
+        self.root: Step = self if parent is None else parent.root
+        self.size = 0  # of a root: how many steps follow it
+        self.root.size += 1
+        self.children: dict[Op | tuple[Op, tuple], Step] = {}
+        self.beaten: dict[tuple, Beaten] = {}  # children by what the user wrote: found again with no operation made
+        self.plans: dict[tuple, InterventionGraph] = {}
+        self.needs = op.needs if op is not None else frozenset()
+        self.spec: tree.Spec = None
+        self.leaves: list = []  # FakeTensor: a new value; Key: an argument itself; else a literal
+        self.rebound: list[tuple[Key, torch.Tensor]] = []  # what an in-place operation made of its argument
+
+
+class Invoke:
+    """What one invoke has read and written so far."""
+
+    def __init__(self, index: int):
+        self.index = index
+        self.values: dict[Site, Any] = {}
+        self.partial: dict[Site, Any] = {}  # read without their objects
+        self.metas: dict[Site, SiteMeta] = {}
+        self.containers: dict[Site, tuple[Any, list, tree.Spec]] = {}
+        self.order: float = -1  # the latest site touched, in model order
+        self.latest: Site | None = None
