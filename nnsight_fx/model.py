@@ -51,6 +51,11 @@ class Batch:
     kwargs: dict
     rows: int
 
+    @functools.cached_property
+    def flat(self) -> tuple[list, tree.Spec]:
+        """The leaves of both, and their structure."""
+        return tree.flatten((self.args, self.kwargs))
+
 
 class Plain:
     """A wrapped model as the host of a trace whose inputs go to the module as they come: not prompts, say."""
@@ -309,8 +314,8 @@ class NNsight(Edits, Envoy):
         moved = [x.to(device) if isinstance(x, torch.Tensor) and device is not None else x for x in leaves]
         if any(a is not b for a, b in zip(leaves, moved, strict=True)):  # else the model gets the user's own lists
             args, kwargs = tree.unflatten(moved, spec, (args, kwargs))
-        tensors = [x for x in moved if isinstance(x, torch.Tensor) and x.dim() > 0]
-        return Batch(args, kwargs, rows=tensors[0].shape[0] if tensors else 1)
+        first = next((x for x in moved if isinstance(x, torch.Tensor) and x.dim() > 0), None)
+        return Batch(args, kwargs, rows=1 if first is None else first.shape[0])
 
     def _given(self, args: tuple, kwargs: dict, rows: int) -> Batch:
         """What a generation calls the model with: as it is."""
@@ -413,7 +418,7 @@ class NNsight(Edits, Envoy):
             return callee(self._module, fn)(*batch.args, **batch.kwargs)
 
         capture = self._capture_for(wave.tracer.compile)
-        why = capture.refusal(plan, wave.tape.sites, (batch.args, batch.kwargs)) if capture is not None else None
+        why = capture.refusal(plan, wave.tape.sites, batch.flat[0]) if capture is not None else None
         if capture is not None and why is not None:
             capture.fall_back(why)
             capture = None

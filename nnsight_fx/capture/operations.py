@@ -6,6 +6,7 @@ own, under `<that path>.source.<name>`. All paths that end in `.source` are *fra
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Container, Iterable, Iterator
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
@@ -49,12 +50,15 @@ class Operations:
         self.made: dict[
             str, tuple[FunctionType, FunctionType, bool]
         ] = {}  # frame -> function, rewritten, is it a method
+        self.touched: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()  # by plan
         self.bodies: dict[str, Callable] = {}
         self.inner: dict[str, tuple[FunctionType, FunctionType, bool]] = {}
 
     def frames(self, plan: Any) -> frozenset[str]:
         """The frames that a plan touches."""
-        return frames_of((path for path, _ in plan.watched), self.modules)
+        if plan not in self.touched:
+            self.touched[plan] = frames_of((path for path, _ in plan.watched), self.modules)
+        return self.touched[plan]
 
     def use(self, frames: Iterable[str]) -> Iterator[tuple[nn.Module, Callable]]:
         """Have these frames observed; gives the modules and the `forward` they shall have."""

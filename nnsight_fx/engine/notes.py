@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..tracing.plan import SYNC
 from ..tracing.printing import short
 
 
@@ -65,24 +66,25 @@ LISTED = ("syncs", "live", "fallbacks")
 
 def notes_of(line: Any, runs: Iterable[Any], delivered: list) -> Notes:
     """The notes of one recording: its runs, and the tensors that were delivered."""
-    made = Notes(
-        short(line), saved=len(delivered), bytes=sum(n for n, _ in delivered), graphs=sum(g for _, g in delivered)
-    )
-    for run in runs:
-        ops = run.plan.ops
-        own = Notes(
-            engine="spliced" if getattr(run, "segments_run", 0) else "hooks",
-            forwards=1,
-            segments=getattr(run, "segments_run", 0),
-            compiles=run.compiles,
-            hits=run.hits,
-            operations=len(ops),
-            syncs=[short(run.lines[n]) for n, op in enumerate(ops) if op.kind == SYNC and n < len(run.lines)],
-            live=sorted(getattr(run, "live_sites", ())),
-            fallbacks=list(run.report),
-        )
-        made += own
+    made = functools.reduce(operator.add, [_of_run(run) for run in runs])
+    made.line, made.saved = short(line), len(delivered)
+    made.bytes, made.graphs = sum(n for n, _ in delivered), sum(g for _, g in delivered)
     return made
+
+
+def _of_run(run: Any) -> Notes:
+    segments = getattr(run, "segments_run", 0)
+    return Notes(
+        engine="spliced" if segments else "hooks",
+        forwards=1,
+        segments=segments,
+        compiles=run.compiles,
+        hits=run.hits,
+        operations=len(run.plan.ops),
+        syncs=[short(run.lines[n]) for n in run.plan.syncs if n < len(run.lines)],
+        live=sorted(getattr(run, "live_sites", ())),
+        fallbacks=list(run.report),
+    )
 
 
 def size(n: int) -> str:

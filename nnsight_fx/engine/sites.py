@@ -143,7 +143,7 @@ class Scanner:
         with NoTorchFunction():  # in a body each look at an attribute would be looked at
             tables = [t for m in self.modules for t in (m._parameters, m._buffers) if t]
             tensors = [t for table in tables for t in table.values() if t is not None]
-            state = tuple(map(id, tensors)), tuple(map(_FACTS, tensors))
+            state = (list(map(id, tensors)), *(list(map(fact, tensors)) for fact in _FACTS))
         if self._copy is None or self._copy[0] != state:
             if self._copy is not None:
                 self.signatures.clear()
@@ -169,7 +169,7 @@ class Scanner:
         return self._signature(batch, None, None, None), None
 
     def _signature(self, batch: Any, fn: str | None, unknown: tuple | None, past: Past | None) -> Signature:
-        leaves, spec = tree.flatten((batch.args, batch.kwargs))
+        leaves, spec = batch.flat
         described = tuple(
             (
                 ("?" if unknown else past.shape(x) if past else tuple(x.shape)),
@@ -475,7 +475,7 @@ class WaveSites:
         return self.scanner.skeleton().get_submodule(path).forward
 
 
-_FACTS = operator.attrgetter("dtype", "device", "requires_grad")
+_FACTS = [operator.attrgetter(name) for name in ("dtype", "device", "requires_grad")]
 
 
 def _computed(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -241,11 +241,9 @@ class Capture:
             self.whole = job.whole
         self.nodes = len(segment.gm.graph.nodes)
 
-    def refusal(self, plan: InterventionGraph, sites: Any, inputs: Any) -> str | None:
+    def refusal(self, plan: InterventionGraph, sites: Any, inputs: list) -> str | None:
         """Why a plan runs on the hook engine with these inputs, if it does."""
-        own = next(
-            (type(x) for x in tree.flatten(inputs)[0] if isinstance(x, torch.Tensor) and type(x) not in PLAIN), None
-        )
+        own = next((type(x) for x in inputs if isinstance(x, torch.Tensor) and type(x) not in PLAIN), None)
         if own is not None:
             return f"hook engine: the model is called with a {own.__name__}, a tensor of a class of its own"
         if plan.sees_objects:
@@ -372,7 +370,7 @@ class SplicedRun(Run):
         missed = False
         if entry.whole and not self.frames and not self.skips and entry.cached is not None:
             try:
-                with self.half(self.capture_half):
+                with contextlib.nullcontext() if self.capture_half is None else self.half(self.capture_half):
                     return entry.cached(*inputs)
             except _torch.NotCaptured:
                 missed = True

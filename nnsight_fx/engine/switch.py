@@ -17,7 +17,9 @@ import torch
 from ..capture import _torch
 from ..tracing import ambient
 
-SDPA = ("flash", "mem_efficient", "math", "cudnn")
+SDPA = {
+    name: getattr(torch.backends.cuda, f"{name}_sdp_enabled") for name in ("flash", "mem_efficient", "math", "cudnn")
+}
 
 
 class State:
@@ -29,7 +31,7 @@ class State:
         self.ambient = ambient.current()
         self.autocast_cache = torch.is_autocast_cache_enabled()
         self.dtype = torch.get_default_dtype()
-        self.sdpa = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in SDPA}
+        self.sdpa = {name: enabled() for name, enabled in SDPA.items()}
         self.deterministic = (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),

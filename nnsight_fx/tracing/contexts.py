@@ -91,7 +91,8 @@ class Tracer:
         self.host.tracer = self
         try:
             self.line = user_line()
-            self.args, self.kwargs = held(self.args), held(self.kwargs)
+            if saving.session() is not None:
+                self.args, self.kwargs = held(self.args), held(self.kwargs)
             self.state = self.host._state()
             self.modes = contextlib.ExitStack()
             if self.args or self.host._has_input(self.kwargs):

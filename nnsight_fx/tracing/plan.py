@@ -135,6 +135,11 @@ class InterventionGraph:
         return found
 
     @cached_property
+    def syncs(self) -> list[int]:
+        """The operations at which the body looks at a value."""
+        return [n for n, op in enumerate(self.ops) if op.kind == SYNC]
+
+    @cached_property
     def stops(self) -> bool:
         return any(op.kind == STOP for op in self.ops)
 

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from transformers.utils.generic import ModelOutput
 
 Spec = Any  # a hashable description of a tree: None for a leaf, else (kind, type, keys, child specs)
@@ -42,7 +43,7 @@ def flatten(value: Any) -> tuple[list, Spec]:
 
 # These recurse at the top level: a recursive closure is a reference cycle, and would keep its tensors until the next gc.
 def _walk(value: Any, leaves: list) -> Spec:
-    parts = children(value)
+    parts = children(value) if not isinstance(value, torch.Tensor) else None
     if parts is None:
         leaves.append(value)
         return None
