@@ -263,7 +263,8 @@ class Envoy(Observed):
     @property
     def device(self) -> torch.device | None:
         """The device of the first parameter."""
-        return next((p.device for p in self._module.parameters()), None)
+        tables = (m._parameters for m in self._module.modules())
+        return next((p.device for table in tables for p in table.values() if p is not None), None)
 
     @property
     def devices(self) -> set[torch.device]:

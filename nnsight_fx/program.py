@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .capture._torch import NotCaptured
+from .capture.scan import PLAIN
 from .engine.deliver import own
+from .engine.steady import Steady
 from .errors import NotRecordableError
 from .sweep.job import given
 from .tracing import saving, tree
@@ -39,7 +42,11 @@ class Program:
     def __init__(self, model: Any, fn: Callable[..., Any], stop: bool, options: dict[str, Any]):
         self.model, self.fn, self.stop, self.options = model, fn, stop, options
         self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self.calls: OrderedDict[Hashable, Recording] = (
+            OrderedDict()
+        )  # those that run as a call, by what they are called with
         self.refused: dict[Hashable, str] = {}
+        self.own = {name: x for name, x in options.items() if name not in ("compile", "fn", "pad_to")}
         self.runs: Counter[str] = Counter()
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,19 +61,28 @@ class Program:
             return self._trace(inputs, args, kwargs)  # within another trace, an error; in a session, one of its traces
         model.dispatch()
         leaves, spec = tree.flatten((args, kwargs))
-        batch, signature = self._signature(inputs)
-        key = (
-            signature,
-            spec,
-            self._described(leaves),
-            *model._edits,
-            getattr(model._capture_for(self._of("compile")), "options", None),
-        )
+        batch = self._batch(inputs)
+        kind = (spec, _described(leaves), *model._edits, model._capture_for(self._of("compile")))
+        call = self._call(batch, kind)
+        if call in self.calls:
+            try:
+                result = self.calls[call].again(self, batch, leaves)
+            except NotCaptured:
+                del self.calls[call]
+            else:
+                self.runs["recorded"] += 1
+                return result
+        key = (model._scanner.signature(batch, self._of("fn"), None), *kind)
         known = self.recordings.get(key)
         if known is not None:
             self.runs["recorded"] += 1
             self.recordings.move_to_end(key)
-            return known.run(self, batch, leaves)
+            result = known.run(self, batch, leaves)
+            if known.steady is not None and call is not None:
+                self.calls[call] = known
+                if len(self.calls) > ENTRIES:
+                    self.calls.popitem(last=False)
+            return result
         self.runs["traced"] += 1
         if key in self.refused:
             return self._trace(inputs, args, kwargs)
@@ -98,28 +114,17 @@ class Program:
     def _of(self, option: str) -> Any:
         return self.options.get(option)
 
-    def _signature(self, inputs: Any) -> tuple[Any, Any]:
-        """The input as the model gets it, and the scan of its kind."""
+    def _batch(self, inputs: Any) -> Any:
+        """The input as the model gets it."""
         model = self.model
         args, kwargs = given(model, inputs)
-        own = {name: x for name, x in self.options.items() if name not in ("compile", "fn", "pad_to")}
-        batch = model._collate([model._prepare(args, {**own, **kwargs})], pad_to=self._of("pad_to"))
-        return batch, model._scanner.signature(batch, self._of("fn"), None)
+        return model._collate([model._prepare(args, {**self.own, **kwargs})], pad_to=self._of("pad_to"))
 
-    @staticmethod
-    def _described(leaves: list) -> tuple:
-        """Of what kind the arguments are."""
-        first = {id(x): i for i, x in reversed([*enumerate(leaves)])}
-        found = tuple(
-            (facts(x), first[id(x)]) if isinstance(x, torch.Tensor) else (type(x), x, repr(x)) for x in leaves
-        )
-        try:
-            hash(found)
-        except TypeError as error:
-            raise TypeError(
-                f"{user_line()}: an argument of a program is a tensor, or has a hash by which it is told from others; {error}."
-            ) from error
-        return found
+    def _call(self, batch: Any, kind: tuple) -> Hashable:
+        """By what a call is known again without a look at the model, which Dynamo's guards take; `None` with objects."""
+        leaves, spec = batch.flat
+        plain = all(isinstance(x, (torch.Tensor, *PLAIN)) for x in leaves)
+        return (spec, _described(leaves), self.model._scanner, *kind) if plain else None
 
     def _trace(self, inputs: Any, args: tuple, kwargs: dict, of: Recording | None = None) -> Any:
         call_args, call_kwargs = given(self.model, inputs)
@@ -150,6 +155,19 @@ class Program:
         return tree.unflatten(leaves, spec)
 
 
+def _described(leaves: list) -> tuple:
+    """Of what kind arguments are."""
+    first = {id(x): i for i, x in reversed([*enumerate(leaves)])}
+    found = tuple((facts(x), first[id(x)]) if isinstance(x, torch.Tensor) else (type(x), x, repr(x)) for x in leaves)
+    try:
+        hash(found)
+    except TypeError as error:
+        raise TypeError(
+            f"{user_line()}: an argument of a program is a tensor, or has a hash by which it is told from others; {error}."
+        ) from error
+    return found
+
+
 class Again(NamedTuple):
     """What a run asks of its wave, when there is none."""
 
@@ -173,6 +191,7 @@ class Recording:
     """A body, recorded: its plan, and where the arguments are among the lifted values."""
 
     plan: InterventionGraph
+    steady: Steady | None = None  # how it runs, once a run has shown that a call is all of it
 
     def __init__(self, program: Program, leaves: list):
         self.program = program
@@ -224,11 +243,23 @@ class Recording:
             if at not in lent and id(value) in names:
                 self.slots.append(Slot(at, name=names[id(value)]))
 
+    def _lifted(self, program: Program, leaves: list) -> list:
+        """The lifted values of a run with these arguments."""
+        constants = list(self.constants)
+        for slot in self.slots:
+            constants[slot.at] = attrgetter(slot.name)(program.model._module) if slot.name else leaves[slot.argument]
+        return constants
+
+    def again(self, program: Program, batch: Any, leaves: list) -> Any:
+        """Run it as a call; `NotCaptured`, before anything ran, where it is none any more."""
+        assert self.steady is not None
+        hooks = program.model._markers.own()
+        held = self.steady((batch.args, batch.kwargs), self._lifted(program, leaves), hooks)
+        return tree.unflatten([own([x]) for x in held], self.spec)
+
     def run(self, program: Program, batch: Any, leaves: list) -> Any:
         """Run it on another input, with other arguments."""
-        model, constants = program.model, list(self.constants)
-        for slot in self.slots:
-            constants[slot.at] = attrgetter(slot.name)(model._module) if slot.name else leaves[slot.argument]
+        model, constants = program.model, self._lifted(program, leaves)
         wave: Any = Again(self.tracer, self.tape, batch, program._of("fn"), {})
         run = model._run(wave, self.plan, constants, self.lines)
         try:
@@ -237,6 +268,7 @@ class Recording:
             if missed and not run.stopping:
                 raise run.missed_error(missed)
             held = [[run.lookup(key)] for key in self.keys]
+            self.steady = Steady.of(run, self.keys)
         except BaseException:
             run.abandon()
             raise

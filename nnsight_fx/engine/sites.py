@@ -120,6 +120,7 @@ class Scanner:
     def reset(self) -> None:
         """Forget everything: the module tree has changed."""
         self.modules = list(self.module_.modules())
+        self.tables = [table for m in self.modules for table in (m._parameters, m._buffers)]
         self.paths = {path for path, _ in self.module_.named_modules()}
         self.shapes = Shapes()
         self.fakes = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
@@ -141,8 +142,7 @@ class Scanner:
     def skeleton(self) -> nn.Module:
         """The structural copy, made anew when parameters changed their dtype, device or gradient flag."""
         with NoTorchFunction():  # in a body each look at an attribute would be looked at
-            tables = [t for m in self.modules for t in (m._parameters, m._buffers) if t]
-            tensors = [t for table in tables for t in table.values() if t is not None]
+            tensors = [t for table in self.tables if table for t in table.values() if t is not None]
             state = (list(map(id, tensors)), *(list(map(fact, tensors)) for fact in _FACTS))
         if self._copy is None or self._copy[0] != state:
             if self._copy is not None:

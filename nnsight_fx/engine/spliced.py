@@ -47,7 +47,7 @@ from . import cuda_graphs, gradients
 from .run import Run, live
 from .sites import FakeInterleaver
 from .symbolic import Symbolic
-from .variants import extras, variant
+from .variants import Variant, extras, variant
 
 _serial = itertools.count()
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -84,7 +84,7 @@ class Entry:
     missed: int = 0  # how often nothing fitted, though it was there
 
 
-@dataclass
+@dataclass(eq=False)
 class Capture:
     """What was captured of one wrapped model, under one set of options."""
 
@@ -327,10 +327,12 @@ class SplicedRun(Run):
         removes: bool = False,
     ) -> SplicedRun:
         self.capture, self.sites, self.stop_at, self.everything = capture, sites, stop_at, True
-        self.removes, self.inputs = removes, inputs
+        self.removes, self.inputs, self.replays = removes, inputs, capture.options.replays
         self.skeleton = lambda path: sites.scanner.skeleton().get_submodule(path)
         self.segments_run = 0
         self.segment: Segment | None = None  # the one that ran last
+        self.variant: Variant | None = None  # as what
+        self.entry: Entry | None = None  # through which
         self.frames = self.owner.operations.frames(self.plan)
         self.live_sites: set[str] = set()
         self.result_marked = False
@@ -367,7 +369,7 @@ class SplicedRun(Run):
 
     def _captured(self, entry: Entry, inputs: tuple) -> Any:
         """The model through an entry: by what is captured already, where that is all of it, with no hook on any module."""
-        missed = False
+        missed, self.entry = False, entry
         if entry.whole and not self.frames and not self.skips and entry.cached is not None:
             try:
                 with contextlib.nullcontext() if self.capture_half is None else self.half(self.capture_half):
@@ -440,7 +442,7 @@ class SplicedRun(Run):
         self.segments_run += 1
         self.segment = segment
         while True:
-            found = variant(segment, self, args)
+            found = self.variant = variant(segment, self, args)
             for n in sorted(found.exit.done - self.done):
                 self.note_write(n)
             inputs = [*args, *extras(self, found)]
@@ -539,7 +541,7 @@ class SplicedRun(Run):
         return () if self.removes else self.plan.skips  # what it overrides, Dynamo guards on
 
     def forward(self) -> None:
-        if self.capture.options.replays:
+        if self.replays:
             cuda_graphs.begin()
         try:
             super().forward()
@@ -548,7 +550,7 @@ class SplicedRun(Run):
             self.removes, self.segments_run = False, 0
             super().forward()
         self._root_objects()
-        if self.capture.options.replays and torch.cuda.is_available():
+        if self.replays and torch.cuda.is_available():
             root = next(iter(self.owner.paths))
             given = [*root.parameters(), *root.buffers(), *self.constants, self.inputs]
             self.env = cuda_graphs.apart(self.env, given)

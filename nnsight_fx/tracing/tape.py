@@ -195,7 +195,7 @@ class Tape:
 
     def _written(self, func: Any, args: tuple) -> tuple | None:
         """A call by what the user wrote, where that is this recording's values, positions and slices."""
-        parts: list = [func]
+        parts: list = [func, self.invoke.index, len(self.constants)]
         for x in args:
             cls = type(x)
             if cls is LazyTensor:

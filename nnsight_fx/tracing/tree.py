@@ -35,6 +35,9 @@ def children(value: Any) -> tuple[str, tuple, list] | None:
     return None
 
 
+_LEAVES = frozenset({int, float, bool, str, type(None)})
+
+
 def flatten(value: Any) -> tuple[list, Spec]:
     """The leaves of `value`, left to right, and the spec that `unflatten` takes."""
     leaves: list = []
@@ -43,7 +46,10 @@ def flatten(value: Any) -> tuple[list, Spec]:
 
 # These recurse at the top level: a recursive closure is a reference cycle, and would keep its tensors until the next gc.
 def _walk(value: Any, leaves: list) -> Spec:
-    parts = children(value) if not isinstance(value, torch.Tensor) else None
+    cls = type(value)
+    if cls is tuple or cls is list:  # the most there is: without a look at what else it could be
+        return (cls.__name__, cls, (), tuple([_walk(x, leaves) for x in value]))
+    parts = None if cls in _LEAVES or isinstance(value, torch.Tensor) else children(value)
     if parts is None:
         leaves.append(value)
         return None
