@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch.fx as fx
 
+from .batch_linears import batch_linears
 from .blocks import blocks
 from .conditional import conditional
 from .differentiate import differentiate
@@ -31,7 +32,7 @@ Pass = Callable[[fx.GraphModule, Job], int]
 
 PIPELINE: tuple[Pass, ...] = (
     *(skip, splice, truncate, narrow, lift_constants, expose),
-    *(blocks, erase, conditional, differentiate),
+    *(blocks, erase, conditional, batch_linears, differentiate),
 )
 
 
@@ -54,6 +55,7 @@ __all__ = [
     "Entry",
     "Job",
     "Pass",
+    "batch_linears",
     "blocks",
     "conditional",
     "differentiate",

@@ -52,12 +52,18 @@ class FunctionCall:
 
 
 class ModuleCall:
-    """A module as a function of its parameters. Holds structure only, on fake tensors."""
+    """A module as a function of its parameters. Holds structure only, on fake tensors. Calls of one module are equal."""
 
     def __init__(self, path: str, module: torch.nn.Module):
         self.module = module
         self.__name__ = self.__qualname__ = "module_" + (path.replace(".", "_") or "root")
         self.__module__ = __name__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModuleCall) and self.module is other.module
+
+    def __hash__(self) -> int:
+        return id(self.module)
 
     def __call__(self, tensors: dict, args: tuple, kwargs: dict) -> Any:
         return torch.func.functional_call(self.module, dict(tensors), args, dict(kwargs))  # fx gives immutable ones

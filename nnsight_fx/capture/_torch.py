@@ -437,12 +437,12 @@ def add_guards(context: Any, guards: list) -> None:
 
 
 @contextlib.contextmanager
-def on_fakes(context: Any) -> Iterator[None]:
-    """Run operations on a context's fakes, of which nothing is kept but what they look like: sizes that are known only when
+def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
+    """Run operations on the fakes of a mode, of which nothing is kept but what they look like: sizes that are known only when
     the graph runs are of no interest to a compilation that has its own."""
-    env = context.fake_mode.shape_env
+    env = mode.shape_env
     quiet = contextlib.nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
-    with context.fake_mode, quiet:
+    with mode, quiet:
         yield
 
 

@@ -138,7 +138,7 @@ class _Checked(fx.Interpreter):
         self.given = {_storage(x) for x in inputs if isinstance(x, torch.Tensor)}
 
     def gives(self, context: Any) -> list[torch.Tensor]:
-        with _torch.on_fakes(context):
+        with _torch.on_fakes(context.fake_mode):
             found = self.run(*self.inputs)
         if not all(isinstance(x, torch.Tensor) for x in found):
             raise Whole("a number crosses from block to block")

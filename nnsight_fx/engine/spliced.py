@@ -51,6 +51,7 @@ from .variants import Variant, extras, variant
 
 _serial = itertools.count()
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+EXACT = ("eager", "aot_eager")  # backends whose numbers are the model's, to the bit
 ENTRIES = 128  # captures kept a model and set of options
 MISSES = 3  # how often an entry may look for its capture in vain before it stops trying without hooks
 
@@ -110,6 +111,8 @@ class Capture:
     unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
 
     def __post_init__(self):
+        if self.options.backend in EXACT:
+            self.disable |= {"batch_linears"}
         _torch.register(site, supply, anchor)
         torch.compiler.assume_constant_result(taken)
         self.compiler = _torch.backend(

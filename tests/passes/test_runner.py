@@ -33,11 +33,12 @@ def test_the_order_and_the_report():
     report = passes.run(gm, job)
     assert report is job.report
     assert [name for name, _, _ in report] == [
-        "skip", "splice", "truncate", "narrow", "lift_constants", "expose", "blocks", "erase", "conditional", "differentiate"
+        "skip", "splice", "truncate", "narrow", "lift_constants", "expose", "blocks", "erase", "conditional", "batch_linears",
+        "differentiate",
     ]  # fmt: skip
     assert {name: rewrites for name, rewrites, _ in report} == {
         "skip": 0, "splice": 2, "truncate": 0, "narrow": 0, "lift_constants": 1, "expose": 1, "blocks": 0, "erase": 6,
-        "conditional": 0, "differentiate": 0
+        "conditional": 0, "batch_linears": 0, "differentiate": 0
     }  # fmt: skip
     assert report[-1][2] == len(gm.graph.nodes)
 
@@ -53,6 +54,7 @@ def test_a_pass_can_be_left_out():
         "expose",
         "blocks",
         "conditional",
+        "batch_linears",
         "differentiate",
     ]
     assert constant in targets(gm) and not job.takes
