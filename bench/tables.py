@@ -77,7 +77,8 @@ def suite() -> list[str]:
         "## Workloads",
         f"`python -m bench.suite`; `bench/workloads.py` has the texts and `bench/peers.py` says who runs them. {machine(found)} The "
         "plain function, in eager and compiled, does no intervention: it gives the logits, or the blocks' outputs where those "
-        "are what is asked for. First calls have Inductor's caches as they were: `bench/first.py` has those from none. "
+        "are what is asked for. What nobody reads is not computed on captured graphs (passes `prune`, `read_positions`): where no "
+        "logits are saved, ours does without them, and nnsight, whose text has no `tracer.stop()`, does not. First calls have Inductor's caches as they were: `bench/first.py` has those from none. "
         "Differences are to raw hooks, at most. TransformerLens runs attention in eager.",
         "![Ratios](figures/ratios.svg)",
     ]
@@ -189,6 +190,7 @@ def first() -> list[str]:
     ]
 
 
+SHORT = ("last", "steer", "steer, logits", "saves", "gradients", "logit lens")
 SECTIONS = (suite, layers, sweep, harvest, first, recording, memory)
 
 
@@ -208,7 +210,7 @@ def short() -> str:
                 ]
             )
     for r in (kept("suite") or {"rows": []})["rows"]:
-        if r["model"] == "smollm2" and r["workload"] in ("steer", "saves", "gradients"):
+        if r["model"] == "smollm2" and r["workload"] in SHORT:
             peer = "torch.compile" if "torch.compile" in r["median_s"] else "nnsight 0.8.1"
             what = "plain `torch.compile`" if peer == "torch.compile" else peer
             rows.append(

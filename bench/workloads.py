@@ -44,14 +44,13 @@ def forward(parts: Parts) -> Callable:
     return lambda ids: parts.module(input_ids=ids, use_cache=False).logits
 
 
+def last_logits(parts: Parts) -> Callable:
+    return lambda ids: parts.module(input_ids=ids, use_cache=False).logits[:, -1]
+
+
 def with_layers(parts: Parts) -> Callable:
-    """The blocks' outputs, by the model's own means; the last is behind its norm."""
-
-    def run(ids: torch.Tensor) -> Any:
-        out = parts.module(input_ids=ids, use_cache=False, output_hidden_states=True)
-        return (out.logits, *out.hidden_states[1:])
-
-    return run
+    """The blocks' outputs and nothing else, by the model's own means; the last is behind its norm."""
+    return lambda ids: parts.module(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[1:]
 
 
 def hooked(parts: Parts, after: Callable, ids: torch.Tensor) -> Any:
@@ -92,6 +91,18 @@ def trace_hooks(parts: Parts, ids: torch.Tensor, vector: torch.Tensor) -> list:
     return kept
 
 
+LAST = """
+def run(model, ids, vector):
+    with torch.no_grad(), model.trace(input_ids=ids, use_cache=False):
+        saved = model.lm_head.output[:, -1].save()
+    return [saved]
+"""
+
+
+def last_hooks(parts: Parts, ids: torch.Tensor, vector: torch.Tensor) -> list:
+    return [each[:, -1] for each in trace_hooks(parts, ids, vector)]
+
+
 # -- steer ---------------------------------------------------------------------------------------------------------------
 
 STEER = """
@@ -101,33 +112,36 @@ def run(model, ids, vector):
         for i, block in enumerate(blocks):
             if i == len(blocks) // 2:
                 block.output = block.output + vector
-            saved.append(block.output[:, -1])
-        saved.append(model.lm_head.output)
+            saved.append(block.output[:, -1]){more}
     return saved
 """
+LOGITS = "\n        saved.append(model.lm_head.output)"
 
 
-def steer_hooks(parts: Parts, ids: torch.Tensor, vector: torch.Tensor) -> list:
-    kept: list = []
+def steer_hooks(logits: bool) -> Callable:
+    def run(parts: Parts, ids: torch.Tensor, vector: torch.Tensor) -> list:
+        kept: list = []
 
-    def after(i: int, h: torch.Tensor) -> Any:
-        new = h + vector if i == len(parts.blocks) // 2 else h
-        kept.append(new[:, -1])
-        return None if new is h else new
+        def after(i: int, h: torch.Tensor) -> Any:
+            new = h + vector if i == len(parts.blocks) // 2 else h
+            kept.append(new[:, -1])
+            return None if new is h else new
 
-    kept.append(hooked(parts, after, ids))
-    return kept
+        result = hooked(parts, after, ids)
+        return [*kept, result] if logits else kept
+
+    return run
 
 
 STEER_LENS = """
-kept = {}
+kept = {{}}
 def after(h, hook):
     i = int(hook.name.split(".")[1])
     new = h + vector if i == layers // 2 else h
     kept[i] = new[:, -1]
     return new
-logits = bridge.run_with_hooks(ids, fwd_hooks=[(f"blocks.{i}.hook_out", after) for i in range(layers)], return_type="logits")
-last = [*kept.values(), logits]
+logits = bridge.run_with_hooks(ids, fwd_hooks=[(f"blocks.{{i}}.hook_out", after) for i in range(layers)], return_type="logits")
+last = [*kept.values(){more}]
 """
 
 # -- all layers ----------------------------------------------------------------------------------------------------------
@@ -207,8 +221,7 @@ def lens_plain(parts: Parts) -> Callable:
     run = with_layers(parts)
 
     def plain(ids: torch.Tensor) -> Any:
-        _, *hidden = run(ids)
-        return [parts.head(parts.norm(h[:, -1])) for h in hidden]
+        return [parts.head(parts.norm(h[:, -1])) for h in run(ids)]
 
     return plain
 
@@ -257,13 +270,22 @@ WORKLOADS = {
             'last = [bridge(ids, return_type="logits")]',
             shapes=((1, 14), (8, 64), (1, 1024)),
         ),
+        Workload("last", "the logits of the last position saved", LAST, last_hooks, last_logits),
         Workload(
             "steer",
-            "a vector added in the middle, the last position of every block and the logits saved",
-            STEER,
-            steer_hooks,
+            "a vector added in the middle, the last position of every block saved",
+            STEER.format(more=""),
+            steer_hooks(False),
             forward,
-            STEER_LENS,
+            STEER_LENS.format(more=""),
+        ),
+        Workload(
+            "steer, logits",
+            "the same, and all logits saved",
+            STEER.format(more=LOGITS),
+            steer_hooks(True),
+            forward,
+            STEER_LENS.format(more=", logits"),
         ),
         Workload("saves", "every block's output saved", SAVES, saves_hooks, with_layers, SAVES_LENS),
         Workload("cache", "`tracer.cache` of all blocks", CACHE, saves_hooks, with_layers, SAVES_LENS, ((8, 64),)),

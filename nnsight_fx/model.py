@@ -445,7 +445,8 @@ class NNsight(Edits, Envoy):
             def entry(half: Any) -> Any:
                 return capture.entry(self._module, fn, half, frames)
 
-            run.start(capture, stop_at, sites, entry, (batch.args, batch.kwargs), removes)
+            unread = wave.tracer.generation is None  # which goes on with what the model returns
+            run.start(capture, stop_at, sites, entry, (batch.args, batch.kwargs), removes, unread)
         return run
 
     def _cache(

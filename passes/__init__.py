@@ -24,6 +24,8 @@ from .functionalize import functionalize
 from .job import Cut, Entry, Job
 from .lift_constants import lift_constants
 from .narrow import narrow
+from .prune import prune
+from .read_positions import read_positions
 from .skip import skip
 from .splice import splice
 from .truncate import truncate
@@ -32,7 +34,7 @@ Pass = Callable[[fx.GraphModule, Job], int]
 
 PIPELINE: tuple[Pass, ...] = (
     *(skip, splice, truncate, narrow, lift_constants, expose),
-    *(blocks, erase, conditional, batch_linears, differentiate),
+    *(blocks, erase, prune, read_positions, conditional, batch_linears, differentiate),
 )
 
 
@@ -64,6 +66,8 @@ __all__ = [
     "functionalize",
     "lift_constants",
     "narrow",
+    "prune",
+    "read_positions",
     "run",
     "skip",
     "splice",

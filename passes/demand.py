@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,48 +39,64 @@ def demand(gm: fx.GraphModule, job: Job | None = None) -> int:
     them), is not in the table, or something that it takes differs from position to position without holding them in
     dimension 1.
     """
+    return pull(gm, [n for n in gm.graph.nodes if n.target is take])
+
+
+def pull(
+    gm: fx.GraphModule,
+    work: list[fx.Node],
+    fits: Callable[[fx.Node, fx.Node], bool] = lambda source, node: True,
+    moved: Callable[[fx.Node, fx.Node], None] = lambda source, node: None,
+) -> int:
+    """Pull choices of positions (`take`, and what else is called with a tensor and with where) back as far as they go.
+
+    `fits(source, choice)` is asked before an operation is done at the chosen positions only; `moved(source, choice)` is told
+    what has been put in front of it.
+    """
     pulled = 0
-    work = [n for n in gm.graph.nodes if n.target is take]
     while work:
         node = work.pop()
+        if node.graph is None or not node.users:
+            continue
         source: Any = node.args[0]
-        taken = _taken(source)
-        same = all(u.target is take and u.args[1] is node.args[1] for u in source.users)
-        if taken is None or not same or node.graph is None:
+        same = all(u.target is node.target and u.args[1:] == node.args[1:] for u in source.users)
+        needs = taken(source) if same and fits(source, node) else None
+        if needs is None:
             continue
         with gm.graph.inserting_before(source):
-            moved = {x: _take(gm, x, node.args[1]) for x in taken}
-        for old, new in moved.items():
+            chosen = {x: _choice(gm, node, x) for x in needs}
+        moved(source, next(iter(chosen.values())))
+        for old, new in chosen.items():
             source.replace_input_with(old, new)
-        source.meta = _one(source)
+        source.meta = _chosen(source, node)
         for user in list(source.users):
             user.replace_all_uses_with(source)
             gm.graph.erase_node(user)
             if user in work:
                 work.remove(user)
-        work += moved.values()
+        work += chosen.values()
         pulled += 1
     return pulled
 
 
-def _take(gm: fx.GraphModule, x: fx.Node, positions: Any) -> fx.Node:
-    node = gm.graph.call_function(take, (x, positions))
-    node.meta = _one(x)
+def _choice(gm: fx.GraphModule, like: fx.Node, x: fx.Node) -> fx.Node:
+    node = gm.graph.call_function(like.target, (x, *like.args[1:]))  # type: ignore[arg-type]
+    node.meta = _chosen(x, like)
     return node
 
 
-def _one(node: fx.Node) -> dict:
-    """What is known of a value, of one of its positions."""
-    value = node.meta["example_value"]
-    share = {k: node.meta[k] / value.shape[1] for k in ("flops", "bytes") if k in node.meta}
+def _chosen(node: fx.Node, choice: fx.Node) -> dict:
+    """What is known of a value, of the chosen positions of it."""
+    value, many = node.meta["example_value"], len(choice.args) - 1
+    share = {k: many * node.meta[k] / value.shape[1] for k in ("flops", "bytes") if k in node.meta}
     mode = getattr(value, "fake_mode", None)
     if mode is None:
-        return {**node.meta, **share, "example_value": value[:, :1]}
+        return {**node.meta, **share, "example_value": value[:, :many]}
     with mode:
-        return {**node.meta, **share, "example_value": value[:, :1]}
+        return {**node.meta, **share, "example_value": value[:, :many]}
 
 
-def _taken(node: fx.Node) -> list[fx.Node] | None:
+def taken(node: fx.Node) -> list[fx.Node] | None:
     """The arguments of which an operation needs the same position only; `None` where it needs more."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     shape = _shape(node)

@@ -13,7 +13,17 @@ from nnsight_fx.capture.markers import anchor, site, supply
 from nnsight_fx.tracing.names import RANDOM, RANDOM_IN_PLACE
 
 TORCH = {  # where functions live that only compute; `None`: builtins of torch without a module
-    *(None, "nnsight_fx.passes.indexing", "torch", "torch.functional", "torch.nn.functional", "torch.special", "math"),
+    *(
+        None,
+        "nnsight_fx.passes.demand",
+        "nnsight_fx.passes.indexing",
+        "nnsight_fx.passes.read_positions",
+        "torch",
+        "torch.functional",
+        "torch.nn.functional",
+        "torch.special",
+        "math",
+    ),
     *("torch._C._nn", "torch._C._linalg", "torch._C._fft", "torch._C._special"),
 }
 BUILTINS = {getattr, abs, min, max, sum, pow, round, len, int, float, bool}

@@ -11,7 +11,7 @@ import torch.fx as fx
 from nnsight_fx.capture.markers import site
 
 from .effects import changes, effect
-from .job import Job
+from .job import Job, backward, gradient, set_gradient, settled, tap
 
 VIEWS = {
     *("getitem", "select", "narrow", "view", "reshape", "transpose", "permute", "movedim", "unsqueeze", "squeeze", "expand"),
@@ -20,7 +20,11 @@ VIEWS = {
 FRESH = {
     *("add", "sub", "mul", "truediv", "div", "neg", "matmul", "linear", "cat", "stack", "clone", "where", "zeros_like"),
     *("ones_like", "full_like", "take_at", "softmax", "relu", "gelu", "silu", "tanh", "exp", "mean", "sum", "norm"),
+    *("log_softmax", "log", "sigmoid", "sqrt", "rsqrt", "square", "pow", "reciprocal", "logsumexp", "cumsum", "var", "std"),
+    *("amax", "amin", "argmax", "argmin", "mm", "bmm", "addmm", "embedding", "layer_norm", "rms_norm"),
 }  # fmt: skip
+
+QUIET = {torch._check, tap, backward, gradient, set_gradient, settled}  # no pass knows them to compute only
 
 
 def index(gm: fx.GraphModule, job: Job, lifted: set[fx.Node]) -> None:
@@ -37,7 +41,7 @@ def index(gm: fx.GraphModule, job: Job, lifted: set[fx.Node]) -> None:
     """
     users = dict.fromkeys(user for number in lifted for user in number.users)
     nodes = [n for n in users if n.op == "call_function" and n.target in (operator.getitem, operator.setitem)]
-    calls = (n for n in gm.graph.nodes if n.op.startswith("call") and n.target is not torch._check)
+    calls = (n for n in gm.graph.nodes if n.op.startswith("call") and n.target not in QUIET)
     effects = [n for n in calls if effect(n) is not None] if nodes else []
     over = job.closed and (job.exit is None or len(job.exit.done) == len(job.plan.ops))
     kept = {*job.exports.values(), *(job.cut.leaves if job.cut is not None else ())}

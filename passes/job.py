@@ -48,6 +48,7 @@ class Job:
     modes: Any = None  # the modes that the trace was opened under
     begun: bool = False  # the run began before its plan was whole: a stop cuts the segment, as a sync point does
     removes: bool = False  # skips and stops are made in this graph, which the model's Python shares nothing else with
+    unread: bool = False  # does nobody take what the model returns
     emitted: set[fx.Node] = field(default_factory=set)
     takes: list[tuple] = field(
         default_factory=list

@@ -112,7 +112,7 @@ class Capture:
 
     def __post_init__(self):
         if self.options.backend in EXACT:
-            self.disable |= {"batch_linears"}
+            self.disable |= {"batch_linears", "read_positions"}
         _torch.register(site, supply, anchor)
         torch.compiler.assume_constant_result(taken)
         self.compiler = _torch.backend(
@@ -304,6 +304,10 @@ def _renamed(inner: Callable) -> Callable:
     return types.FunctionType(code, inner.__globals__, code.co_name, inner.__defaults__, inner.__closure__)
 
 
+class Unread(Exception):
+    """The graph has run, and its result was not computed: nobody takes it. Never reaches the user."""
+
+
 class StopUnknown(Exception):
     """Which site the model's Python is to stop at, no scan could tell. Never reaches the user."""
 
@@ -317,6 +321,7 @@ class SplicedRun(Run):
 
     on_hooks = False  # did it turn out, before anything ran, that the model runs as it is
     removes = False  # does this run leave out what its plan skips in the graph of all plans
+    unread = False  # does nobody take what the model returns
     capture_half: InterventionGraph | None = None  # the plan whose own capture it runs on
     stop_at: Callable[[], Site | None]
 
@@ -328,9 +333,11 @@ class SplicedRun(Run):
         entry: Callable[[InterventionGraph | None], Entry],
         inputs: tuple,
         removes: bool = False,
+        unread: bool = False,
     ) -> SplicedRun:
         self.capture, self.sites, self.stop_at, self.everything = capture, sites, stop_at, True
         self.removes, self.inputs, self.replays = removes, inputs, capture.options.replays
+        self.unread = unread and not self._root_reads()
         self.skeleton = lambda path: sites.scanner.skeleton().get_submodule(path)
         self.segments_run = 0
         self.segment: Segment | None = None  # the one that ran last
@@ -377,11 +384,16 @@ class SplicedRun(Run):
             try:
                 with contextlib.nullcontext() if self.capture_half is None else self.half(self.capture_half):
                     return entry.cached(*inputs)
+            except Unread:
+                return None
             except _torch.NotCaptured:
                 missed = True
         captures = self.capture.captures
         with self.half(self.capture_half), _torch.capturing(len(self.owner.paths)), live(self, self.everything):
-            result = entry.call(*inputs)
+            try:
+                result = entry.call(*inputs)
+            except Unread:
+                result = None
         if missed and captures == self.capture.captures:
             entry.missed += 1
             entry.whole = False
@@ -458,6 +470,8 @@ class SplicedRun(Run):
             self._go_past(found, outputs)
             if found.ends:
                 raise Stopped
+            if found.unread:
+                raise Unread
             if found.cut is None:
                 return outputs[: found.own] if len(outputs) != found.own else outputs
             leaves = [outputs[i] if i is not None else None for i in found.leaves]
@@ -566,9 +580,13 @@ class SplicedRun(Run):
                 stacklevel=2,
             )
 
+    def _root_reads(self) -> list[int]:
+        """The operations that read such objects."""
+        return [n for n, op in enumerate(self.plan.ops) if op.kind == OBJECT and not op.target[0]]
+
     def _root_objects(self) -> None:
         """Objects that the root returned: captured code does not have them, its caller does."""
-        wanted = [n for n, op in enumerate(self.plan.ops) if op.kind == OBJECT and not op.target[0]]
+        wanted = self._root_reads()
         if wanted:
             leaves = tree.flatten(self.result)[0]
             self.env.update({(n, 0): leaves[self.plan.ops[n].extra] for n in wanted})

@@ -10,7 +10,7 @@ from ..capture.markers import active
 from ..capture.segment import Segment
 from ..tracing.encode import Key
 from .run import Run
-from .spliced import SplicedRun
+from .spliced import SplicedRun, Unread
 
 
 class Steady:
@@ -31,7 +31,9 @@ class Steady:
         found, plan = run.variant, run.plan
         one = run.entry.whole and run.segments_run == 1 and not run.on_hooks and not run.report
         plain = not (run.frames or plan.skips or plan.recapture or plan.backs or run.live_sites)
-        begun = found not in run.segment.variants.get(((plan, True), ()), ())  # did anything happen before the graph
+        begun = found not in run.segment.variants.get(
+            ((plan, True), found.unread, ()), ()
+        )  # did anything happen before the graph
         inputs = all(take[0] == "constant" and take[2] == "tensor" for take in found.takes)
         gives = found.requires is None and found.cut is None and all(key[1:3] in found.gives for key in keys)
         return cls(run, keys) if one and plain and not begun and inputs and gives and not run.replays else None
@@ -45,6 +47,8 @@ class Steady:
         try:
             with _torch.as_compiled():
                 self.entry.cached(*inputs)  # type: ignore[misc]
+        except Unread:
+            pass
         finally:
             active.run = outer
         self.capture.hits += 1
@@ -66,4 +70,6 @@ class _Call:
             raise _torch.NotCaptured
         outputs = found.call(*args, *[self.constants[slot] for slot in steady.slots])
         self.values = [outputs[i] for i in steady.given]
+        if found.unread:
+            raise Unread
         return outputs[: found.own]

@@ -46,6 +46,7 @@ class Variant:
     requires: list[bool] | None = None  # of a graph with its own backward: the outputs that require grad in eager
     accumulates: list[int] = field(default_factory=list)  # the inputs whose gradients are further outputs
     ends: bool = False  # does the run end with it: the plan stops the model here
+    unread: bool = False  # was what the model returns not computed, since nobody takes it
 
 
 VARIANTS = 512  # compiled plans kept a segment
@@ -58,7 +59,7 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
         own = {id(arg): i for i, arg in enumerate(args)}
         constants = ((slot, own.get(id(c))) for slot, c in enumerate(run.constants) if isinstance(c, torch.Tensor))
         aliases.update({(slot, "tensor"): (i, None) for slot, i in constants if i is not None})
-    key = (run.entry_key(), tuple(aliases.items()))
+    key = variant_key(segment, run, aliases)
     found = segment.variants.setdefault(key, [])
     segment.variants.move_to_end(key)
     for each in found:
@@ -74,6 +75,15 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     if len(segment.variants) > VARIANTS:
         segment.variants.popitem(last=False)
     return made
+
+
+def variant_key(segment: Segment, run: SplicedRun, aliases: dict) -> tuple:
+    return (run.entry_key(), _unread(segment, run), tuple(aliases.items()))
+
+
+def _unread(segment: Segment, run: SplicedRun) -> bool:
+    """Is the model's result nobody's, and nothing else that its Python does behind the graph seen by anybody?"""
+    return run.unread and run.closed and segment.pure and segment.whole
 
 
 def _check_written(segment: Segment, run: SplicedRun, args: tuple) -> None:
@@ -124,6 +134,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         modes=ambient.current(),
         begun=run.capture_half is None and not run.removes,
         removes=run.removes and segment.pure,
+        unread=_unread(segment, run),
     )
 
     def inputs() -> list:
@@ -159,6 +170,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         state["resumed"],
         job.report,
         ends=None in job.removed,
+        unread=job.unread and job.cut is None,
         requires=job.requires,
         accumulates=job.accumulates,
     )

@@ -33,12 +33,12 @@ def test_the_order_and_the_report():
     report = passes.run(gm, job)
     assert report is job.report
     assert [name for name, _, _ in report] == [
-        "skip", "splice", "truncate", "narrow", "lift_constants", "expose", "blocks", "erase", "conditional", "batch_linears",
-        "differentiate",
+        "skip", "splice", "truncate", "narrow", "lift_constants", "expose", "blocks", "erase", "prune", "read_positions",
+        "conditional", "batch_linears", "differentiate",
     ]  # fmt: skip
     assert {name: rewrites for name, rewrites, _ in report} == {
         "skip": 0, "splice": 2, "truncate": 0, "narrow": 0, "lift_constants": 1, "expose": 1, "blocks": 0, "erase": 6,
-        "conditional": 0, "batch_linears": 0, "differentiate": 0
+        "prune": 0, "read_positions": 0, "conditional": 0, "batch_linears": 0, "differentiate": 0
     }  # fmt: skip
     assert report[-1][2] == len(gm.graph.nodes)
 
@@ -53,6 +53,8 @@ def test_a_pass_can_be_left_out():
         "narrow",
         "expose",
         "blocks",
+        "prune",
+        "read_positions",
         "conditional",
         "batch_linears",
         "differentiate",
