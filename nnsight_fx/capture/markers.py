@@ -15,7 +15,10 @@ from types import MethodType
 from typing import Any, Protocol
 
 import torch
+import torch.fx as fx
 import torch.nn as nn
+from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.modules import module as _module
 from transformers.utils.generic import ModelOutput
 
@@ -37,10 +40,13 @@ class Passing(Protocol):
     def skip(self, path: str, forward: Callable, args: tuple, kwargs: dict) -> Any: ...
 
 
-def site(x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> torch.Tensor:
-    """Tensor leaf `leaf` of a site; `last` on the last one of the value. A graph node; identity."""
+def site(x: torch.Tensor, path: str, kind: str, leaf: int, left: int) -> torch.Tensor:
+    """Tensor leaf `leaf` of a site; how many tensors of the value are left, with this one. A graph node; identity.
+
+    Where nobody has counted them `left` is 0, -1, -2, ...; in the graph of a segment `close` has made it `last`, a bool.
+    """
     capture = getattr(active, "capture", None)
-    return x if capture is None else capture.fake_site(x, path, kind, leaf, last)
+    return x if capture is None else capture.fake_site(x, path, kind, leaf, left)
 
 
 def anchor() -> torch.Tensor:
@@ -81,21 +87,6 @@ SUPPLIED = Supplied()
 PLAIN = (bool, int, float, str)  # leaves that need no look inside
 
 
-def _tensors(value: Any) -> int:
-    """How many tensors are in a value that is none. Leaves are looked at here and in `_mark` where they are found: a call is dear
-    in Dynamo."""
-    children = value if type(value) is tuple else _children(value)
-    if children is None:
-        return 0
-    n = 0
-    for child in children:
-        if isinstance(child, torch.Tensor):
-            n = n + 1
-        elif child is not None and not isinstance(child, PLAIN):
-            n = n + _tensors(child)
-    return n
-
-
 def _children(value: Any) -> Any:
     """What a container has in it; None of a leaf."""
     if isinstance(value, ModelOutput) or type(value) is dict or type(value) is OrderedDict:
@@ -110,14 +101,16 @@ def _children(value: Any) -> Any:
 
 
 def _mark(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, int, int]:
-    """A value that is no tensor, with each tensor in it passed through `site`; the next leaf index; the tensors left."""
+    """A value that is no tensor, with each tensor in it passed through `site`; the next leaf index; the tensors left.
+
+    Leaves are looked at where they are found: a call is dear in Dynamo."""
     children = value if type(value) is tuple else _children(value)
     if children is None:
         return value, leaf + 1, left
     fresh, before = [], left
     for child in children:
-        if isinstance(child, torch.Tensor):
-            child, leaf, left = site(child, path, kind, leaf, left == 1), leaf + 1, left - 1
+        if isinstance(child, Tensor):
+            child, leaf, left = site(child, path, kind, leaf, left), leaf + 1, left - 1
         elif child is None or isinstance(child, PLAIN):
             leaf = leaf + 1
         else:
@@ -146,19 +139,46 @@ def _with(value: Any, fresh: list) -> Any:
     return value
 
 
-def mark(value: Any, path: str, kind: str) -> Any:
-    """`value` with markers, while Dynamo traces: one at least, also where it has no tensor."""
-    if isinstance(value, torch.Tensor):
-        return site(value, path, kind, 0, True)
-    left = 0 if value is None or isinstance(value, PLAIN) else _tensors(value)
+def mark(value: Any, path: str, kind: str, counted: bool = False) -> Any:
+    """`value` with markers, while Dynamo traces: one at least, also where it has no tensor. Its tensors are counted for a
+    capture half, which wants to know of the last one when it comes by; else `close` does it."""
+    if isinstance(value, Tensor):
+        return site(value, path, kind, 0, 1)
+    left = sum([isinstance(x, Tensor) for x in _leaves(value)]) if counted else 0
+    value, _, now = _mark(value, path, kind, 0, left)
+    if now == left:
+        site(anchor(), path, kind, 0, 1)
+    return value
+
+
+def _called(args: tuple, kwargs: dict, path: str) -> tuple[Any, dict]:
+    """`mark` of a call's arguments, which are the call's own: nothing holds the tuple or the dict."""
+    given, _, left = _mark((*args, *kwargs.values()), path, "input", 0, 0)
     if left == 0:
-        site(anchor(), path, kind, 0, True)
-        return value
-    return _mark(value, path, kind, 0, left)[0]
+        site(anchor(), path, "input", 0, 1)
+    if kwargs:
+        kwargs.update(zip(list(kwargs), given[len(args) :], strict=True))
+    return given[: len(args)], kwargs
+
+
+def close(graph: fx.Graph) -> None:
+    """Say of each marker of a graph that has arrived whether it is the last of its value.
+
+    ```
+    site(a, "l", "input", 0, 0)           site(a, "l", "input", 0, False)
+    site(b, "l", "input", 2, -1)    ->    site(b, "l", "input", 2, True)
+    site(c, "l", "output", 0, 1)          site(c, "l", "output", 0, True)
+    ```
+    """
+    begins = True  # does the marker behind this one begin a value
+    for node in reversed(graph.find_nodes(op="call_function", target=site)):
+        left: Any = node.args[4]
+        node.args = (*node.args[:4], left == 1 if left > 0 else begins)
+        begins = left >= 0
 
 
 def _leaves(value: Any) -> list:
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         kids = _children(value)
         if kids is not None:
             found = []
@@ -191,7 +211,7 @@ def _build(spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:
 
 def _alike(value: Any, spec: tree.Spec) -> bool:
     """Has `value` the structure of `spec`?"""
-    kids = None if isinstance(value, torch.Tensor) else _children(value)
+    kids = None if isinstance(value, Tensor) else _children(value)
     if kids is None:
         return spec is None
     if spec is None or spec[1] is not type(value) or len(spec[3]) != len(kids):
@@ -236,6 +256,10 @@ def _replaced(value: Any, path: str, kind: str, call: int, half: Replacement) ->
     return (_filled(value, half.spec, new, 0) if _alike(value, half.spec) else _build(half.spec, new, 0))[0]
 
 
+class NOTHING:
+    """In place of an argument that was not given."""
+
+
 class Holding:
     """Keeps objects while their ids are compared: part of a key, and equal to any other."""
 
@@ -256,7 +280,8 @@ class Markers:
         self.paths: dict[nn.Module, str] = {m: name for name, m in root.named_modules()}
         self.states = [m.__dict__ for m in self.paths]
         self.hooks = {m: self._hooks(path) for m, path in self.paths.items()}
-        self.alone = {m: MethodType(self._alone(path), m) for m, path in self.paths.items()}
+        self.alone = {m: MethodType(self._alone(path, ()), m) for m, path in self.paths.items()}
+        self.collected: dict[nn.Module, tuple[tuple, Callable]] = {}
         self.half: dict[tuple[str, str, int], Replacement] | None = None  # the capture half of the active run
         self.stop_at: tuple[str, str, int] | None = None
         self.skippers: dict[nn.Module, Callable] = {}
@@ -267,7 +292,7 @@ class Markers:
 
     def _hooks(self, path: str) -> tuple[Callable, Callable]:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return self.traced((args, kwargs), path, "input")
             run = getattr(active, "run", None)
             if run is None or run.owner is not self:
@@ -277,7 +302,7 @@ class Markers:
             return None if new is old else new
 
         def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return self.traced(output, path, "output")
             run = getattr(active, "run", None)
             if run is None or run.owner is not self:
@@ -287,34 +312,58 @@ class Markers:
 
         return before, after
 
-    def _alone(self, path: str) -> Callable:
-        """What calls a module that has no hooks but ours, while there is no capture half: its `forward` between its two sites. On
-        torch's way through its hooks Dynamo reads three times the instructions, and guards on what each of them holds."""
-        before, after = self._hooks(path)
+    def short(self, module: nn.Module) -> Callable | None:
+        """What calls a module that has no hooks but ours and, behind them, those that transformers collects outputs with."""
+        table, path = module._forward_hooks, self.paths[module]
+        if not table:
+            return self.alone[module]
+        if module._forward_pre_hooks or not all(map(_librarys, table.values())):
+            return None
+        if module._forward_hooks_with_kwargs or module._forward_hooks_always_called:
+            return None
+        collectors = tuple(table.values())
+        made = self.collected.get(module)
+        if made is None or made[0] != collectors:
+            made = self.collected[module] = collectors, MethodType(self._alone(path, collectors), module)
+        return made[1]
 
-        def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    def _alone(self, path: str, collectors: tuple[Callable, ...]) -> Callable:
+        """A module's `forward` between its two sites, while there is no capture half. On torch's way through hooks Dynamo reads
+        three times the instructions, and guards on what each of them holds; so it does here for each line, and for each call."""
+        before, after = self._hooks(path)
+        hooks = 2 + len(collectors)
+
+        def call(module: nn.Module, x: Any = NOTHING, /, *args: Any, **kwargs: Any) -> Any:
             if (
-                len(module._forward_hooks) != 1
-                or len(module._forward_pre_hooks) != 1
-                or len(module._backward_hooks) != 0
-                or len(module._backward_pre_hooks) != 0
-            ):  # hooked while the model runs, as transformers' collectors are
-                return module._call_impl(*args, **kwargs)
-            if torch.compiler.is_compiling():
-                if len(args) == 1 and len(kwargs) == 0 and isinstance(args[0], torch.Tensor):
-                    return mark(module.forward(site(args[0], path, "input", 0, True)), path, "output")
-                args, kwargs = mark((args, kwargs), path, "input")
-                return mark(module.forward(*args, **kwargs), path, "output")
-            args, kwargs = before(module, args, kwargs) or (args, kwargs)
-            output = module.forward(*args, **kwargs)
-            changed = after(module, args, kwargs, output)
-            return output if changed is None else changed
+                module._backward_hooks
+                or module._backward_pre_hooks
+                or len(module._forward_hooks) + len(module._forward_pre_hooks) != hooks
+            ):  # hooked while the model runs
+                return module._call_impl(*args, **kwargs) if x is NOTHING else module._call_impl(x, *args, **kwargs)
+            compiling = is_compiling()
+            if compiling and isinstance(x, Tensor) and not args and not kwargs and not collectors:
+                out = module.forward(site(x, path, "input", 0, 1))
+                return site(out, path, "output", 0, 1) if isinstance(out, Tensor) else mark(out, path, "output")
+            if x is not NOTHING:
+                args = (x, *args)
+            if compiling:
+                args, kwargs = _called(args, kwargs, path)
+                out = mark(module.forward(*args, **kwargs), path, "output")
+            else:
+                args, kwargs = before(module, args, kwargs) or (args, kwargs)
+                out = module.forward(*args, **kwargs)
+                changed = after(module, args, kwargs, out)
+                out = out if changed is None else changed
+            for collect in collectors:
+                changed = collect(module, args, out)
+                out = out if changed is None else changed
+            return out
 
         return call
 
     def traced(self, value: Any, path: str, kind: str) -> Any:
         """A site while Dynamo traces: the graph half is left to splicing, the capture half is applied now."""
-        value = mark(value, path, kind)
+        value = mark(value, path, kind, self.half is not None)
         if self.half is None or (path, kind) not in self.calls:
             return value
         call = _next(self.calls[(path, kind)])
@@ -366,7 +415,7 @@ class Markers:
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 body = self.operations.bodies.get(path, original)
-                if torch.compiler.is_compiling():
+                if is_compiling():
                     skipped, out = self.skip_traced(path)
                     return out if skipped else body(*args, **kwargs)
                 return self.skip_live[module](body, args, kwargs)
@@ -391,9 +440,10 @@ class Markers:
                     undo.append(override(module, body))
             short = self.half is None and not any(GLOBAL)
             for module in modules:
+                call = self.short(module) if short else None
                 put(module, *self.hooks[module])
-                if short:
-                    undo.append(override(module, self.alone[module], "_compiled_call_impl"))
+                if call is not None:
+                    undo.append(override(module, call, "_compiled_call_impl"))
                 if skips and self.paths[module] in skips:
                     undo.append(override(module, self.skipper(module, skips[self.paths[module]])))
             yield
@@ -433,16 +483,17 @@ def put(module: nn.Module, before: Callable, after: Callable) -> None:
     """Hook one module: inputs before every other hook; outputs after the user's, before transformers' own collectors."""
     if module._forward_pre_hooks or module._forward_hooks:
         _insert(module._forward_pre_hooks, before, lambda hook: True)
-        _insert(
-            module._forward_hooks,
-            after,
-            lambda hook: (getattr(hook, "__module__", "") or "").startswith("transformers."),
-        )
+        _insert(module._forward_hooks, after, _librarys)
     else:
         module._forward_pre_hooks[KEY] = before
         module._forward_hooks[KEY] = after
     module._forward_pre_hooks_with_kwargs[KEY] = True
     module._forward_hooks_with_kwargs[KEY] = True
+
+
+def _librarys(hook: Any) -> bool:
+    """Is it one of those that transformers collects outputs with?"""
+    return (getattr(hook, "__module__", "") or "").startswith("transformers.")
 
 
 def take(module: nn.Module) -> None:

@@ -285,7 +285,7 @@ def _inner(module: torch.nn.Module, fn: str | None) -> Callable:
             out = called(*args, **kwargs)
         except Stop:
             return None
-        return mark(out, "", "result") if torch.compiler.is_compiling() else out
+        return mark(out, "", "result", True) if torch.compiler.is_compiling() else out
 
     return inner
 
@@ -610,9 +610,9 @@ class FakeCapture:
             self.states[mode] = DynamoInterleaver(self.run, mode)
         return self.states[mode]
 
-    def fake_site(self, x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> torch.Tensor:
+    def fake_site(self, x: torch.Tensor, path: str, kind: str, leaf: int, left: int) -> torch.Tensor:
         if isinstance(x, FakeTensor):
-            self._state(x.fake_mode).leaf(x, path, kind, leaf, last)
+            self._state(x.fake_mode).leaf(x, path, kind, leaf, left == 1)
         return x
 
     def taken(self, at: Site) -> bool:
