@@ -213,6 +213,63 @@ def register(*functions: Callable) -> None:
         torch.compiler.allow_in_graph(function)
 
 
+# -- Dynamo's own variables ------------------------------------------------------------------------------------------
+
+
+def traced_by(function: Callable, handler: Callable) -> None:
+    """Have Dynamo call `handler(tx, *args, **kwargs)` on its variables where it would read the instructions of `function`."""
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    torch.compiler.allow_in_graph(function)
+    TorchInGraphFunctionVariable._get_handlers()[function] = lambda _, tx, *args, **kwargs: handler(tx, *args, **kwargs)
+
+
+def is_tensor(value: Any) -> bool:
+    return type(value) is torch._dynamo.variables.TensorVariable
+
+
+def is_plain(value: Any, types: tuple[type, ...]) -> bool:
+    """Is it `None`, or a constant of one of these types?"""
+    if type(value) is not torch._dynamo.variables.ConstantVariable:
+        return False
+    constant = value.as_python_constant()
+    return constant is None or isinstance(constant, types)
+
+
+def items(value: Any) -> list | None:
+    """What is in a tuple, if it is one and no named one."""
+    return list(value.items) if type(value) is torch._dynamo.variables.TupleVariable else None
+
+
+def tuple_of(values: list) -> Any:
+    return torch._dynamo.variables.TupleVariable(values)
+
+
+def attribute(tx: Any, value: Any, name: str) -> Any:
+    variable = torch._dynamo.variables.VariableTracker.build
+    return variable(tx, getattr).call_function(tx, [value, variable(tx, name)], {})
+
+
+def length(tx: Any, value: Any, name: str) -> int:
+    """Of a table among the attributes."""
+    return attribute(tx, value, name).realize().len()
+
+
+def node(tx: Any, function: Callable, *args: Any) -> Any:
+    """A call of a function that is `register`ed."""
+    return torch._dynamo.variables.TorchInGraphFunctionVariable(function).call_function(tx, _variables(tx, args), {})
+
+
+def inlined(tx: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A call of a function whose instructions Dynamo reads."""
+    return torch._dynamo.variables.UserFunctionVariable(function).call_function(tx, _variables(tx, args), kwargs)
+
+
+def _variables(tx: Any, args: Sequence) -> list:
+    of = torch._dynamo.variables.VariableTracker
+    return [x if isinstance(x, of) else of.build(tx, x) for x in args]
+
+
 def backend(name: Any, mode: str | None, options: dict | None, dynamic: bool | None) -> Callable:
     """The compiler that `torch.compile(backend=name, ...)` would use: `(gm, inputs) -> callable`."""
     if name == "inductor":

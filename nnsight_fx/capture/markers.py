@@ -11,7 +11,7 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import MethodType
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -151,16 +151,6 @@ def mark(value: Any, path: str, kind: str, counted: bool = False) -> Any:
     return value
 
 
-def _called(args: tuple, kwargs: dict, path: str) -> tuple[Any, dict]:
-    """`mark` of a call's arguments, which are the call's own: nothing holds the tuple or the dict."""
-    given, _, left = _mark((*args, *kwargs.values()), path, "input", 0, 0)
-    if left == 0:
-        site(anchor(), path, "input", 0, 1)
-    if kwargs:
-        kwargs.update(zip(list(kwargs), given[len(args) :], strict=True))
-    return given[: len(args)], kwargs
-
-
 def close(graph: fx.Graph) -> None:
     """Say of each marker of a graph that has arrived whether it is the last of its value.
 
@@ -256,10 +246,6 @@ def _replaced(value: Any, path: str, kind: str, call: int, half: Replacement) ->
     return (_filled(value, half.spec, new, 0) if _alike(value, half.spec) else _build(half.spec, new, 0))[0]
 
 
-class NOTHING:
-    """In place of an argument that was not given."""
-
-
 class Holding:
     """Keeps objects while their ids are compared: part of a key, and equal to any other."""
 
@@ -280,8 +266,7 @@ class Markers:
         self.paths: dict[nn.Module, str] = {m: name for name, m in root.named_modules()}
         self.states = [m.__dict__ for m in self.paths]
         self.hooks = {m: self._hooks(path) for m, path in self.paths.items()}
-        self.alone = {m: MethodType(self._alone(path, ()), m) for m, path in self.paths.items()}
-        self.collected: dict[nn.Module, tuple[tuple, Callable]] = {}
+        self.calls_of: dict[nn.Module, partial] = {}
         self.half: dict[tuple[str, str, int], Replacement] | None = None  # the capture half of the active run
         self.stop_at: tuple[str, str, int] | None = None
         self.skippers: dict[nn.Module, Callable] = {}
@@ -314,52 +299,18 @@ class Markers:
 
     def short(self, module: nn.Module) -> Callable | None:
         """What calls a module that has no hooks but ours and, behind them, those that transformers collects outputs with."""
-        table, path = module._forward_hooks, self.paths[module]
-        if not table:
-            return self.alone[module]
-        if module._forward_pre_hooks or not all(map(_librarys, table.values())):
+        collectors = tuple(module._forward_hooks.values())
+        if collectors and (
+            module._forward_pre_hooks
+            or module._forward_hooks_with_kwargs
+            or module._forward_hooks_always_called
+            or not all(map(_librarys, collectors))
+        ):
             return None
-        if module._forward_hooks_with_kwargs or module._forward_hooks_always_called:
-            return None
-        collectors = tuple(table.values())
-        made = self.collected.get(module)
-        if made is None or made[0] != collectors:
-            made = self.collected[module] = collectors, MethodType(self._alone(path, collectors), module)
-        return made[1]
-
-    def _alone(self, path: str, collectors: tuple[Callable, ...]) -> Callable:
-        """A module's `forward` between its two sites, while there is no capture half. On torch's way through hooks Dynamo reads
-        three times the instructions, and guards on what each of them holds; so it does here for each line, and for each call."""
-        before, after = self._hooks(path)
-        hooks = 2 + len(collectors)
-
-        def call(module: nn.Module, x: Any = NOTHING, /, *args: Any, **kwargs: Any) -> Any:
-            if (
-                module._backward_hooks
-                or module._backward_pre_hooks
-                or len(module._forward_hooks) + len(module._forward_pre_hooks) != hooks
-            ):  # hooked while the model runs
-                return module._call_impl(*args, **kwargs) if x is NOTHING else module._call_impl(x, *args, **kwargs)
-            compiling = is_compiling()
-            if compiling and isinstance(x, Tensor) and not args and not kwargs and not collectors:
-                out = module.forward(site(x, path, "input", 0, 1))
-                return site(out, path, "output", 0, 1) if isinstance(out, Tensor) else mark(out, path, "output")
-            if x is not NOTHING:
-                args = (x, *args)
-            if compiling:
-                args, kwargs = _called(args, kwargs, path)
-                out = mark(module.forward(*args, **kwargs), path, "output")
-            else:
-                args, kwargs = before(module, args, kwargs) or (args, kwargs)
-                out = module.forward(*args, **kwargs)
-                changed = after(module, args, kwargs, out)
-                out = out if changed is None else changed
-            for collect in collectors:
-                changed = collect(module, args, out)
-                out = out if changed is None else changed
-            return out
-
-        return call
+        made = self.calls_of.get(module)
+        if made is None or made.args[1] != collectors:
+            made = self.calls_of[module] = partial(between, self.paths[module], collectors, module)
+        return made
 
     def traced(self, value: Any, path: str, kind: str) -> Any:
         """A site while Dynamo traces: the graph half is left to splicing, the capture half is applied now."""
@@ -472,6 +423,31 @@ def _supplied(path: str, call: int, half: Replacement) -> list:
 
 class Stop(Exception):
     """Ends a forward that Dynamo traces; the captured function catches it."""
+
+
+TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def between(path: str, collectors: tuple[Callable, ...], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """A module's `forward` between its two sites, while there is no capture half: what `__call__` calls for the length of a run.
+
+    On torch's way through hooks Dynamo reads three times the instructions, and guards on what each of them holds. This it does
+    not read either, but for what is rare: `variables.between` does the same on its own variables."""
+    if sum([len(getattr(module, table)) for table in TABLES]) != 2 + len(collectors):  # hooked while the model runs
+        return module._call_impl(*args, **kwargs)
+    if is_compiling():
+        args, kwargs = mark((args, kwargs), path, "input")
+        out = mark(module.forward(*args, **kwargs), path, "output")
+    else:
+        before, after = module._forward_pre_hooks[KEY], module._forward_hooks[KEY]
+        args, kwargs = before(module, args, kwargs) or (args, kwargs)
+        out = module.forward(*args, **kwargs)
+        changed = after(module, args, kwargs, out)
+        out = out if changed is None else changed
+    for collect in collectors:
+        changed = collect(module, args, out)
+        out = out if changed is None else changed
+    return out
 
 
 # what torch calls on every module of the process

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import passes
-from ..capture import _torch
+from ..capture import _torch, variables
 from ..capture._torch import FakeTensor, detect_fake_mode
 from ..capture._transformers import settle
 from ..capture.markers import (
@@ -26,6 +26,7 @@ from ..capture.markers import (
     Stop,
     active,
     anchor,
+    between,
     mark,
     site,
     supply,
@@ -111,6 +112,7 @@ class Capture:
 
     def __post_init__(self):
         _torch.register(site, supply, anchor)
+        _torch.traced_by(between, variables.between)
         torch.compiler.assume_constant_result(taken)
         self.compiler = _torch.backend(
             self.options.backend, self.options.mode, dict(self.options.options) or None, self.options.dynamic
@@ -122,7 +124,7 @@ class Capture:
         self.passing = _torch.undisturbed(SplicedRun.live_site)
         for function in (
             *next(iter(self.markers.hooks.values())),
-            next(iter(self.markers.alone.values())),
+            between,
             SplicedRun.pass_site,
             Run.operation,
             Run.skip,
