@@ -250,9 +250,10 @@ def attribute(tx: Any, value: Any, name: str) -> Any:
     return variable(tx, getattr).call_function(tx, [value, variable(tx, name)], {})
 
 
-def length(tx: Any, value: Any, name: str) -> int:
-    """Of a table among the attributes."""
-    return attribute(tx, value, name).realize().len()
+def length(tx: Any, module: Any, name: str) -> int:
+    """Of a table among a module's attributes: as it is, where the code that Dynamo has read so far did not look at it."""
+    table = getattr(module.value, name)
+    return attribute(tx, module, name).realize().len() if table in tx.output.side_effects else len(table)
 
 
 def node(tx: Any, function: Callable, *args: Any) -> Any:
@@ -637,11 +638,11 @@ def dynamo_compile(
     Behind a graph break Dynamo captures frames one by one, and modules of one class share a frame: there it looks at which
     module of the model a hook belongs to, and at how often it was called.
     """
-    root = function.__code__.co_freevars
+    start = root(function)
 
     def tells(guard: Any) -> bool:
         path = guard.guard_type == "CONSTANT_MATCH" and guard.has_value and isinstance(guard.value, str)
-        return (path or guard.name.endswith(".calls") or ".calls[" in guard.name) and not guard.name.startswith(root)
+        return (path or guard.name.endswith(".calls") or ".calls[" in guard.name) and not guard.name.startswith(start)
 
     def keep(guards: Any) -> list[bool]:
         user = tuple(
@@ -656,6 +657,25 @@ def dynamo_compile(
     ).atexit = False  # what it holds knows it
     context: Any = torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)
     return context(function), _cached_only(context, function)
+
+
+def root(function: Callable) -> tuple[str, ...]:
+    """How the names begin of what an entry function closes over: what it holds is always the same."""
+    return function.__code__.co_freevars
+
+
+def forget_tables(start: tuple[str, ...]) -> None:
+    """In a backend's callback for what has that `root`: drop the guards that the filter of `dynamo_compile` drops, where the user has no hooks. Dynamo builds
+    all guards before it asks a filter, and then builds again what is left."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    found = getattr(InstructionTranslator.current_tx().output.guards, "inner", None)
+    start = tuple(f"L['{name}']" for name in start)
+    for guard in list(found or ()):
+        name = guard.name if isinstance(guard.name, str) else guard.name()
+        told = guard.create_fn_name() == "CONSTANT_MATCH" or ".calls" in name
+        if _TABLE.search(name) and (name.startswith(start) or not told):
+            found.discard(guard)
 
 
 def _cached_only(context: Any, function: Callable) -> Callable:

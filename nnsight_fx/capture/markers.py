@@ -308,8 +308,10 @@ class Markers:
         ):
             return None
         made = self.calls_of.get(module)
-        if made is None or made.args[1] != collectors:
-            made = self.calls_of[module] = partial(between, self.paths[module], collectors, module)
+        if made is None or made.args[1:-1] != (collectors,) * bool(collectors):
+            path = self.paths[module]
+            made = partial(among, path, collectors, module) if collectors else partial(between, path, module)
+            self.calls_of[module] = made
         return made
 
     def traced(self, value: Any, path: str, kind: str) -> Any:
@@ -356,6 +358,11 @@ class Markers:
                 found += (before, after, *(getattr(f, "__code__", f) for f in functions))
                 found += (getattr(f, "__self__", None) for f in functions)
         return tuple(map(id, found)), Holding(found)
+
+    def hooked(self) -> bool:
+        """Are there hooks of the user's on any module?"""
+        tables = [(state["_forward_pre_hooks"], state["_forward_hooks"]) for state in self.states]
+        return any(key != KEY and not _librarys(hook) for pair in tables for t in pair for key, hook in t.items())
 
     def skipper(self, module: nn.Module, skip: Callable) -> Callable:
         """The `forward` that a skipped module has for the length of a run; one function a module, as Dynamo guards on it."""
@@ -428,11 +435,16 @@ class Stop(Exception):
 TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def between(path: str, collectors: tuple[Callable, ...], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    """A module's `forward` between its two sites, while there is no capture half: what `__call__` calls for the length of a run.
+def between(path: str, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """A module's `forward` between its two sites, while there is no capture half: what `__call__` calls for the length of a run."""
+    return among(path, (), module, *args, **kwargs)
+
+
+def among(path: str, collectors: tuple[Callable, ...], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """The same, with the hooks behind ours that transformers collects outputs with.
 
     On torch's way through hooks Dynamo reads three times the instructions, and guards on what each of them holds. This it does
-    not read either, but for what is rare: `variables.between` does the same on its own variables."""
+    not read either, but for what is rare: `variables.among` does the same on its own variables."""
     if sum([len(getattr(module, table)) for table in TABLES]) != 2 + len(collectors):  # hooked while the model runs
         return module._call_impl(*args, **kwargs)
     if is_compiling():

@@ -8,11 +8,16 @@ from . import _torch, markers
 from .markers import PLAIN, TABLES, anchor, site
 
 
-def between(tx: Any, path: Any, collectors: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-    """`markers.between`; what is rare is left to its text, which Dynamo then reads."""
+def between(tx: Any, path: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """`markers.between`."""
+    return among(tx, path, _torch.tuple_of([]), module, *args, **kwargs)
+
+
+def among(tx: Any, path: Any, collectors: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """`markers.among`; what is rare is left to its text, which Dynamo then reads."""
     hooks = _torch.items(collectors)
     if sum(_torch.length(tx, module, table) for table in TABLES) != 2 + len(hooks):
-        return _torch.inlined(tx, markers.between, path, collectors, module, *args, **kwargs)
+        return _torch.inlined(tx, markers.among, path, collectors, module, *args, **kwargs)
     name = path.as_python_constant()
     given = _marked(tx, [*args, *kwargs.values()], name, "input")
     called, named = given[: len(args)], dict(zip(kwargs, given[len(args) :], strict=True))

@@ -25,6 +25,7 @@ from ..capture.markers import (
     Replacement,
     Stop,
     active,
+    among,
     anchor,
     between,
     mark,
@@ -113,6 +114,7 @@ class Capture:
     def __post_init__(self):
         _torch.register(site, supply, anchor)
         _torch.traced_by(between, variables.between)
+        _torch.traced_by(among, variables.among)
         torch.compiler.assume_constant_result(taken)
         self.compiler = _torch.backend(
             self.options.backend, self.options.mode, dict(self.options.options) or None, self.options.dynamic
@@ -125,6 +127,7 @@ class Capture:
         for function in (
             *next(iter(self.markers.hooks.values())),
             between,
+            among,
             SplicedRun.pass_site,
             Run.operation,
             Run.skip,
@@ -156,8 +159,11 @@ class Capture:
         elif key not in self.entries:
             inner = entry_point(module, fn)
             own = weakref.WeakMethod(self.backend)  # Dynamo keeps it with the code, where no collector sees the ring
+            root, hooked = _torch.root(inner), self.markers.hooked()
 
             def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
+                if not hooked:
+                    _torch.forget_tables(root)
                 return own()(gm, inputs)  # type: ignore[misc]
 
             call, cached = _torch.dynamo_compile(inner, backend, self.options.dynamic, self.options.fullgraph)
