@@ -13,7 +13,8 @@
 | `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
 | `is_traceable_wrapper_subclass` | tensors that cannot be recorded | 2.13 |
 | `torch.nn.modules.module._has_any_global_hook` | hooks that a traced graph would not call | 2.13 |
-| `InstructionTranslator.current_tx().output.side_effects` | whether Dynamo replays anything | 2.13 |
+| `InstructionTranslator.current_tx().output`: `side_effects`, `guards` | whether Dynamo replays anything; what it guards | 2.13 |
+| `TorchInGraphFunctionVariable._get_handlers`, `torch._dynamo.variables` | modules' calls, on Dynamo's variables | 2.13 |
 """
 
 from __future__ import annotations
@@ -218,22 +219,32 @@ def register(*functions: Callable) -> None:
 
 def traced_by(function: Callable, handler: Callable) -> None:
     """Have Dynamo call `handler(tx, *args, **kwargs)` on its variables where it would read the instructions of `function`."""
-    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+    from torch._dynamo.variables import TorchInGraphFunctionVariable
 
-    torch.compiler.allow_in_graph(function)
-    TorchInGraphFunctionVariable._get_handlers()[function] = lambda _, tx, *args, **kwargs: handler(tx, *args, **kwargs)
+    handlers = getattr(TorchInGraphFunctionVariable, "_get_handlers", None)
+    if handlers is not None:  # another torch reads
+        torch.compiler.allow_in_graph(function)
+        handlers()[function] = lambda _, tx, *args, **kwargs: handler(tx, *args, **kwargs)
 
 
 def is_tensor(value: Any) -> bool:
     return type(value) is torch._dynamo.variables.TensorVariable
 
 
+def _unread() -> type | None:
+    """The class of a constant of which Dynamo guards no more than the type, until something depends on its value."""
+    return getattr(torch._dynamo.variables.lazy, "LazyConstantVariable", None)
+
+
+def looked_at(value: Any) -> Any:
+    """A variable as an `isinstance` leaves it."""
+    return value if type(value) is _unread() and not value.is_realized() else value.realize()
+
+
 def is_plain(value: Any, types: tuple[type, ...]) -> bool:
     """Is it `None`, or a constant of one of these types?"""
-    if type(value) is not torch._dynamo.variables.ConstantVariable:
-        return False
-    constant = value.as_python_constant()
-    return constant is None or isinstance(constant, types)
+    constant = type(value) in (torch._dynamo.variables.ConstantVariable, _unread())
+    return constant and issubclass(value.python_type(), (type(None), *types))
 
 
 def items(value: Any) -> list | None:
@@ -252,8 +263,10 @@ def attribute(tx: Any, value: Any, name: str) -> Any:
 
 def length(tx: Any, module: Any, name: str) -> int:
     """Of a table among a module's attributes: as it is, where the code that Dynamo has read so far did not look at it."""
-    table = getattr(module.value, name)
-    return attribute(tx, module, name).realize().len() if table in tx.output.side_effects else len(table)
+    table = getattr(getattr(module, "value", None), name, None)
+    if table is None or table in tx.output.side_effects:
+        return attribute(tx, module, name).realize().len()
+    return len(table)
 
 
 def node(tx: Any, function: Callable, *args: Any) -> Any:

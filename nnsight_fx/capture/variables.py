@@ -25,7 +25,7 @@ def among(tx: Any, path: Any, collectors: Any, module: Any, *args: Any, **kwargs
     (out,) = _marked(tx, [out], name, "output")
     for collect in hooks:
         changed = collect.call_function(tx, [module, _torch.tuple_of(called), out], {})
-        out = out if changed.is_constant_none() else changed
+        out = out if _torch.is_plain(changed, ()) else changed
     return out
 
 
@@ -41,7 +41,7 @@ def _walk(tx: Any, values: list, path: str, kind: str, leaf: int, left: int) -> 
     """`markers._mark`, which sees to what is no tensor, plain value or tuple of these."""
     fresh = []
     for value in values:
-        value = value.realize()
+        value = _torch.looked_at(value)
         if _torch.is_tensor(value):
             value, leaf, left = _torch.node(tx, site, value, path, kind, leaf, left), leaf + 1, left - 1
         elif (items := _torch.items(value)) is not None:
