@@ -159,4 +159,11 @@ def test_close_says_which_marker_is_the_last():
         graph.call_function(site, (x, "l", "input", leaf, left))
     graph.call_function(site, (x, "m", "input", 1, 0))
     close(graph)
-    assert [n.args[4] for n in graph.find_nodes(op="call_function", target=site)] == [False, True, True, False, True, True]
+    assert [n.args[4] for n in graph.find_nodes(op="call_function", target=site)] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
