@@ -13,7 +13,8 @@
 | `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
 | `is_traceable_wrapper_subclass` | tensors that cannot be recorded | 2.13 |
 | `torch.nn.modules.module._has_any_global_hook` | hooks that a traced graph would not call | 2.13 |
-| `InstructionTranslator.current_tx().output.side_effects` | whether Dynamo replays anything | 2.13 |
+| `InstructionTranslator.current_tx().output`: `side_effects`, `guards` | whether Dynamo replays anything; what it guards | 2.13 |
+| `TorchInGraphFunctionVariable._get_handlers`, `torch._dynamo.variables` | modules' calls, on Dynamo's variables | 2.13 |
 """
 
 from __future__ import annotations
@@ -211,6 +212,76 @@ def register(*functions: Callable) -> None:
     """Make functions graph nodes of their own when Dynamo traces a call of them."""
     for function in functions:
         torch.compiler.allow_in_graph(function)
+
+
+# -- Dynamo's own variables ------------------------------------------------------------------------------------------
+
+
+def traced_by(function: Callable, handler: Callable) -> None:
+    """Have Dynamo call `handler(tx, *args, **kwargs)` on its variables where it would read the instructions of `function`."""
+    from torch._dynamo.variables import TorchInGraphFunctionVariable
+
+    handlers = getattr(TorchInGraphFunctionVariable, "_get_handlers", None)
+    if handlers is not None:  # another torch reads
+        torch.compiler.allow_in_graph(function)
+        handlers()[function] = lambda _, tx, *args, **kwargs: handler(tx, *args, **kwargs)
+
+
+def is_tensor(value: Any) -> bool:
+    return type(value) is torch._dynamo.variables.TensorVariable
+
+
+def _unread() -> type | None:
+    """The class of a constant of which Dynamo guards no more than the type, until something depends on its value."""
+    return getattr(torch._dynamo.variables.lazy, "LazyConstantVariable", None)
+
+
+def looked_at(value: Any) -> Any:
+    """A variable as an `isinstance` leaves it."""
+    return value if type(value) is _unread() and not value.is_realized() else value.realize()
+
+
+def is_plain(value: Any, types: tuple[type, ...]) -> bool:
+    """Is it `None`, or a constant of one of these types?"""
+    constant = type(value) in (torch._dynamo.variables.ConstantVariable, _unread())
+    return constant and issubclass(value.python_type(), (type(None), *types))
+
+
+def items(value: Any) -> list | None:
+    """What is in a tuple, if it is one and no named one."""
+    return list(value.items) if type(value) is torch._dynamo.variables.TupleVariable else None
+
+
+def tuple_of(values: list) -> Any:
+    return torch._dynamo.variables.TupleVariable(values)
+
+
+def attribute(tx: Any, value: Any, name: str) -> Any:
+    variable = torch._dynamo.variables.VariableTracker.build
+    return variable(tx, getattr).call_function(tx, [value, variable(tx, name)], {})
+
+
+def length(tx: Any, module: Any, name: str) -> int:
+    """Of a table among a module's attributes: as it is, where the code that Dynamo has read so far did not look at it."""
+    table = getattr(getattr(module, "value", None), name, None)
+    if table is None or table in tx.output.side_effects:
+        return attribute(tx, module, name).realize().len()
+    return len(table)
+
+
+def node(tx: Any, function: Callable, *args: Any) -> Any:
+    """A call of a function that is `register`ed."""
+    return torch._dynamo.variables.TorchInGraphFunctionVariable(function).call_function(tx, _variables(tx, args), {})
+
+
+def inlined(tx: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A call of a function whose instructions Dynamo reads."""
+    return torch._dynamo.variables.UserFunctionVariable(function).call_function(tx, _variables(tx, args), kwargs)
+
+
+def _variables(tx: Any, args: Sequence) -> list:
+    of = torch._dynamo.variables.VariableTracker
+    return [x if isinstance(x, of) else of.build(tx, x) for x in args]
 
 
 def backend(name: Any, mode: str | None, options: dict | None, dynamic: bool | None) -> Callable:
@@ -580,11 +651,11 @@ def dynamo_compile(
     Behind a graph break Dynamo captures frames one by one, and modules of one class share a frame: there it looks at which
     module of the model a hook belongs to, and at how often it was called.
     """
-    root = function.__code__.co_freevars
+    start = root(function)
 
     def tells(guard: Any) -> bool:
         path = guard.guard_type == "CONSTANT_MATCH" and guard.has_value and isinstance(guard.value, str)
-        return (path or guard.name.endswith(".calls") or ".calls[" in guard.name) and not guard.name.startswith(root)
+        return (path or guard.name.endswith(".calls") or ".calls[" in guard.name) and not guard.name.startswith(start)
 
     def keep(guards: Any) -> list[bool]:
         user = tuple(
@@ -599,6 +670,25 @@ def dynamo_compile(
     ).atexit = False  # what it holds knows it
     context: Any = torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)
     return context(function), _cached_only(context, function)
+
+
+def root(function: Callable) -> tuple[str, ...]:
+    """How the names begin of what an entry function closes over: what it holds is always the same."""
+    return function.__code__.co_freevars
+
+
+def forget_tables(start: tuple[str, ...]) -> None:
+    """In a backend's callback for what has that `root`: drop the guards that the filter of `dynamo_compile` drops, where the user has no hooks. Dynamo builds
+    all guards before it asks a filter, and then builds again what is left."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    found = getattr(InstructionTranslator.current_tx().output.guards, "inner", None)
+    start = tuple(f"L['{name}']" for name in start)
+    for guard in list(found or ()):
+        name = guard.name if isinstance(guard.name, str) else guard.name()
+        told = guard.create_fn_name() == "CONSTANT_MATCH" or ".calls" in name
+        if _TABLE.search(name) and (name.startswith(start) or not told):
+            found.discard(guard)
 
 
 def _cached_only(context: Any, function: Callable) -> Callable:

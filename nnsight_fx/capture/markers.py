@@ -11,11 +11,14 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import MethodType
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.fx as fx
 import torch.nn as nn
+from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.modules import module as _module
 from transformers.utils.generic import ModelOutput
 
@@ -37,10 +40,13 @@ class Passing(Protocol):
     def skip(self, path: str, forward: Callable, args: tuple, kwargs: dict) -> Any: ...
 
 
-def site(x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> torch.Tensor:
-    """Tensor leaf `leaf` of a site; `last` on the last one of the value. A graph node; identity."""
+def site(x: torch.Tensor, path: str, kind: str, leaf: int, left: int) -> torch.Tensor:
+    """Tensor leaf `leaf` of a site; how many tensors of the value are left, with this one. A graph node; identity.
+
+    Where nobody has counted them `left` is 0, -1, -2, ...; in the graph of a segment `close` has made it `last`, a bool.
+    """
     capture = getattr(active, "capture", None)
-    return x if capture is None else capture.fake_site(x, path, kind, leaf, last)
+    return x if capture is None else capture.fake_site(x, path, kind, leaf, left)
 
 
 def anchor() -> torch.Tensor:
@@ -81,21 +87,6 @@ SUPPLIED = Supplied()
 PLAIN = (bool, int, float, str)  # leaves that need no look inside
 
 
-def _tensors(value: Any) -> int:
-    """How many tensors are in a value that is none. Leaves are looked at here and in `_mark` where they are found: a call is dear
-    in Dynamo."""
-    children = value if type(value) is tuple else _children(value)
-    if children is None:
-        return 0
-    n = 0
-    for child in children:
-        if isinstance(child, torch.Tensor):
-            n = n + 1
-        elif child is not None and not isinstance(child, PLAIN):
-            n = n + _tensors(child)
-    return n
-
-
 def _children(value: Any) -> Any:
     """What a container has in it; None of a leaf."""
     if isinstance(value, ModelOutput) or type(value) is dict or type(value) is OrderedDict:
@@ -110,14 +101,16 @@ def _children(value: Any) -> Any:
 
 
 def _mark(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, int, int]:
-    """A value that is no tensor, with each tensor in it passed through `site`; the next leaf index; the tensors left."""
+    """A value that is no tensor, with each tensor in it passed through `site`; the next leaf index; the tensors left.
+
+    Leaves are looked at where they are found: a call is dear in Dynamo."""
     children = value if type(value) is tuple else _children(value)
     if children is None:
         return value, leaf + 1, left
     fresh, before = [], left
     for child in children:
-        if isinstance(child, torch.Tensor):
-            child, leaf, left = site(child, path, kind, leaf, left == 1), leaf + 1, left - 1
+        if isinstance(child, Tensor):
+            child, leaf, left = site(child, path, kind, leaf, left), leaf + 1, left - 1
         elif child is None or isinstance(child, PLAIN):
             leaf = leaf + 1
         else:
@@ -146,19 +139,36 @@ def _with(value: Any, fresh: list) -> Any:
     return value
 
 
-def mark(value: Any, path: str, kind: str) -> Any:
-    """`value` with markers, while Dynamo traces: one at least, also where it has no tensor."""
-    if isinstance(value, torch.Tensor):
-        return site(value, path, kind, 0, True)
-    left = 0 if value is None or isinstance(value, PLAIN) else _tensors(value)
-    if left == 0:
-        site(anchor(), path, kind, 0, True)
-        return value
-    return _mark(value, path, kind, 0, left)[0]
+def mark(value: Any, path: str, kind: str, counted: bool = False) -> Any:
+    """`value` with markers, while Dynamo traces: one at least, also where it has no tensor. Its tensors are counted for a
+    capture half, which wants to know of the last one when it comes by; else `close` does it."""
+    if isinstance(value, Tensor):
+        return site(value, path, kind, 0, 1)
+    left = sum([isinstance(x, Tensor) for x in _leaves(value)]) if counted else 0
+    value, _, now = _mark(value, path, kind, 0, left)
+    if now == left:
+        site(anchor(), path, kind, 0, 1)
+    return value
+
+
+def close(graph: fx.Graph) -> None:
+    """Say of each marker of a graph that has arrived whether it is the last of its value.
+
+    ```
+    site(a, "l", "input", 0, 0)           site(a, "l", "input", 0, False)
+    site(b, "l", "input", 2, -1)    ->    site(b, "l", "input", 2, True)
+    site(c, "l", "output", 0, 1)          site(c, "l", "output", 0, True)
+    ```
+    """
+    begins = True  # does the marker behind this one begin a value
+    for node in reversed(graph.find_nodes(op="call_function", target=site)):
+        left: Any = node.args[4]
+        node.args = (*node.args[:4], left == 1 if left > 0 else begins)
+        begins = left >= 0
 
 
 def _leaves(value: Any) -> list:
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         kids = _children(value)
         if kids is not None:
             found = []
@@ -191,7 +201,7 @@ def _build(spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:
 
 def _alike(value: Any, spec: tree.Spec) -> bool:
     """Has `value` the structure of `spec`?"""
-    kids = None if isinstance(value, torch.Tensor) else _children(value)
+    kids = None if isinstance(value, Tensor) else _children(value)
     if kids is None:
         return spec is None
     if spec is None or spec[1] is not type(value) or len(spec[3]) != len(kids):
@@ -256,7 +266,7 @@ class Markers:
         self.paths: dict[nn.Module, str] = {m: name for name, m in root.named_modules()}
         self.states = [m.__dict__ for m in self.paths]
         self.hooks = {m: self._hooks(path) for m, path in self.paths.items()}
-        self.alone = {m: MethodType(self._alone(path), m) for m, path in self.paths.items()}
+        self.calls_of: dict[nn.Module, partial] = {}
         self.half: dict[tuple[str, str, int], Replacement] | None = None  # the capture half of the active run
         self.stop_at: tuple[str, str, int] | None = None
         self.skippers: dict[nn.Module, Callable] = {}
@@ -267,7 +277,7 @@ class Markers:
 
     def _hooks(self, path: str) -> tuple[Callable, Callable]:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return self.traced((args, kwargs), path, "input")
             run = getattr(active, "run", None)
             if run is None or run.owner is not self:
@@ -277,7 +287,7 @@ class Markers:
             return None if new is old else new
 
         def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return self.traced(output, path, "output")
             run = getattr(active, "run", None)
             if run is None or run.owner is not self:
@@ -287,34 +297,26 @@ class Markers:
 
         return before, after
 
-    def _alone(self, path: str) -> Callable:
-        """What calls a module that has no hooks but ours, while there is no capture half: its `forward` between its two sites. On
-        torch's way through its hooks Dynamo reads three times the instructions, and guards on what each of them holds."""
-        before, after = self._hooks(path)
-
-        def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-            if (
-                len(module._forward_hooks) != 1
-                or len(module._forward_pre_hooks) != 1
-                or len(module._backward_hooks) != 0
-                or len(module._backward_pre_hooks) != 0
-            ):  # hooked while the model runs, as transformers' collectors are
-                return module._call_impl(*args, **kwargs)
-            if torch.compiler.is_compiling():
-                if len(args) == 1 and len(kwargs) == 0 and isinstance(args[0], torch.Tensor):
-                    return mark(module.forward(site(args[0], path, "input", 0, True)), path, "output")
-                args, kwargs = mark((args, kwargs), path, "input")
-                return mark(module.forward(*args, **kwargs), path, "output")
-            args, kwargs = before(module, args, kwargs) or (args, kwargs)
-            output = module.forward(*args, **kwargs)
-            changed = after(module, args, kwargs, output)
-            return output if changed is None else changed
-
-        return call
+    def short(self, module: nn.Module) -> Callable | None:
+        """What calls a module that has no hooks but ours and, behind them, those that transformers collects outputs with."""
+        collectors = tuple(module._forward_hooks.values())
+        if collectors and (
+            module._forward_pre_hooks
+            or module._forward_hooks_with_kwargs
+            or module._forward_hooks_always_called
+            or not all(map(_librarys, collectors))
+        ):
+            return None
+        made = self.calls_of.get(module)
+        if made is None or made.args[1:-1] != (collectors,) * bool(collectors):
+            path = self.paths[module]
+            made = partial(among, path, collectors, module) if collectors else partial(between, path, module)
+            self.calls_of[module] = made
+        return made
 
     def traced(self, value: Any, path: str, kind: str) -> Any:
         """A site while Dynamo traces: the graph half is left to splicing, the capture half is applied now."""
-        value = mark(value, path, kind)
+        value = mark(value, path, kind, self.half is not None)
         if self.half is None or (path, kind) not in self.calls:
             return value
         call = _next(self.calls[(path, kind)])
@@ -357,6 +359,11 @@ class Markers:
                 found += (getattr(f, "__self__", None) for f in functions)
         return tuple(map(id, found)), Holding(found)
 
+    def hooked(self) -> bool:
+        """Are there hooks of the user's on any module?"""
+        tables = [(state["_forward_pre_hooks"], state["_forward_hooks"]) for state in self.states]
+        return any(key != KEY and not _librarys(hook) for pair in tables for t in pair for key, hook in t.items())
+
     def skipper(self, module: nn.Module, skip: Callable) -> Callable:
         """The `forward` that a skipped module has for the length of a run; one function a module, as Dynamo guards on it."""
         self.skip_live[module] = skip
@@ -366,7 +373,7 @@ class Markers:
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 body = self.operations.bodies.get(path, original)
-                if torch.compiler.is_compiling():
+                if is_compiling():
                     skipped, out = self.skip_traced(path)
                     return out if skipped else body(*args, **kwargs)
                 return self.skip_live[module](body, args, kwargs)
@@ -391,9 +398,10 @@ class Markers:
                     undo.append(override(module, body))
             short = self.half is None and not any(GLOBAL)
             for module in modules:
+                call = self.short(module) if short else None
                 put(module, *self.hooks[module])
-                if short:
-                    undo.append(override(module, self.alone[module], "_compiled_call_impl"))
+                if call is not None:
+                    undo.append(override(module, call, "_compiled_call_impl"))
                 if skips and self.paths[module] in skips:
                     undo.append(override(module, self.skipper(module, skips[self.paths[module]])))
             yield
@@ -424,6 +432,36 @@ class Stop(Exception):
     """Ends a forward that Dynamo traces; the captured function catches it."""
 
 
+TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def between(path: str, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """A module's `forward` between its two sites, while there is no capture half: what `__call__` calls for the length of a run."""
+    return among(path, (), module, *args, **kwargs)
+
+
+def among(path: str, collectors: tuple[Callable, ...], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """The same, with the hooks behind ours that transformers collects outputs with.
+
+    On torch's way through hooks Dynamo reads three times the instructions, and guards on what each of them holds. This it does
+    not read either, but for what is rare: `variables.among` does the same on its own variables."""
+    if sum([len(getattr(module, table)) for table in TABLES]) != 2 + len(collectors):  # hooked while the model runs
+        return module._call_impl(*args, **kwargs)
+    if is_compiling():
+        args, kwargs = mark((args, kwargs), path, "input")
+        out = mark(module.forward(*args, **kwargs), path, "output")
+    else:
+        before, after = module._forward_pre_hooks[KEY], module._forward_hooks[KEY]
+        args, kwargs = before(module, args, kwargs) or (args, kwargs)
+        out = module.forward(*args, **kwargs)
+        changed = after(module, args, kwargs, out)
+        out = out if changed is None else changed
+    for collect in collectors:
+        changed = collect(module, args, out)
+        out = out if changed is None else changed
+    return out
+
+
 # what torch calls on every module of the process
 GLOBAL = [getattr(_module, f"_global_{way}_{when}hooks") for way in ("forward", "backward") for when in ("", "pre_")]
 KEY = -1  # the key of our hooks in every table, which torch counts from 0: Dynamo guards on it, so it never changes
@@ -433,16 +471,17 @@ def put(module: nn.Module, before: Callable, after: Callable) -> None:
     """Hook one module: inputs before every other hook; outputs after the user's, before transformers' own collectors."""
     if module._forward_pre_hooks or module._forward_hooks:
         _insert(module._forward_pre_hooks, before, lambda hook: True)
-        _insert(
-            module._forward_hooks,
-            after,
-            lambda hook: (getattr(hook, "__module__", "") or "").startswith("transformers."),
-        )
+        _insert(module._forward_hooks, after, _librarys)
     else:
         module._forward_pre_hooks[KEY] = before
         module._forward_hooks[KEY] = after
     module._forward_pre_hooks_with_kwargs[KEY] = True
     module._forward_hooks_with_kwargs[KEY] = True
+
+
+def _librarys(hook: Any) -> bool:
+    """Is it one of those that transformers collects outputs with?"""
+    return (getattr(hook, "__module__", "") or "").startswith("transformers.")
 
 
 def take(module: nn.Module) -> None:

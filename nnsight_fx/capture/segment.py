@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from . import _torch
 from ._transformers import restored
-from .markers import site, supply
+from .markers import close, site, supply
 
 
 class Break(NamedTuple):
@@ -42,6 +42,7 @@ class Segment:
         kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         for old, new in zip(gm.graph.nodes, kept.graph.nodes, strict=True):
             new.meta = dict(old.meta)
+        close(kept.graph)
         pure = _torch.replays_nothing(restored)
         made = cls(kept, _torch.placeholder_fakes(gm), context, _torch.guard_count(context), pure)
         found = _torch.break_of(gm)

@@ -164,11 +164,11 @@ class Seam:
     def __init__(self, tracer: SymbolicTracer, half: Any):
         self.tracer, self.half = tracer, half
 
-    def fake_site(self, x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> torch.Tensor:
+    def fake_site(self, x: torch.Tensor, path: str, kind: str, leaf: int, left: int) -> torch.Tensor:
         with _torch.NoTorchFunction():
             if self.half is not None:
-                self.half.fake_site(x, path, kind, leaf, last)
-            made = self.tracer.alias(x, site, (x, path, kind, leaf, last))
+                self.half.fake_site(x, path, kind, leaf, left)
+            made = self.tracer.alias(x, site, (x, path, kind, leaf, left))
             self.tracer.marked[id(made)] = x
             return made
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import passes
-from ..capture import _torch
+from ..capture import _torch, variables
 from ..capture._torch import FakeTensor, detect_fake_mode
 from ..capture._transformers import settle
 from ..capture.markers import (
@@ -25,7 +25,9 @@ from ..capture.markers import (
     Replacement,
     Stop,
     active,
+    among,
     anchor,
+    between,
     mark,
     site,
     supply,
@@ -114,6 +116,8 @@ class Capture:
         if self.options.backend in EXACT:
             self.disable |= {"batch_linears", "read_positions"}
         _torch.register(site, supply, anchor)
+        _torch.traced_by(between, variables.between)
+        _torch.traced_by(among, variables.among)
         torch.compiler.assume_constant_result(taken)
         self.compiler = _torch.backend(
             self.options.backend, self.options.mode, dict(self.options.options) or None, self.options.dynamic
@@ -125,7 +129,8 @@ class Capture:
         self.passing = _torch.undisturbed(SplicedRun.live_site)
         for function in (
             *next(iter(self.markers.hooks.values())),
-            next(iter(self.markers.alone.values())),
+            between,
+            among,
             SplicedRun.pass_site,
             Run.operation,
             Run.skip,
@@ -157,8 +162,11 @@ class Capture:
         elif key not in self.entries:
             inner = entry_point(module, fn)
             own = weakref.WeakMethod(self.backend)  # Dynamo keeps it with the code, where no collector sees the ring
+            root, hooked = _torch.root(inner), self.markers.hooked()
 
             def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
+                if not hooked:
+                    _torch.forget_tables(root)
                 return own()(gm, inputs)  # type: ignore[misc]
 
             call, cached = _torch.dynamo_compile(inner, backend, self.options.dynamic, self.options.fullgraph)
@@ -288,7 +296,7 @@ def _inner(module: torch.nn.Module, fn: str | None) -> Callable:
             out = called(*args, **kwargs)
         except Stop:
             return None
-        return mark(out, "", "result") if torch.compiler.is_compiling() else out
+        return mark(out, "", "result", True) if torch.compiler.is_compiling() else out
 
     return inner
 
@@ -631,9 +639,9 @@ class FakeCapture:
             self.states[mode] = DynamoInterleaver(self.run, mode)
         return self.states[mode]
 
-    def fake_site(self, x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> torch.Tensor:
+    def fake_site(self, x: torch.Tensor, path: str, kind: str, leaf: int, left: int) -> torch.Tensor:
         if isinstance(x, FakeTensor):
-            self._state(x.fake_mode).leaf(x, path, kind, leaf, last)
+            self._state(x.fake_mode).leaf(x, path, kind, leaf, left == 1)
         return x
 
     def taken(self, at: Site) -> bool:

@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..capture import _torch, streams
-from ..capture.markers import KEY, Markers, Stop, active, mark
+from ..capture.markers import KEY, Markers, Stop, active, close, mark
 from ..capture.scan import PLAIN, callee, skeleton
 from ..capture.segment import Segment
 from ..capture.state import State, changed, described, snapshot
@@ -107,7 +107,7 @@ class Symbolic:
         ):
             try:
                 called = contextvars.copy_context().run(callee(copied, self.fn), *args, **kwargs)
-                out = mark(called, "", "result")
+                out = mark(called, "", "result", True)
             except Stop:
                 out = None
         again, spec_again = tree.flatten((args, kwargs))
@@ -137,6 +137,7 @@ class Symbolic:
         for node in tracer.given:
             if not node.users:
                 tracer.graph.erase_node(node)
+        close(tracer.graph)
         segment = Segment(fx.GraphModule({}, tracer.graph), fakes, context, 0, pure=True)
         self.keep(segment)
         return Graphed(segment, takes, spec, described_leaves)
