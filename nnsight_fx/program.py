@@ -254,8 +254,8 @@ class Recording:
         """Run it as a call; `NotCaptured`, before anything ran, where it is none any more."""
         assert self.steady is not None
         hooks = program.model._markers.own()
-        held = self.steady((batch.args, batch.kwargs), self._lifted(program, leaves), hooks)
-        return tree.unflatten([own([x]) for x in held], self.spec)
+        run = self.steady((batch.args, batch.kwargs), self._lifted(program, leaves), self.lines, hooks)
+        return self._given(run)
 
     def run(self, program: Program, batch: Any, leaves: list) -> Any:
         """Run it on another input, with other arguments."""
@@ -267,12 +267,14 @@ class Recording:
             missed = run.unfinished()
             if missed and not run.stopping:
                 raise run.missed_error(missed)
-            held = [[run.lookup(key)] for key in self.keys]
-            self.steady = Steady.of(run, self.keys)
+            self.steady = Steady.of(run)
         except BaseException:
             run.abandon()
             raise
-        run.env.clear()
-        run.skipped.clear()
-        run.result = run.coroutine = None
+        return self._given(run)
+
+    def _given(self, run: Any) -> Any:
+        """What a finished run gives."""
+        held = [[run.lookup(key)] for key in self.keys]
+        run.release()
         return tree.unflatten([own(x) for x in held], self.spec)

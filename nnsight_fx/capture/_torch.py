@@ -186,6 +186,9 @@ def body_stance(body: bool = True) -> Any:
 @contextlib.contextmanager
 def as_compiled() -> Iterator[None]:
     """Compiled functions run as such in the block, also where it runs inside the body of another trace."""
+    if not getattr(_Stance.bodies, "open", False):
+        yield
+        return
     old = stance()
     set_stance(body_stance(False))
     try:

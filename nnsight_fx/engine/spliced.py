@@ -11,7 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,8 +49,12 @@ from .sites import FakeInterleaver
 from .symbolic import Symbolic
 from .variants import Variant, extras, variant
 
+if TYPE_CHECKING:
+    from .steady import Steady
+
 _serial = itertools.count()
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+STEADY = 512  # plans kept that run as a call
 ENTRIES = 128  # captures kept a model and set of options
 MISSES = 3  # how often an entry may look for its capture in vain before it stops trying without hooks
 
@@ -107,6 +111,7 @@ class Capture:
     whole: str | None = None  # why the latest was not compiled block by block, where that was asked for
     nodes: int = 0  # of the segment that was compiled last, before its passes
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
+    steady: OrderedDict[tuple, Steady] = field(default_factory=OrderedDict)  # (signature, plan) -> the plan as a call
     unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
 
     def __post_init__(self):
@@ -135,6 +140,7 @@ class Capture:
         self.entries.clear()
         self.rowwise.clear()
         self.segments.clear()
+        self.steady.clear()
 
     def entry(
         self,
@@ -193,6 +199,13 @@ class Capture:
         segment.plan = active.run.capture_half
         self.segments.append(segment)
         self.captures += 1
+
+    def settle(self, key: tuple, steady: Steady | None) -> None:
+        """Remember a plan that runs as a call."""
+        if steady is not None:
+            self.steady[key] = steady
+            if len(self.steady) > STEADY:
+                self.steady.popitem(last=False)
 
     def drop(self, segment: Segment) -> None:
         self.segments = [s for s in self.segments if s is not segment]
