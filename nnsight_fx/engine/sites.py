@@ -143,7 +143,7 @@ class Scanner:
         """The structural copy, made anew when parameters changed their dtype, device or gradient flag."""
         with NoTorchFunction():  # in a body each look at an attribute would be looked at
             tensors = [t for table in self.tables if table for t in table.values() if t is not None]
-            state = (list(map(id, tensors)), *(list(map(fact, tensors)) for fact in _FACTS))
+            state = (list(map(id, tensors)), *[list(map(fact, tensors)) for fact in _FACTS])
         if self._copy is None or self._copy[0] != state:
             if self._copy is not None:
                 self.signatures.clear()

@@ -168,8 +168,10 @@ class Capture:
             self.entries[key] = Entry(call, inner, cached)
         self.entries.move_to_end(key)
         if len(self.entries) > ENTRIES:
-            (_, old, *_), _ = self.entries.popitem(last=False)
+            (_, old, *_), gone = self.entries.popitem(last=False)
             self.segments = [s for s in self.segments if old is None or s.plan is not old]
+            for key in [key for key, steady in self.steady.items() if steady.entry is gone]:
+                del self.steady[key]
         return self.entries[key]
 
     def shares(self, fn: str | None, plan: InterventionGraph) -> bool:
@@ -201,7 +203,8 @@ class Capture:
         self.captures += 1
 
     def settle(self, key: tuple, steady: Steady | None) -> None:
-        """Remember a plan that runs as a call."""
+        """A plan has run: remember whether it runs as a call."""
+        self.steady.pop(key, None)
         if steady is not None:
             self.steady[key] = steady
             if len(self.steady) > STEADY:

@@ -26,6 +26,7 @@ class Steady:
         assert run.entry is not None and run.variant is not None
         self.capture, self.entry, self.segment, self.variant = run.capture, run.entry, run.segment, run.variant
         self.plan, self.modules, self.hooks = run.plan, run.modules, run.owner.own()
+        self.call = _torch.inside(run.variant.call)
         self.write = max((n for n, op in enumerate(run.plan.ops) if op.kind == WRITE), default=None)
 
     @classmethod
@@ -80,7 +81,7 @@ class Call:
         found = self.steady.variant
         if segment is not self.steady.segment or not found.guards(list(args)):
             raise _torch.NotCaptured
-        outputs = found.call(*args, *extras(self, found))
+        outputs = self.steady.call(*args, *extras(self, found))
         self.env = dict(zip(found.gives, outputs[found.own :], strict=True))
         return outputs[: found.own]
 

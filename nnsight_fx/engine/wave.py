@@ -286,8 +286,7 @@ class Wave:
         if self.tracer.scan_only:
             deliver(self.tape, self._meta, lambda: None)
         if self.run is not None or self.done:
-            runs = [*(run for _, run in self.done), *([self.run] if self.run is not None else [])]
-            self.notes = notes_of(self.tracer.line, runs, deliver(self.tape, self.value, self._release))
+            self.notes = notes_of(self.tracer.line, self._runs(), deliver(self.tape, self.value, self._release))
 
     def performed(self, n: int) -> bool:
         """Did the run get to an operation?"""
@@ -297,8 +296,11 @@ class Wave:
 
     def _release(self) -> None:
         """The values now belong to whoever saved them."""
-        for run in (*(run for _, run in self.done), *((self.run,) if self.run is not None else ())):
+        for run in self._runs():
             run.release()
+
+    def _runs(self) -> list[Run | Call]:
+        return [*[run for _, run in self.done], *([] if self.run is None else [self.run])]
 
     def _meta(self, key: Key) -> torch.Tensor:
         """What a scan gives for a value: a tensor without data."""
