@@ -628,7 +628,21 @@ def _cached_only(context: Any, function: Callable) -> Callable:
 
     code, callback = function.__code__, cast(Any, refuse)
     callback._torchdynamo_orig_backend = context.callback  # the captures to look among
-    return torch._dynamo.eval_frame._TorchDynamoContext(callback)(function)
+    frames, layers = torch._dynamo.eval_frame, torch._C._functorch
+
+    def cached(*args: Any) -> Any:
+        if frames._stance.stance == "force_eager":
+            raise NotCaptured
+        depth, outer = layers.get_dynamic_layer_stack_depth(), frames.set_eval_frame(callback)
+        try:
+            return function(*args)
+        except BaseException:
+            layers.pop_dynamic_layer_stack_and_undo_to_depth(depth)  # a graph that fails leaves its transforms there
+            raise
+        finally:
+            frames.set_eval_frame(outer)
+
+    return cached
 
 
 def _library(hook: Any) -> bool:

@@ -17,6 +17,7 @@ import torch
 from ..capture import _torch
 from ..tracing import ambient
 
+
 class State:
     """The thread state of one side: looked at, or taken off the thread (`take`)."""
 

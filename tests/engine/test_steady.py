@@ -348,3 +348,17 @@ def test_a_call_that_fails_names_the_write():
         model.ids.output = model.ids.output + torch.tensor([0, 1])
         out = model.output.save()
     torch.testing.assert_close(out, model._module.table(torch.tensor([1, 3])))
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile", "fail_on_recompile"])
+@pytest.mark.filterwarnings("ignore:nnsight_fx. nothing of the model ran captured")
+def test_what_was_captured_under_another_stance(stance):
+    model, x = wrapped(), torch.randn(2, 4)
+    program = model.program(lambda tracer: model[0].output * 2)
+    for _ in range(3):
+        traced(model, x)
+        program(x)
+    with torch.compiler.set_stance(stance):
+        torch.testing.assert_close(traced(model, x), by_hand(model, x), rtol=0, atol=0)
+        torch.testing.assert_close(program(x), 2 * model._module[0](x), rtol=0, atol=0)
+    torch.testing.assert_close(traced(model, x), by_hand(model, x), rtol=0, atol=0)
