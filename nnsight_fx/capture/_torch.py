@@ -8,6 +8,8 @@
 | `_torchdynamo_orig_callable`, `OptimizedModule` | what the user compiled, as it was | 2.13 |
 | `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.13 |
 | `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
+| `torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth` | a captured graph that fails | 2.13 |
+| `torch._C._get_flash_sdp_enabled` and its like | settings of the process, at each trace | 2.13 |
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
 | `ShapeEnv.produce_guards_expression` | guards that a variant adds | 2.11, 2.13 |
 | `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
@@ -628,7 +630,7 @@ def _cached_only(context: Any, function: Callable) -> Callable:
 
     code, callback = function.__code__, cast(Any, refuse)
     callback._torchdynamo_orig_backend = context.callback  # the captures to look among
-    frames, layers = torch._dynamo.eval_frame, torch._C._functorch
+    frames, layers = torch._dynamo.eval_frame, torch._C._functorch  # type: ignore[attr-defined]
 
     def cached(*args: Any) -> Any:
         if frames._stance.stance == "force_eager":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from ..capture import _torch
 from ..capture.markers import active
@@ -81,7 +81,7 @@ class Call:
         found = self.steady.variant
         if segment is not self.steady.segment or not found.guards(list(args)):
             raise _torch.NotCaptured
-        outputs = self.steady.call(*args, *extras(self, found))
+        outputs = self.steady.call(*args, *extras(cast(Any, self), found))
         self.env = dict(zip(found.gives, outputs[found.own :], strict=True))
         return outputs[: found.own]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -23,7 +23,7 @@ from .run import Run
 from .sites import Signature, WaveSites
 from .spliced import SplicedRun
 from .split import Part, part, parts
-from .steady import Call, Steady
+from .steady import Steady
 
 
 class Shadow(NamedTuple):
@@ -43,7 +43,7 @@ class Wave:
         self.edits = len(host._edits)
         self.members: list[Invoker | Shadow | None] = [None] * (self.edits + alone)  # `None`: over the whole batch
         self.batches: list[Any] = [first] if alone else []
-        self.run: Run | Call | None = None
+        self.run: Run | None = None
         self.notes: Notes | None = None  # when it has run
         self.done: list[tuple[Part, Run]] = []  # the forwards of a recording that does not fit one
         scanner = host._scanner
@@ -163,10 +163,11 @@ class Wave:
     # -- running -------------------------------------------------------------------------------------------------
 
     def _start(self) -> Run:
-        if self.run is None:
+        run = self.run
+        if run is None:
             self._gather()
-            self.run = self.host._run(self, self.tape.plan(self.groups()), self.tape.constants, self.tape.lines)
-        return self.run
+            run = self.run = self.host._run(self, self.tape.plan(self.groups()), self.tape.constants, self.tape.lines)
+        return run
 
     def _gather(self) -> None:
         """The model is about to run: what it is called with, and the values of earlier traces that the body used."""
@@ -183,9 +184,10 @@ class Wave:
         self._gather()
         try:
             inputs = (self.batch.args, self.batch.kwargs)
-            self.run = steady(inputs, self.tape.constants, self.tape.lines, self.host._markers.own())
+            call = steady(inputs, self.tape.constants, self.tape.lines, self.host._markers.own())
         except NotCaptured:
             return False
+        self.run = cast(Any, call)  # it has what is asked of a run that is over
         return True
 
     def _scan(self) -> None:
@@ -299,7 +301,7 @@ class Wave:
         for run in self._runs():
             run.release()
 
-    def _runs(self) -> list[Run | Call]:
+    def _runs(self) -> list[Run]:
         return [*[run for _, run in self.done], *([] if self.run is None else [self.run])]
 
     def _meta(self, key: Key) -> torch.Tensor:
