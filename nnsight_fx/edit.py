@@ -142,6 +142,8 @@ class Edits:
 
     def _replay_edits(self, tape: Tape) -> None:
         """The operations of the edits, each in a worker of its own, in front of the trace's."""
+        if not self._edits:
+            return
         for n, edit in enumerate(self._edits):
             tape.invoke = Invoke(n)
             edit.replay(tape)

@@ -199,13 +199,14 @@ class Envoy(Observed):
         return UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module) and not name.startswith("_"):
+        if name.startswith("_"):
+            return super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
             setattr(self._module, name, value)
             self._root._attached[".".join(p for p in (self._path, name) if p)] = value
             self._root._module_changed()
             return
-        traced = not name.startswith("_") and self._root.tracer is not None
-        if traced and not hasattr(type(self), name) and name not in self.__dict__:
+        if not hasattr(type(self), name) and name not in self.__dict__ and self._root.tracer is not None:
             raise self._unknown(name)
         super().__setattr__(name, value)
 
@@ -213,6 +214,8 @@ class Envoy(Observed):
         if isinstance(index, str):
             return self._child(index)
         names = list(self._module._modules)
+        if type(index) is int and 0 <= index < len(names):
+            return self._child(names[index])
         if isinstance(index, slice):
             return [self._child(n) for n in names[index]]
         if not names:
@@ -263,8 +266,8 @@ class Envoy(Observed):
     @property
     def device(self) -> torch.device | None:
         """The device of the first parameter."""
-        tables = (m._parameters for m in self._module.modules())
-        return next((p.device for table in tables for p in table.values() if p is not None), None)
+        found = _first_parameter(self._module)
+        return None if found is None else found.device
 
     @property
     def devices(self) -> set[torch.device]:
@@ -284,6 +287,17 @@ class Envoy(Observed):
 
     def __repr__(self) -> str:
         return re.sub(r"^\w+", lambda m: m.group(0), repr(self._module), count=1)
+
+
+def _first_parameter(module: nn.Module) -> nn.Parameter | None:
+    for p in module._parameters.values():
+        if p is not None:
+            return p
+    for child in module._modules.values():
+        found = None if child is None else _first_parameter(child)
+        if found is not None:
+            return found
+    return None
 
 
 def _moved(x: Any, device: torch.device) -> Any:

@@ -97,8 +97,10 @@ class own_error(property):  # noqa: N801  (used as `@property` is)
     """
 
     def __get__(self, obj: Any, cls: type | None = None) -> Any:
+        if obj is None:
+            return self
         try:
-            return super().__get__(obj, cls)
+            return self.fget(obj)  # type: ignore[misc]
         except AttributeError as error:
             obj.__dict__["_own_error"] = error
             raise

@@ -95,7 +95,7 @@ class Shared:
 
 
 def _of_shared(name: str, doc: str = "") -> Any:
-    return property(lambda self: getattr(self._shared, name), lambda self, v: setattr(self._shared, name, v), doc=doc)
+    return property(operator.attrgetter(f"_shared.{name}"), lambda self, v: setattr(self._shared, name, v), doc=doc)
 
 
 class NNsight(Edits, Envoy):
@@ -231,12 +231,14 @@ class NNsight(Edits, Envoy):
         return NNsight.trace(Plain(self), *args, fn=".".join(p for p in (part._path, fn) if p), **kwargs)  # type: ignore[arg-type]
 
     def _check_fn(self, fn: str | None) -> None:
+        if fn is None:
+            return
         try:
             callee(self._module, fn)
         except AttributeError as error:
             known = [n for n in dir(self._module) if not n.startswith("_") and callable(getattr(self._module, n, None))]
             raise UnknownModuleError(
-                f"{user_line()}: `{fn}` is no method of the model; {nearest(fn or '', known)}"
+                f"{user_line()}: `{fn}` is no method of the model; {nearest(fn, known)}"
             ) from error
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
@@ -299,7 +301,8 @@ class NNsight(Edits, Envoy):
 
     def _note(self, tracer: Tracer) -> None:
         """A trace has run."""
-        self._latest = functools.reduce(operator.add, tracer.notes) if tracer.notes else self._latest
+        notes = tracer.notes
+        self._latest = functools.reduce(operator.add, notes) if notes else self._latest
 
     def _has_input(self, kwargs: dict) -> bool:
         """Do keywords alone make an input of this model?"""
@@ -311,11 +314,17 @@ class NNsight(Edits, Envoy):
         if device is not None and device.type == "meta":
             device = None
         leaves, spec = tree.flatten((args, kwargs))
-        moved = [x.to(device) if isinstance(x, torch.Tensor) and device is not None else x for x in leaves]
-        if any(a is not b for a, b in zip(leaves, moved, strict=True)):  # else the model gets the user's own lists
-            args, kwargs = tree.unflatten(moved, spec, (args, kwargs))
-        first = next((x for x in moved if isinstance(x, torch.Tensor) and x.dim() > 0), None)
-        return Batch(args, kwargs, rows=1 if first is None else first.shape[0])
+        elsewhere, rows = False, None
+        for x in leaves:
+            if isinstance(x, torch.Tensor):
+                elsewhere = elsewhere or (device is not None and x.device != device)
+                rows = x.shape[0] if rows is None and x.dim() else rows
+        if elsewhere:
+            leaves = [x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves]
+            args, kwargs = tree.unflatten(leaves, spec, (args, kwargs))  # else the model gets the user's own lists
+        batch = Batch(args, kwargs, 1 if rows is None else rows)
+        batch.__dict__["flat"] = (leaves, spec)
+        return batch
 
     def _given(self, args: tuple, kwargs: dict, rows: int) -> Batch:
         """What a generation calls the model with: as it is."""
@@ -388,7 +397,7 @@ class NNsight(Edits, Envoy):
     def _suspend(self) -> Callable[[], None]:
         """While a body runs, functions that the user compiled run as written; the return undoes it."""
         old = _torch.stance()
-        _torch.set_stance(_torch.body_stance())
+        _torch.set_stance(old and (old[0], True))
         return lambda: _torch.set_stance(old)
 
     def _wave(self, tracer: Tracer, first: Any, alone: bool) -> Wave:

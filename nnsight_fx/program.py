@@ -22,6 +22,7 @@ from .tracing.encode import Key, facts
 from .tracing.lazy import LazyTensor, user_line
 from .tracing.plan import CALL, MODULE, READ, SAVE, SKIP, STOP, WRITE, InterventionGraph
 
+_PLAIN = (torch.Tensor, *PLAIN)
 ENTRIES = 64  # recordings that a program keeps
 KINDS = frozenset({READ, WRITE, SKIP, CALL, MODULE, SAVE, STOP})
 
@@ -123,7 +124,7 @@ class Program:
     def _call(self, batch: Any, kind: tuple) -> Hashable:
         """By what a call is known again without a look at the model, which Dynamo's guards take; `None` with objects."""
         leaves, spec = batch.flat
-        plain = all(isinstance(x, (torch.Tensor, *PLAIN)) for x in leaves)
+        plain = all([isinstance(x, _PLAIN) for x in leaves])
         return (spec, _described(leaves), self.model._scanner, *kind) if plain else None
 
     def _trace(self, inputs: Any, args: tuple, kwargs: dict, of: Recording | None = None) -> Any:
@@ -157,8 +158,10 @@ class Program:
 
 def _described(leaves: list) -> tuple:
     """Of what kind arguments are."""
+    if not leaves:
+        return ()
     first = {id(x): i for i, x in reversed([*enumerate(leaves)])}
-    found = tuple((facts(x), first[id(x)]) if isinstance(x, torch.Tensor) else (type(x), x, repr(x)) for x in leaves)
+    found = tuple([(facts(x), first[id(x)]) if isinstance(x, torch.Tensor) else (type(x), x, repr(x)) for x in leaves])
     try:
         hash(found)
     except TypeError as error:
@@ -254,8 +257,8 @@ class Recording:
         """Run it as a call; `NotCaptured`, before anything ran, where it is none any more."""
         assert self.steady is not None
         hooks = program.model._markers.own()
-        held = self.steady((batch.args, batch.kwargs), self._lifted(program, leaves), hooks)
-        return tree.unflatten([own([x]) for x in held], self.spec)
+        run = self.steady((batch.args, batch.kwargs), self._lifted(program, leaves), self.lines, hooks)
+        return self._given(run)
 
     def run(self, program: Program, batch: Any, leaves: list) -> Any:
         """Run it on another input, with other arguments."""
@@ -267,12 +270,14 @@ class Recording:
             missed = run.unfinished()
             if missed and not run.stopping:
                 raise run.missed_error(missed)
-            held = [[run.lookup(key)] for key in self.keys]
-            self.steady = Steady.of(run, self.keys)
+            self.steady = Steady.of(run)
         except BaseException:
             run.abandon()
             raise
-        run.env.clear()
-        run.skipped.clear()
-        run.result = run.coroutine = None
+        return self._given(run)
+
+    def _given(self, run: Any) -> Any:
+        """What a finished run gives."""
+        held = [[run.lookup(key)] for key in self.keys]
+        run.release()
         return tree.unflatten([own(x) for x in held], self.spec)

@@ -8,6 +8,8 @@
 | `_torchdynamo_orig_callable`, `OptimizedModule` | what the user compiled, as it was | 2.13 |
 | `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.13 |
 | `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
+| `torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth` | a captured graph that fails | 2.13 |
+| `torch._C._get_flash_sdp_enabled` and its like | settings of the process, at each trace | 2.13 |
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
 | `ShapeEnv.produce_guards_expression` | guards that a variant adds | 2.11, 2.13 |
 | `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
@@ -108,7 +110,7 @@ def alone(held: list[torch.Tensor]) -> bool:
 
 def function_modes(take: bool = False) -> list[TorchFunctionMode]:
     """The thread's stack of function modes, bottom first; `take` leaves it empty."""
-    modes = _get_current_function_mode_stack()
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
     for _ in modes if take else ():
         torch._C._pop_torch_function_stack()
     return modes
@@ -121,7 +123,7 @@ def push_function_modes(modes: list[TorchFunctionMode]) -> None:
 
 def dispatch_modes(take: bool = False) -> list[Any]:
     """The thread's stack of dispatch modes, bottom first; `take` leaves it empty."""
-    modes = _get_current_dispatch_mode_stack()
+    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
     for _ in modes if take else ():
         _pop_mode()
     return modes
@@ -184,9 +186,13 @@ def body_stance(body: bool = True) -> Any:
     return now and (now[0], body)
 
 
-@contextlib.contextmanager
-def as_compiled() -> Iterator[None]:
+def as_compiled() -> contextlib.AbstractContextManager:
     """Compiled functions run as such in the block, also where it runs inside the body of another trace."""
+    return _out_of_body() if getattr(_Stance.bodies, "open", False) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _out_of_body() -> Iterator[None]:
     old = stance()
     set_stance(body_stance(False))
     try:
@@ -323,6 +329,19 @@ def new_context(mode: FakeTensorMode) -> tuple[Any, Any]:
     """A context of compilation as Dynamo would have made it, and the block in which it holds."""
     context = torch._guards.TracingContext(mode)
     return context, torch._guards.tracing(context)
+
+
+SDPA = {
+    "flash": torch._C._get_flash_sdp_enabled,
+    "mem_efficient": torch._C._get_mem_efficient_sdp_enabled,
+    "math": torch._C._get_math_sdp_enabled,
+    "cudnn": torch._C._get_cudnn_sdp_enabled,
+}
+
+
+def deterministic() -> tuple[bool, bool]:
+    """Are deterministic algorithms asked for, and is it no error where there is none?"""
+    return torch._C._get_deterministic_algorithms(), torch._C._get_deterministic_algorithms_warn_only()
 
 
 def process_flags() -> tuple:
@@ -540,7 +559,7 @@ def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool
             return False
         return not code or env.evaluate_guards_expression(code, [values[i] for i in where])
 
-    return hold
+    return hold if fixed or code else lambda values: True
 
 
 def guards_hold(env: Any, since: int, fakes: list) -> Callable[[list], bool]:
@@ -701,7 +720,21 @@ def _cached_only(context: Any, function: Callable) -> Callable:
 
     code, callback = function.__code__, cast(Any, refuse)
     callback._torchdynamo_orig_backend = context.callback  # the captures to look among
-    return torch._dynamo.eval_frame._TorchDynamoContext(callback)(function)
+    frames, layers = torch._dynamo.eval_frame, torch._C._functorch  # type: ignore[attr-defined]
+
+    def cached(*args: Any) -> Any:
+        if frames._stance.stance == "force_eager":
+            raise NotCaptured
+        depth, outer = layers.get_dynamic_layer_stack_depth(), frames.set_eval_frame(callback)
+        try:
+            return function(*args)
+        except BaseException:
+            layers.pop_dynamic_layer_stack_and_undo_to_depth(depth)  # a graph that fails leaves its transforms there
+            raise
+        finally:
+            frames.set_eval_frame(outer)
+
+    return cached
 
 
 def _library(hook: Any) -> bool:
@@ -746,3 +779,8 @@ def seen_by_dynamo(module: torch.nn.Module) -> Callable[[], None] | None:
 def undisturbed(function: Callable) -> Callable:
     """`function` run as it is, also when compiled code calls it."""
     return torch._dynamo.disable(function)
+
+
+def inside(function: Callable) -> Callable:
+    """What `undisturbed` made a function from, for a caller that is undisturbed itself."""
+    return function._torchdynamo_orig_callable if hasattr(function, "_torchdynamo_disable") else function  # type: ignore[attr-defined]

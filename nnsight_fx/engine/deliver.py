@@ -31,7 +31,7 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
     for lazy in tape.saved.values():
         if type(lazy) is LazyTensor:
             try:
-                if tape.conditions.hold(lazy, value):
+                if not tape.conditions.used or tape.conditions.hold(lazy, value):
                     found.append((lazy, [value(lazy._key)]))
             except KeyError:  # the run did not come to it
                 pass
@@ -44,7 +44,9 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
         own_state = vars(lazy)
         for name in _RECORDED:
             own_state.pop(name, None)
-        delivered.append((_bytes(held[0]), held[0].grad_fn is not None))
+        real = held[0]
+        delivered.append((real.nbytes if real.layout is torch.strided else _bytes(real), real.grad_fn is not None))
+        del real
         _torch.swap(lazy, own(held))
     return delivered
 
@@ -69,4 +71,4 @@ def _alias(real: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes(x: torch.Tensor) -> int:
-    return x.nbytes if x.layout is torch.strided else x._nnz() * x.element_size() if x.is_sparse else 0
+    return x._nnz() * x.element_size() if x.is_sparse else 0

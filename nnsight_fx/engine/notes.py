@@ -66,9 +66,9 @@ LISTED = ("syncs", "live", "fallbacks")
 
 def notes_of(line: Any, runs: Iterable[Any], delivered: list) -> Notes:
     """The notes of one recording: its runs, and the tensors that were delivered."""
-    made = functools.reduce(operator.add, [_of_run(run) for run in runs])
+    made = functools.reduce(operator.add, map(_of_run, runs))
     made.line, made.saved = short(line), len(delivered)
-    made.bytes, made.graphs = sum(n for n, _ in delivered), sum(g for _, g in delivered)
+    made.bytes, made.graphs = sum([n for n, _ in delivered]), sum([g for _, g in delivered])
     return made
 
 

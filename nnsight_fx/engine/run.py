@@ -63,7 +63,7 @@ class Run(TensorInterleaver):
         except Stopped:
             pass
         except Exception as e:
-            self._blame(e)
+            blame(e, self.written)
             raise
         finally:
             active.run = outer
@@ -124,6 +124,10 @@ class Run(TensorInterleaver):
         """A body that looked at a value goes on to operations inside modules: they are observed from here on."""
         for _ in self.owner.operations.use(frames):  # every module's `forward` is ours by now, and calls these
             pass
+
+    def release(self) -> None:
+        super().release()
+        self.result = self.coroutine = None
 
     def abandon(self) -> None:
         self._untap(list(self.taps))
@@ -194,8 +198,7 @@ class Run(TensorInterleaver):
         """Remember whom to blame, should the model fail now."""
         op = self.plan.ops[n]
         if op.kind in (WRITE, SKIP):
-            done = "skipped" if op.kind == SKIP else "written"
-            self.written = (f"`{'.'.join(p for p in op.target[:2] if p)}` was {done}", self.lines[n])
+            self.written = written(op, self.lines[n])
 
     def _alias_saved(self, n: int, leaves: list) -> None:
         """Where a saved value requires grad the model goes on with an alias, which is the saved tensor's own (SEMANTICS D5).
@@ -296,12 +299,6 @@ class Run(TensorInterleaver):
 
     # -- errors --------------------------------------------------------------------------------------------------
 
-    def _blame(self, error: Exception) -> None:
-        """Name the write after which the model failed."""
-        if self.written is not None:
-            what, line = self.written
-            error.add_note(f"nnsight_fx: the model failed after {what} at {line}")
-
     def missed_error(self, missed: list[int]) -> MissedSiteError:
         for n in missed:
             op = self.plan.ops[n]
@@ -336,6 +333,17 @@ class Run(TensorInterleaver):
                     "Everything else that was saved has been delivered."
                 )
         return MissedSiteError(f"{self.lines[missed[0]]}: the run ended before this operation had what it needs.")
+
+
+def written(op: Op, line: Line) -> tuple[str, Line]:
+    """What a write or a skip did, and where."""
+    return f"`{'.'.join(p for p in op.target[:2] if p)}` was {'skipped' if op.kind == SKIP else 'written'}", line
+
+
+def blame(error: Exception, done: tuple[str, Line] | None) -> None:
+    """Name the write after which the model failed."""
+    if done is not None:
+        error.add_note(f"nnsight_fx: the model failed after {done[0]} at {done[1]}")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import os
 import traceback
 from collections import OrderedDict
@@ -143,7 +142,8 @@ class Scanner:
         """The structural copy, made anew when parameters changed their dtype, device or gradient flag."""
         with NoTorchFunction():  # in a body each look at an attribute would be looked at
             tensors = [t for table in self.tables if table for t in table.values() if t is not None]
-            state = (list(map(id, tensors)), *(list(map(fact, tensors)) for fact in _FACTS))
+            ids, devices = list(map(id, tensors)), [t.device for t in tensors]
+            state = (ids, devices, [t.dtype for t in tensors], [t.requires_grad for t in tensors])
         if self._copy is None or self._copy[0] != state:
             if self._copy is not None:
                 self.signatures.clear()
@@ -473,9 +473,6 @@ class WaveSites:
     def module(self, path: str) -> Callable:
         """A module's forward, on fakes."""
         return self.scanner.skeleton().get_submodule(path).forward
-
-
-_FACTS = [operator.attrgetter(name) for name in ("dtype", "device", "requires_grad")]
 
 
 def _computed(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

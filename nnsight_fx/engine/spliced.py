@@ -11,7 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -51,9 +51,13 @@ from .sites import FakeInterleaver
 from .symbolic import Symbolic
 from .variants import Variant, extras, variant
 
+if TYPE_CHECKING:
+    from .steady import Steady
+
 _serial = itertools.count()
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 EXACT = ("eager", "aot_eager")  # backends whose numbers are the model's, to the bit
+STEADY = 512  # plans kept that run as a call
 ENTRIES = 128  # captures kept a model and set of options
 MISSES = 3  # how often an entry may look for its capture in vain before it stops trying without hooks
 
@@ -110,6 +114,7 @@ class Capture:
     whole: str | None = None  # why the latest was not compiled block by block, where that was asked for
     nodes: int = 0  # of the segment that was compiled last, before its passes
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
+    steady: OrderedDict[tuple, Steady] = field(default_factory=OrderedDict)  # (signature, plan) -> the plan as a call
     unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
 
     def __post_init__(self):
@@ -143,6 +148,7 @@ class Capture:
         self.entries.clear()
         self.rowwise.clear()
         self.segments.clear()
+        self.steady.clear()
 
     def entry(
         self,
@@ -173,8 +179,10 @@ class Capture:
             self.entries[key] = Entry(call, inner, cached)
         self.entries.move_to_end(key)
         if len(self.entries) > ENTRIES:
-            (_, old, *_), _ = self.entries.popitem(last=False)
+            (_, old, *_), gone = self.entries.popitem(last=False)
             self.segments = [s for s in self.segments if old is None or s.plan is not old]
+            for key in [key for key, steady in self.steady.items() if steady.entry is gone]:
+                del self.steady[key]
         return self.entries[key]
 
     def shares(self, fn: str | None, plan: InterventionGraph) -> bool:
@@ -204,6 +212,14 @@ class Capture:
         segment.plan = active.run.capture_half
         self.segments.append(segment)
         self.captures += 1
+
+    def settle(self, key: tuple, steady: Steady | None) -> None:
+        """A plan has run: remember whether it runs as a call."""
+        self.steady.pop(key, None)
+        if steady is not None:
+            self.steady[key] = steady
+            if len(self.steady) > STEADY:
+                self.steady.popitem(last=False)
 
     def drop(self, segment: Segment) -> None:
         self.segments = [s for s in self.segments if s is not segment]

@@ -3,73 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from ..capture import _torch
 from ..capture.markers import active
 from ..capture.segment import Segment
 from ..tracing.encode import Key
-from .run import Run
+from ..tracing.interleave import Value
+from ..tracing.lazy import Line
+from ..tracing.plan import CALL, MODULE, READ, SAVE, WRITE
+from .run import Run, blame, written
 from .spliced import SplicedRun, Unread
+from .variants import extras
+
+KINDS = frozenset({READ, WRITE, CALL, MODULE, SAVE})
 
 
 class Steady:
     """What a finished run has shown of its plan. Dynamo checks its guards at each call, and we the hooks on the modules."""
 
-    def __init__(self, run: SplicedRun, keys: Sequence[Key]):
+    def __init__(self, run: SplicedRun):
         assert run.entry is not None and run.variant is not None
         self.capture, self.entry, self.segment, self.variant = run.capture, run.entry, run.segment, run.variant
-        self.hooks = run.owner.own()
-        self.slots = [take[1] for take in self.variant.takes]
-        self.given = [self.variant.own + self.variant.gives.index(key[1:3]) for key in keys]
+        self.plan, self.modules, self.hooks = run.plan, run.modules, run.owner.own()
+        self.call = _torch.inside(run.variant.call)
+        self.write = max((n for n, op in enumerate(run.plan.ops) if op.kind == WRITE), default=None)
 
     @classmethod
-    def of(cls, run: Run, keys: Sequence[Key]) -> Steady | None:
-        """A run that gave the values `keys` as a call, if it was no more than that."""
+    def of(cls, run: Run) -> Steady | None:
+        """A finished run that missed nothing as a call, if it was no more than that."""
         if not isinstance(run, SplicedRun) or run.entry is None or run.variant is None or run.segment is None:
             return None
         found, plan = run.variant, run.plan
-        one = run.entry.whole and run.segments_run == 1 and not run.on_hooks and not run.report
-        plain = not (run.frames or plan.skips or plan.recapture or plan.backs or run.live_sites)
-        begun = found not in run.segment.variants.get(
-            ((plan, True), found.unread, ()), ()
-        )  # did anything happen before the graph
-        inputs = all(take[0] == "constant" and take[2] == "tensor" for take in found.takes)
-        gives = found.requires is None and found.cut is None and all(key[1:3] in found.gives for key in keys)
-        return cls(run, keys) if one and plain and not begun and inputs and gives and not run.replays else None
+        one = run.entry.whole and run.segments_run == 1 and not run.on_hooks and not run.report and not run.replays
+        plain = not (run.frames or plan.recapture or plan.backs or run.live_sites) and all(
+            op.kind in KINDS and not op.when for op in plan.ops
+        )
+        start = ((plan, True), found.unread, ())
+        begun = found not in run.segment.variants.get(start, ())  # did anything happen before the graph
+        whole = found.requires is None and found.cut is None and plan.saved <= set(found.gives)
+        return cls(run) if one and plain and not begun and whole else None
 
-    def __call__(self, inputs: tuple, constants: list, hooks: tuple) -> list:
-        """The values, of a run on other inputs and lifted values; `NotCaptured`, before anything ran, where it is no such run."""
-        if hooks != self.hooks:
+    def __call__(self, inputs: tuple, constants: list, lines: list[Line], hooks: tuple) -> Call:
+        """A run on other inputs and lifted values; `NotCaptured`, before anything ran, where it is no such run."""
+        if hooks != self.hooks or not self.entry.whole:
             raise _torch.NotCaptured
-        call, outer = _Call(self, constants), getattr(active, "run", None)
+        call, outer = Call(self, constants, lines), getattr(active, "run", None)
         active.run = call
         try:
             with _torch.as_compiled():
                 self.entry.cached(*inputs)  # type: ignore[misc]
         except Unread:
             pass
+        except _torch.NotCaptured:
+            raise
+        except Exception as error:
+            if self.write is not None:
+                blame(error, written(self.plan.ops[self.write], lines[self.write]))
+            raise
         finally:
             active.run = outer
         self.capture.hits += 1
-        return call.values
+        return call
 
 
-class _Call:
-    """What captured code finds as the run."""
+class Call:
+    """What captured code finds as the run, and whoever asks for its values."""
 
-    owner = None
+    owner = coroutine = None
+    stopping, segments_run, compiles, hits = False, 1, 0, 1
+    report: Sequence[str] = ()
+    live_sites: Sequence[str] = ()
 
-    def __init__(self, steady: Steady, constants: list):
-        self.steady, self.constants = steady, constants
-        self.values: list = []
+    def __init__(self, steady: Steady, constants: list, lines: list[Line]):
+        self.steady, self.constants, self.lines = steady, constants, lines
+        self.capture, self.plan, self.modules = steady.capture, steady.plan, steady.modules
+        self.env: dict[Value, Any] = {}
 
     def run_segment(self, segment: Segment, args: tuple) -> Any:
-        steady, found = self.steady, self.steady.variant
-        if segment is not steady.segment or not found.guards(list(args)):
+        found = self.steady.variant
+        if segment is not self.steady.segment or not found.guards(list(args)):
             raise _torch.NotCaptured
-        outputs = found.call(*args, *[self.constants[slot] for slot in steady.slots])
-        self.values = [outputs[i] for i in steady.given]
+        outputs = self.steady.call(*args, *extras(cast(Any, self), found))
+        self.env = dict(zip(found.gives, outputs[found.own :], strict=True))
         if found.unread:
             raise Unread
         return outputs[: found.own]
+
+    @property
+    def done(self) -> range:
+        """The operations of the plan that took place: all."""
+        return range(len(self.plan.ops))
+
+    def lookup(self, key: Key) -> Any:
+        return self.env[key[1:3]] if key[0] == "v" else self.constants[key[1]]
+
+    def release(self) -> None:
+        """The values belong to whoever saved them."""
+        self.env = {}
+
+    def abandon(self) -> None:
+        """There is nothing to end."""

@@ -17,10 +17,6 @@ import torch
 from ..capture import _torch
 from ..tracing import ambient
 
-SDPA = {
-    name: getattr(torch.backends.cuda, f"{name}_sdp_enabled") for name in ("flash", "mem_efficient", "math", "cudnn")
-}
-
 
 class State:
     """The thread state of one side: looked at, or taken off the thread (`take`)."""
@@ -31,14 +27,11 @@ class State:
         self.ambient = ambient.current()
         self.autocast_cache = torch.is_autocast_cache_enabled()
         self.dtype = torch.get_default_dtype()
-        self.sdpa = {name: enabled() for name, enabled in SDPA.items()}
-        self.deterministic = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
+        self.sdpa = [enabled() for enabled in _torch.SDPA.values()]
+        self.deterministic = _torch.deterministic()
         self.stance = _torch.stance()
         self.frames = _torch.frame_callback() if take else None
-        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        cuda = torch.cuda.is_initialized() and torch.cuda.is_available()
         self.cuda = (torch.cuda.current_device(), torch.cuda.current_stream()) if cuda else None
 
     def restore(self) -> contextlib.ExitStack:
@@ -52,7 +45,7 @@ class State:
             torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(self.autocast_cache)
         torch.set_default_dtype(self.dtype)
-        for name, enabled in self.sdpa.items():
+        for name, enabled in zip(_torch.SDPA, self.sdpa, strict=True):
             getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
         torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
         if self.cuda is not None:

@@ -289,6 +289,8 @@ def number(take: tuple, value: Any) -> torch.Tensor:
 
 def extras(run: SplicedRun, found: Variant) -> list:
     """The extra inputs of a call."""
+    if not found.takes:
+        return []
     raw = raw_numbers(run)
     values = []
     for take in found.takes:

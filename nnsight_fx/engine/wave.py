@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
+from ..capture._torch import NotCaptured
 from ..errors import InvokeError, NotRecordableError
 from ..tracing import saving
 from ..tracing.contexts import Invoker, Tracer
 from ..tracing.encode import Key
 from ..tracing.graph import Graph
 from ..tracing.lazy import user_line
-from ..tracing.plan import Groups
+from ..tracing.plan import Groups, InterventionGraph
 from ..tracing.tape import Tape
 from ..tracing.writing import Recording
 from .deliver import deliver
 from .notes import Notes, notes_of
 from .run import Run
 from .sites import Signature, WaveSites
+from .spliced import SplicedRun
 from .split import Part, part, parts
+from .steady import Steady
 
 
 class Shadow(NamedTuple):
@@ -31,6 +34,8 @@ class Shadow(NamedTuple):
 
 class Wave:
     """Invokes that run together. `alone` is a trace with one direct input."""
+
+    signature: Signature | None = None  # what the plans that run as a call are found by; none in a generation
 
     def __init__(self, host: Any, tracer: Tracer, first: Any, alone: bool):
         """`first` is the first input; a list of them when all are given first."""
@@ -53,6 +58,7 @@ class Wave:
         if isinstance(first, list):
             self.batch = host._collate(first, pad_to=tracer.pad_to)
             length = host._length(self.batch) or length
+        self.signature = signature
         sites = WaveSites(scanner, signature, self.rows_of, length, self._signature_of)
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
         host._replay_edits(self.tape)
@@ -157,13 +163,32 @@ class Wave:
     # -- running -------------------------------------------------------------------------------------------------
 
     def _start(self) -> Run:
-        if self.run is not None:
-            return self.run
+        run = self.run
+        if run is None:
+            self._gather()
+            run = self.run = self.host._run(self, self.tape.plan(self.groups()), self.tape.constants, self.tape.lines)
+        return run
+
+    def _gather(self) -> None:
+        """The model is about to run: what it is called with, and the values of earlier traces that the body used."""
         if not self.alone:
             self.batch = self.host._collate(self.batches, pad_to=self.tracer.pad_to)
         self.tape.resolve()
-        run = self.run = self.host._run(self, self.tape.plan(self.groups()), self.tape.constants, self.tape.lines)
-        return run
+
+    def _call(self, plan: InterventionGraph) -> bool:
+        """Run as a call, where an earlier run of the plan has shown to be no more."""
+        capture = self.host._capture_for(self.tracer.compile) if self.run is None else None
+        steady = None if capture is None else capture.steady.get((self.signature, plan))
+        if steady is None:
+            return False
+        self._gather()
+        try:
+            inputs = (self.batch.args, self.batch.kwargs)
+            call = steady(inputs, self.tape.constants, self.tape.lines, self.host._markers.own())
+        except NotCaptured:
+            return False
+        self.run = cast(Any, call)  # it has what is asked of a run that is over
+        return True
 
     def _scan(self) -> None:
         """Nothing runs: what the model would refuse on these shapes is raised."""
@@ -196,12 +221,16 @@ class Wave:
             return self._scan()
         if self.tape.splits and self.run is None:
             return self._finish_parts()
-        run = self._start()
         plan = self.tape.plan(self.groups())
+        if self._call(plan):
+            return
+        run = self._start()
         run.finish(plan)
         missed = run.unfinished()
         if missed and not run.stopping:
             raise run.missed_error(missed)
+        if self.signature is not None and isinstance(run, SplicedRun):
+            run.capture.settle((self.signature, plan), Steady.of(run))
 
     def _finish_parts(self) -> None:
         """Several forwards, in order, each with the values of those before it."""
@@ -259,8 +288,7 @@ class Wave:
         if self.tracer.scan_only:
             deliver(self.tape, self._meta, lambda: None)
         if self.run is not None or self.done:
-            runs = [*(run for _, run in self.done), *([self.run] if self.run is not None else [])]
-            self.notes = notes_of(self.tracer.line, runs, deliver(self.tape, self.value, self._release))
+            self.notes = notes_of(self.tracer.line, self._runs(), deliver(self.tape, self.value, self._release))
 
     def performed(self, n: int) -> bool:
         """Did the run get to an operation?"""
@@ -270,10 +298,11 @@ class Wave:
 
     def _release(self) -> None:
         """The values now belong to whoever saved them."""
-        for run in (*(run for _, run in self.done), *((self.run,) if self.run is not None else ())):
-            run.env.clear()
-            run.skipped.clear()
-            run.result = run.coroutine = None
+        for run in self._runs():
+            run.release()
+
+    def _runs(self) -> list[Run]:
+        return [*[run for _, run in self.done], *([] if self.run is None else [self.run])]
 
     def _meta(self, key: Key) -> torch.Tensor:
         """What a scan gives for a value: a tensor without data."""

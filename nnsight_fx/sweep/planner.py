@@ -40,7 +40,7 @@ def _kind(p: Pending) -> Hashable:
     wave, state = p.wave, p.tracer.state
     leaves, spec = tree.flatten((wave.batch.args, wave.batch.kwargs))
     inputs = tuple((x.shape[1:], x.dtype, x.device) if isinstance(x, torch.Tensor) else x for x in leaves)
-    flags = (state.ambient, state.autocast_cache, state.dtype, tuple(state.sdpa.items()), state.deterministic)
+    flags = (state.ambient, state.autocast_cache, state.dtype, tuple(state.sdpa), state.deterministic)
     stops = p.plan if p.plan.stops else None
     options = p.tracer.compile
     return (

@@ -185,8 +185,8 @@ class Session:
 
 
 def _held(tape: Tape, key: Any) -> Any:
-    lazy = tape.values[key]
-    if lazy._held is None:
+    lazy = tape.values.get(key)
+    if lazy is None or lazy._held is None:
         raise KeyError(key)
     return lazy._held
 

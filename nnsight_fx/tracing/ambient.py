@@ -21,7 +21,7 @@ class Ambient(NamedTuple):
     @property
     def casts(self) -> bool:
         """Is there an autocast among them?"""
-        return any(enabled for _, enabled, _ in self.autocast)
+        return any([enabled for _, enabled, _ in self.autocast])
 
 
 @functools.cache
@@ -31,11 +31,8 @@ def devices() -> tuple[str, ...]:
 
 def current() -> Ambient:
     """The modes that hold now."""
-    return Ambient(
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices()),
-    )
+    autocast = tuple([(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices()])
+    return Ambient(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
 
 
 _any_autocast = torch._C._is_any_autocast_enabled

@@ -72,11 +72,11 @@ class Tracer:
         self.invoker: Invoker | None = None
         self.given: list[Invoker] = []
         self.recorder = Recorder()
-        self.line = user_line()
         self.barriers: list[tuple[int, list[int], Line]] = []
         self.cursor = Cursor(self)
         self.conditions: list[Condition] = []
         self.generation: Any = None  # a function that runs the model many times, forward by forward
+        self.modes: Any = contextlib.nullcontext()  # those that a generation runs under
         self.missed: MissedSiteError | None = None
         self.counted: dict[tuple[str, str], tuple[int, int]] = {}
 
@@ -88,26 +88,25 @@ class Tracer:
                 f"{user_line()}: this model already has an open trace, from {self.host.tracer.line}. "
                 "Leave it first, or open an invoke in it (`with tracer.invoke(...)`)."
             )
-        self.host.tracer = self
+        self.host.tracer, self.line = self, user_line()
         try:
-            self.line = user_line()
             if saving.session() is not None:
                 self.args, self.kwargs = held(self.args), held(self.kwargs)
             self.state = self.host._state()
-            self.modes = contextlib.ExitStack()
             if self.args or self.host._has_input(self.kwargs):
                 first = self.host._prepare(self.args, self.kwargs)
                 if self.fn == "generate":
                     saving.catch_up()
                 self.generation = self.host._generation(self, first)
                 if self.generation is not None:
+                    self.modes = contextlib.ExitStack()
                     self.modes.enter_context(ambient.under(self.generation.modes))
                 self._begin(first, alone=True)
             self.resume_body = self.host._suspend()
             self.recorder.__enter__()
         except BaseException:
             self._abort()
-            self.modes.close()
+            self.modes.__exit__(None, None, None)
             self.host.tracer = None
             raise
         return self
@@ -115,7 +114,7 @@ class Tracer:
     @quiet
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         self.recorder.__exit__(None, None, None)
-        self.modes.close()
+        self.modes.__exit__(None, None, None)
         self.resume_body()
         try:
             if isinstance(error, Never):  # found out before the run, told after it
@@ -200,11 +199,13 @@ class Tracer:
         self._finish(wave)
 
     def _finish(self, wave: Any) -> None:
+        wave.tape.busy = True  # as in `running`
         try:
-            with wave.tape.running():
-                wave.finish()
+            wave.finish()
         except MissedSiteError as e:
             self.missed = self.missed or e
+        finally:
+            wave.tape.busy = False
 
     def deliver(self) -> None:
         """What was saved is there; then a site that was never reached is told."""
@@ -300,7 +301,8 @@ class Tracer:
     @property
     def tape(self) -> Tape:
         """The open recording."""
-        self.check_open()
+        if self.host.tracer is not self:
+            self.check_open()
         if not self.waves or (self.given and self.invoker is None):
             raise OutsideTraceError(
                 f"{user_line()}: no input is open here: this trace takes its inputs by invoke. Move the line into a "

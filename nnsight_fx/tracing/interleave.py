@@ -315,6 +315,11 @@ class Interleaver:
         value = self.env[(key[1], key[2])]
         return value if key[2] >= 0 else tree.unflatten(*value)
 
+    def release(self) -> None:
+        """The values now belong to whoever saved them."""
+        self.env.clear()
+        self.skipped.clear()
+
     def _release(self, n: int) -> None:
         """Free what nothing will use any more."""
         if not self.closed:

@@ -32,6 +32,9 @@ class Line(NamedTuple):
         return f"{self.filename}:{self.lineno}"
 
 
+_new_line = tuple.__new__  # `Line(...)` without a call in Python: there is one a recorded operation
+
+
 @functools.cache
 def _internal(filename: str) -> bool:
     return filename.startswith(_INTERNAL)
@@ -42,7 +45,7 @@ def user_line() -> Line:
     frame = sys._getframe(1)
     while frame.f_back is not None and _internal(frame.f_code.co_filename):
         frame = frame.f_back
-    return Line(frame.f_code.co_filename, frame.f_lineno)
+    return _new_line(Line, (frame.f_code.co_filename, frame.f_lineno))
 
 
 class LazyTensor(torch.Tensor):

@@ -8,6 +8,7 @@ v1 = torch.Tensor.add(v0[0], constant_0)          # steer.py:12
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -222,6 +223,7 @@ def code(plan: InterventionGraph, lines: Sequence[Line], constants: Sequence[Any
     return "\n".join(f"{text:<{width}}  # {note}" if note else text for text, note in rows)
 
 
+@functools.lru_cache(1024)
 def short(line: Line) -> str:
     return f"{os.path.basename(line.filename)}:{line.lineno}"
 

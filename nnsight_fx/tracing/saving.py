@@ -36,7 +36,10 @@ def closed(scope: Any) -> None:
 
 def session() -> Any:
     """The innermost open session, or `None`."""
-    return next((s for s in reversed(_open.stack) if not isinstance(s, Tape)), None)
+    for scope in reversed(_open.stack):
+        if not isinstance(scope, Tape):
+            return scope
+    return None
 
 
 def catch_up() -> None:

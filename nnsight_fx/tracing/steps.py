@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from . import tree
 from .encode import Key, Lifted
-from .lazy import Line
+from .lazy import LazyTensor, Line
 from .plan import InterventionGraph, Op, Site
 
 if TYPE_CHECKING:
@@ -102,6 +103,26 @@ class Step:
         self.spec: tree.Spec = None
         self.leaves: list = []  # FakeTensor: a new value; Key: an argument itself; else a literal
         self.rebound: list[tuple[Key, torch.Tensor]] = []  # what an in-place operation made of its argument
+
+
+class Living:
+    """The recorded values by key, while somebody holds them: a `WeakValueDictionary` without its cost for each value."""
+
+    def __init__(self) -> None:
+        self.refs: dict[Key, weakref.ref[LazyTensor]] = {}
+
+    def __setitem__(self, key: Key, value: LazyTensor) -> None:
+        self.refs[key] = weakref.ref(value)
+
+    def get(self, key: Key) -> LazyTensor | None:
+        found = self.refs.get(key)
+        return None if found is None else found()
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter([key for key, ref in self.refs.items() if ref() is not None])
+
+    def values(self) -> list[LazyTensor]:
+        return [x for x in [ref() for ref in self.refs.values()] if x is not None]
 
 
 class Invoke:

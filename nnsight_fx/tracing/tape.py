@@ -14,7 +14,6 @@ import logging
 import operator
 import threading
 import types
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -63,7 +62,7 @@ from .plan import (
     Op,
     Site,
 )
-from .steps import NO_ARGS, NO_KWARGS, Beaten, DeclaredCache, Invoke, Missing, Opaque, SiteMeta, Sites, Step
+from .steps import NO_ARGS, NO_KWARGS, Beaten, DeclaredCache, Invoke, Living, Missing, Opaque, SiteMeta, Sites, Step
 
 BEATEN = 256  # lines that a step knows to follow it
 _FAKES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -80,6 +79,7 @@ class Tape:
         run_until: Callable[[Tape], Callable[[Key], Any]],
     ):
         self.step, self.fakes, self.sites, self.run_until = root, fakes, sites, run_until
+        self.fixed = sites is not None and sites.fixed  # an edit has no sites
         self.ops: list[Op] = []
         self.specs: list[tree.Spec] = []
         self.lines: list[Line] = []
@@ -88,7 +88,7 @@ class Tape:
         self.slots: dict[int, Key] = {}  # id of a real tensor -> its key
         self.const_fakes: dict[int, torch.Tensor] = {}
         self.changed: dict[int, torch.Tensor] = {}  # real tensors that a recorded operation changes in place
-        self.values: weakref.WeakValueDictionary[Key, LazyTensor] = weakref.WeakValueDictionary()
+        self.values = Living()
         self.order: dict[
             int, tuple[float, Site, int]
         ] = {}  # the latest site an operation depends on, and whose invoke's
@@ -310,6 +310,8 @@ class Tape:
         self.step = step
         if op.when:
             self.conditions.used = True
+        if op.kind == SAVE:  # nothing uses what it returns
+            return None
         for key, fake in step.rebound:
             grew = fake.requires_grad and not self.fake_of(key).requires_grad
             if grew and op.effect == "inplace":  # from here on the model's own values require grad
@@ -317,8 +319,9 @@ class Tape:
                 self.invoke.metas = {s: m for s, m in self.invoke.metas.items() if m.order <= self.invoke.order}
             self._rebind(key, fake)
         self._order(n, op)
-        values = [self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)]
-        return values[0] if step.spec is None else tree.unflatten(values, step.spec)
+        if step.spec is None:
+            return self._value(step.leaves[0], ("v", n, 0), line)
+        return tree.unflatten([self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)], step.spec)
 
     def _value(self, leaf: Any, key: Key, line: Line) -> Any:
         if type(leaf) is FakeTensor:
@@ -328,20 +331,23 @@ class Tape:
         if isinstance(leaf, tuple) and leaf and leaf[0] in ("v", "c") and not isinstance(leaf, torch.Size):
             if leaf[0] == "c":
                 return self.changed.setdefault(id(self.constants[leaf[1]]), self.constants[leaf[1]])
-            return self.values[leaf] if leaf in self.values else self._lazy(leaf, self.fake_of(leaf), line)
+            living = self.values.get(leaf)
+            return living if living is not None else self._lazy(leaf, self.fake_of(leaf), line)
         return leaf
 
     def _lazy(self, key: Key, fake: torch.Tensor, line: Line) -> LazyTensor:
         with NoTorchFunction():
-            made = self.values[key] = LazyTensor(self, key, fake, line)
+            made = self.values[key] = LazyTensor.__new__(LazyTensor, self, key, fake, line)
         return made
 
     def _rebind(self, key: Key, fake: torch.Tensor) -> None:
         if key[0] == "c":
             self.const_fakes[key[1]] = fake
             self.changed[id(self.constants[key[1]])] = self.constants[key[1]]
-        elif key in self.values:
-            self.values[key]._fake = fake
+        else:
+            living = self.values.get(key)
+            if living is not None:
+                living._fake = fake
 
     def undo(self) -> None:
         """Take back the last operation, which nothing has used."""
@@ -352,8 +358,6 @@ class Tape:
 
     def _order(self, n: int, op: Op) -> None:
         """Where in the model's order the results of an operation exist."""
-        if op.kind == SAVE:  # nothing uses what it returns
-            return
         if op.kind == GRAD:
             self.order[n] = (LATE, ("the gradient", "", 0), self.invoke.index)
             return
@@ -524,13 +528,15 @@ class Tape:
 
         Objects in it (a KV cache) need a sync point; without `whole` they stay `Opaque`.
         """
-        self.settle()
-        if site in self.invoke.values:
+        invoke = self.invoke
+        if invoke.containers:
+            self.settle()
+        if site in invoke.values:
             self._touch(site)
-            return self.invoke.values[site]
-        if not whole and site in self.invoke.partial:
-            return self.invoke.partial[site]
-        again = self._beaten((site, self.invoke.index))
+            return invoke.values[site]
+        if not whole and site in invoke.partial:
+            return invoke.partial[site]
+        again = self._beaten((site, invoke.index))
         if again is not None:
             return self._read_again(site, again)
         self._check_passed(site, "read")
@@ -587,7 +593,7 @@ class Tape:
         """Does nothing but the lines so far decide what a line records?"""
         conditions = self.conditions
         return (
-            self.sites.fixed
+            self.fixed
             and self.passed is None
             and not (conditions.used or conditions.blocks)
             and not self.casts
@@ -951,7 +957,8 @@ class Tape:
 
     def save(self, lazy: LazyTensor) -> None:
         self.check_open((lazy,), {})
-        self.conditions.save(lazy)
+        if self.conditions.blocks or self.conditions.saves:
+            self.conditions.save(lazy)
         if id(lazy) not in self.saved:
             self.saved[id(lazy)], self.kept[id(lazy)] = lazy, lazy._key
             self.keep(lazy)
@@ -960,7 +967,8 @@ class Tape:
         """The run shall give a value, whether or not it is delivered."""
         if not self.open or self.closed:  # a forward that has run has kept what was held then
             return
-        self.settle()
+        if self.invoke.containers:
+            self.settle()
         again = self._beaten(lazy._key)
         if again is not None:
             self._advance(again.step, again.op)

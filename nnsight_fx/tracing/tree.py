@@ -35,7 +35,7 @@ def children(value: Any) -> tuple[str, tuple, list] | None:
     return None
 
 
-_LEAVES = frozenset({int, float, bool, str, type(None)})
+_LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)})
 
 
 def flatten(value: Any) -> tuple[list, Spec]:
@@ -48,13 +48,23 @@ def flatten(value: Any) -> tuple[list, Spec]:
 def _walk(value: Any, leaves: list) -> Spec:
     cls = type(value)
     if cls is tuple or cls is list:  # the most there is: without a look at what else it could be
-        return (cls.__name__, cls, (), tuple([_walk(x, leaves) for x in value]))
-    parts = None if cls in _LEAVES or isinstance(value, torch.Tensor) else children(value)
-    if parts is None:
-        leaves.append(value)
-        return None
-    kind, keys, values = parts
-    return (kind, type(value), keys, tuple([_walk(x, leaves) for x in values]))
+        kind, keys, values = cls.__name__, (), value
+    elif cls is dict:
+        kind, keys, values = "dict", tuple(value), value.values()
+    else:
+        parts = None if cls in _LEAVES or isinstance(value, torch.Tensor) else children(value)
+        if parts is None:
+            leaves.append(value)
+            return None
+        kind, keys, values = parts
+    specs = []
+    for x in values:
+        if type(x) in _LEAVES:
+            leaves.append(x)
+            specs.append(None)
+        else:
+            specs.append(_walk(x, leaves))
+    return (kind, cls, keys, tuple(specs))
 
 
 def unflatten(leaves: list, spec: Spec, like: Any = None) -> Any:

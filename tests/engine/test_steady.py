@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
 from nnsight_fx.capture import markers
+from nnsight_fx.engine.steady import Steady
 
 
 def wrapped(backend="eager"):
@@ -244,3 +245,120 @@ def test_what_python_runs_in_between_is_left_alone():
         gc.set_threshold(*threshold)
         gc.callbacks.remove(collected)
     assert seen
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The plans that ran as a call."""
+    found = []
+    real = Steady.__call__
+    monkeypatch.setattr(Steady, "__call__", lambda self, *args: (real(self, *args), found.append(self.plan))[0])
+    return found
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_plan_seen_before_runs_as_a_call(calls, backend):
+    model = wrapped(backend)
+
+    def steered(x, vector, at, by):
+        with model.trace(x):
+            model[0].output[:, at] += by * vector
+            inner, out = model[0].output.save(), model.output.save()
+        return inner, out
+
+    for n in range(4):
+        x, vector, at, by = torch.randn(2, 4), torch.randn(2), n % 3, 0.5 + n
+        with assert_no_fallback():
+            inner, out = steered(x, vector, at, by)
+        plain = model._module
+        expected = plain[0](x)
+        expected[:, at] += by * vector
+        torch.testing.assert_close(inner, expected, rtol=0, atol=0)
+        torch.testing.assert_close(out, plain[2](plain[1](expected)), rtol=0, atol=0)
+    assert len(calls) == 3
+    assert "1 segments ran, 0 compiled for it, 1 cache hits" in str(model.explain())
+
+
+def test_a_call_gives_an_autograd_graph_and_values_of_their_own():
+    model, x = wrapped("aot_eager"), torch.randn(2, 4)
+    for _ in range(3):
+        inner, out = traced(model, x)
+        model.zero_grad()
+        out.sum().backward()
+        got = model[0]._module.bias.grad.clone()
+        model.zero_grad()
+        by_hand(model, x)[1].sum().backward()
+        torch.testing.assert_close(got, model[0]._module.bias.grad)
+        inner.detach().zero_()
+    torch.testing.assert_close(traced(model, x), by_hand(model, x), rtol=0, atol=0)
+
+
+def test_inputs_modes_and_options_have_calls_of_their_own(calls):
+    model = wrapped()
+    inputs = [torch.randn(2, 4), torch.randn(3, 4), torch.randn(2, 4, requires_grad=True)]
+    for _ in range(4):
+        calls.clear()
+        for x in inputs:
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    got = traced(model, x)
+                assert got[1].requires_grad is grad
+                torch.testing.assert_close(got, by_hand(model, x), rtol=0, atol=0)
+    assert len(calls) == 6
+    calls.clear()
+    with model.trace(inputs[0], compile=False):
+        out = model.output.save()
+    assert not calls
+    torch.testing.assert_close(out, model._module(inputs[0]))
+
+
+def test_what_looks_at_values_is_no_call(calls):
+    model, x = wrapped(), torch.randn(2, 4)
+    for _ in range(3):
+        with model.trace(x) as tracer:
+            out = model[0].output.save()
+            big = (model[1].output.sum() > -1e9).save()
+            if big:  # a sync point
+                tracer.log("seen")
+        torch.testing.assert_close(out, model._module[0](x))
+    assert not calls
+
+
+def test_a_call_that_fails_names_the_write():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ids, self.table = nn.Identity(), nn.Embedding(4, 2)
+
+        def forward(self, x):
+            return self.table(self.ids(x))
+
+    model, x = NNsight(Looks()), torch.tensor([1, 2])
+    model.compile(backend="eager")
+    for _ in range(3):
+        with model.trace(x):
+            model.ids.output = model.ids.output + torch.tensor([0, 1])
+            out = model.output.save()
+        torch.testing.assert_close(out, model._module.table(torch.tensor([1, 3])))
+    with pytest.raises(IndexError) as error, model.trace(x):
+        model.ids.output = model.ids.output + torch.tensor([0, 9])
+        out = model.output.save()
+    assert any("the model failed after `ids.output` was written at" in note for note in error.value.__notes__)
+    with model.trace(x):
+        model.ids.output = model.ids.output + torch.tensor([0, 1])
+        out = model.output.save()
+    torch.testing.assert_close(out, model._module.table(torch.tensor([1, 3])))
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile", "fail_on_recompile"])
+@pytest.mark.filterwarnings("ignore:nnsight_fx. nothing of the model ran captured")
+def test_what_was_captured_under_another_stance(stance):
+    model, x = wrapped(), torch.randn(2, 4)
+    program = model.program(lambda tracer: model[0].output * 2)
+    for _ in range(3):
+        traced(model, x)
+        program(x)
+    with torch.compiler.set_stance(stance):
+        torch.testing.assert_close(traced(model, x), by_hand(model, x), rtol=0, atol=0)
+        torch.testing.assert_close(program(x), 2 * model._module[0](x), rtol=0, atol=0)
+    torch.testing.assert_close(traced(model, x), by_hand(model, x), rtol=0, atol=0)

@@ -49,12 +49,12 @@ def test_fires():
 
 def test_several_positions_and_other_dimensions():
     def function(x, w, p, q):
-        l = F.linear(x, w)
+        y = F.linear(x, w)
         return (
-            take_at(l, [1], [p]),
-            take_at(l, [0, 1, 2], [q, q, p]),
-            take_at(l, [-2], [q]),
-            take_at(l, [-1, 1], [q, p]),
+            take_at(y, [1], [p]),
+            take_at(y, [0, 1, 2], [q, q, p]),
+            take_at(y, [-2], [q]),
+            take_at(y, [-1, 1], [q, p]),
         )
 
     gm, job = by_hand(function)
@@ -66,7 +66,7 @@ def test_several_positions_and_other_dimensions():
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x, w, p, q: (F.linear(x, w),) * 2 and ((l := F.linear(x, w)), take_at(l, [1], [p])),  # read as a whole
+        lambda x, w, p, q: (F.linear(x, w),) * 2 and ((y := F.linear(x, w)), take_at(y, [1], [p])),  # read as a whole
         lambda x, w, p, q: (
             take_at(F.linear(x, w), [0], [q]),
             take_at(F.linear(x, w), [2], [p]),
