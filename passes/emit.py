@@ -97,8 +97,14 @@ class Emitter(Interleaver):
         return self._emit("call_function", put_rows, (leaf, new, *group, self.plan.groups.total, batched))
 
     def observed(self, leaf: Any, how: Observed) -> Any:
+        of = leaf.args[0] if isinstance(leaf, fx.Node) and leaf.target is rows else leaf
+        fake = of.meta.get("example_value") if isinstance(of, fx.Node) else None
+        moved = isinstance(fake, torch.Tensor) and how.leaves_gpu(fake)  # by the run, behind the graph
         for name, kwargs in how.steps if isinstance(leaf, fx.Node) else ():
-            leaf = self._emit("call_method", name, (leaf,), dict(kwargs))
+            given = dict(kwargs)
+            if moved and name == "to":  # as it is here, whatever changes it later
+                given["device"], given["copy"] = fake.device, True  # type: ignore[union-attr]
+            leaf = self._emit("call_method", name, (leaf,), given)
         return leaf
 
     def _group(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:

@@ -20,7 +20,8 @@ from ..tracing.ambient import under
 from ..tracing.encode import Key
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.lazy import Line
-from ..tracing.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Op, Site
+from ..tracing.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observed, Op, Site
+from .offload import Offload
 from .switch import Coroutine, State
 
 
@@ -47,6 +48,7 @@ class Run(TensorInterleaver):
         self.compiles = self.hits = 0
         self.taps: dict[int, tuple[torch.Tensor, Any]] = {}  # gradient -> the tensor that has it, and its hook
         self.flowing: int | None = None  # the backward that runs
+        self.offload = Offload()
 
     # -- the model -----------------------------------------------------------------------------------------------
 
@@ -83,6 +85,7 @@ class Run(TensorInterleaver):
             self._resume()
         else:
             self.work(None)
+        self.offload.wait()
         missed = self.unfinished() if self.coroutine.ended else []
         if missed:
             raise self.missed_error(missed)
@@ -114,6 +117,7 @@ class Run(TensorInterleaver):
                 self.work(None)
         finally:
             self._untap(list(self.taps))
+            self.offload.wait()
 
     def extend(self, plan: InterventionGraph) -> None:
         super().extend(plan)
@@ -187,6 +191,11 @@ class Run(TensorInterleaver):
         return forward
 
     # -- operations ----------------------------------------------------------------------------------------------
+
+    def observed(self, leaf: Any, how: Observed) -> Any:
+        if isinstance(leaf, torch.Tensor) and how.leaves_gpu(leaf):
+            return self.offload.begin(leaf, how)
+        return super().observed(leaf, how)
 
     def perform(self, n: int, firing: Firing | None) -> None:
         if self.plan.ops[n].kind == READ and firing is not None:

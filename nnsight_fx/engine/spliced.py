@@ -44,7 +44,7 @@ from ..tracing import tree
 from ..tracing.ambient import under
 from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
-from ..tracing.plan import MODULE, OBJECT, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
+from ..tracing.plan import MODULE, OBJECT, OBSERVE, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
 from . import cuda_graphs, gradients
 from .run import Run, live
 from .sites import FakeInterleaver
@@ -519,7 +519,9 @@ class SplicedRun(Run):
     def _go_past(self, found: Any, outputs: Any) -> None:
         """Take over where the plan stands after a segment, and the values it gave."""
         for value, real in zip(found.gives, outputs[found.own :], strict=True):
-            self.env[value] = real
+            op = self.plan.ops[value[0]]
+            away = op.kind == OBSERVE and isinstance(real, torch.Tensor) and op.extra[1].leaves_gpu(real)
+            self.env[value] = self.offload.begin(real, op.extra[1]) if away else real
         self.at, self.done, self.counts = list(found.exit.at), set(found.exit.done), dict(found.exit.counts)
         self.skipped = {
             at: {
@@ -594,6 +596,7 @@ class SplicedRun(Run):
         if self.replays and torch.cuda.is_available():
             root = next(iter(self.owner.paths))
             given = [*root.parameters(), *root.buffers(), *self.constants, self.inputs]
+            self.offload.wait()
             self.env = cuda_graphs.apart(self.env, given)
         self.capture.live_sites.update(self.live_sites)
         if not self.segments_run and not self.stopping and not self.on_hooks:

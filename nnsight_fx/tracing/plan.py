@@ -51,6 +51,16 @@ class Observed(NamedTuple):
 
     steps: tuple[tuple[str, tuple], ...]
 
+    @property
+    def to(self) -> dict[str, Any]:
+        """Where values are moved, and what they are cast to."""
+        return dict(dict(self.steps).get("to", ()))
+
+    def leaves_gpu(self, x: torch.Tensor) -> bool:
+        """Is a value taken from a GPU into memory, where it can arrive while the model goes on?"""
+        device, plain = self.to.get("device"), "detach" in dict(self.steps) or not x.requires_grad
+        return x.is_cuda and device is not None and device.type == "cpu" and plain and x.layout is torch.strided
+
 
 class Groups(NamedTuple):
     """Each invoke's rows `(start, size)` of the batch; `None` for an invoke over the whole batch."""
