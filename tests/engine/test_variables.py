@@ -40,6 +40,7 @@ class Gives(nn.Module):
 KINDS = {
     "a tensor": lambda x: [(x,), {}],
     "keywords": lambda x: [(), {"x": x, "n": None, "y": x + 1}],
+    "names of our own": lambda x: [(), {"path": x, "tx": x, "module": 1, "collectors": (x,), "function": x, "_": 2}],
     "numbers and names": lambda x: [(1, x, 2.5, "a", True, None), {}],
     "nested tuples": lambda x: [((x, (None, (x * 2, 3))),), {"pair": (x, x)}],
     "a tuple of none": lambda x: [((1, None),), {"pair": ()}],
