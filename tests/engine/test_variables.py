@@ -94,7 +94,7 @@ def segments(monkeypatch):
 def test_the_markers_are_those_of_the_text(kind, monkeypatch):
     ours = marked(kind)
     captured.clear()
-    monkeypatch.setattr(variables, "among", lambda tx, *a, **k: _torch.inlined(tx, markers.among, *a, **k))
+    monkeypatch.setattr(variables, "among", lambda tx, /, *a, **k: _torch.inlined(tx, markers.among, *a, **k))
     assert marked(kind) == ours
 
 
