@@ -225,21 +225,26 @@ def register(*functions: Callable) -> None:
 
 def traced_by(function: Callable, handler: Callable) -> None:
     """Have Dynamo call `handler(tx, *args, **kwargs)` on its variables where it would read the instructions of `function`."""
-    from torch._dynamo.variables import TorchInGraphFunctionVariable
-
-    handlers = getattr(TorchInGraphFunctionVariable, "_get_handlers", None)
+    handlers = getattr(_vt().TorchInGraphFunctionVariable, "_get_handlers", None)
     if handlers is not None:  # another torch reads
         torch.compiler.allow_in_graph(function)
-        handlers()[function] = lambda _, tx, *args, **kwargs: handler(tx, *args, **kwargs)
+        handlers()[function] = lambda _, tx, /, *args, **kwargs: handler(tx, *args, **kwargs)
 
 
 def is_tensor(value: Any) -> bool:
-    return type(value) is torch._dynamo.variables.TensorVariable
+    return type(value) is _vt().TensorVariable
+
+
+def _vt() -> Any:
+    """Their classes: importing them loads Dynamo."""
+    from torch._dynamo import variables
+
+    return variables
 
 
 def _unread() -> type | None:
     """The class of a constant of which Dynamo guards no more than the type, until something depends on its value."""
-    return getattr(torch._dynamo.variables.lazy, "LazyConstantVariable", None)
+    return getattr(_vt().lazy, "LazyConstantVariable", None)
 
 
 def looked_at(value: Any) -> Any:
@@ -249,21 +254,21 @@ def looked_at(value: Any) -> Any:
 
 def is_plain(value: Any, types: tuple[type, ...]) -> bool:
     """Is it `None`, or a constant of one of these types?"""
-    constant = type(value) in (torch._dynamo.variables.ConstantVariable, _unread())
+    constant = type(value) in (_vt().ConstantVariable, _unread())
     return constant and issubclass(value.python_type(), (type(None), *types))
 
 
-def items(value: Any) -> list | None:
+def items(value: Any) -> Any:
     """What is in a tuple, if it is one and no named one."""
-    return list(value.items) if type(value) is torch._dynamo.variables.TupleVariable else None
+    return list(value.items) if type(value) is _vt().TupleVariable else None
 
 
 def tuple_of(values: list) -> Any:
-    return torch._dynamo.variables.TupleVariable(values)
+    return _vt().TupleVariable(values)
 
 
 def attribute(tx: Any, value: Any, name: str) -> Any:
-    variable = torch._dynamo.variables.VariableTracker.build
+    variable = _vt().VariableTracker.build
     return variable(tx, getattr).call_function(tx, [value, variable(tx, name)], {})
 
 
@@ -277,16 +282,16 @@ def length(tx: Any, module: Any, name: str) -> int:
 
 def node(tx: Any, function: Callable, *args: Any) -> Any:
     """A call of a function that is `register`ed."""
-    return torch._dynamo.variables.TorchInGraphFunctionVariable(function).call_function(tx, _variables(tx, args), {})
+    return _vt().TorchInGraphFunctionVariable(function).call_function(tx, _variables(tx, args), {})
 
 
-def inlined(tx: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
+def inlined(tx: Any, function: Callable, /, *args: Any, **kwargs: Any) -> Any:
     """A call of a function whose instructions Dynamo reads."""
-    return torch._dynamo.variables.UserFunctionVariable(function).call_function(tx, _variables(tx, args), kwargs)
+    return _vt().UserFunctionVariable(function).call_function(tx, _variables(tx, args), kwargs)
 
 
 def _variables(tx: Any, args: Sequence) -> list:
-    of = torch._dynamo.variables.VariableTracker
+    of = _vt().VariableTracker
     return [x if isinstance(x, of) else of.build(tx, x) for x in args]
 
 
@@ -701,7 +706,7 @@ def forget_tables(start: tuple[str, ...]) -> None:
     all guards before it asks a filter, and then builds again what is left."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    found = getattr(InstructionTranslator.current_tx().output.guards, "inner", None)
+    found: Any = getattr(InstructionTranslator.current_tx().output.guards, "inner", None)
     start = tuple(f"L['{name}']" for name in start)
     for guard in list(found or ()):
         name = guard.name if isinstance(guard.name, str) else guard.name()

@@ -8,12 +8,12 @@ from . import _torch, markers
 from .markers import PLAIN, TABLES, anchor, site
 
 
-def between(tx: Any, path: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+def between(tx: Any, path: Any, module: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`markers.between`."""
     return among(tx, path, _torch.tuple_of([]), module, *args, **kwargs)
 
 
-def among(tx: Any, path: Any, collectors: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+def among(tx: Any, path: Any, collectors: Any, module: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`markers.among`; what is rare is left to its text, which Dynamo then reads."""
     hooks = _torch.items(collectors)
     if sum(_torch.length(tx, module, table) for table in TABLES) != 2 + len(hooks):

@@ -40,6 +40,7 @@ class Gives(nn.Module):
 KINDS = {
     "a tensor": lambda x: [(x,), {}],
     "keywords": lambda x: [(), {"x": x, "n": None, "y": x + 1}],
+    "names of our own": lambda x: [(), {"path": x, "tx": x, "module": 1, "collectors": (x,), "function": x, "_": 2}],
     "numbers and names": lambda x: [(1, x, 2.5, "a", True, None), {}],
     "nested tuples": lambda x: [((x, (None, (x * 2, 3))),), {"pair": (x, x)}],
     "a tuple of none": lambda x: [((1, None),), {"pair": ()}],
@@ -93,7 +94,7 @@ def segments(monkeypatch):
 def test_the_markers_are_those_of_the_text(kind, monkeypatch):
     ours = marked(kind)
     captured.clear()
-    monkeypatch.setattr(variables, "among", lambda tx, *a, **k: _torch.inlined(tx, markers.among, *a, **k))
+    monkeypatch.setattr(variables, "among", lambda tx, /, *a, **k: _torch.inlined(tx, markers.among, *a, **k))
     assert marked(kind) == ours
 
 
