@@ -21,13 +21,13 @@ class Past:
 
     def __init__(self, cache: Any, length: int, queries: int, mask: Any):
         self.cache, self.length, self.queries, self.mask = cache, length, queries, mask
+        self.inside = {id(t) for layer in cache.layers for t in (layer.keys, layer.values)}
 
     def dim(self, x: torch.Tensor) -> tuple[int, int] | None:
         """The dim of a tensor that grows, and what it is beyond the length."""
         if x is self.mask:
             return x.dim() - 1, self.queries
-        inside = any(x is t for layer in self.cache.layers for t in (layer.keys, layer.values))
-        return (x.dim() - 2, 0) if inside else None
+        return (x.dim() - 2, 0) if id(x) in self.inside else None
 
     def shape(self, x: torch.Tensor) -> tuple:
         found = self.dim(x)
