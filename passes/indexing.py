@@ -135,11 +135,28 @@ def _may_share(a: Any, b: Any) -> bool:
     """May two values lie in the same memory?"""
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return True
+    if _apart(_rows(a), _rows(b)):
+        return False
     a, b = _root(a), _root(b)
     stored = _storage(a), _storage(b)
     if None not in stored:
         return stored[0] == stored[1]
     return a is b or not all(_name(n) in FRESH for n in (a, b))
+
+
+def _apart(a: tuple | None, b: tuple | None) -> bool:
+    """Are they the rows of two invokes?"""
+    return a is not None and b is not None and a[0] is b[0] and (a[2] <= b[1] or b[2] <= a[1])
+
+
+def _rows(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """In which rows of what a view lies, where an invoke has taken it from these."""
+    while isinstance(node, fx.Node) and node.args and (node.target is site or _name(node) in VIEWS or changes(node)):
+        if node.target is torch.narrow and node.args[1] == 0 and all(isinstance(n, int) for n in node.args[2:]):
+            x, _, start, size = node.args
+            return x, start, start + size  # type: ignore[return-value, operator]
+        node = node.args[0]  # type: ignore[assignment]
+    return None
 
 
 def _root(node: fx.Node) -> fx.Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
@@ -42,58 +42,85 @@ def read_positions(gm: fx.GraphModule, job: Job) -> int:
     """
     if job.cut is not None or job.inputs is None:
         return 0
-    reads: dict[fx.Node, dict[fx.Node, int]] = {}
+    sources: dict[fx.Node, list[Read]] = {}
     for node in gm.graph.nodes:
-        place = _place(node)
-        if place is not None:
-            reads.setdefault(node.args[0], {})[node] = place  # type: ignore[arg-type]
-    reads = {x: found for x, found in reads.items() if set(found) == set(x.users) and _fits(x, max(found), job)}
-    if not reads:
+        if (found := _read(node)) is not None:
+            sources.setdefault(found.x, []).append(found)
+    sources = {x: reads for x, reads in sources.items() if _all(x, reads) and _fits(x, max(r.node for r in reads), job)}
+    if not sources:
         return 0
     _note(gm, job)
     pulled = 0
-    for x, found in reads.items():
-        numbers = list(dict.fromkeys(n.args[2][i] for n, i in found.items()))  # type: ignore[index]
+    for x, reads in sources.items():
+        numbers = list(dict.fromkeys(r.number for r in reads))
         if taken(x) is None or len(numbers) > FEW:
             continue
         with gm.graph.inserting_before(x.next):
             chosen = gm.graph.call_function(at, (x, *numbers))
             chosen.meta = dict(x.meta)
-            for node, i in found.items():
-                _read(gm, job, node, i, chosen, numbers.index(node.args[2][i]))  # type: ignore[index]
+        for read in reads:
+            _replace(gm, job, read, chosen, numbers.index(read.number))
         pulled += pull(
             gm, [chosen], lambda source, node: _fits(source, node, job), lambda old, new: _begins(job, old, new)
         )
     return pulled
 
 
-def _place(node: fx.Node) -> int | None:
-    """Where, in the dimensions of a read at lifted numbers, dimension 1 is."""
+class Read(NamedTuple):
+    """A read at lifted numbers, one of which is a position."""
+
+    node: fx.Node  # the `take_at`
+    x: fx.Node  # of what
+    rows: fx.Node | None  # of which rows, where an invoke reads
+    place: int  # where, in its dimensions, dimension 1 is
+
+    @property
+    def number(self) -> fx.Node:
+        return self.node.args[2][self.place]  # type: ignore[index, return-value]
+
+
+def _read(node: fx.Node) -> Read | None:
     if node.op != "call_function" or node.target is not take_at:
         return None
     x, dims, numbers = node.args
+    rows = x if x.target is torch.narrow and x.args[1] == 0 else None  # type: ignore[union-attr]
+    x = x if rows is None else rows.args[0]
     value = x.meta.get("example_value")  # type: ignore[union-attr]
     size = value.dim() if isinstance(value, torch.Tensor) else 0
     places = [i for i, d in enumerate(dims) if d == 1 or (size and d == 1 - size)]  # type: ignore[arg-type]
     plain = all(isinstance(n, fx.Node) and n.op == "placeholder" for n in numbers)  # type: ignore[union-attr]
-    return places[0] if len(places) == 1 and plain and (size or min(dims) >= 0) else None  # type: ignore[type-var]
+    if len(places) != 1 or not plain or not (size or min(dims) >= 0):  # type: ignore[type-var]
+        return None
+    return Read(node, x, rows, places[0])  # type: ignore[arg-type]
 
 
-def _read(gm: fx.GraphModule, job: Job, node: fx.Node, place: int, chosen: fx.Node, number: int) -> None:
+def _all(x: fx.Node, reads: list[Read]) -> bool:
+    """Is it read at positions, and not used otherwise?"""
+    whole = {r.rows for r in reads if r.rows is not None}
+    nodes = {r.node for r in reads}
+    return set(x.users) == whole | {r.node for r in reads if r.rows is None} and all(
+        set(w.users) <= nodes for w in whole
+    )
+
+
+def _replace(gm: fx.GraphModule, job: Job, read: Read, chosen: fx.Node, number: int) -> None:
     """Read from the chosen positions what was read from all."""
-    _, dims, numbers = node.args
+    _, dims, numbers = read.node.args
     size = chosen.meta["example_value"].dim()
-    with gm.graph.inserting_before(node):
-        new = gm.graph.call_method("select", (chosen, 1, number))
-        rest = [i for i in range(len(dims)) if i != place]  # type: ignore[arg-type]
+    with gm.graph.inserting_before(read.node):
+        new = chosen if read.rows is None else gm.graph.call_function(torch.narrow, (chosen, *read.rows.args[1:]))
+        new = gm.graph.call_method("select", (new, 1, number))
+        rest = [i for i in range(len(dims)) if i != read.place]  # type: ignore[arg-type]
         if rest:
             left = [d - (d > 1) for d in (dims[i] % size for i in rest)]  # type: ignore[index, operator]
             new = gm.graph.call_function(take_at, (new, left, [numbers[i] for i in rest]))  # type: ignore[index]
-        elif len(chosen.args) > 2:
+        elif len(chosen.args) > 2 or read.rows is not None:
             new = gm.graph.call_method("clone", (new,))  # of its own, as it was
-    node.replace_all_uses_with(new)
-    job.exports.update({v: new for v, n in job.exports.items() if n is node})
-    gm.graph.erase_node(node)
+    read.node.replace_all_uses_with(new)
+    job.exports.update({v: new for v, n in job.exports.items() if n is read.node})
+    gm.graph.erase_node(read.node)
+    if read.rows is not None and not read.rows.users:
+        gm.graph.erase_node(read.rows)
 
 
 def _fits(source: fx.Node, node: fx.Node, job: Job) -> bool:

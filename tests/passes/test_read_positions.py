@@ -21,7 +21,9 @@ P, Q = torch.tensor(-1), torch.tensor(2)
 
 def by_hand(function):
     """A graph of `x, w` and of two numbers, with fakes on its nodes."""
-    gm = fx.GraphModule({}, fx.Tracer(autowrap_functions=(take_at, F.linear, F.layer_norm)).trace(function))
+    gm = fx.GraphModule(
+        {}, fx.Tracer(autowrap_functions=(take_at, torch.narrow, F.linear, F.layer_norm)).trace(function)
+    )
     mode, job = FakeTensorMode(), job_for()
     fakes = [mode.from_tensor(x) for x in (X, W, P, Q)]
     Noting(gm).run(*fakes)
@@ -61,6 +63,23 @@ def test_several_positions_and_other_dimensions():
     assert apply(gm, job) == 1 and targets(gm).count(at) == 1
     chosen = next(n for n in gm.graph.nodes if n.target is at)
     assert len(chosen.args) == 3  # each position once
+
+
+def test_the_rows_of_invokes():
+    def function(x, w, p, q):
+        y = F.linear(x, w)
+        first, rest = torch.narrow(y, 0, 0, 1), torch.narrow(y, 0, 1, 2)
+        return take_at(first, [1], [p]), take_at(rest, [1, 2], [q, p]), take_at(first, [1], [q])
+
+    gm, job = by_hand(function)
+    assert apply(gm, job) == 1 and targets(gm).count(at) == 1
+
+    def whole(x, w, p, q):
+        y = F.linear(x, w)
+        first = torch.narrow(y, 0, 0, 1)
+        return take_at(first, [1], [p]), take_at(torch.narrow(y, 0, 1, 2), [1], [q]), first
+
+    assert apply(*by_hand(whole)) == 0
 
 
 @pytest.mark.parametrize(
@@ -127,7 +146,17 @@ def attribution(model, x, a, b):
     return [saved]
 
 
-@pytest.mark.parametrize("run", [difference, attribution])
+def invokes(model, x, a, b):
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(x):
+            one = model.head.output[:, -1].save()
+        with tracer.invoke(x * 2):
+            model.layer.output[:, 0] += 1
+            two = model.head.output[:, -2, a].save()
+    return [one, two]
+
+
+@pytest.mark.parametrize("run", [difference, attribution, invokes])
 def test_in_a_trace(run):
     torch.manual_seed(0)
     module = Tiny().requires_grad_(False)
@@ -143,5 +172,5 @@ def test_in_a_trace(run):
         for got, other, value in zip(found, same, want, strict=True):
             torch.testing.assert_close(got, value, rtol=0, atol=1e-6)
             assert torch.equal(other, value)
-    assert dict((name, n) for name, n, _ in model._compiled.last[-1])["read_positions"] >= 2
+    assert dict((name, n) for name, n, _ in model._compiled.last[-1])["read_positions"] >= 1 + (run is not invokes)
     assert "read_positions" not in {name for name, _, _ in exact._compiled.last[-1]}
