@@ -255,7 +255,17 @@ def looked_at(value: Any) -> Any:
 def is_plain(value: Any, types: tuple[type, ...]) -> bool:
     """Is it `None`, or a constant of one of these types?"""
     constant = type(value) in (_vt().ConstantVariable, _unread())
-    return constant and issubclass(value.python_type(), (type(None), *types))
+    return constant and issubclass(_type_of(value), (type(None), *types))
+
+
+def _type_of(value: Any) -> type:
+    """Of a constant: its type is guarded, and its value is not. torch 2.11's `python_type` would guard the value."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    if type(value) is not _unread() or value.is_realized() or hasattr(_unread(), "_ensure_type_guard"):
+        return value.python_type()
+    install_guard(value.source.make_guard(GuardBuilder.TYPE_MATCH))
+    return value.peek_type()
 
 
 def items(value: Any) -> Any:
@@ -500,7 +510,10 @@ def replays_nothing(restored: Callable[[Any], bool]) -> bool:
 def _as_before(effects: Any, variable: Any) -> bool:
     """Are all attributes that Dynamo is to store on an object the constants that it holds already?"""
     stores = effects.store_attr_mutations.get(variable)
-    if not stores or variable.is_base_vt_modified(effects):
+    name = (
+        "is_base_vt_modified" if hasattr(type(variable), "is_base_vt_modified") else "is_underlying_vt_modified"
+    )  # 2.11
+    if not stores or getattr(variable, name)(effects):
         return False
     held = vars(variable.value)
     return all(
@@ -687,6 +700,8 @@ def dynamo_compile(
             for guard in guards
             if guard.guard_type == "CLOSURE_MATCH" and guard.has_value and not _library(guard.value)
         )
+        for guard in guards:  # built again, which asserts what a property makes at each look to be one object
+            guard.orig_guard.obj_weakref = None
         return [guard.name.startswith(user) or not _TABLE.search(guard.name) or tells(guard) for guard in guards]
 
     weakref.finalize(
