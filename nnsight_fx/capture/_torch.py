@@ -261,8 +261,11 @@ def is_plain(value: Any, types: tuple[type, ...]) -> bool:
 def _type_of(value: Any) -> type:
     """Of a constant: its type is guarded, and its value is not. torch 2.11's `python_type` would guard the value."""
     from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import is_constant_source
 
     if type(value) is not _unread() or value.is_realized() or hasattr(_unread(), "_ensure_type_guard"):
+        return value.python_type()
+    if is_constant_source(value.source):  # nothing to guard
         return value.python_type()
     install_guard(value.source.make_guard(GuardBuilder.TYPE_MATCH))
     return value.peek_type()

@@ -86,7 +86,17 @@ SUPPLIED = Supplied()
 
 
 PLAIN = (bool, int, float, str)  # leaves that need no look inside
-CONSTANT = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, bytes, FunctionType)
+CONSTANT = (
+    type(None),
+    *PLAIN,
+    complex,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    FunctionType,
+)
 
 
 def _children(value: Any) -> Any:
