@@ -5,18 +5,21 @@
 | `FakeTensorMode`, `FakeCopyMode`, `FakeTensor`, its exceptions | shapes and dtypes without data | 2.11, 2.13 |
 | `torch._C._functorch.maybe_current_level`, `torch._C._is_alias_of` | transforms, shared memory | 2.11, 2.13 |
 | `torch._C._swap_tensor_impl` | a recorded tensor becomes the real one | 2.11, 2.13 |
-| `_torchdynamo_orig_callable`, `OptimizedModule` | what the user compiled, as it was | 2.13 |
-| `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.13 |
+| `_torchdynamo_orig_callable`, `OptimizedModule` | what the user compiled, as it was | 2.11, 2.13 |
+| `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.11, 2.13 |
 | `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
-| `torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth` | a captured graph that fails | 2.13 |
-| `torch._C._get_flash_sdp_enabled` and its like | settings of the process, at each trace | 2.13 |
+| `torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth` | a captured graph that fails | 2.11, 2.13 |
+| `torch._C._get_flash_sdp_enabled` and its like | settings of the process, at each trace | 2.11, 2.13 |
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
 | `ShapeEnv.produce_guards_expression` | guards that a variant adds | 2.11, 2.13 |
 | `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
-| `is_traceable_wrapper_subclass` | tensors that cannot be recorded | 2.13 |
-| `torch.nn.modules.module._has_any_global_hook` | hooks that a traced graph would not call | 2.13 |
-| `InstructionTranslator.current_tx().output`: `side_effects`, `guards` | whether Dynamo replays anything; what it guards | 2.13 |
-| `TorchInGraphFunctionVariable._get_handlers`, `torch._dynamo.variables` | modules' calls, on Dynamo's variables | 2.13 |
+| `is_traceable_wrapper_subclass` | tensors that cannot be recorded | 2.11, 2.13 |
+| `torch.nn.modules.module._has_any_global_hook` | hooks that a traced graph would not call | 2.11, 2.13 |
+| `InstructionTranslator.current_tx().output`: `side_effects`, `guards` | whether Dynamo replays anything; what it guards | 2.11, 2.13 |
+| `TorchInGraphFunctionVariable._get_handlers`, `torch._dynamo.variables` | modules' calls, on Dynamo's variables | 2.11, 2.13 |
+| `LazyConstantVariable`: `peek_type`, or `_ensure_type_guard` and `python_type` | constants of which the type is guarded | 2.11; 2.13 |
+| `is_underlying_vt_modified`, or `is_base_vt_modified` | whether Dynamo replays anything | 2.11; 2.13 |
+| `GuardFilterEntry.orig_guard.obj_weakref` | guards on what a property makes at each look | 2.11, 2.13 |
 """
 
 from __future__ import annotations
