@@ -556,8 +556,13 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
     the graph runs are of no interest to a compilation that has its own."""
     env = mode.shape_env
     quiet = contextlib.nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
-    with mode, quiet:
+    with mode, quiet, on_symbols():
         yield
+
+
+def on_symbols() -> contextlib.AbstractContextManager:
+    """The block in which operations take sizes that are symbols: `linear` of torch 2.11 wants Python's dispatcher for them."""
+    return enable_python_dispatcher() if torch.__version__ < (2, 13) else contextlib.nullcontext()
 
 
 def unbacked(fake: torch.Tensor) -> bool:
