@@ -5,18 +5,21 @@
 | `FakeTensorMode`, `FakeCopyMode`, `FakeTensor`, its exceptions | shapes and dtypes without data | 2.11, 2.13 |
 | `torch._C._functorch.maybe_current_level`, `torch._C._is_alias_of` | transforms, shared memory | 2.11, 2.13 |
 | `torch._C._swap_tensor_impl` | a recorded tensor becomes the real one | 2.11, 2.13 |
-| `_torchdynamo_orig_callable`, `OptimizedModule` | what the user compiled, as it was | 2.13 |
-| `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.13 |
+| `_torchdynamo_orig_callable`, `OptimizedModule` | what the user compiled, as it was | 2.11, 2.13 |
+| `Tensor._use_count`, `torch._dynamo.exc.Unsupported` | is a tensor ours alone; did Dynamo refuse | 2.11, 2.13 |
 | `torch._dynamo.eval_frame._stance`, `set_eval_frame` | bodies run eagerly; suspended runs | 2.11, 2.13 |
-| `torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth` | a captured graph that fails | 2.13 |
-| `torch._C._get_flash_sdp_enabled` and its like | settings of the process, at each trace | 2.13 |
+| `torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth` | a captured graph that fails | 2.11, 2.13 |
+| `torch._C._get_flash_sdp_enabled` and its like | settings of the process, at each trace | 2.11, 2.13 |
 | `torch._guards.TracingContext`, `tracing` | variants compile as Dynamo would | 2.11, 2.13 |
 | `ShapeEnv.produce_guards_expression` | guards that a variant adds | 2.11, 2.13 |
 | `torch._TorchCompileInductorWrapper`, `lookup_backend` | the backend of `torch.compile` | 2.11, 2.13 |
-| `is_traceable_wrapper_subclass` | tensors that cannot be recorded | 2.13 |
-| `torch.nn.modules.module._has_any_global_hook` | hooks that a traced graph would not call | 2.13 |
-| `InstructionTranslator.current_tx().output`: `side_effects`, `guards` | whether Dynamo replays anything; what it guards | 2.13 |
-| `TorchInGraphFunctionVariable._get_handlers`, `torch._dynamo.variables` | modules' calls, on Dynamo's variables | 2.13 |
+| `is_traceable_wrapper_subclass` | tensors that cannot be recorded | 2.11, 2.13 |
+| `torch.nn.modules.module._has_any_global_hook` | hooks that a traced graph would not call | 2.11, 2.13 |
+| `InstructionTranslator.current_tx().output`: `side_effects`, `guards` | whether Dynamo replays anything; what it guards | 2.11, 2.13 |
+| `TorchInGraphFunctionVariable._get_handlers`, `torch._dynamo.variables` | modules' calls, on Dynamo's variables | 2.11, 2.13 |
+| `LazyConstantVariable`: `peek_type`, or `_ensure_type_guard` and `python_type` | constants of which the type is guarded | 2.11; 2.13 |
+| `is_underlying_vt_modified`, or `is_base_vt_modified` | whether Dynamo replays anything | 2.11; 2.13 |
+| `GuardFilterEntry.orig_guard.obj_weakref` | guards on what a property makes at each look | 2.11, 2.13 |
 """
 
 from __future__ import annotations
@@ -255,7 +258,20 @@ def looked_at(value: Any) -> Any:
 def is_plain(value: Any, types: tuple[type, ...]) -> bool:
     """Is it `None`, or a constant of one of these types?"""
     constant = type(value) in (_vt().ConstantVariable, _unread())
-    return constant and issubclass(value.python_type(), (type(None), *types))
+    return constant and issubclass(_type_of(value), (type(None), *types))
+
+
+def _type_of(value: Any) -> type:
+    """Of a constant: its type is guarded, and its value is not. torch 2.11's `python_type` would guard the value."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import is_constant_source
+
+    if type(value) is not _unread() or value.is_realized() or hasattr(_unread(), "_ensure_type_guard"):
+        return value.python_type()
+    if is_constant_source(value.source):  # nothing to guard
+        return value.python_type()
+    install_guard(value.source.make_guard(GuardBuilder.TYPE_MATCH))
+    return value.peek_type()
 
 
 def items(value: Any) -> Any:
@@ -500,7 +516,10 @@ def replays_nothing(restored: Callable[[Any], bool]) -> bool:
 def _as_before(effects: Any, variable: Any) -> bool:
     """Are all attributes that Dynamo is to store on an object the constants that it holds already?"""
     stores = effects.store_attr_mutations.get(variable)
-    if not stores or variable.is_base_vt_modified(effects):
+    name = (
+        "is_base_vt_modified" if hasattr(type(variable), "is_base_vt_modified") else "is_underlying_vt_modified"
+    )  # 2.11
+    if not stores or getattr(variable, name)(effects):
         return False
     held = vars(variable.value)
     return all(
@@ -537,8 +556,13 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
     the graph runs are of no interest to a compilation that has its own."""
     env = mode.shape_env
     quiet = contextlib.nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
-    with mode, quiet:
+    with mode, quiet, on_symbols():
         yield
+
+
+def on_symbols() -> contextlib.AbstractContextManager:
+    """The block in which operations take sizes that are symbols: `linear` of torch 2.11 wants Python's dispatcher for them."""
+    return enable_python_dispatcher() if torch.__version__ < (2, 13) else contextlib.nullcontext()
 
 
 def unbacked(fake: torch.Tensor) -> bool:
@@ -687,6 +711,8 @@ def dynamo_compile(
             for guard in guards
             if guard.guard_type == "CLOSURE_MATCH" and guard.has_value and not _library(guard.value)
         )
+        for guard in guards:  # built again, which asserts what a property makes at each look to be one object
+            guard.orig_guard.obj_weakref = None
         return [guard.name.startswith(user) or not _TABLE.search(guard.name) or tells(guard) for guard in guards]
 
     weakref.finalize(

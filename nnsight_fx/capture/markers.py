@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +86,17 @@ SUPPLIED = Supplied()
 
 
 PLAIN = (bool, int, float, str)  # leaves that need no look inside
+CONSTANT = (
+    type(None),
+    *PLAIN,
+    complex,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    FunctionType,
+)
 
 
 def _children(value: Any) -> Any:
@@ -93,8 +105,11 @@ def _children(value: Any) -> Any:
         return list(value.values())
     if type(value) is tuple or type(value) is list:
         return value
-    if isinstance(value, tuple) and (hasattr(type(value), "_fields") or hasattr(type(value), "n_sequence_fields")):
-        return list(value)
+    # Types are asked nothing before here: torch 2.11's Dynamo refuses `hasattr` of those it has not seen in a variable.
+    if isinstance(value, CONSTANT):
+        return None
+    if isinstance(value, tuple):
+        return list(value) if hasattr(value, "_fields") or hasattr(value, "n_sequence_fields") else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, f.name) for f in dataclasses.fields(value)]
     return None
@@ -126,7 +141,7 @@ def _with(value: Any, fresh: list) -> Any:
     if isinstance(value, ModelOutput):
         return type(value)(**dict(zip(value.keys(), fresh, strict=True)))
     if isinstance(value, tuple):
-        named = hasattr(type(value), "_fields") and not hasattr(type(value), "n_sequence_fields")
+        named = hasattr(value, "_fields") and not hasattr(value, "n_sequence_fields")
         return type(value)(*fresh) if named else type(value)(fresh)
     if type(value) is list:
         value[:] = fresh

@@ -26,6 +26,7 @@ from ..capture._torch import (
     NoTorchFunction,
     constant_source,
     guards_hold,
+    on_symbols,
 )
 from ..capture.operations import frames_of
 from ..capture.scan import PLAIN, Scan, callee, scan, skeleton
@@ -230,7 +231,8 @@ class Scanner:
             return rows is not None and isinstance(first, torch.SymInt) and first.node.expr == rows
 
         def call(m: nn.Module) -> Any:
-            return callee(m, fn)(*args, **kwargs)
+            with on_symbols():
+                return callee(m, fn)(*args, **kwargs)
 
         self.shapes.guessing, self.shapes.guessed = True, False
         try:
