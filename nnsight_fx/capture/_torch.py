@@ -562,7 +562,7 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
 
 def on_symbols() -> contextlib.AbstractContextManager:
     """The block in which operations take sizes that are symbols: `linear` of torch 2.11 wants Python's dispatcher for them."""
-    return enable_python_dispatcher() if torch.__version__ < (2, 13) else contextlib.nullcontext()
+    return enable_python_dispatcher() if torch.__version__ < (2, 13) else contextlib.nullcontext()  # type: ignore[operator]
 
 
 def unbacked(fake: torch.Tensor) -> bool:
