@@ -50,7 +50,7 @@ bench: .venv/.stamp
 # The figures of docs/performance.md, on a quiet machine: about an hour on two cores.
 bench-figures: .venv/.stamp .peer/.stamp-bench
 	$(BIN)/python -m bench.suite
-	$(BIN)/python -m bench.suite --models smollm2 --workloads steer --layers 3 6 12 30 --out bench/results/layers.json
+	$(BIN)/python -m bench.suite --models smollm2 --workloads 'steer, logits' --layers 3 6 12 30 --out bench/results/layers.json
 	for each in sweep harvest first recording memory; do $(BIN)/python -m bench.$$each || exit 1; done
 	$(BIN)/python bench/tables.py
 

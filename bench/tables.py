@@ -73,18 +73,38 @@ def suite() -> list[str]:
     found = kept("suite")
     if found is None:
         return []
-    text = [
+    return [
         "## Workloads",
         f"`python -m bench.suite`; `bench/workloads.py` has the texts and `bench/peers.py` says who runs them. {machine(found)} The "
         "plain function, in eager and compiled, does no intervention: it gives the logits, or the blocks' outputs where those "
         "are what is asked for. What nobody reads is not computed on captured graphs (passes `prune`, `read_positions`): where no "
-        "logits are saved, ours does without them, and nnsight, whose text has no `tracer.stop()`, does not. First calls have Inductor's caches as they were: `bench/first.py` has those from none. "
+        "logits are saved, ours does without them, and nnsight, whose text has no `tracer.stop()`, does not. First calls have "
+        "Inductor's caches as they were: `bench/first.py` has those from none. "
         "Differences are to raw hooks, at most. TransformerLens runs attention in eager.",
         "![Ratios](figures/ratios.svg)",
+        *_workloads(found["rows"]),
     ]
-    names = dict.fromkeys((r["workload"], r["what"], r["grad"]) for r in found["rows"])
+
+
+def earlier() -> list[str]:
+    """Workloads that the latest run left out, as an earlier version did them on another machine."""
+    found, new = kept("suite_earlier"), kept("suite")
+    if found is None or new is None:
+        return []
+    known = {(r["model"], r["workload"]) for r in new["rows"]}
+    return [
+        "## Workloads, an earlier version on another machine",
+        f"Measured before what nobody reads was left out (`prune`, `read_positions`, `batch_linears`) and before traces ran as calls, "
+        f"and not since. {machine(found)}",
+        *_workloads([r for r in found["rows"] if (r["model"], r["workload"]) not in known]),
+    ]
+
+
+def _workloads(measured: list[dict[str, Any]]) -> list[str]:
+    text = []
+    names = dict.fromkeys((r["workload"], r["what"], r["grad"]) for r in measured)
     for name, what, grad in names:
-        mine = [r for r in found["rows"] if r["workload"] == name]
+        mine = [r for r in measured if r["workload"] == name]
         shapes = [f"{r['model']}, {r['tokens'][0]} x {r['tokens'][1]}" for r in mine]
         whos = dict.fromkeys(who for r in mine for who in r["median_s"])
         rows = []
@@ -117,8 +137,8 @@ def layers() -> list[str]:
     for r in found["rows"]:
         rows.append([r["layers"], *(_cell(r, who) for who in ("ours", "torch.compile", "raw hooks", "nnsight 0.8.1"))])
     return [
-        f"## Cost against layers: {found['rows'][0]['workload']}, {' x '.join(map(str, found['rows'][0]['tokens']))} tokens",
-        f"`python -m bench.suite --models smollm2 --workloads steer --layers 3 6 12 30 --out bench/results/layers.json`. {machine(found)}",
+        f"## Cost against layers: {found['rows'][0]['what']}, {' x '.join(map(str, found['rows'][0]['tokens']))} tokens",
+        f"`python -m bench.suite --models smollm2 --workloads 'steer, logits' --layers 3 6 12 30 --out bench/results/layers.json`. {machine(found)}",
         "![Cost against layers](figures/layers.svg)",
         table(["layers", "ours, ms", "torch.compile", "raw hooks", "nnsight 0.8.1"], rows),
     ]
@@ -191,7 +211,7 @@ def first() -> list[str]:
 
 
 SHORT = ("last", "steer", "steer, logits", "saves", "gradients", "logit lens")
-SECTIONS = (suite, layers, sweep, harvest, first, recording, memory)
+SECTIONS = (suite, earlier, layers, sweep, harvest, first, recording, memory)
 
 
 def short() -> str:
