@@ -281,7 +281,7 @@ WORKLOADS = {
         ),
         Workload(
             "steer, logits",
-            "the same, and all logits saved",
+            "a vector added in the middle, the last position of every block and all logits saved",
             STEER.format(more=LOGITS),
             steer_hooks(True),
             forward,

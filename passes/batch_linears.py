@@ -47,7 +47,7 @@ def batch_linears(gm: fx.GraphModule, job: Job) -> int:
     if alone or job.inputs is None or job.cut is not None or job.plan.backs or any(op.when for op in job.plan.ops):
         return 0
     rows = _rows(gm, job.inputs(), {n for found in calls.values() for n in found})
-    return sum(_joined(gm, which, found, rows) for which, found in calls.items() if len(found) > 1)
+    return sum(_joined(gm, found, rows) for found in calls.values() if len(found) > 1)
 
 
 def _of_linear(node: fx.Node) -> bool:
@@ -88,7 +88,7 @@ def _rows(gm: fx.GraphModule, fakes: list, wanted: set[fx.Node]) -> dict[fx.Node
     return shapes.rows
 
 
-def _joined(gm: fx.GraphModule, which: tuple, calls: list[fx.Node], rows: dict[fx.Node, int]) -> int:
+def _joined(gm: fx.GraphModule, calls: list[fx.Node], rows: dict[fx.Node, int]) -> int:
     """Walk the graph with calls held back, and what uses them, as long as nothing stands against it."""
     few = {n for n in calls if rows.get(n, FEW + 1) <= FEW}
     held: dict[fx.Node, None] = {}  # in order

@@ -24,7 +24,14 @@ FRESH = {
     *("amax", "amin", "argmax", "argmin", "mm", "bmm", "addmm", "embedding", "layer_norm", "rms_norm"),
 }  # fmt: skip
 
-QUIET = {torch._check, tap, backward, gradient, set_gradient, settled}  # no pass knows them to compute only
+QUIET = {
+    torch._check,
+    tap,
+    backward,
+    gradient,
+    set_gradient,
+    settled,
+}  # they change no value, which `effect` cannot tell
 
 
 def index(gm: fx.GraphModule, job: Job, lifted: set[fx.Node]) -> None:

@@ -59,7 +59,7 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
         own = {id(arg): i for i, arg in enumerate(args)}
         constants = ((slot, own.get(id(c))) for slot, c in enumerate(run.constants) if isinstance(c, torch.Tensor))
         aliases.update({(slot, "tensor"): (i, None) for slot, i in constants if i is not None})
-    key = variant_key(segment, run, aliases)
+    key = (run.entry_key(), _unread(segment, run), tuple(aliases.items()))
     found = segment.variants.setdefault(key, [])
     segment.variants.move_to_end(key)
     for each in found:
@@ -75,10 +75,6 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     if len(segment.variants) > VARIANTS:
         segment.variants.popitem(last=False)
     return made
-
-
-def variant_key(segment: Segment, run: SplicedRun, aliases: dict) -> tuple:
-    return (run.entry_key(), _unread(segment, run), tuple(aliases.items()))
 
 
 def _unread(segment: Segment, run: SplicedRun) -> bool:
