@@ -77,6 +77,7 @@ def _of(capture: Capture) -> dict[str, Any]:
         "fallbacks": list(capture.fallbacks),
         "passes": passes,
         "whole": capture.whole,
+        "few_rows": capture.few_rows,
         "cuda_graphs": None if not capture.options.replays else capture.unrecorded,
     }
 
@@ -95,6 +96,10 @@ def _text(facts: dict[str, Any]) -> list[str]:
     for n, step in enumerate(facts["passes"], 1):
         lines.append(
             f"    pass {n} {step['pass']}: {step['rewrites']} rewrites, {step['nodes']} nodes ({step['change']:+d})"
+        )
+    if facts["few_rows"]:
+        lines.append(
+            "    products of few rows with large weights are oneDNN's (`options={'post_grad_custom_post_pass': None}`: MKL's)"
         )
     if facts["whole"] is not None:
         lines.append(f"    compiled in one piece: {facts['whole']}")

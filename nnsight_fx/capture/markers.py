@@ -281,7 +281,7 @@ class Markers:
         self.paths: dict[nn.Module, str] = {m: name for name, m in root.named_modules()}
         self.states = [m.__dict__ for m in self.paths]
         self.hooks = {m: self._hooks(path) for m, path in self.paths.items()}
-        self.calls_of: dict[nn.Module, partial] = {}
+        self.calls_of: dict[tuple[nn.Module, bool], partial] = {}
         self.half: dict[tuple[str, str, int], Replacement] | None = None  # the capture half of the active run
         self.stop_at: tuple[str, str, int] | None = None
         self.skippers: dict[nn.Module, Callable] = {}
@@ -313,8 +313,11 @@ class Markers:
         return before, after
 
     def short(self, module: nn.Module) -> Callable | None:
-        """What calls a module that has no hooks but ours and, behind them, those that transformers collects outputs with."""
-        collectors = tuple(module._forward_hooks.values())
+        """What calls a module of which the capture half says nothing, and which has no hooks but ours and, behind them, those
+        that transformers collects outputs with."""
+        path, collectors, counted = self.paths[module], tuple(module._forward_hooks.values()), self.half is not None
+        if any((path, kind) in self.calls for kind in ("input", "output", "skip")):
+            return None
         if collectors and (
             module._forward_pre_hooks
             or module._forward_hooks_with_kwargs
@@ -322,11 +325,10 @@ class Markers:
             or not all(map(_librarys, collectors))
         ):
             return None
-        made = self.calls_of.get(module)
-        if made is None or made.args[1:-1] != (collectors,) * bool(collectors):
-            path = self.paths[module]
-            made = partial(among, path, collectors, module) if collectors else partial(between, path, module)
-            self.calls_of[module] = made
+        made = self.calls_of.get((module, counted))
+        if made is None or made.args[2:-1] != (collectors,) * bool(collectors):
+            call = partial(among, path, counted, collectors) if collectors else partial(between, path, counted)
+            made = self.calls_of[module, counted] = partial(call, module)
         return made
 
     def traced(self, value: Any, path: str, kind: str) -> Any:
@@ -411,7 +413,7 @@ class Markers:
                 if self.paths[module] not in skips:  # else what replaces it calls this body
                     self.originals[module] = module.forward
                     undo.append(override(module, body))
-            short = self.half is None and not any(GLOBAL)
+            short = not any(GLOBAL)
             for module in modules:
                 call = self.short(module) if short else None
                 put(module, *self.hooks[module])
@@ -450,12 +452,15 @@ class Stop(Exception):
 TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def between(path: str, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    """A module's `forward` between its two sites, while there is no capture half: what `__call__` calls for the length of a run."""
-    return among(path, (), module, *args, **kwargs)
+def between(path: str, counted: bool, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """A module's `forward` between its two sites: what `__call__` calls for the length of a run. Are the tensors of a value
+    `counted`, for a capture half?"""
+    return among(path, counted, (), module, *args, **kwargs)
 
 
-def among(path: str, collectors: tuple[Callable, ...], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+def among(
+    path: str, counted: bool, collectors: tuple[Callable, ...], module: nn.Module, /, *args: Any, **kwargs: Any
+) -> Any:
     """The same, with the hooks behind ours that transformers collects outputs with.
 
     On torch's way through hooks Dynamo reads three times the instructions, and guards on what each of them holds. This it does
@@ -463,8 +468,8 @@ def among(path: str, collectors: tuple[Callable, ...], module: nn.Module, /, *ar
     if sum([len(getattr(module, table)) for table in TABLES]) != 2 + len(collectors):  # hooked while the model runs
         return module._call_impl(*args, **kwargs)
     if is_compiling():
-        args, kwargs = mark((args, kwargs), path, "input")
-        out = mark(module.forward(*args, **kwargs), path, "output")
+        args, kwargs = mark((args, kwargs), path, "input", counted)
+        out = mark(module.forward(*args, **kwargs), path, "output", counted)
     else:
         before, after = module._forward_pre_hooks[KEY], module._forward_hooks[KEY]
         args, kwargs = before(module, args, kwargs) or (args, kwargs)

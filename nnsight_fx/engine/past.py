@@ -30,8 +30,8 @@ class Past:
         return (x.dim() - 2, 0) if id(x) in self.inside else None
 
     def shape(self, x: torch.Tensor) -> tuple:
-        found = self.dim(x)
-        return tuple("past" if found is not None and i == found[0] else n for i, n in enumerate(x.shape))
+        found, shape = self.dim(x), x.shape
+        return (*shape[: found[0]], "past", *shape[found[0] + 1 :]) if found is not None else tuple(shape)
 
     def faker(self, fakes: FakeTensorMode, signature: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         """A fake of an input; the dim that grows is a symbol, which `signature.past` then knows."""
@@ -65,14 +65,17 @@ def growing(batch: Any) -> Past | None:
     if not is_cache(cache) or tokens is None or not cache.layers:
         return None
     keys = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-    if not all(isinstance(t, torch.Tensor) and t.dim() == 4 for t in keys):
+    if not all(isinstance(t, torch.Tensor) for t in keys):
         return None
-    assert keys[0] is not None
-    length, queries = keys[0].shape[-2], tokens.shape[1]
-    known = (
-        all(t is not None and t.shape[-2] == length for t in keys) and getattr(cache, "is_compileable", False) is False
-    )
-    if not known or length < 2 or (mask is not None and not _covers(mask, length + queries)):
+    shapes = [t.shape for t in keys]  # type: ignore[union-attr]
+    length, queries = shapes[0][-2] if len(shapes[0]) == 4 else 0, tokens.shape[1]
+    known = all([len(shape) == 4 and shape[2] == length for shape in shapes])
+    if (
+        not known
+        or getattr(cache, "is_compileable", False) is not False
+        or length < 2
+        or (mask is not None and not _covers(mask, length + queries))
+    ):
         return None
     return Past(cache, length, queries, mask)
 

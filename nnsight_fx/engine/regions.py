@@ -120,7 +120,7 @@ class _Regions:
         gives = _Checked(graph, inputs).gives(context)
         since = _torch.guard_count(context)
         graph.recompile()
-        compiled = self.build(graph, lambda: [_torch.as_leaf(context, x) for x in inputs])
+        compiled = _torch.inside(self.build(graph, lambda: [_torch.as_leaf(context, x) for x in inputs]))
 
         def region(*args: Any) -> Any:
             return compiled(*args)

@@ -162,12 +162,13 @@ class Scanner:
 
     def continued(self, batch: Any) -> tuple[Signature, int | None]:
         """The signature of a forward that may go on from a cache, whose length is then a symbol, and that length."""
-        past = growing(batch)
-        if past is not None:
-            found = self._signature(batch, None, None, past)
-            if found.scan.ended is None and found.holds([past.length + more for more in found.past.values()]):
-                return found, past.length
-        return self._signature(batch, None, None, None), None
+        with NoTorchFunction():  # in a body each look at a tensor would be looked at
+            past = growing(batch)
+            if past is not None:
+                found = self._signature(batch, None, None, past)
+                if found.scan.ended is None and found.holds([past.length + more for more in found.past.values()]):
+                    return found, past.length
+            return self._signature(batch, None, None, None), None
 
     def _signature(self, batch: Any, fn: str | None, unknown: tuple | None, past: Past | None) -> Signature:
         leaves, spec = batch.flat
@@ -406,17 +407,17 @@ class WaveSites:
 
     def _rescanned(self, tape: Tape) -> Scan:
         """The scan with what was recorded so far in it."""
-        scans = self.signature.rescans
-        if tape.step not in scans:
+        scans, step = self.signature.rescans, tape.step.changed
+        if step not in scans:
             if self.signature.symbols != (None, None) or self.signature.scan.ended is not None:
-                scans[tape.step] = Scan()
-                scans[tape.step].ended = RuntimeError("an earlier write changed the metadata of what follows")
+                scans[step] = Scan()
+                scans[step].ended = RuntimeError("an earlier write changed the metadata of what follows")
             else:
-                scans[tape.step] = self.replay(tape)
+                scans[step] = self.replay(tape)
             if len(scans) > SIGNATURES:
                 scans.popitem(last=False)
-        self.rewritten = scans[tape.step].ended
-        return scans[tape.step]
+        self.rewritten = scans[step].ended
+        return scans[step]
 
     def replay(self, tape: Tape, plan: InterventionGraph | None = None, values: Sequence = ()) -> Scan:
         """A scan in which the recorded plan takes effect. It shows the metadata after it, and where it stops the model.

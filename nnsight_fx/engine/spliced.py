@@ -112,6 +112,7 @@ class Capture:
         default_factory=list
     )  # why no CUDA graph is recorded of a segment, where that was asked for
     whole: str | None = None  # why the latest was not compiled block by block, where that was asked for
+    few_rows: bool = False  # are products of few rows oneDNN's
     nodes: int = 0  # of the segment that was compiled last, before its passes
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
     steady: OrderedDict[tuple, Steady] = field(default_factory=OrderedDict)  # (signature, plan) -> the plan as a call
@@ -124,9 +125,13 @@ class Capture:
         _torch.traced_by(between, variables.between)
         _torch.traced_by(among, variables.among)
         torch.compiler.assume_constant_result(taken)
-        self.compiler = _torch.backend(
-            self.options.backend, self.options.mode, dict(self.options.options) or None, self.options.dynamic
-        )
+        options = dict(self.options.options)
+        if self.options.backend == "inductor":
+            from . import products  # which imports Inductor
+
+            options = products.chosen(options)
+            self.few_rows = products.FewRows in map(type, options.values())
+        self.compiler = _torch.backend(self.options.backend, self.options.mode, options or None, self.options.dynamic)
         asked = self.options.regional
         self.regional = (
             self.options.backend == "inductor" and self.options.mode in (None, "default") if asked is None else asked

@@ -11,7 +11,7 @@ import torch
 from . import tree
 from .encode import Key, Lifted
 from .lazy import LazyTensor, Line
-from .plan import InterventionGraph, Op, Site
+from .plan import CALL, READ, SAVE, InterventionGraph, Op, Site
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -103,6 +103,15 @@ class Step:
         self.spec: tree.Spec = None
         self.leaves: list = []  # FakeTensor: a new value; Key: an argument itself; else a literal
         self.rebound: list[tuple[Key, torch.Tensor]] = []  # what an in-place operation made of its argument
+
+    @property
+    def changed(self) -> Step:
+        """The latest step, up to this, that can change what the model passes on: no read, no save and no mere computation."""
+        step = self
+        while step.op is not None and not step.op.effect and step.op.kind in (READ, SAVE, CALL):
+            assert step.parent is not None
+            step = step.parent
+        return step
 
 
 class Living:

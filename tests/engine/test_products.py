@@ -1,0 +1,113 @@
+"""Products of few rows are oneDNN's where their sizes say so, with the same values; what the user says of it stands."""
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from nnsight_fx import NNsight
+from nnsight_fx.engine import products
+from nnsight_fx.engine.products import LARGE, ROWS, FewRows, few_rows
+
+WIDE, INNER = 512, LARGE // 512
+
+
+def forward(x, w):
+    return torch.mm(x, w.t())
+
+
+def backward(g, w):
+    return torch.mm(g, w)
+
+
+def biased(x, w, b):
+    return torch.addmm(b, x, w.t())
+
+
+def rewritten(function, *values, mode="real"):
+    gm = make_fx(function, tracing_mode=mode)(*values)
+    FewRows()(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return gm, len(gm.graph.find_nodes(op="call_function", target=few_rows))
+
+
+@pytest.mark.parametrize("rows", [1, 14, ROWS])
+@pytest.mark.parametrize("function", [forward, backward, biased])
+def test_a_product_of_few_rows_has_the_same_values(function, rows):
+    values = [torch.randn(rows, INNER if function is backward else WIDE), torch.randn(INNER, WIDE), torch.randn(INNER)]
+    values = values[: function.__code__.co_argcount]
+    gm, count = rewritten(function, *values)
+    assert count == 1
+    torch.testing.assert_close(gm(*values), function(*values), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "x, w",
+    [
+        pytest.param(torch.randn(ROWS + 1, WIDE), torch.randn(INNER, WIDE), id="many rows"),
+        pytest.param(torch.randn(2, WIDE), torch.randn(INNER - 1, WIDE), id="a small weight"),
+        pytest.param(torch.randn(2, WIDE).double(), torch.randn(INNER, WIDE).double(), id="double"),
+        pytest.param(torch.randn(2, WIDE).bfloat16(), torch.randn(INNER, WIDE).bfloat16(), id="bfloat16"),
+    ],
+)
+def test_others_stay(x, w):
+    assert rewritten(forward, x, w)[1] == 0
+
+
+def test_a_bias_that_is_no_row_stays():
+    x, w, b = torch.randn(2, WIDE), torch.randn(INNER, WIDE), torch.randn(2, INNER)
+    assert rewritten(biased, x, w, b)[1] == 0
+
+
+def test_a_size_that_is_a_symbol_is_judged_by_what_it_was_and_takes_others():
+    w = torch.randn(INNER, WIDE)
+
+    def rows_of_any_number(x, w):
+        return torch.mm(x, w.new_ones(INNER, WIDE).t() * w[0, 0])
+
+    gm, count = rewritten(rows_of_any_number, torch.randn(3, WIDE), w, mode="symbolic")
+    assert count == 1
+    for rows in (3, 2 * ROWS):
+        x = torch.randn(rows, WIDE)
+        torch.testing.assert_close(gm(x, w), rows_of_any_number(x, w), rtol=1e-5, atol=1e-3)
+
+
+def test_what_the_user_asks_for_stands(monkeypatch):
+    mine = {"post_grad_custom_post_pass": None, "max_autotune": True}
+    for worthwhile in (True, False):
+        monkeypatch.setattr(products, "worthwhile", lambda worthwhile=worthwhile: worthwhile)
+        assert products.chosen(mine) == mine
+    assert products.chosen({}) == {}
+    monkeypatch.setattr(products, "worthwhile", lambda: True)
+    assert isinstance(products.chosen({})["post_grad_custom_post_pass"], FewRows)
+
+
+@pytest.mark.parametrize("vendor, fits", [("AuthenticAMD", True), ("GenuineIntel", False), ("", False)])
+def test_only_where_mkl_is_not_at_home(monkeypatch, vendor, fits):
+    monkeypatch.setattr(products, "_vendor", lambda: vendor)
+    here = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    assert products.worthwhile.__wrapped__() is (fits and here)
+
+
+def test_a_trace_through_inductor_and_its_gradients(monkeypatch):
+    monkeypatch.setattr(products, "worthwhile", lambda: True)
+    calls = []
+    monkeypatch.setattr(products.FewRows, "uuid", lambda self: None)  # no cache on disk: the pass has to run
+    real = products._replace
+    monkeypatch.setattr(products, "_replace", lambda *args: (calls.append(args[1].target), real(*args)))
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(WIDE, INNER), nn.ReLU(), nn.Linear(INNER, 4)).requires_grad_(False)
+    model, x, found = NNsight(module), torch.randn(2, WIDE), {}
+    for engine in ("hooks", "inductor"):
+        if engine == "inductor":
+            model.compile()
+        with model.trace(x):
+            model[0].input.requires_grad_()
+            out = model[0].output.save()
+            with model.output.sum().backward():
+                grad = model[0].input.grad.save()
+        found[engine] = (out, grad)
+    assert calls
+    assert "are oneDNN's" in str(model.explain()) and model.explain().to_dict()["captures"][-1]["few_rows"]
+    torch.testing.assert_close(found["inductor"], found["hooks"], rtol=1e-5, atol=1e-4)
