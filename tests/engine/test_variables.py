@@ -57,9 +57,10 @@ KINDS = {
 class Calls(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.inner, self.kind = Gives(), kind
+        self.first, self.inner, self.kind = nn.Identity(), Gives(), kind
 
     def forward(self, x):
+        x = self.first(x)
         args, kwargs = KINDS[self.kind](x)
         self.inner(*args, **kwargs)
         for held in args:
@@ -68,12 +69,15 @@ class Calls(nn.Module):
         return x * 2
 
 
-def marked(kind: str) -> list[tuple]:
+def marked(kind: str, half: bool = False) -> list[tuple]:
+    """The markers of a capture; with a capture half one that says nothing of `inner`."""
     model, x = NNsight(Calls(kind)), torch.randn(2, 3)
     model.compile(backend="eager", fullgraph=True)
     with model.trace(x):
+        if half:
+            model.first.output = model.first.output[:1]
         out = model.output.save()
-    torch.testing.assert_close(out, Calls(kind)(x))
+    torch.testing.assert_close(out, Calls(kind)(x[:1] if half else x))
     (segment,) = captured
     return [n.args[1:] for n in segment.gm.graph.nodes if n.target is site]
 
@@ -90,25 +94,27 @@ def segments(monkeypatch):
     monkeypatch.setattr(Capture, "add", lambda self, segment: (captured.append(segment), add(self, segment))[1])
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["", "beside a capture half"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_markers_are_those_of_the_text(kind, monkeypatch):
-    ours = marked(kind)
+def test_the_markers_are_those_of_the_text(kind, half, monkeypatch):
+    ours = marked(kind, half)
     captured.clear()
     monkeypatch.setattr(variables, "among", lambda tx, /, *a, **k: _torch.inlined(tx, markers.among, *a, **k))
-    assert marked(kind) == ours
+    assert marked(kind, half) == ours
 
 
-def test_no_text_is_read_for_what_is_common(monkeypatch):
+@pytest.mark.parametrize("half", [False, True], ids=["", "beside a capture half"])
+def test_no_text_is_read_for_what_is_common(half, monkeypatch):
     read = []
     inlined = _torch.inlined
     monkeypatch.setattr(_torch, "inlined", lambda tx, f, *a, **k: (read.append(f), inlined(tx, f, *a, **k))[1])
     for kind in ("a tensor", "keywords", "numbers and names", "nested tuples", "a tuple of none", "no argument"):
         captured.clear()
-        marked(kind)
+        marked(kind, half)
     assert read == []
     captured.clear()
-    marked("dicts")
-    assert set(read) == {markers._mark}
+    marked("dicts", half)
+    assert set(read) == {markers.mark if half else markers._mark}
 
 
 def test_a_number_that_passes_by_is_not_guarded():

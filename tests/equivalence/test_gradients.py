@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nnsight_fx import MissedSiteError, NNsight, NotRecordableError, assert_max_compiles, assert_no_fallback, save
+from nnsight_fx.engine.sites import Scanner
 
 ENGINES = ("hooks", "eager", "aot_eager")
 
@@ -369,6 +370,20 @@ def test_attribution_at_every_layer_of_a_frozen_llama(engine):
     for got, value in zip(found, kept, strict=True):
         torch.testing.assert_close(got, (value * value.grad).detach(), rtol=1e-5, atol=1e-8)
     assert all(p.grad is None for p in model._module.parameters())
+
+
+def test_many_reads_behind_what_requires_grad_scan_once(monkeypatch):
+    scans = []
+    run = Scanner.run
+    monkeypatch.setattr(Scanner, "run", lambda self, *a, **k: (scans.append(a), run(self, *a, **k))[1])
+    model = NNsight(nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)]).requires_grad_(False))
+    with model.trace(torch.ones(2, 4)):
+        model[0].input.requires_grad_()
+        outputs = [layer.output for layer in model]
+        with outputs[-1].sum().backward():
+            grads = save([h.grad for h in outputs[::-1]])
+    assert len(grads) == 6 and all(g.shape == (2, 4) for g in grads)
+    assert len(scans) == 2  # the model as it is, and with what requires grad
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])])
