@@ -13,6 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 ROWS = 64  # up to which reading the weight is what a product costs, or much of it
 LARGE = 2**19  # elements of a weight from which oneDNN is ahead: 2 MiB
+TURNED = 2**18  # the same in a backward, whose weight lies the other way round
 
 _library = torch.library.Library("nnsight_fx", "DEF")
 _library.define("few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -61,7 +62,7 @@ class FewRows(CustomGraphPass):
     ```
 
     Sums may be rounded differently. Does not fire for other types than float32, for more than `ROWS` rows or a weight of fewer
-    than `LARGE` elements.
+    than `LARGE` elements (`TURNED` in a backward).
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -75,7 +76,7 @@ class FewRows(CustomGraphPass):
                     _replace(graph, node, x, weight, bias)
 
     def uuid(self) -> Any:
-        return "nnsight_fx.few_rows", ROWS, LARGE
+        return "nnsight_fx.few_rows", ROWS, LARGE, TURNED
 
 
 def _replace(graph: fx.Graph, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
@@ -83,7 +84,8 @@ def _replace(graph: fx.Graph, node: fx.Node, x: fx.Node, weight: fx.Node, bias: 
     rows = rows if isinstance(rows, int) else rows.node.hint
     if rows is None or rows > ROWS or value.dtype != torch.float32 or value.device.type != "cpu":
         return
-    if any(not isinstance(n, int) for n in value.shape) or value.numel() < LARGE:
+    large = LARGE if weight.target in (torch.ops.aten.permute.default, torch.ops.aten.t.default) else TURNED
+    if any(not isinstance(n, int) for n in value.shape) or value.numel() < large:
         return
     with graph.inserting_before(node):
         turned = graph.call_function(torch.ops.aten.permute.default, (weight, [1, 0]))

@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from nnsight_fx import NNsight
 from nnsight_fx.engine import products
-from nnsight_fx.engine.products import LARGE, ROWS, FewRows, few_rows
+from nnsight_fx.engine.products import LARGE, ROWS, TURNED, FewRows, few_rows
 
 WIDE, INNER = 512, LARGE // 512
 
@@ -53,6 +53,13 @@ def test_a_product_of_few_rows_has_the_same_values(function, rows):
 )
 def test_others_stay(x, w):
     assert rewritten(forward, x, w)[1] == 0
+
+
+@pytest.mark.parametrize("more, count", [(0, 1), (-1, 0)])
+def test_the_weight_of_a_backward_may_be_smaller(more, count):
+    w = torch.randn(TURNED // WIDE + more, WIDE)
+    assert rewritten(backward, torch.randn(2, len(w)), w)[1] == count
+    assert rewritten(forward, torch.randn(2, WIDE), w)[1] == 0
 
 
 def test_a_bias_that_is_no_row_stays():
