@@ -270,7 +270,7 @@ WORKLOADS = {
             'last = [bridge(ids, return_type="logits")]',
             shapes=((1, 14), (8, 64), (1, 1024)),
         ),
-        Workload("last", "the logits of the last position saved", LAST, last_hooks, last_logits),
+        Workload("last", "the logits of the last position saved", LAST, last_hooks, last_logits, shapes=((1, 14),)),
         Workload(
             "steer",
             "a vector added in the middle, the last position of every block saved",
@@ -286,6 +286,7 @@ WORKLOADS = {
             steer_hooks(True),
             forward,
             STEER_LENS.format(more=", logits"),
+            shapes=((1, 14),),
         ),
         Workload("saves", "every block's output saved", SAVES, saves_hooks, with_layers, SAVES_LENS),
         Workload("cache", "`tracer.cache` of all blocks", CACHE, saves_hooks, with_layers, SAVES_LENS, ((8, 64),)),
