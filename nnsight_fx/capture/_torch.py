@@ -572,6 +572,13 @@ def unbacked(fake: torch.Tensor) -> bool:
     return bool(free_unbacked_symbols((*fake.shape, *fake.stride())))
 
 
+def named(values: Sequence) -> bool:
+    """Is each symbol among the sizes and strides of a graph's inputs one of them by itself? Inductor knows no other."""
+    sizes = [n for x in values for n in ((*x.shape, *x.stride()) if isinstance(x, torch.Tensor) else (x,))]
+    found = [n.node.expr for n in sizes if isinstance(n, torch.SymInt)]
+    return {s for expr in found for s in expr.free_symbols} <= set(found)
+
+
 def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool]:
     """The check of all guards on sizes that were added since `since`, over the values of a call's inputs."""
     env = context.fake_mode.shape_env

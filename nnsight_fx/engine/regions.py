@@ -103,6 +103,8 @@ class _Regions:
         inputs = [values[a] for a in node.args]  # type: ignore[index]
         if any(isinstance(x, torch.Tensor) and _torch.unbacked(x) for x in inputs):
             raise Whole("a size that is known only when it runs crosses from block to block")
+        if not _torch.named(inputs):
+            raise Whole("what crosses from block to block is laid out by a size that does not cross")
         key = (structure(graph), tuple(map(facts, inputs)), torch.is_grad_enabled())
         found = next((r for r in self.known.get(key, ()) if r.hold(self.args)), None)
         if found is None:

@@ -272,6 +272,19 @@ def test_a_language_model_with_prompts_of_other_lengths():
         torch.testing.assert_close(got, run(hooks), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_a_layout_by_a_size_that_does_not_cross_leaves_a_graph_whole():
+    """A second length makes it a symbol: the last position of all is laid out by it, and has no dimension of that size."""
+    model, hooks = (LanguageModel(llama()) for _ in range(2))
+    model.config.use_cache = hooks.config.use_cache = True
+    model.compile()
+    for length in (5, 9):
+        with assert_no_fallback():
+            got = generated(model, length)
+        torch.testing.assert_close(got, generated(hooks, length))
+
+
 def test_numbers_computed_between_blocks_leave_a_graph_whole():
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
