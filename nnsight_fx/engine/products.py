@@ -34,7 +34,7 @@ few_rows = torch.ops.nnsight_fx.few_rows.default
 
 @functools.cache
 def worthwhile() -> bool:
-    """Is torch's float32 product MKL's, on a CPU that is not Intel's? There MKL does not do its best."""
+    """Is torch's float32 product MKL's on an AMD CPU, where MKL does not do its best?"""
     return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and _vendor() == "AuthenticAMD"
 
 
