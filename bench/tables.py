@@ -79,7 +79,7 @@ def suite() -> list[str]:
         "plain function, in eager and compiled, does no intervention: it gives the logits, or the blocks' outputs where those "
         "are what is asked for. What nobody reads is not computed on captured graphs (passes `prune`, `read_positions`): where no "
         "logits are saved, ours does without them, and nnsight, whose text has no `tracer.stop()`, does not. On an AMD CPU, as this "
-        "is, our Inductor has oneDNN for products of up to 64 rows with large weights, where torch has MKL. First calls have "
+        "is, our Inductor does products of up to 64 rows with large weights by `engine/products`, and torch by MKL. First calls have "
         "Inductor's caches as they were: `bench/first.py` has those from none. "
         "Differences are to raw hooks, at most. TransformerLens runs attention in eager.",
         "![Ratios](figures/ratios.svg)",

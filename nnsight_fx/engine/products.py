@@ -1,4 +1,4 @@
-"""Matrix products of few rows on CPUs where oneDNN does them faster than MKL, by which torch does all of float32."""
+"""Matrix products of few rows on CPUs where MKL, by which torch does all of float32, is slow with a large weight."""
 
 from __future__ import annotations
 
@@ -12,15 +12,27 @@ import torch.fx as fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 ROWS = 64  # up to which reading the weight is what a product costs, or much of it
-LARGE = 2**19  # elements of a weight from which oneDNN is ahead: 2 MiB
-TURNED = 2**18  # the same in a backward, whose weight lies the other way round
+LARGE = 2**18  # elements of a weight from which this pays: 1 MiB
+BLOCK = range(128, 31, -1)  # rows of the weight that are a product of their own in `_few_rows`, the best first
 
 _library = torch.library.Library("nnsight_fx", "DEF")
 _library.define("few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def _few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    """`F.linear`, by MKL for many blocks of a weight at once, which it does not copy first; by oneDNN where there are none."""
+    block = _block(len(weight), torch.get_num_threads()) if weight.is_contiguous() else None
+    if block is None:
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    blocks = weight.view(-1, block, weight.shape[1]).transpose(1, 2)
+    y = torch.bmm(x.expand(len(blocks), *x.shape), blocks).transpose(0, 1).reshape(len(x), len(weight))
+    return y if bias is None else y.add_(bias)
+
+
+@functools.cache
+def _block(rows: int, threads: int) -> int | None:
+    """Into blocks of how many rows a weight divides such that no thread is without one."""
+    return next((n for n in BLOCK if rows % n == 0 and rows // n >= threads), None)
 
 
 def _shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -53,7 +65,7 @@ def chosen(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class FewRows(CustomGraphPass):
-    """What Inductor does to a graph at last: products of few rows with a large weight are oneDNN's.
+    """What Inductor does to a graph at last: products of few rows with a large weight are `few_rows`.
 
     ```
     t = permute(w, [1, 0])
@@ -62,7 +74,7 @@ class FewRows(CustomGraphPass):
     ```
 
     Sums may be rounded differently. Does not fire for other types than float32, for more than `ROWS` rows or a weight of fewer
-    than `LARGE` elements (`TURNED` in a backward).
+    than `LARGE` elements.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -76,7 +88,7 @@ class FewRows(CustomGraphPass):
                     _replace(graph, node, x, weight, bias)
 
     def uuid(self) -> Any:
-        return "nnsight_fx.few_rows", ROWS, LARGE, TURNED
+        return "nnsight_fx.few_rows", ROWS, LARGE
 
 
 def _replace(graph: fx.Graph, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
@@ -84,8 +96,7 @@ def _replace(graph: fx.Graph, node: fx.Node, x: fx.Node, weight: fx.Node, bias: 
     rows = rows if isinstance(rows, int) else rows.node.hint
     if rows is None or rows > ROWS or value.dtype != torch.float32 or value.device.type != "cpu":
         return
-    large = LARGE if weight.target in (torch.ops.aten.permute.default, torch.ops.aten.t.default) else TURNED
-    if any(not isinstance(n, int) for n in value.shape) or value.numel() < large:
+    if any(not isinstance(n, int) for n in value.shape) or value.numel() < LARGE:
         return
     with graph.inserting_before(node):
         turned = graph.call_function(torch.ops.aten.permute.default, (weight, [1, 0]))

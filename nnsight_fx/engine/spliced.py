@@ -112,7 +112,7 @@ class Capture:
         default_factory=list
     )  # why no CUDA graph is recorded of a segment, where that was asked for
     whole: str | None = None  # why the latest was not compiled block by block, where that was asked for
-    few_rows: bool = False  # are products of few rows oneDNN's
+    few_rows: bool = False  # may products of few rows be `products.few_rows`
     nodes: int = 0  # of the segment that was compiled last, before its passes
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
     steady: OrderedDict[tuple, Steady] = field(default_factory=OrderedDict)  # (signature, plan) -> the plan as a call

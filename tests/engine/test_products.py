@@ -1,4 +1,4 @@
-"""Products of few rows are oneDNN's where their sizes say so, with the same values; what the user says of it stands."""
+"""Products of few rows are `few_rows` where their sizes say so, with the same values; what the user says of it stands."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from nnsight_fx import NNsight
 from nnsight_fx.engine import products
-from nnsight_fx.engine.products import LARGE, ROWS, TURNED, FewRows, few_rows
+from nnsight_fx.engine.products import LARGE, ROWS, FewRows, few_rows
 
 WIDE, INNER = 512, LARGE // 512
 
@@ -55,11 +55,34 @@ def test_others_stay(x, w):
     assert rewritten(forward, x, w)[1] == 0
 
 
-@pytest.mark.parametrize("more, count", [(0, 1), (-1, 0)])
-def test_the_weight_of_a_backward_may_be_smaller(more, count):
-    w = torch.randn(TURNED // WIDE + more, WIDE)
-    assert rewritten(backward, torch.randn(2, len(w)), w)[1] == count
-    assert rewritten(forward, torch.randn(2, WIDE), w)[1] == 0
+@pytest.mark.parametrize(
+    "rows, threads, block",
+    [(INNER, 1, 128), (INNER, 2, 128), (576, 2, 96), (576, 8, 72), (576, 16, 36), (576, 32, None), (50257, 1, None)],
+)
+def test_blocks_leave_nothing_over_and_no_thread_without_one(rows, threads, block):
+    assert products._block(rows, threads) == block
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        pytest.param(torch.randn(INNER, WIDE), id="in blocks"),
+        pytest.param(torch.randn(WIDE, INNER).t(), id="the other way round"),
+        pytest.param(torch.randn(INNER, 2 * WIDE)[:, :WIDE], id="part of another"),
+        pytest.param(torch.randn(INNER + 1, WIDE), id="no blocks"),
+        pytest.param(torch.randn(INNER, 2 * WIDE).view(2 * INNER, WIDE)[::2], id="every other row"),
+    ],
+)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 14])
+def test_any_weight_gives_what_linear_gives(weight, biased, rows):
+    x = torch.randn(2 * rows, 2 * WIDE)[::2, WIDE:]
+    bias = torch.randn(len(weight)) if biased else None
+    kept = None if bias is None else bias.clone()
+    y = few_rows(x, weight, bias)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(bias, kept, rtol=0, atol=0)
 
 
 def test_a_bias_that_is_no_row_stays():
@@ -116,5 +139,5 @@ def test_a_trace_through_inductor_and_its_gradients(monkeypatch):
                 grad = model[0].input.grad.save()
         found[engine] = (out, grad)
     assert calls
-    assert "are oneDNN's" in str(model.explain()) and model.explain().to_dict()["captures"][-1]["few_rows"]
+    assert "products of few rows" in str(model.explain()) and model.explain().to_dict()["captures"][-1]["few_rows"]
     torch.testing.assert_close(found["inductor"], found["hooks"], rtol=1e-5, atol=1e-4)
