@@ -416,7 +416,7 @@ def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iter
         yield list(fakes)
         return
     captured: dict = getattr(env, "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val")
-    now = {s: n for s, n in _sizes(fakes, values).items() if s in captured and captured[s] != n}
+    now = {s: n for s, n in sizes_of(fakes, values).items() if s in captured and captured[s] != n}
     before = {s: captured[s] for s in now}
     captured.update(now)
     if now:
@@ -452,7 +452,7 @@ def _refresh(env: Any) -> None:
             function.cache_clear()
 
 
-def _sizes(fakes: Sequence, values: Sequence) -> dict[Any, sympy.Integer]:
+def sizes_of(fakes: Sequence, values: Sequence) -> dict[Any, sympy.Integer]:
     """What each symbol among the sizes of fake inputs is in a call."""
     found = {}
     for fake, value in zip(fakes, values, strict=False):
@@ -538,16 +538,52 @@ def guard_count(context: Any) -> int:
     return 0 if env is None else len(env.guards)
 
 
-def guards_since(context: Any, since: int) -> list:
-    """The guards on sizes that were added since then."""
-    env = context.fake_mode.shape_env
-    return [] if env is None else list(env.guards[since:])
-
-
 def add_guards(context: Any, guards: list) -> None:
     """What is compiled now holds under these guards, too."""
     if guards:
-        context.fake_mode.shape_env.guards.extend(guards)
+        known = {g.expr for g in context.fake_mode.shape_env.guards}
+        context.fake_mode.shape_env.guards.extend(g for g in guards if g.expr not in known)
+
+
+class Sizes:
+    """What something that is compiled takes some symbols to be: their ranges before it was, and the guards on them behind it."""
+
+    def __init__(self, context: Any, symbols: tuple):
+        self.symbols, self.env = symbols, context.fake_mode.shape_env
+        self.ranges = self._ranges(symbols)
+        self.guards: list = []
+
+    def compiled(self) -> None:
+        self.guards = [g for g in self.env.guards if g.expr.free_symbols & {*self.symbols}] if self.symbols else []
+
+    def _ranges(self, symbols: tuple) -> list:
+        return [self.env.var_to_range[s] for s in symbols]
+
+    def among(self, symbols: tuple, values: dict) -> list | None:
+        """The guards under which `symbols` can stand for those here, if with these `values` they hold."""
+        if symbols != self.symbols:
+            ranges = zip(self._ranges(symbols), self.ranges, strict=True)
+            beside = any(not g.expr.free_symbols <= {*self.symbols} for g in self.guards)  # guards on others, too
+            if beside or not all(new.issubset(old) for new, old in ranges):
+                return None
+        others = dict(zip(self.symbols, symbols, strict=True))
+        guards = [g._replace(expr=g.expr.xreplace(others)) for g in self.guards]
+        return guards if all(g.expr.xreplace(values) == True for g in guards) else None  # noqa: E712
+
+
+def symbols_among(values: Sequence) -> tuple:
+    """The symbols of the sizes of fake inputs, in order."""
+    found: dict = {}
+    for x in values:
+        for size in (*x.shape, *x.stride()) if isinstance(x, torch.Tensor) else (x,):
+            if isinstance(size, torch.SymInt):
+                found |= dict.fromkeys(sorted(size.node.expr.free_symbols, key=str))
+    return tuple(found)
+
+
+def renamed(size: Any, names: dict) -> str:
+    """A size as text, with other names for its symbols."""
+    return str(size.node.expr.xreplace(names) if isinstance(size, torch.SymInt) else size)
 
 
 @contextlib.contextmanager

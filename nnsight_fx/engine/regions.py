@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 import torch.fx as fx
 
@@ -28,11 +29,10 @@ class Whole(Exception):
 
 @dataclass
 class Region:
-    """A compiled region: for which sizes, and what compiling it decided of them."""
+    """A compiled region, and what it takes its sizes to be: those of one block's inputs, under names of their own elsewhere."""
 
     call: Callable
-    guards: list
-    hold: Callable[[list], bool]
+    taken: _torch.Sizes
     gives: list[torch.Tensor]
 
 
@@ -93,42 +93,46 @@ def _constants(gm: fx.GraphModule, given: list) -> dict[fx.Node, torch.Tensor]:
 
 class _Regions:
     def __init__(self, gm: fx.GraphModule, segment: Segment, own: list, args: list, build: Callable):
-        self.gm, self.segment, self.own, self.args, self.build = gm, segment, own, args, build
+        self.gm, self.segment, self.build = gm, segment, build
         self.known: dict[Hashable, list[Region]] = segment.regions
+        self.values = _torch.sizes_of(own, args)
 
     def place(self, node: fx.Node, values: dict[fx.Node, Any]) -> list[torch.Tensor]:
         """Put a compiled region where a submodule is called; returns the fakes of what it gives."""
-        graph = self.gm.get_submodule(str(node.target))
+        graph, context = self.gm.get_submodule(str(node.target)), self.segment.context
         assert isinstance(graph, fx.GraphModule)
         inputs = [values[a] for a in node.args]  # type: ignore[index]
         if any(isinstance(x, torch.Tensor) and _torch.unbacked(x) for x in inputs):
             raise Whole("a size that is known only when it runs crosses from block to block")
         if not _torch.named(inputs):
             raise Whole("what crosses from block to block is laid out by a size that does not cross")
-        key = (structure(graph), tuple(map(facts, inputs)), torch.is_grad_enabled())
-        found = next((r for r in self.known.get(key, ()) if r.hold(self.args)), None)
-        if found is None:
-            found = self._compile(graph, inputs)
+        symbols = _torch.symbols_among(inputs)
+        names = {s: sympy.Symbol(f"size_{i}", integer=True) for i, s in enumerate(symbols)}
+        key = (structure(graph), tuple(facts(x, names) for x in inputs), torch.is_grad_enabled())
+        for found in self.known.get(key, ()):
+            guards = found.taken.among(symbols, self.values)
+            if guards is not None:
+                break
+        else:
+            found, guards = self._compile(graph, inputs, symbols), []
             self.known.setdefault(key, []).append(found)
             if len(self.known) > KEPT:
                 self.known.pop(next(iter(self.known)))
-        else:
-            _torch.add_guards(self.segment.context, found.guards)
+        _torch.add_guards(context, guards)
         node.op, node.target = "call_function", found.call
-        return found.gives
+        return found.gives if found.taken.symbols == symbols else _Checked(graph, inputs).gives(context)
 
-    def _compile(self, graph: fx.GraphModule, inputs: list) -> Region:
+    def _compile(self, graph: fx.GraphModule, inputs: list, symbols: tuple) -> Region:
         context = self.segment.context
-        gives = _Checked(graph, inputs).gives(context)
-        since = _torch.guard_count(context)
+        taken, gives = _torch.Sizes(context, symbols), _Checked(graph, inputs).gives(context)
         graph.recompile()
         compiled = _torch.inside(self.build(graph, lambda: [_torch.as_leaf(context, x) for x in inputs]))
 
         def region(*args: Any) -> Any:
             return compiled(*args)
 
-        guards = _torch.guards_since(context, since)
-        return Region(region, guards, _torch.added_guards(context, since, self.own), gives)
+        taken.compiled()
+        return Region(region, taken, gives)
 
 
 class _Checked(fx.Interpreter):
@@ -159,11 +163,12 @@ def _storage(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def facts(x: Any) -> Hashable:
-    """Of what kind an input of a graph is, from its fake."""
+def facts(x: Any, names: dict) -> Hashable:
+    """Of what kind an input of a graph is, from its fake, with names for what its sizes are of."""
     if not isinstance(x, torch.Tensor):
-        return str(x)
-    return (*map(str, x.shape), "|", *map(str, x.stride())), x.dtype, x.device, x.requires_grad
+        return _torch.renamed(x, names)
+    sizes = (*(_torch.renamed(n, names) for n in x.shape), "|", *(_torch.renamed(n, names) for n in x.stride()))
+    return sizes, x.dtype, x.device, x.requires_grad
 
 
 def structure(graph: fx.GraphModule) -> Hashable:

@@ -39,10 +39,8 @@ class Steady:
         plain = not (run.frames or plan.recapture or plan.backs or run.live_sites) and all(
             op.kind in KINDS and not op.when for op in plan.ops
         )
-        start = ((plan, True), found.unread, ())
-        begun = found not in run.segment.variants.get(start, ())  # did anything happen before the graph
         whole = found.requires is None and found.cut is None and plan.saved <= set(found.gives)
-        return cls(run) if one and plain and not begun and whole else None
+        return cls(run) if one and plain and found.fresh and whole else None
 
     def __call__(self, inputs: tuple, constants: list, lines: list[Line], hooks: tuple) -> Call:
         """A run on other inputs and lifted values; `NotCaptured`, before anything ran, where it is no such run."""

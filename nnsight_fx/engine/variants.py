@@ -47,6 +47,7 @@ class Variant:
     accumulates: list[int] = field(default_factory=list)  # the inputs whose gradients are further outputs
     ends: bool = False  # does the run end with it: the plan stops the model here
     unread: bool = False  # was what the model returns not computed, since nobody takes it
+    fresh: bool = False  # is it of a plan that is known to its end, and of which nothing had happened
 
 
 VARIANTS = 512  # compiled plans kept a segment
@@ -167,6 +168,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         job.report,
         ends=None in job.removed,
         unread=job.unread and job.cut is None,
+        fresh=run.closed and not (run.counts or run.env or run.done or aliases),
         requires=job.requires,
         accumulates=job.accumulates,
     )

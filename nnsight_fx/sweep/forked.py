@@ -300,7 +300,7 @@ class Sheet:
             if _changes_inputs(region):
                 raise Mixed("the model changes a value in place on which a site may be looked at")
             given = (n.meta.get("example_value") for n in region.graph.nodes if n.op == "placeholder")
-            key = (structure(region), tuple(map(facts, given)))
+            key = (structure(region), tuple(facts(x, {}) for x in given))
             if key not in known:
                 known[key] = self._compile(region)
             found[name] = known[key]

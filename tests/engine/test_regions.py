@@ -253,8 +253,8 @@ def attributed(m):
     return list(saved)
 
 
-def generated(m, length):
-    with torch.no_grad(), m.generate([[*range(1, length + 1)]], max_new_tokens=3, do_sample=False) as tracer:
+def generated(m, length, new=3):
+    with torch.no_grad(), m.generate([[*range(1, length + 1)]], max_new_tokens=new, do_sample=False) as tracer:
         for _ in tracer.iter[:]:
             m.model.layers[3].output += 2.0
         out = tracer.result.save()
@@ -283,6 +283,21 @@ def test_a_layout_by_a_size_that_does_not_cross_leaves_a_graph_whole():
         with assert_no_fallback():
             got = generated(model, length)
         torch.testing.assert_close(got, generated(hooks, length))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])])
+def test_each_layers_part_of_a_growing_cache_is_taken_by_one_region(backend):
+    """Dynamo gives the sizes of each tensor of a cache symbols of their own."""
+    model, hooks = (LanguageModel(llama()) for _ in range(2))
+    model.config.use_cache = hooks.config.use_cache = True
+    model.compile(backend=backend, regional=True)
+    for length in (5, 9):
+        with assert_no_fallback():
+            got = generated(model, length, 6)
+        torch.testing.assert_close(got, generated(hooks, length, 6))
+    facts = model.explain().to_dict()["captures"][0]
+    assert facts["whole"] is None
+    assert facts["regions"] < facts["captures"] * 7 < facts["captures"] * LAYERS
 
 
 def test_numbers_computed_between_blocks_leave_a_graph_whole():
