@@ -78,8 +78,7 @@ def sink_views(gm: fx.GraphModule, before: list[fx.Node]) -> int:
     firsts = [piece[0] for piece in pieces]
     count = 0
     for node in reversed(gm.graph.nodes):
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or not target.is_view or node not in where:
+        if not _view(node) or node not in where:
             continue
         base = node.all_input_nodes[0]
         if any(changes(user) for n in (node, base) for user in n.users):
@@ -100,6 +99,15 @@ def sink_views(gm: fx.GraphModule, before: list[fx.Node]) -> int:
         if not node.users:
             gm.graph.erase_node(node)
     return count
+
+
+def _view(node: fx.Node) -> bool:
+    """Does a node give a view, as its target says: an operation of aten, or an index without a tensor in it?"""
+    if node.target is operator.getitem:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        kinds = {type(i) for i in index}
+        return slice in kinds and kinds <= {slice, int, type(None), type(...)} and len(node.all_input_nodes) == 1
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
 def seams(gm: fx.GraphModule) -> list[tuple[Site, list[fx.Node]]]:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import nnsight_fx
@@ -13,12 +14,12 @@ from nnsight_fx.engine.regions import Whole, regional
 LAYERS = 8
 
 
-def llama(frozen=True):
+def llama(frozen=True, layers=LAYERS):
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=64,
@@ -254,7 +255,10 @@ def attributed(m):
 
 
 def generated(m, length, new=3):
-    with torch.no_grad(), m.generate([[*range(1, length + 1)]], max_new_tokens=new, do_sample=False) as tracer:
+    with (
+        torch.no_grad(),
+        m.generate([[*range(1, length + 1)]], max_new_tokens=new, do_sample=False, use_cache=True) as tracer,
+    ):
         for _ in tracer.iter[:]:
             m.model.layers[3].output += 2.0
         out = tracer.result.save()
@@ -264,7 +268,6 @@ def generated(m, length, new=3):
 def test_a_language_model_with_prompts_of_other_lengths():
     """Sizes are symbols then, what comes in front of the first block computes with them, and a graph has tensors of its own."""
     model, hooks = (LanguageModel(llama()) for _ in range(2))
-    model.config.use_cache = hooks.config.use_cache = True
     model.compile(backend="eager", regional=True)
     for run in (attributed, differences, lambda m: generated(m, 5), lambda m: generated(m, 9)):
         with assert_no_fallback():
@@ -274,10 +277,9 @@ def test_a_language_model_with_prompts_of_other_lengths():
 
 @pytest.mark.slow
 @pytest.mark.inductor
-def test_a_layout_by_a_size_that_does_not_cross_leaves_a_graph_whole():
+def test_what_is_laid_out_by_a_size_that_does_not_cross_is_taken_where_it_is_used():
     """A second length makes it a symbol: the last position of all is laid out by it, and has no dimension of that size."""
     model, hooks = (LanguageModel(llama()) for _ in range(2))
-    model.config.use_cache = hooks.config.use_cache = True
     model.compile()
     for length in (5, 9):
         with assert_no_fallback():
@@ -286,18 +288,57 @@ def test_a_layout_by_a_size_that_does_not_cross_leaves_a_graph_whole():
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])])
-def test_each_layers_part_of_a_growing_cache_is_taken_by_one_region(backend):
+def test_more_layers_with_a_growing_cache_are_no_more_regions(backend):
     """Dynamo gives the sizes of each tensor of a cache symbols of their own."""
-    model, hooks = (LanguageModel(llama()) for _ in range(2))
-    model.config.use_cache = hooks.config.use_cache = True
-    model.compile(backend=backend, regional=True)
-    for length in (5, 9):
-        with assert_no_fallback():
-            got = generated(model, length, 6)
-        torch.testing.assert_close(got, generated(hooks, length, 6))
-    facts = model.explain().to_dict()["captures"][0]
-    assert facts["whole"] is None
-    assert facts["regions"] < facts["captures"] * 7 < facts["captures"] * LAYERS
+    found = []
+    for layers in (LAYERS, LAYERS + 3):
+        model, hooks = (LanguageModel(llama(layers=layers)) for _ in range(2))
+        model.compile(backend=backend, regional=True)
+        for length in (5, 9):
+            with assert_no_fallback():
+                got = generated(model, length, 6)
+            torch.testing.assert_close(got, generated(hooks, length, 6))
+        facts = model.explain().to_dict()["captures"][0]
+        assert facts["whole"] is None
+        found.append((facts["captures"], facts["regions"]))
+    assert found[0] == found[1]
+
+
+class Last(nn.Module):
+    """Blocks for the last position; `select` is a method, of which only its fake tells that it gives a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.blocks = nn.ModuleList(block() for _ in range(6))
+
+    def forward(self, x):
+        x = self.first(x).select(1, -1)
+        for each in self.blocks:
+            x = each(x)
+        return x
+
+
+def block():
+    return nn.Sequential(*(m for _ in range(5) for m in (nn.Linear(16, 16), nn.Tanh())))
+
+
+def test_a_layout_by_a_size_that_does_not_cross_leaves_a_graph_whole():
+    torch.manual_seed(0)
+    module = Last().requires_grad_(False)
+    model, hooks = NNsight(module), NNsight(module)
+    model.compile(backend="eager", regional=True)
+    found = []
+    for length in (5, 9, 7):
+        x = torch.randn(2, length, 16)
+        values = []
+        for each in (model, hooks):
+            with torch.no_grad(), assert_no_fallback(), each.trace(x):
+                each.blocks[2].output += 1.0
+                values.append(each.output.save())
+        torch.testing.assert_close(*values)
+        found.append(model.explain().to_dict()["captures"][0]["whole"])
+    assert found == [None, *["what crosses from block to block is laid out by a size that does not cross"] * 2]
 
 
 def test_numbers_computed_between_blocks_leave_a_graph_whole():

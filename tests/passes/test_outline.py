@@ -1,5 +1,7 @@
 """`outline`: equal pieces between sites become one submodule."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn as nn
@@ -139,6 +141,25 @@ def test_views_are_taken_again_where_they_are_used():
         assert torch.equal(got, want)
     first = gm.get_submodule("region_0")
     assert len(first.graph.output_node().args[0]) <= 2  # `h`, and the view that is a result
+
+
+def test_a_slice_is_taken_again_where_it_is_used():
+    class Sliced(nn.Module):
+        def forward(self, x, w, n):
+            h = x @ w
+            last, some = h[:, -1:, None], h[:n]
+            return last.sin(), some.sin()
+
+    gm = torch.fx.symbolic_trace(Sliced())
+    _, some = begins(gm, operator.getitem)
+    before = [n for n in gm.graph.nodes if n.op == "call_method"]
+    assert sink_views(gm, before) == 1
+    assert [n.target for n in before] == [operator.getitem, "sin"]
+    assert before[1].args == (some,)  # it stays: the number would have to cross with it
+    gm.recompile()
+    x, w = torch.randn(2, 4, 3), torch.randn(3, 3)
+    for got, want in zip(gm(x, w, 1), Sliced()(x, w, 1), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_a_view_of_what_is_changed_stays_where_it_is():
