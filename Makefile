@@ -51,7 +51,7 @@ bench: .venv/.stamp
 bench-figures: .venv/.stamp .peer/.stamp-bench
 	$(BIN)/python -m bench.suite
 	$(BIN)/python -m bench.suite --models smollm2 --workloads 'steer, logits' --layers 3 6 12 30 --out bench/results/layers.json
-	for each in sweep harvest first recording memory; do $(BIN)/python -m bench.$$each || exit 1; done
+	for each in sweep harvest first recording memory products; do $(BIN)/python -m bench.$$each || exit 1; done
 	$(BIN)/python bench/tables.py
 
 bench-gpu: .venv/.stamp

@@ -18,7 +18,7 @@ PAGE_TEXT = """# Performance
 
 <!-- Written by bench/tables.py from bench/results/*.json. -->
 
-Each table is one run of one command on one machine; `no_grad`, parameters frozen. Times of others' runs, and of other machines,
+Each table is one run of one command on one machine, where it says nothing else; `no_grad`, parameters frozen. Times of others' runs, and of other machines,
 are not comparable: ratios are. GPU: not measured.
 
 {tables}
@@ -198,8 +198,31 @@ def first() -> list[str]:
     ]
 
 
+def products() -> list[str]:
+    found = kept("products")
+    if found is None:
+        return []
+    rows = [
+        [
+            " x ".join(map(str, r["weight"])),
+            "back" if r["backward"] else "forward",
+            r["rows"],
+            *(f"{us:.0f}" for us in r["us"].values()),
+            *(f"{ratio:.2f}" for ratio in r["ratio"].values()),
+        ]
+        for r in found["products"]
+    ]
+    return [
+        "## Products of few rows",
+        f"`python -m bench.products`. {machine(found)} Microseconds a product with a weight that is in no cache; `few_rows` is that "
+        f"of `engine/products`, {'which Inductor gets' if found['used_here'] else 'which Inductor does not get'} on this CPU from "
+        "1 MiB of weight.",
+        table(["weight", "", "rows", "MKL", "oneDNN", "`few_rows`", "over MKL", "over oneDNN"], rows),
+    ]
+
+
 SHORT = ("last", "steer", "steer, logits", "saves", "gradients", "logit lens", "generate")
-SECTIONS = (suite, layers, sweep, harvest, first, recording, memory)
+SECTIONS = (suite, layers, sweep, harvest, first, recording, memory, products)
 
 
 def short() -> str:

@@ -99,7 +99,7 @@ def _text(facts: dict[str, Any]) -> list[str]:
         )
     if facts["few_rows"]:
         lines.append(
-            "    products of few rows with a large weight are `few_rows` (`options={'post_grad_custom_post_pass': None}`: torch's own)"
+            "    products of few rows with a large weight are done in blocks or by oneDNN (`options={'post_grad_custom_post_pass': None}`: by MKL)"
         )
     if facts["whole"] is not None:
         lines.append(f"    compiled in one piece: {facts['whole']}")

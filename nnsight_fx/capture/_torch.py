@@ -573,12 +573,12 @@ class Sizes:
 
 def symbols_among(values: Sequence) -> tuple:
     """The symbols of the sizes of fake inputs, in order."""
-    found: dict = {}
-    for x in values:
-        for size in (*x.shape, *x.stride()) if isinstance(x, torch.Tensor) else (x,):
-            if isinstance(size, torch.SymInt):
-                found |= dict.fromkeys(sorted(size.node.expr.free_symbols, key=str))
-    return tuple(found)
+    return tuple(dict.fromkeys(s for size in _symbolic(values) for s in sorted(size.free_symbols, key=str)))
+
+
+def numbered(symbols: tuple) -> dict:
+    """Other names for symbols: by their order."""
+    return {s: sympy.Symbol(f"size_{i}", integer=True) for i, s in enumerate(symbols)}
 
 
 def renamed(size: Any, names: dict) -> str:
@@ -610,9 +610,13 @@ def unbacked(fake: torch.Tensor) -> bool:
 
 def named(values: Sequence) -> bool:
     """Is each symbol among the sizes and strides of a graph's inputs one of them by itself? Inductor knows no other."""
+    return {*symbols_among(values)} <= {*_symbolic(values)}
+
+
+def _symbolic(values: Sequence) -> list:
+    """What is no plain number among the sizes and strides of fake inputs."""
     sizes = [n for x in values for n in ((*x.shape, *x.stride()) if isinstance(x, torch.Tensor) else (x,))]
-    found = [n.node.expr for n in sizes if isinstance(n, torch.SymInt)]
-    return {s for expr in found for s in expr.free_symbols} <= set(found)
+    return [n.node.expr for n in sizes if isinstance(n, torch.SymInt)]
 
 
 def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool]:

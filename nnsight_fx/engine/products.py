@@ -13,7 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 ROWS = 64  # up to which reading the weight is what a product costs, or much of it
 LARGE = 2**18  # elements of a weight from which this pays: 1 MiB
-BLOCK = range(128, 31, -1)  # rows of the weight that are a product of their own in `_few_rows`, the best first
+BLOCK = range(128, 31, -1)  # rows of the weight that can be one product in `_few_rows`, the most first
 
 _library = torch.library.Library("nnsight_fx", "DEF")
 _library.define("few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 import torch.fx as fx
 
@@ -107,7 +106,7 @@ class _Regions:
         if not _torch.named(inputs):
             raise Whole("what crosses from block to block is laid out by a size that does not cross")
         symbols = _torch.symbols_among(inputs)
-        names = {s: sympy.Symbol(f"size_{i}", integer=True) for i, s in enumerate(symbols)}
+        names = _torch.numbered(symbols)
         key = (structure(graph), tuple(facts(x, names) for x in inputs), torch.is_grad_enabled())
         for found in self.known.get(key, ()):
             guards = found.taken.among(symbols, self.values)
