@@ -1,9 +1,9 @@
-"""Products of few rows with a weight: MKL's, oneDNN's and those of `engine/products`, forward and back.
+"""Products of few rows with a weight, as Inductor does them: MKL's, oneDNN's and those of `engine/products`, forward and back.
 
     python -m bench.products [--rounds 9] [--runs 30] [--out bench/results/products.json]
 
 Float32. Each call takes another of so many weights that they do not stay in the caches, as a model's do not. Seconds are the median
-over rounds in which all have their turn.
+over rounds in which all have their turn, the call of a compiled function included.
 """
 
 from __future__ import annotations
@@ -14,30 +14,47 @@ from typing import Any
 
 import torch
 
-from nnsight_fx.engine.products import few_rows, worthwhile
+from nnsight_fx.engine.products import FewRows, worthwhile
 
 from .measure import arguments, interleaved, setting, write
 
-WEIGHTS = ((576, 576), (1536, 576), (576, 1536), (768, 768), (3072, 768), (2048, 2048), (49152, 576))  # (out, in)
+WEIGHTS = (
+    (192, 576),
+    (576, 576),
+    (1536, 576),
+    (576, 1536),
+    (768, 768),
+    (3072, 768),
+    (2048, 2048),
+    (49152, 576),
+)  # (out, in)
 ROWS = (1, 2, 14, 64)
 APART = 256 * 2**20  # bytes of weights a shape
 
 
 def calls(rows: int, out: int, inner: int, back: bool) -> dict[str, Callable[[], torch.Tensor]]:
     """One product by each, of `x @ w.T`, or `g @ w` in a backward."""
+    torch.compiler.reset()
     some = [torch.randn(out, inner) for _ in range(max(2, APART // (4 * out * inner)))]
     x = torch.randn(rows, out if back else inner)
-    turned = (lambda w: w.t()) if back else (lambda w: w)
 
-    def over(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def over(
+        product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], **options: Any
+    ) -> Callable[[], torch.Tensor]:
         weights = itertools.cycle(some)
-        return lambda: product(x, turned(next(weights)))
+        compiled = torch.compile(product, dynamic=False, options=options)
+        return lambda: compiled(x, next(weights))
 
-    return {
-        "MKL": over(lambda x, w: torch.mm(x, w.t())),
-        "oneDNN": over(lambda x, w: torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], "")),
-        "few_rows": over(lambda x, w: few_rows(x, w, None)),
-    }
+    def plain(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, w if back else w.t())
+
+    def onednn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.ops.nnsight_fx.linear(x, w.t() if back else w, None)
+
+    found = {"MKL": over(plain), "oneDNN": over(onednn), "ours": over(plain, post_grad_custom_post_pass=FewRows())}
+    for call in found.values():
+        call()
+    return found
 
 
 def main() -> None:
@@ -46,7 +63,7 @@ def main() -> None:
     with torch.no_grad():
         for (out, inner), back, rows in itertools.product(WEIGHTS, (False, True), ROWS):
             us = {who: s * 1e6 for who, s in interleaved(calls(rows, out, inner, back), args.rounds, args.runs).items()}
-            ratio = {who: us["few_rows"] / us[who] for who in ("MKL", "oneDNN")}
+            ratio = {who: us["ours"] / us[who] for who in ("MKL", "oneDNN")}
             measured.append({"weight": [out, inner], "backward": back, "rows": rows, "us": us, "ratio": ratio})
     write({**setting(), "used_here": worthwhile(), "products": measured}, args.out)
 

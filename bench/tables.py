@@ -214,10 +214,10 @@ def products() -> list[str]:
     ]
     return [
         "## Products of few rows",
-        f"`python -m bench.products`. {machine(found)} Microseconds a product with a weight that is in no cache; `few_rows` is that "
-        f"of `engine/products`, {'which Inductor gets' if found['used_here'] else 'which Inductor does not get'} on this CPU from "
-        "1 MiB of weight.",
-        table(["weight", "", "rows", "MKL", "oneDNN", "`few_rows`", "over MKL", "over oneDNN"], rows),
+        f"`python -m bench.products`. {machine(found)} Microseconds a product that Inductor has compiled, with a weight that "
+        f"is in no cache; ours is by `engine/products`, {'which is used' if found['used_here'] else 'which is not used'} on this "
+        "CPU from 256 KiB of weight.",
+        table(["weight", "", "rows", "MKL", "oneDNN", "ours", "over MKL", "over oneDNN"], rows),
     ]
 
 

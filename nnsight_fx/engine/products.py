@@ -5,43 +5,62 @@ from __future__ import annotations
 import functools
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.lowering import fallback_handler, register_lowering
+from torch.fx.experimental.proxy_tensor import make_fx
 
-ROWS = 64  # up to which reading the weight is what a product costs, or much of it
-LARGE = 2**18  # elements of a weight from which this pays: 1 MiB
-BLOCK = range(128, 31, -1)  # rows of the weight that can be one product in `_few_rows`, the most first
+# Up to how many rows, and from how many elements of a weight, it pays (`bench/products.py`).
+IN_BLOCKS = 64, 2**16
+BY_ONEDNN = 32, 2**18
+BLOCK = range(128, 31, -1)  # rows of the weight that can be one product in `few_rows`, the most first
 
 _library = torch.library.Library("nnsight_fx", "DEF")
-_library.define("few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_by_onednn = torch.ops.nnsight_fx.linear.default  # any layout of the weight; Inductor's own wants a constant
 
 
-def _few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear`, by MKL for many blocks of a weight at once, which it does not copy first; by oneDNN where there are none."""
-    block = _block(len(weight), torch.get_num_threads()) if weight.is_contiguous() else None
-    if block is None:
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    blocks = weight.view(-1, block, weight.shape[1]).transpose(1, 2)
-    y = torch.bmm(x.expand(len(blocks), *x.shape), blocks).transpose(0, 1).reshape(len(x), len(weight))
-    return y if bias is None else y.add_(bias)
-
-
-@functools.cache
-def _block(rows: int, threads: int) -> int | None:
-    """Into blocks of how many rows a weight divides such that no thread is without one."""
-    return next((n for n in BLOCK if rows % n == 0 and rows // n >= threads), None)
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 def _shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-_library.impl("few_rows", _few_rows, "CPU")
-torch.library.register_fake("nnsight_fx::few_rows", _shape, lib=_library)
-few_rows = torch.ops.nnsight_fx.few_rows.default
+_library.impl("linear", _linear, "CPU")
+torch.library.register_fake("nnsight_fx::linear", _shape, lib=_library)
+
+
+@register_lowering(_by_onednn, type_promotion_kind=None)
+def _lowered(x: Any, weight: Any, bias: Any) -> Any:
+    """In what Inductor writes, oneDNN is called with no Python between."""
+    call = fallback_handler(torch.ops.mkldnn._linear_pointwise.default, add_to_fallback_set=False)
+    return call(x, weight, bias, "none", [], "")
+
+
+def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear`, by MKL for many blocks of a weight at once, which it does not copy first; by oneDNN where there are none."""
+    rows, inner = weight.shape
+    block = _block_of(weight)
+    if block is None:
+        return _by_onednn(x, weight, bias)
+    blocks = weight.view(-1, block, inner).permute(0, 2, 1)
+    y = torch.bmm(x.expand(len(blocks), -1, -1), blocks).permute(1, 0, 2).reshape(-1, rows)
+    return y if bias is None else y + bias
+
+
+def _block_of(weight: torch.Tensor) -> int | None:
+    return _block(len(weight), torch.get_num_threads()) if weight.is_contiguous() else None
+
+
+@functools.cache
+def _block(rows: int, threads: int) -> int | None:
+    """Into blocks of how many rows a weight divides such that no thread is without one."""
+    return next((n for n in BLOCK if rows % n == 0 and rows // n >= threads), None)
 
 
 @functools.cache
@@ -65,20 +84,20 @@ def chosen(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class FewRows(CustomGraphPass):
-    """What Inductor does to a graph at last: products of few rows with a large weight are `few_rows`.
+    """What Inductor does to a graph at last: products of few rows with a large weight are `few_rows`'s.
 
     ```
-    t = permute(w, [1, 0])
-    y = addmm(b, x, t)            ->     y = few_rows(x, w, b)
-    g = mm(d, w)                         t = permute(w, [1, 0]);  g = few_rows(d, t, None)
+    t = permute(w, [1, 0])                w' = permute(view(w, [b, n, k]), [0, 2, 1])
+    y = addmm(b, x, t)            ->      y = view(permute(bmm(expand(x, [b, -1, -1]), w'), [1, 0, 2]), [-1, b * n]) + b
+    g = mm(d, w)                          g = linear(d, permute(w, [1, 0]), None)        # oneDNN's
     ```
 
-    Sums may be rounded differently. Does not fire for other types than float32, for more than `ROWS` rows or a weight of fewer
-    than `LARGE` elements.
+    Sums may be rounded differently. Does not fire for other types than float32, nor for more rows or smaller weights than
+    `IN_BLOCKS` and `BY_ONEDNN` say.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
-        for node in graph.nodes:
+        for node in list(graph.nodes):
             if node.target is torch.ops.aten.mm.default:
                 x, weight = node.args
                 _replace(graph, node, x, weight, None)
@@ -88,17 +107,23 @@ class FewRows(CustomGraphPass):
                     _replace(graph, node, x, weight, bias)
 
     def uuid(self) -> Any:
-        return "nnsight_fx.few_rows", ROWS, LARGE
+        return "nnsight_fx.few_rows", IN_BLOCKS, BY_ONEDNN, torch.get_num_threads()
 
 
 def _replace(graph: fx.Graph, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
     rows, value = x.meta["val"].shape[0], weight.meta["val"]
     rows = rows if isinstance(rows, int) else rows.node.hint
-    if rows is None or rows > ROWS or value.dtype != torch.float32 or value.device.type != "cpu":
+    if rows is None or value.dtype != torch.float32 or value.device.type != "cpu":
         return
-    if any(not isinstance(n, int) for n in value.shape) or value.numel() < LARGE:
+    if any(not isinstance(n, int) for n in value.shape):
         return
+    most, least = BY_ONEDNN if _block_of(value.permute(1, 0)) is None else IN_BLOCKS
+    if rows > most or value.numel() < least:
+        return
+    given = [n for n in (x, weight, bias) if n is not None]
+    traced = make_fx(lambda x, weight, *bias: few_rows(x, weight.permute(1, 0), *bias))(*(n.meta["val"] for n in given))
     with graph.inserting_before(node):
-        turned = graph.call_function(torch.ops.aten.permute.default, (weight, [1, 0]))
-        turned.meta["val"] = torch.ops.aten.permute.default(value, [1, 0])
-        node.target, node.args = few_rows, (x, turned, bias)
+        inputs = traced.graph.find_nodes(op="placeholder")
+        y = graph.graph_copy(traced.graph, dict(zip(inputs, given, strict=True)))
+    node.replace_all_uses_with(cast(fx.Node, y))
+    graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""Products of few rows are `few_rows` where their sizes say so, with the same values; what the user says of it stands."""
+"""Products of few rows are `few_rows`'s where their sizes say so, with the same values; what the user says of it stands."""
 
 import pytest
 import torch
@@ -7,9 +7,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from nnsight_fx import NNsight
 from nnsight_fx.engine import products
-from nnsight_fx.engine.products import LARGE, ROWS, FewRows, few_rows
+from nnsight_fx.engine.products import BY_ONEDNN, IN_BLOCKS, FewRows, few_rows
 
-WIDE, INNER = 512, LARGE // 512
+WIDE, ROWS = 512, IN_BLOCKS[0]
+INNER, LARGE = IN_BLOCKS[1] // WIDE, BY_ONEDNN[1] // WIDE
+TARGETS = {"in blocks": torch.ops.aten.bmm.default, "by oneDNN": torch.ops.nnsight_fx.linear.default}
+NONE = {"in blocks": 0, "by oneDNN": 0}
 
 
 def forward(x, w):
@@ -24,40 +27,58 @@ def biased(x, w, b):
     return torch.addmm(b, x, w.t())
 
 
-def rewritten(function, *values, mode="real"):
-    gm = make_fx(function, tracing_mode=mode)(*values)
+def rewritten(function, *values, symbolic=False):
+    gm = make_fx(function, tracing_mode="symbolic" if symbolic else "fake")(*values)
     FewRows()(gm.graph)
     gm.graph.lint()
     gm.recompile()
-    return gm, len(gm.graph.find_nodes(op="call_function", target=few_rows))
+    return gm, {how: len(gm.graph.find_nodes(op="call_function", target=target)) for how, target in TARGETS.items()}
 
 
 @pytest.mark.parametrize("rows", [1, 14, ROWS])
-@pytest.mark.parametrize("function", [forward, backward, biased])
-def test_a_product_of_few_rows_has_the_same_values(function, rows):
-    values = [torch.randn(rows, INNER if function is backward else WIDE), torch.randn(INNER, WIDE), torch.randn(INNER)]
-    values = values[: function.__code__.co_argcount]
-    gm, count = rewritten(function, *values)
-    assert count == 1
+@pytest.mark.parametrize("function", [forward, biased])
+def test_a_forward_in_blocks_has_the_same_values(function, rows):
+    values = [torch.randn(rows, WIDE), torch.randn(INNER, WIDE), torch.randn(INNER)][: function.__code__.co_argcount]
+    gm, counts = rewritten(function, *values)
+    assert counts == NONE | {"in blocks": 1}
     torch.testing.assert_close(gm(*values), function(*values), rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 14, BY_ONEDNN[0]])
+def test_a_backward_by_onednn_has_the_same_values(rows):
+    values = torch.randn(rows, LARGE), torch.randn(LARGE, WIDE)
+    gm, counts = rewritten(backward, *values)
+    assert counts == NONE | {"by oneDNN": 1}
+    torch.testing.assert_close(gm(*values), backward(*values), rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize(
-    "x, w",
+    "function, x, w",
     [
-        pytest.param(torch.randn(ROWS + 1, WIDE), torch.randn(INNER, WIDE), id="many rows"),
-        pytest.param(torch.randn(2, WIDE), torch.randn(INNER - 1, WIDE), id="a small weight"),
-        pytest.param(torch.randn(2, WIDE).double(), torch.randn(INNER, WIDE).double(), id="double"),
-        pytest.param(torch.randn(2, WIDE).bfloat16(), torch.randn(INNER, WIDE).bfloat16(), id="bfloat16"),
+        pytest.param(forward, torch.randn(ROWS + 1, WIDE), torch.randn(INNER, WIDE), id="many rows"),
+        pytest.param(forward, torch.randn(2, WIDE), torch.randn(INNER - 1, WIDE), id="a small weight"),
+        pytest.param(backward, torch.randn(BY_ONEDNN[0] + 1, LARGE), torch.randn(LARGE, WIDE), id="many rows back"),
+        pytest.param(backward, torch.randn(2, LARGE - 1), torch.randn(LARGE - 1, WIDE), id="a small weight back"),
+        pytest.param(forward, torch.randn(2, WIDE).double(), torch.randn(INNER, WIDE).double(), id="double"),
+        pytest.param(forward, torch.randn(2, WIDE).bfloat16(), torch.randn(INNER, WIDE).bfloat16(), id="bfloat16"),
     ],
 )
-def test_others_stay(x, w):
-    assert rewritten(forward, x, w)[1] == 0
+def test_others_stay(function, x, w):
+    assert rewritten(function, x, w)[1] == NONE
 
 
 @pytest.mark.parametrize(
     "rows, threads, block",
-    [(INNER, 1, 128), (INNER, 2, 128), (576, 2, 96), (576, 8, 72), (576, 16, 36), (576, 32, None), (50257, 1, None)],
+    [
+        (INNER, 1, 128),
+        (INNER, 2, 64),
+        (192, 2, 96),
+        (576, 2, 96),
+        (576, 8, 72),
+        (576, 16, 36),
+        (576, 32, None),
+        (50257, 1, None),
+    ],
 )
 def test_blocks_leave_nothing_over_and_no_thread_without_one(rows, threads, block):
     assert products._block(rows, threads) == block
@@ -87,7 +108,7 @@ def test_any_weight_gives_what_linear_gives(weight, biased, rows):
 
 def test_a_bias_that_is_no_row_stays():
     x, w, b = torch.randn(2, WIDE), torch.randn(INNER, WIDE), torch.randn(2, INNER)
-    assert rewritten(biased, x, w, b)[1] == 0
+    assert rewritten(biased, x, w, b)[1] == NONE
 
 
 def test_a_size_that_is_a_symbol_is_judged_by_what_it_was_and_takes_others():
@@ -96,8 +117,8 @@ def test_a_size_that_is_a_symbol_is_judged_by_what_it_was_and_takes_others():
     def rows_of_any_number(x, w):
         return torch.mm(x, w.new_ones(INNER, WIDE).t() * w[0, 0])
 
-    gm, count = rewritten(rows_of_any_number, torch.randn(3, WIDE), w, mode="symbolic")
-    assert count == 1
+    gm, counts = rewritten(rows_of_any_number, torch.randn(3, WIDE), w, symbolic=True)
+    assert counts == NONE | {"in blocks": 1}
     for rows in (3, 2 * ROWS):
         x = torch.randn(rows, WIDE)
         torch.testing.assert_close(gm(x, w), rows_of_any_number(x, w), rtol=1e-5, atol=1e-3)
@@ -127,7 +148,7 @@ def test_a_trace_through_inductor_and_its_gradients(monkeypatch):
     real = products._replace
     monkeypatch.setattr(products, "_replace", lambda *args: (calls.append(args[1].target), real(*args)))
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(WIDE, INNER), nn.ReLU(), nn.Linear(INNER, 4)).requires_grad_(False)
+    module = nn.Sequential(nn.Linear(WIDE, LARGE), nn.ReLU(), nn.Linear(LARGE, 4)).requires_grad_(False)
     model, x, found = NNsight(module), torch.randn(2, WIDE), {}
     for engine in ("hooks", "inductor"):
         if engine == "inductor":
