@@ -81,8 +81,7 @@ def suite() -> list[str]:
         "logits are saved, ours does without them, and nnsight, whose text has no `tracer.stop()`, does not. On an AMD CPU, as this "
         "is, our Inductor does products of up to 64 rows with large weights by `engine/products`, and torch by MKL. First calls have "
         "Inductor's caches as they were: `bench/first.py` has those from none. "
-        "Differences are to raw hooks, at most. TransformerLens runs attention in eager. The rows of `generate`, and SmolLM2's of "
-        "`gradients`, are of later versions (49b167a, 011160b), each from a run of its own; the others are of 0c88b36.",
+        "Differences are to raw hooks, at most. TransformerLens runs attention in eager.",
         "![Ratios](figures/ratios.svg)",
         *_workloads(found["rows"]),
     ]
