@@ -15,6 +15,12 @@ TARGETS = {"in blocks": torch.ops.aten.bmm.default, "by oneDNN": torch.ops.nnsig
 NONE = {"in blocks": 0, "by oneDNN": 0}
 
 
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch):
+    """Into how many blocks a weight is cut is told by the threads: the same on every machine."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
 def forward(x, w):
     return torch.mm(x, w.t())
 
@@ -147,6 +153,8 @@ def test_a_trace_through_inductor_and_its_gradients(monkeypatch):
     monkeypatch.setattr(products.FewRows, "uuid", lambda self: None)  # no cache on disk: the pass has to run
     real = products._replace
     monkeypatch.setattr(products, "_replace", lambda *args: (calls.append(args[1].target), real(*args)))
+    done, few = [], products.few_rows
+    monkeypatch.setattr(products, "few_rows", lambda x, w, *b: (done.append(w.is_contiguous()), few(x, w, *b))[1])
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(WIDE, LARGE), nn.ReLU(), nn.Linear(LARGE, 4)).requires_grad_(False)
     model, x, found = NNsight(module), torch.randn(2, WIDE), {}
@@ -160,6 +168,7 @@ def test_a_trace_through_inductor_and_its_gradients(monkeypatch):
                 grad = model[0].input.grad.save()
         found[engine] = (out, grad)
     assert calls
+    assert set(done) == {True, False}  # the forward in blocks, the backward by oneDNN
     assert (
         "are done in blocks or by oneDNN" in str(model.explain())
         and model.explain().to_dict()["captures"][-1]["few_rows"]
