@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
@@ -24,6 +25,7 @@ def outline(
     before: Collection[fx.Node] = (),
     apart: Collection[Callable] = (),
     alike: Callable[[fx.Node], Hashable] | None = None,
+    spare: bool = False,
 ) -> int:
     """Put what lies between the sites `at`, or in front of the nodes `before`, into submodules; return how many calls of them
     there are.
@@ -39,7 +41,9 @@ def outline(
     Parameters are inputs of a region, and so is every value from outside; its outputs are what is used behind it. Regions
     that call the same functions on inputs of the same shapes are one submodule, to be compiled once. Other markers than
     those `at` are erased: what tells equal blocks apart is the path in them. Calls of functions that are `apart` stay, too.
-    `alike` tells of what kind an input is, where not as capture saw it.
+    `alike` tells of what kind an input is, where not as capture saw it. With `spare` a region may give more than is used
+    behind it, if as many others compute the same and give that: the last block, whose output is only looked at, is none of
+    its own.
 
     Does not fire when: no region would have a tensor to give, or one would have to give something else (a size, a tuple).
     """
@@ -48,14 +52,29 @@ def outline(
     if not regions or any(not _gives_tensors(r) for r in regions):
         return 0
     unmark(gm, at)
+    pieces = _pieces(gm, set(at), before, apart)
+    gives = _joined([_Region(piece, alike or _facts) for piece in pieces]) if spare else {}
     known: dict[Hashable, str] = {}
-    for piece in _pieces(gm, set(at), before, apart):
+    for piece in pieces:
         region = _Region(piece, alike or _facts)
+        region.gives = gives.get(region.key, region.gives)
         if region.key not in known:
             known[region.key] = f"region_{len(known)}"
             gm.add_submodule(known[region.key], region.build(gm))
         region.replace(gm, known[region.key])
     return len(regions)
+
+
+def _joined(regions: list[_Region]) -> dict[Hashable, tuple[int, ...]]:
+    """By key, what regions give that can be calls of others: of those that give all of it, the most."""
+    count = Counter(region.key for region in regions)
+    found = {}
+    for key in count:
+        computes, gives = key
+        wider = [k for k in count if k[0] == computes and set(k[1]) > set(gives) and count[k] >= count[key]]
+        if wider:
+            found[key] = max(wider, key=lambda k: (count[k], len(k[1])))[1]
+    return found
 
 
 def sink_views(gm: fx.GraphModule, before: list[fx.Node]) -> int:
@@ -159,13 +178,16 @@ class _Region:
         self.nodes, inside = nodes, set(nodes)
         inputs = dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside)
         self.inputs = list(inputs)
-        self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
         numbers = {n: i for i, n in enumerate([*self.inputs, *nodes])}
-        self.key: Hashable = (
+        self.computes: Hashable = (
             tuple(alike(n) for n in self.inputs),
             tuple((n.op, n.target, _described(n.args, numbers), _described(n.kwargs, numbers)) for n in nodes),
-            tuple(numbers[n] for n in self.outputs),
         )
+        self.gives = tuple(i for i, n in enumerate(nodes) if any(u not in inside for u in n.users))
+
+    @property
+    def key(self) -> tuple[Hashable, tuple[int, ...]]:
+        return self.computes, self.gives
 
     def build(self, root: fx.GraphModule) -> fx.GraphModule:
         graph = fx.Graph()
@@ -175,23 +197,26 @@ class _Region:
             mapped[n].meta = dict(n.meta)
         for n in self.nodes:
             mapped[n] = graph.node_copy(n, lambda a: mapped[a])
-        graph.output(tuple(mapped[n] for n in self.outputs))
+        graph.output(tuple(mapped[self.nodes[i]] for i in self.gives))
         return fx.GraphModule(root, graph)
 
     def replace(self, gm: fx.GraphModule, name: str) -> None:
+        inside = set(self.nodes)
         with gm.graph.inserting_before(self.nodes[0]):
             call = gm.graph.call_module(name, tuple(self.inputs))
-            for i, old in enumerate(self.outputs):
-                new = gm.graph.call_function(operator.getitem, (call, i))
-                new.meta = dict(old.meta)
-                old.replace_all_uses_with(new)
+            for i, old in enumerate(self.nodes[n] for n in self.gives):
+                if any(user not in inside for user in old.users):
+                    new = gm.graph.call_function(operator.getitem, (call, i))
+                    new.meta = dict(old.meta)
+                    old.replace_all_uses_with(new)
         for node in reversed(self.nodes):
             gm.graph.erase_node(node)
 
 
 def _gives_tensors(region: _Region) -> bool:
     """As far as capture could tell: of what a plan put there, it told nothing."""
-    return all(isinstance(_value(n), torch.Tensor) for n in region.outputs if "example_value" in n.meta)
+    given = [region.nodes[i] for i in region.gives]
+    return all(isinstance(_value(n), torch.Tensor) for n in given if "example_value" in n.meta)
 
 
 def _value(node: fx.Node) -> Any:

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 # Up to how many rows, and from how many elements of a weight, it pays (`bench/products.py`).
 IN_BLOCKS = 64, 2**16
 BY_ONEDNN = 32, 2**18
-BLOCK = range(128, 31, -1)  # rows of the weight that can be one product in `few_rows`, the most first
+BLOCK = 128, 64, 32  # rows of the weight that can be one product in `few_rows`: heads are as wide, so that views stay simple
 
 _library = torch.library.Library("nnsight_fx", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -59,8 +59,9 @@ def _block_of(weight: torch.Tensor) -> int | None:
 
 @functools.cache
 def _block(rows: int, threads: int) -> int | None:
-    """Into blocks of how many rows a weight divides such that no thread is without one."""
-    return next((n for n in BLOCK if rows % n == 0 and rows // n >= threads), None)
+    """Into blocks of how many rows a weight divides such that no thread is without one, and none has much more than others."""
+    fit = [n for n in BLOCK if rows % n == 0 and rows // n >= threads]
+    return min(fit, key=lambda n: -(rows // n // -threads) * n, default=None)
 
 
 @functools.cache

@@ -53,7 +53,8 @@ def regional(
     constants = _constants(gm, given)
     sink_views(gm, job.blocks)
     computed = sum(n.op in ("call_function", "call_method") for n in gm.graph.nodes)
-    calls = outline(gm, before=job.blocks, alike=lambda n: None)  # `facts` tells, below
+    still = not torch.is_grad_enabled()  # else what is not used would have a gradient of zero, which is not none
+    calls = outline(gm, before=job.blocks, alike=lambda n: None, spare=still)  # `facts` tells, below
     kinds = {n.target for n in gm.graph.nodes if n.op == "call_module"}
     if computed < SMALL * calls:
         raise Whole(f"its blocks are small: {computed / calls:.0f} operations each")

@@ -78,15 +78,17 @@ def test_others_stay(function, x, w):
     [
         (INNER, 1, 128),
         (INNER, 2, 64),
-        (192, 2, 96),
-        (576, 2, 96),
-        (576, 8, 72),
-        (576, 16, 36),
+        (192, 2, 32),
+        (576, 1, 64),
+        (576, 2, 32),
+        (576, 16, 32),
         (576, 32, None),
+        (768, 8, 32),
+        (1536, 2, 128),
         (50257, 1, None),
     ],
 )
-def test_blocks_leave_nothing_over_and_no_thread_without_one(rows, threads, block):
+def test_blocks_leave_nothing_over_and_no_thread_with_much_more_than_others(rows, threads, block):
     assert products._block(rows, threads) == block
 
 

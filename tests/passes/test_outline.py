@@ -77,6 +77,32 @@ def test_does_not_fire_where_a_size_or_a_tuple_crosses_a_site():
     assert list(gm.graph.nodes) == code
 
 
+@pytest.mark.parametrize("spare", [True, False])
+def test_a_region_may_give_more_than_is_used(spare):
+    """Of the last of three equal blocks the sum is not used; of the one in between another value is, and no other gives that."""
+
+    def forward(x, w):
+        seen = []
+        for i in range(5):
+            h = site(torch.relu(x @ w), str(i), "output", 0, True)
+            inner = h * 2
+            x = inner + x
+            seen.append(x * 3)
+            if i == 2:
+                seen.append(inner)
+        return tuple(seen)
+
+    gm = graph(forward, X, W)
+    want = gm(X, W)
+    before = [n for n in gm.graph.nodes if n.target is operator.matmul]
+    assert outline(gm, before=before, alike=lambda n: None, spare=spare) == 5
+    assert modules(gm) == [f"region_{i}" for i in ((0, 0, 1, 0, 0) if spare else (0, 0, 1, 0, 2))]
+    assert all(n.users for n in gm.graph.nodes if n.target is operator.getitem)
+    gm.graph.lint()
+    gm.recompile()
+    assert all(map(torch.equal, gm(X, W), want))
+
+
 def test_several_users_and_values_across_sites():
     def forward(x, v, w):
         h = torch.relu(x @ v)
