@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import platform
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import atomic
+from .capture import _torch
 from .errors import StoreError
 from .folder import Folder, read
 from .tracing.lazy import user_line
@@ -28,6 +33,31 @@ def _described() -> dict[str, Any]:
     }
 
 
+def _native() -> str:
+    """What C++ kernels are built for: a CPU with all that it can do, a C library, a Python."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else [platform.node()]
+    cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", platform.node()))})
+    return hashlib.sha256(repr((cpu, platform.libc_ver(), sys.version)).encode()).hexdigest()
+
+
+def _packed(files: dict[str, Path]) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as into:
+        for name, file in files.items():
+            into.write(file, name)
+    return made.getvalue()
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    with zipfile.ZipFile(file) as packed:
+        for name in packed.namelist():
+            to = folder / name
+            if not to.exists() and to.resolve().is_relative_to(folder.resolve()):
+                to.parent.mkdir(parents=True, exist_ok=True)
+                atomic.write(to, packed.read(name))
+
+
 def save(path: Any) -> None:
     """`model.save_compiled`."""
     made = torch.compiler.save_cache_artifacts()
@@ -38,6 +68,8 @@ def save(path: Any) -> None:
         )
     folder = Folder(path, _described(), SAME)
     atomic.write(folder.path / "artifacts", made[0])
+    atomic.write(folder.path / "kernels.zip", _packed(_torch.kernels()))  # of which the artifacts have the source only
+    folder.write(native=_native())
 
 
 def load(path: Any) -> None:
@@ -54,6 +86,12 @@ def load(path: Any) -> None:
             )
     if torch.compiler.load_cache_artifacts(file.read_bytes()) is None:
         raise StoreError(f"{user_line()}: `{file}` is damaged. Compile anew.")
+    kernels = Path(path) / "kernels.zip"
+    if manifest.get("native") == _native() and kernels.exists():
+        try:
+            _unpack(kernels, _torch.kernel_folder())
+        except zipfile.BadZipFile as error:
+            raise StoreError(f"{user_line()}: `{kernels}` is damaged. Compile anew.") from error
 
 
 __all__ = ["load", "save"]

@@ -522,8 +522,9 @@ class NNsight(Edits, Envoy):
     def save_compiled(self, path: Any) -> None:
         """Save what compilers made in this process so far into the folder `path`, for `load_compiled` in another process.
 
-        That is the compilers' own caches (`torch.compiler.save_cache_artifacts`), of all models of the process. Dynamo still
-        traces the model there, once.
+        That is the compilers' own caches (`torch.compiler.save_cache_artifacts`), of all models of the process, and the C++
+        kernels that were built from them, for the same CPU, C library and Python (others build them anew). Dynamo still traces
+        the model there, once.
 
         Raises:
             StoreError: nothing was compiled yet, or the folder is of something else.

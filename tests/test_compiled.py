@@ -11,14 +11,17 @@ import pytest
 import torch
 import torch.nn as nn
 
-from nnsight_fx import NNsight
+from nnsight_fx import NNsight, compiled
 from nnsight_fx.errors import StoreError
 
 PROGRAM = """
 import sys, torch, torch.nn as nn
 from torch._dynamo.utils import counters
+from torch._inductor import cpp_builder
 from nnsight_fx import NNsight
 
+built, build = [], cpp_builder.run_compile_cmd
+cpp_builder.run_compile_cmd = lambda line, cwd: (built.append(line), build(line, cwd=cwd))[1]
 torch.manual_seed(0)
 model = NNsight(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)))
 model.compile()
@@ -29,7 +32,9 @@ with torch.no_grad(), model.trace(torch.ones(2, 4)):
     out = model.output.save()
 if sys.argv[1] == "save":
     model.save_compiled(sys.argv[2])
-print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"], out.flatten().tolist())
+kernels = sum("main.cpp" in str(line) for line in built)
+hit, miss = (counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+print(hit, miss, kernels, out.flatten().tolist())
 """
 
 
@@ -46,11 +51,34 @@ def test_a_second_process_compiles_nothing(tmp_path):
             check=False,
         )
         assert not ran.returncode, ran.stderr
-        printed.append(ran.stdout.strip().split(" ", 2))
-    (hits, misses, values), (later_hits, later_misses, later_values) = printed
-    assert (hits, misses) == ("0", "1")
-    assert (later_hits, later_misses) == ("1", "0")
-    assert later_values == values
+        printed.append(ran.stdout.strip().split(" ", 3))
+    first, later = printed
+    assert first[:3] == ["0", "1", "1"]
+    assert later[:3] == ["1", "0", "0"]
+    assert later[3] == first[3]
+
+
+def test_kernels_are_of_one_machine_and_stay_in_their_folder(model, tmp_path, monkeypatch):
+    """Another CPU, C library or Python builds its own; what is there already stays."""
+    (tmp_path / "built.so").write_bytes(b"kernel")
+    inside, names = tmp_path / "inductor", ("ab/cabc.main.so", "ab/cabd.main.so", "../outside.so")
+    (inside / "ab").mkdir(parents=True)
+    (inside / names[1]).write_bytes(b"here")
+    monkeypatch.setattr(compiled._torch, "kernels", lambda: dict.fromkeys(names, tmp_path / "built.so"))
+    monkeypatch.setattr(compiled._torch, "kernel_folder", lambda: inside)
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"", None))
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda made: made)
+    model.save_compiled(tmp_path / "made")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(compiled, "_native", lambda: "another machine")
+        model.load_compiled(tmp_path / "made")
+    assert not (inside / names[0]).exists()
+    model.load_compiled(tmp_path / "made")
+    assert [(inside / name).read_bytes() for name in names[:2]] == [b"kernel", b"here"]
+    assert not (tmp_path / "outside.so").exists()
+    (tmp_path / "made" / "kernels.zip").write_bytes(b"no zip")
+    with pytest.raises(StoreError, match="kernels.zip` is damaged"):
+        model.load_compiled(tmp_path / "made")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@
 | `TorchInGraphFunctionVariable._get_handlers`, `torch._dynamo.variables` | modules' calls, on Dynamo's variables | 2.11, 2.13 |
 | `LazyConstantVariable`: `peek_type`, or `_ensure_type_guard` and `python_type` | constants of which the type is guarded | 2.11; 2.13 |
 | `is_underlying_vt_modified`, or `is_base_vt_modified` | whether Dynamo replays anything | 2.11; 2.13 |
+| `torch._inductor.codecache`: `CppCodeCache.cache`, `get_path`, `cache_dir` | built C++ kernels | 2.11, 2.13 |
 | `GuardFilterEntry.orig_guard.obj_weakref` | guards on what a property makes at each look | 2.11, 2.13 |
 """
 
@@ -32,6 +33,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import sympy
@@ -862,3 +864,24 @@ def undisturbed(function: Callable) -> Callable:
 def inside(function: Callable) -> Callable:
     """What `undisturbed` made a function from, for a caller that is undisturbed itself."""
     return function._torchdynamo_orig_callable if hasattr(function, "_torchdynamo_disable") else function  # type: ignore[attr-defined]
+
+
+def kernel_folder() -> Path:
+    """Where Inductor keeps what it builds."""
+    from torch._inductor.codecache import cache_dir
+
+    return Path(cache_dir())
+
+
+def kernels() -> dict[str, Path]:
+    """The libraries of C++ kernels that this process has built or loaded, by their names in Inductor's folder."""
+    from torch._inductor.codecache import CppCodeCache, get_path
+
+    families, found = [CppCodeCache], {}
+    for family in families:
+        families += family.__subclasses__()
+        for key in family.cache:
+            file = Path(get_path(key, "main.so")[2])
+            if file.exists():
+                found[file.relative_to(kernel_folder()).as_posix()] = file
+    return found

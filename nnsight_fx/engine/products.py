@@ -16,7 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 # Up to how many rows, and from how many elements of a weight, it pays (`bench/products.py`).
 IN_BLOCKS = 64, 2**16
 BY_ONEDNN = 32, 2**18
-BLOCK = 128, 64, 32  # rows of the weight that can be one product in `few_rows`: heads are as wide, so that views stay simple
+BLOCK = (
+    128,
+    64,
+    32,
+)  # rows of the weight that can be one product in `few_rows`: heads are as wide, so that views stay simple
 
 _library = torch.library.Library("nnsight_fx", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")

@@ -142,14 +142,18 @@ WHOLE = {look}  # too few blocks are left
 
 
 LATER = (nothing, inside, stop, gradients)  # in `make test-slow`
-CASES = [pytest.param(p, llama, False, marks=[pytest.mark.slow] if p in LATER else []) for p in PROGRAMS]
-CASES += [pytest.param(p, gpt2, True, marks=[pytest.mark.slow]) for p in (steer, change_in_place, carry, invokes)]
+CASES = [pytest.param(steer, llama, False, "dynamo")]
+CASES += [pytest.param(p, llama, False, "symbolic") for p in PROGRAMS if p not in (steer, *LATER)]  # in half the time
+CASES += [pytest.param(p, llama, False, "dynamo", marks=pytest.mark.slow) for p in PROGRAMS if p is not steer]
+CASES += [
+    pytest.param(p, gpt2, True, "dynamo", marks=pytest.mark.slow) for p in (steer, change_in_place, carry, invokes)
+]
 
 
-@pytest.mark.parametrize(("program", "build", "grad"), CASES)
-def test_as_on_hooks(program, build, grad):
+@pytest.mark.parametrize(("program", "build", "grad", "capture"), CASES)
+def test_as_on_hooks(program, build, grad, capture):
     regional, hooks = NNsight(build()), NNsight(build())
-    regional.compile(backend="aot_eager", regional=True)
+    regional.compile(backend="aot_eager", regional=True, capture=capture)
     for seed in (0, 1):
         torch.manual_seed(seed)
         ids, v = torch.randint(0, 64, (2, 7)), torch.randn(16)
@@ -187,7 +191,7 @@ def test_another_layer_and_another_save_compile_only_what_is_new():
         made.append(gm)
         return gm
 
-    model.compile(backend=counting, regional=True)
+    model.compile(backend=counting, regional=True, capture="symbolic")
     ids = torch.randint(0, 64, (2, 7))
 
     def steered(at):
@@ -265,11 +269,17 @@ def generated(m, length, new=3):
     return [out]
 
 
-def test_a_language_model_with_prompts_of_other_lengths():
+LENGTHS = [attributed, lambda m: generated(m, 5), lambda m: generated(m, 9)]
+
+
+@pytest.mark.parametrize(
+    "runs", [LENGTHS, pytest.param([*LENGTHS[:1], differences, *LENGTHS[1:]], marks=pytest.mark.slow)]
+)
+def test_a_language_model_with_prompts_of_other_lengths(runs):
     """Sizes are symbols then, what comes in front of the first block computes with them, and a graph has tensors of its own."""
-    model, hooks = (LanguageModel(llama()) for _ in range(2))
+    model, hooks = (LanguageModel(llama(layers=6)) for _ in range(2))
     model.compile(backend="eager", regional=True)
-    for run in (attributed, differences, lambda m: generated(m, 5), lambda m: generated(m, 9)):
+    for run in runs:
         with assert_no_fallback():
             got = run(model)
         torch.testing.assert_close(got, run(hooks), rtol=1e-4, atol=1e-6)
@@ -287,17 +297,18 @@ def test_what_is_laid_out_by_a_size_that_does_not_cross_is_taken_where_it_is_use
         torch.testing.assert_close(got, generated(hooks, length))
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 def test_more_layers_with_a_growing_cache_are_no_more_regions(backend):
     """Dynamo gives the sizes of each tensor of a cache symbols of their own."""
     found = []
-    for layers in (LAYERS, LAYERS + 3):
+    for layers in (6, 8):
         model, hooks = (LanguageModel(llama(layers=layers)) for _ in range(2))
         model.compile(backend=backend, regional=True)
         for length in (5, 9):
             with assert_no_fallback():
-                got = generated(model, length, 6)
-            torch.testing.assert_close(got, generated(hooks, length, 6))
+                got = generated(model, length)
+            torch.testing.assert_close(got, generated(hooks, length))
         facts = model.explain().to_dict()["captures"][0]
         assert facts["whole"] is None
         found.append((facts["captures"], facts["regions"]))

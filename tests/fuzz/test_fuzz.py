@@ -20,7 +20,7 @@ from .draw import PER_CASE, THEMES, cases
 from .found import FOUND
 
 FULL = os.environ.get("NNSIGHT_FX_FUZZ") == "full"
-PROGRAMS = int(os.environ.get("NNSIGHT_FX_FUZZ_PROGRAMS", "2000" if FULL else "200"))
+PROGRAMS = int(os.environ.get("NNSIGHT_FX_FUZZ_PROGRAMS", "2000" if FULL else "120"))
 
 settings.register_profile(
     "fuzz",

@@ -147,7 +147,7 @@ def test_a_language_model_with_a_cache():
     """Whose layers store keys and values in an object that it returns; generation reads what the model returns."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1, pad_token_id=0,
     )  # fmt: skip
     module = LlamaForCausalLM(config).eval()
