@@ -4,7 +4,8 @@
 
 Growth: Python objects and resident memory over `--traces` traces of a small model, each with other values, a sync point every
 tenth, behind 100 traces to warm up; one process an engine. Peak: resident memory above what was there before a call, of one
-trace with one save, and of a plain `torch.compile` of the model; Llama of SmolLM2's shape, `no_grad`, one process each (Linux:
+trace with one save (the middle block's output, behind which nothing runs, or the logits, which all of the model makes), and of
+a plain `torch.compile` of the model, over which the ratio is of the logits' trace; Llama of SmolLM2's shape, `no_grad`, one process each (Linux:
 `/proc/self/clear_refs`).
 """
 
@@ -33,6 +34,7 @@ from .models import smollm2
 
 ENGINES = ("hooks", "eager", "aot_eager", "inductor")
 MIB = 2**20
+BLOCK, LOGITS = "trace, a block's output", "trace, the logits"
 
 
 def growth(engine: str, traces: int) -> dict[str, float]:
@@ -78,7 +80,7 @@ def peak(who: str, layers: int, tokens: int) -> dict[str, float]:
 
         def call() -> Any:
             with model.trace(ids, use_cache=False):
-                saved = model.model.layers[layers // 2].output.save()
+                saved = (model.lm_head if who == LOGITS else model.model.layers[layers // 2]).output.save()
             return saved
 
     found = []
@@ -108,13 +110,13 @@ def alone(*call: Any) -> dict[str, float]:
 
 def measure(traces: int, layers: int, tokens: int) -> dict[str, Any]:
     grown = {engine: alone("growth", engine, traces) for engine in ENGINES}
-    peaks = {who: alone("peak", who, layers, tokens) for who in ("trace", "torch.compile")}
+    peaks = {who: alone("peak", who, layers, tokens) for who in (BLOCK, LOGITS, "torch.compile")}
     return {
         "growth": {"workload": f"{traces} traces, each with other values, a sync point every tenth", **grown},
         "peak": {
             "workload": f"one trace with one save, {layers} layers of SmolLM2's shape, 1 x {tokens} tokens, Inductor, no_grad",
             **peaks,
-            "ratio": peaks["trace"]["peak_mib"] / peaks["torch.compile"]["peak_mib"],
+            "ratio": peaks[LOGITS]["peak_mib"] / peaks["torch.compile"]["peak_mib"],
         },
         **setting(),
         "load": os.getloadavg()[0],

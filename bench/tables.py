@@ -154,7 +154,7 @@ def memory() -> list[str]:
     grown, peaks = dict(found["growth"]), found["peak"]
     workload = grown.pop("workload")
     rows = [[engine, each["objects"], f"{each['rss_mib']:.2f}"] for engine, each in grown.items()]
-    high = [[who, f"{peaks[who]['peak_mib']:.0f}"] for who in ("trace", "torch.compile")]
+    high = [[who, f"{each['peak_mib']:.0f}"] for who, each in peaks.items() if isinstance(each, dict)]
     return [
         f"## Memory: {workload}",
         f"`python -m bench.memory`. {machine(found)}",
@@ -262,7 +262,7 @@ def short() -> str:
                 ]
             )
     if (held := kept("memory")) is not None:
-        ours, plain = (f"{held['peak'][who]['peak_mib']:.0f} MiB" for who in ("trace", "torch.compile"))
+        ours, plain = (f"{held['peak'][who]['peak_mib']:.0f} MiB" for who in ("trace, the logits", "torch.compile"))
         rows.append(
             [
                 held["peak"]["workload"],

@@ -36,8 +36,9 @@ def _described() -> dict[str, Any]:
 def _native() -> str:
     """What C++ kernels are built for: a CPU with all that it can do, a C library, a Python."""
     told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else [platform.node()]
-    cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", platform.node()))})
+    lines = told.read_text().splitlines() if told.exists() else []
+    cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    cpu = cpu or [platform.processor(), platform.node()]
     return hashlib.sha256(repr((cpu, platform.libc_ver(), sys.version)).encode()).hexdigest()
 
 
