@@ -5,8 +5,8 @@
 Growth: Python objects and resident memory over `--traces` traces of a small model, each with other values, a sync point every
 tenth, behind 100 traces to warm up; one process an engine. Peak: resident memory above what was there before a call, of one
 trace with one save (the middle block's output, behind which nothing runs, or the logits, which all of the model makes), and of
-a plain `torch.compile` of the model, over which the ratio is of the logits' trace; Llama of SmolLM2's shape, `no_grad`, one process each (Linux:
-`/proc/self/clear_refs`).
+a plain `torch.compile` of the model. The ratio is of the logits' trace. Llama of SmolLM2's shape, `no_grad`, one process each
+(Linux: `/proc/self/clear_refs`).
 """
 
 from __future__ import annotations

@@ -103,7 +103,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _same_start_for_every_test(request: pytest.FixtureRequest):
     torch.manual_seed(0)
     yield
-    if request.node.get_closest_marker("xdist_group"):  # its tests share a model, and what was captured of it
-        return
+    if not request.node.get_closest_marker("xdist_group"):  # whose tests share a model, and what was captured of it
+        _forget()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _captures_are_of_one_file():
+    yield
+    _forget()
+
+
+def _forget():
     if dynamo := sys.modules.get("torch._dynamo"):  # importing it takes a second, so only where it was used
         dynamo.reset()

@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PROMPT = "When Mary and John met , John saw"
 ARGUMENTS = {
     "logit_lens": (PROMPT,),
-    "steering": (PROMPT, 1, " Mary met John", " John saw Mary", (-1.0, 1.0), 2),
+    "steering": (PROMPT, 1, " Mary met John", " John saw Mary", (-1.0, 0.0, 1.0), 3),
     "attribution": (PROMPT, " Mary", " John"),
 }
 
@@ -43,7 +43,7 @@ def test_it_finds_the_same_captured_and_on_hooks(name, capsys):
         assert hooks.shape[0] == 3 and hooks.abs().sum() > 0
         torch.testing.assert_close(captured, hooks)
     elif name == "steering":
-        assert captured == hooks and len(hooks) == 2
+        assert captured == hooks and len(hooks) == 3
     else:
         assert [token for token, _ in captured] == [token for token, _ in hooks]
         torch.testing.assert_close([p for _, p in captured], [p for _, p in hooks])

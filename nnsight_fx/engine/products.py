@@ -16,11 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 # Up to how many rows, and from how many elements of a weight, it pays (`bench/products.py`).
 IN_BLOCKS = 64, 2**16
 BY_ONEDNN = 32, 2**18
-BLOCK = (
-    128,
-    64,
-    32,
-)  # rows of the weight that can be one product in `few_rows`: heads are as wide, so that views stay simple
+# Rows of the weight that can be one product in `few_rows`: heads are as wide, so that views of the result stay simple.
+BLOCK = 128, 64, 32
 
 _library = torch.library.Library("nnsight_fx", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")

@@ -79,7 +79,7 @@ def test_does_not_fire_where_a_size_or_a_tuple_crosses_a_site():
 
 @pytest.mark.parametrize("spare", [True, False])
 def test_a_region_may_give_more_than_is_used(spare):
-    """Of the last of three equal blocks the sum is not used; of the one in between another value is, and no other gives that."""
+    """Of the last of five equal blocks the sum is not used; of the third another value is, which no other gives."""
 
     def forward(x, w):
         seen = []
