@@ -282,6 +282,8 @@ class Capture:
             return f"hook engine: the body looks at objects, or at a site that no scan could tell{sites.ended()}"
         if self.options.capture == "symbolic" and self.markers.operations.frames(plan):
             return "hook engine: the body looks inside a module (`.source`), which a symbolic capture does not"
+        if plan.retains_rows:
+            return "hook engine: an invoke retains the gradient of its rows (`retain_grad`)"
         if plan.chooses:
             return "hook engine: a `tracer.cond` decides whether the model skips a call, or stops"
         return self.refused.get(plan)

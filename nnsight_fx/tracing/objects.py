@@ -11,7 +11,7 @@ from ..errors import UnsavedValueError
 from . import tree
 from .encode import Identity, Keep, Key
 from .lazy import user_line
-from .plan import OBJECT, READ, Site
+from .plan import OBJECT, READ, SAVE, Site
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -92,7 +92,9 @@ def _stand_in(kind: type) -> type:
 
     def special(name: str) -> bool:
         inherited = getattr(object, name, None)
-        return name.startswith("__") and name not in _OWN and callable(found := getattr(kind, name)) and found != inherited
+        return (
+            name.startswith("__") and name not in _OWN and callable(found := getattr(kind, name)) and found != inherited
+        )
 
     return type("LazyObject", (LazyObject,), {name: passed_on(name) for name in dir(kind) if special(name)})
 
@@ -125,6 +127,13 @@ class Objects:
         """What stands for the object at a leaf of a read, `key`."""
         made = LazyObject(self.tape, key, kind)
         self._made.append(weakref.ref(made))
+        return made
+
+    def returned(self, n: int, kind: type) -> LazyObject:
+        """What stands for the object that operation `n` returns."""
+        made = self.stand_in(("v", n, 0), kind)
+        self.kept[id(made)] = (made, made._key)
+        self.tape.add(SAVE, None, (made,), {}, result=lambda: None)
         return made
 
     @property
@@ -180,5 +189,7 @@ class Objects:
         if tape.bridged:
             raise tape.unsaved(lazy)
         tape.check_open((lazy,), {})
+        if tape.ops[lazy._key[1]].kind != READ:  # what an operation returned
+            return tape.values_of([lazy._key])[0]
         n = tape.number(READ, tape.ops[lazy._key[1]].target, (), {}, extra=None, result=lambda: None)
         return tree.flatten(tape.values_of([("v", n, -1)])[0])[0][lazy._key[2]]

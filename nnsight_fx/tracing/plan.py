@@ -45,6 +45,11 @@ class Op(NamedTuple):
         """The values that it uses."""
         return references((self.args, self.kwargs, self.when))
 
+    @property
+    def retains(self) -> bool:
+        """Is it `value.retain_grad()`?"""
+        return self.kind == APPLY and self.target.obj is torch.Tensor.retain_grad
+
 
 class Observed(NamedTuple):
     """What an observation does to each tensor leaf: methods by name, with their keywords."""
@@ -184,7 +189,15 @@ class InterventionGraph:
     @cached_property
     def tapped(self) -> frozenset[tuple[int, int]]:
         """The values whose gradients are asked for."""
-        return frozenset(v for n, op in enumerate(self.ops) if op.kind == GRAD for v in self.needs[n])
+        return frozenset(v for n, op in enumerate(self.ops) if op.kind == GRAD or op.retains for v in self.needs[n])
+
+    @cached_property
+    def retains_rows(self) -> bool:
+        """Does an invoke retain the gradient of its own rows of a site?"""
+        retained = [
+            op for op in self.ops if op.retains and self.groups.rows[op.invoke : op.invoke + 1] not in ((), (None,))
+        ]
+        return any(self.ops[n].kind == READ for op in retained for n, _ in op.needs)
 
     @cached_property
     def deferred(self) -> dict[int, int]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils.hooks import RemovableHandle
 
 from ..capture._torch import FakeTensor, FakeTensorMode, NoTorchFunction, shares_memory, transforms, wraps_tensors
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
@@ -48,7 +49,6 @@ from .plan import (
     EVERY,
     GRAD,
     MODULE,
-    OBJECT,
     OBSERVE,
     READ,
     SAVE,
@@ -176,7 +176,8 @@ class Tape:
         if func is torch.autograd.grad:
             return self.gradients.grad(*args, **kwargs)
         if name in LIVE_CALLS:
-            return self.add(APPLY, Identity(func), args, kwargs, effect="inplace")
+            n = self.number(APPLY, Identity(func), args, kwargs, effect="inplace")
+            return None if self.ops[n].retains else self.objects.returned(n, RemovableHandle)
         effect = effect_of(name, kwargs)
         if effect == "inplace" and args:
             args = (held(args[0]), *args[1:])  # what is changed must be there
