@@ -23,9 +23,9 @@ from torch.compiler import is_compiling
 from torch.nn.modules import module as _module
 from transformers.utils.generic import ModelOutput
 
+from ..compat.frames import compiled_from, seen_by_dynamo
 from ..tracing import tree
 from ..tracing.encode import Keep
-from ._torch import compiled_from, seen_by_dynamo
 from .operations import Operations
 
 active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for

@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 from torch.nn.modules import module as globally
 
-from ..capture._transformers import collects_states
 from ..capture.scan import PLAIN
+from ..compat.transformers import collects_states
 from ..errors import PlanMismatchError
 from ..passes.job import Job, Unfit
 from ..tracing.plan import APPLY, SKIP, SYNC, InterventionGraph

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..capture._torch import FakeTensor
+from ..compat.fakes import FakeTensor
 from ..errors import NNsightFXError, NotRecordableError
 from . import tree
 from .encode import Identity
