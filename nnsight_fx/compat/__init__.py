@@ -4,9 +4,24 @@ May import: torch, transformers, the standard library; nothing of nnsight_fx. Im
 Start with `dynamo` (capturing a function) and `fakes` (shapes without data).
 """
 
-from . import dynamo, fakes, frames, graphs, guards, inductor, modes, modules, symbols, tensors, transformers, variables
+from . import (
+    autograd,
+    dynamo,
+    fakes,
+    frames,
+    graphs,
+    guards,
+    inductor,
+    modes,
+    modules,
+    symbols,
+    tensors,
+    transformers,
+    variables,
+)
 
 __all__ = [
+    "autograd",
     "dynamo",
     "fakes",
     "frames",
