@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..compat.fakes import FakeCopyMode, FakeTensorMode
 from ..compat.frames import compiled_from
+from ..compat.modes import TorchDispatchMode
 from ..tracing import tree
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.plan import Site

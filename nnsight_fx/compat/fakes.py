@@ -7,17 +7,39 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeCopyMode,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedOperatorException,
+import torch.utils._pytree as pytree
+
+from .probe import Name, needed
+
+FakeTensorMode, FakeTensor = (
+    needed(f"torch._subclasses.fake_tensor.{name}") for name in ("FakeTensorMode", "FakeTensor")
 )
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+FakeCopyMode = needed("torch._subclasses.fake_tensor.FakeCopyMode")
+_DETECT = Name("torch._guards.detect_fake_mode", "the mode of fakes is their own")
+_DISPATCHER = Name(
+    "torch._dispatch.python.enable_python_dispatcher", "operations on sizes that are symbols take torch's own way"
+)
+_NO_DISPATCHER = Name(
+    "torch._dispatch.python.no_python_dispatcher", "operations on sizes that are symbols take torch's own way"
+)
+_FRESH = Name(
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv.ignore_fresh_unbacked_symbols",
+    "a region with sizes of its own is not made",
+)
+
+
+class _Never(RuntimeError):
+    """An error that this torch does not raise."""
+
+
+def _error(path: str) -> Any:
+    return Name(path, "an operation that needs a value's numbers is told by torch's other errors")() or _Never
+
+
+DataDependentOutputException = _error("torch._subclasses.fake_tensor.DataDependentOutputException")
+DynamicOutputShapeException = _error("torch._subclasses.fake_tensor.DynamicOutputShapeException")
+UnsupportedOperatorException = _error("torch._subclasses.fake_tensor.UnsupportedOperatorException")
+GuardOnDataDependentSymNode = _error("torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode")
 
 __all__ = [
     "DataDependentOutputException",
@@ -40,6 +62,24 @@ __all__ = [
 ]
 
 
+def detect_fake_mode(values: Any = None) -> Any:
+    """The mode that fakes among some values belong to."""
+    found = _DETECT()
+    if found is not None:
+        return found(values)
+    return next((x.fake_mode for x in pytree.tree_leaves(values) if isinstance(x, FakeTensor)), None)
+
+
+def enable_python_dispatcher() -> contextlib.AbstractContextManager:
+    found = _DISPATCHER()
+    return contextlib.nullcontext() if found is None else found()
+
+
+def no_python_dispatcher() -> contextlib.AbstractContextManager:
+    found = _NO_DISPATCHER()
+    return contextlib.nullcontext() if found is None else found()
+
+
 def placeholder_fakes(gm: torch.fx.GraphModule) -> list:
     """The fake inputs that Dynamo left on a graph's placeholders."""
     return [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
@@ -50,7 +90,8 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
     """Run operations on the fakes of a mode, of which nothing is kept but what they look like: sizes that are known only when
     the graph runs are of no interest to a compilation that has its own."""
     env = mode.shape_env
-    quiet = contextlib.nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
+    ignore = None if env is None else _FRESH.of(env)
+    quiet = contextlib.nullcontext() if ignore is None else ignore()
     with mode, quiet, on_symbols():
         yield
 

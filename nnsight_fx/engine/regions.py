@@ -162,7 +162,7 @@ class _Checked(fx.Interpreter):
 
 
 def _storage(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return compat.tensors.memory(x)
 
 
 def facts(x: Any, names: dict) -> Hashable:

@@ -197,7 +197,7 @@ def _shared(tensors: list[torch.Tensor]) -> tuple:
     """Which tensors lie in the same memory."""
     first: dict[int, int] = {}
     return tuple(
-        first.setdefault(x.untyped_storage()._cdata, i) if x.layout is torch.strided else -1
+        first.setdefault(compat.tensors.memory(x), i) if x.layout is torch.strided else -1
         for i, x in enumerate(tensors)
     )
 

@@ -342,4 +342,4 @@ def _changes_inputs(region: fx.GraphModule) -> bool:
 
 def _storage(node: fx.Node) -> int | None:
     value = node.meta.get("example_value")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    return compat.tensors.memory(value) if isinstance(value, torch.Tensor) else None
