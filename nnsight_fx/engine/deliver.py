@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..capture import _torch
+from .. import compat
 from ..tracing.encode import Key
 from ..tracing.lazy import LazyTensor
 from ..tracing.saving import put_objects
@@ -47,14 +47,14 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
         real = held[0]
         delivered.append((real.nbytes if real.layout is torch.strided else _bytes(real), real.grad_fn is not None))
         del real
-        _torch.swap(lazy, own(held))
+        compat.tensors.swap(lazy, own(held))
     return delivered
 
 
 def own(held: list[torch.Tensor]) -> torch.Tensor:
     """A tensor that nobody else holds: the one in the list where it lies on an autograd graph and is ours alone, so that later gradients
     find it there; else an alias, which shares storage and version counter."""
-    if held[0].grad_fn is not None and _torch.alone(held):
+    if held[0].grad_fn is not None and compat.tensors.alone(held):
         return held.pop()
     real = held.pop()
     inference, grad = real.is_inference(), real.requires_grad

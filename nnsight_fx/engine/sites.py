@@ -19,17 +19,11 @@ from torch.fx.experimental.symbolic_shapes import (
     free_unbacked_symbols,
 )
 
-from ..capture._torch import (
-    FakeCopyMode,
-    FakeTensorMode,
-    GuardOnDataDependentSymNode,
-    NoTorchFunction,
-    constant_source,
-    guards_hold,
-    on_symbols,
-)
 from ..capture.operations import frames_of
 from ..capture.scan import PLAIN, Scan, callee, scan, skeleton
+from ..compat.fakes import FakeCopyMode, FakeTensorMode, GuardOnDataDependentSymNode, on_symbols
+from ..compat.modes import NoTorchFunction
+from ..compat.symbols import constant_source, guards_hold
 from ..errors import PaddedLengthUnknown
 from ..tracing import ambient, tree
 from ..tracing.ambient import under

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..compat.tensors import wrapper
 from ..errors import NotRecordableError
 from . import tree
 from .ambient import under
@@ -34,7 +35,7 @@ class DraftTensor(LazyTensor):
 
     @staticmethod
     def __new__(cls, tape: Tape, key: tuple, line: Line) -> DraftTensor:
-        made = torch.Tensor._make_wrapper_subclass(cls, ())  # type: ignore[attr-defined]
+        made = wrapper(cls)
         made.__dict__.update(_tape=tape, _key=key, _line=line)
         return made
 

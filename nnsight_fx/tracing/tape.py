@@ -20,7 +20,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..capture._torch import FakeTensor, FakeTensorMode, NoTorchFunction, shares_memory, transforms, wraps_tensors
+from ..compat.fakes import FakeTensor, FakeTensorMode
+from ..compat.modes import NoTorchFunction, transforms
+from ..compat.tensors import shares_memory, wraps_tensors
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
 from . import ambient, tree
 from .conditions import Conditions
