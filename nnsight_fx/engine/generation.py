@@ -227,7 +227,7 @@ class Forward(Wave):
         """Free what no name holds any more."""
         if self.run is not None and self.run.env:
             held = {key[1:] for key in list(self.tape.values)}
-            objects = {key[1:] for _, key in self.tape.objects.values()}
+            objects = {key[1:] for _, key in self.tape.objects.kept.values()}
             self.run.env = {v: x for v, x in self.run.env.items() if v in held or v in objects}
             self.run.result = None
             self.run.call = lambda: None  # it holds the inputs

@@ -159,7 +159,7 @@ class Draft(Tape):
             f"{user_line()}: an edit has no values to save; save them in a trace of the edited model."
         )
 
-    def _sync(self, keys: list[Key]) -> NoReturn:
+    def values_of(self, keys: list[Key]) -> NoReturn:
         _refuse("a number")
 
 
