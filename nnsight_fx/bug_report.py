@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save as to_bytes
 
 from . import atomic
-from .capture._torch import guards
+from .compat.guards import guards
 from .tracing import tree
 
 PACKAGES = ("nnsight-fx", "torch", "transformers", "safetensors", "greenlet", "numpy", "accelerate", "peft", "triton")

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from . import atomic
-from .capture import _torch
+from . import atomic, compat
 from .errors import StoreError
 from .folder import Folder, read
 from .tracing.lazy import user_line
@@ -69,7 +68,9 @@ def save(path: Any) -> None:
         )
     folder = Folder(path, _described(), SAME)
     atomic.write(folder.path / "artifacts", made[0])
-    atomic.write(folder.path / "kernels.zip", _packed(_torch.kernels()))  # of which the artifacts have the source only
+    atomic.write(
+        folder.path / "kernels.zip", _packed(compat.inductor.kernels())
+    )  # of which the artifacts have the source only
     folder.write(native=_native())
 
 
@@ -90,7 +91,7 @@ def load(path: Any) -> None:
     kernels = Path(path) / "kernels.zip"
     if manifest.get("native") == _native() and kernels.exists():
         try:
-            _unpack(kernels, _torch.kernel_folder())
+            _unpack(kernels, compat.inductor.kernel_folder())
         except zipfile.BadZipFile as error:
             raise StoreError(f"{user_line()}: `{kernels}` is damaged. Compile anew.") from error
 

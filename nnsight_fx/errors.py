@@ -82,6 +82,10 @@ class WorkerLostError(NNsightFXError, RuntimeError):
     """A worker of a sweep's executor died, and those that took its place did, too."""
 
 
+class UnsupportedTorchError(NNsightFXError, ImportError):
+    """This torch lacks a private name that there is no way around."""
+
+
 class FallbackError(NNsightFXError, AssertionError):
     """Something ran outside captured code under `assert_no_fallback()`."""
 

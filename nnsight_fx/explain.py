@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from .capture import _torch
+from . import compat
 from .engine.notes import Notes
 from .engine.spliced import Capture
 
@@ -48,8 +48,8 @@ class Explanation:
 
 
 def _of(capture: Capture) -> dict[str, Any]:
-    entries = _torch.recompiles([e.inner for e in capture.entries.values() if e.inner is not None])
-    limit = _torch.patience(len(capture.markers.paths))
+    entries = compat.dynamo.recompiles([e.inner for e in capture.entries.values() if e.inner is not None])
+    limit = compat.dynamo.patience(len(capture.markers.paths))
     before, report = capture.nodes, capture.last[-1] if capture.last else []
     passes = []
     for name, rewrites, nodes in report:

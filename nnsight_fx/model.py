@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from . import bug_report, compiled
+from . import bug_report, compat, compiled
 from .aliasing import Names, Rename
 from .cache import CacheView, cache, observed
-from .capture import _torch
 from .capture.markers import Markers
 from .capture.scan import PLAIN, callee
 from .edit import Edits
@@ -396,9 +395,9 @@ class NNsight(Edits, Envoy):
 
     def _suspend(self) -> Callable[[], None]:
         """While a body runs, functions that the user compiled run as written; the return undoes it."""
-        old = _torch.stance()
-        _torch.set_stance(old and (old[0], True))
-        return lambda: _torch.set_stance(old)
+        old = compat.frames.stance()
+        compat.frames.set_stance(old and (old[0], True))
+        return lambda: compat.frames.set_stance(old)
 
     def _wave(self, tracer: Tracer, first: Any, alone: bool) -> Wave:
         if tracer.generation is not None:

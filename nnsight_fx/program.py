@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .capture._torch import NotCaptured
 from .capture.scan import PLAIN
+from .compat.dynamo import NotCaptured
 from .engine.deliver import own
 from .engine.steady import Steady
 from .errors import NotRecordableError

@@ -10,7 +10,7 @@ import torch.fx as fx
 import torch.nn as nn
 from torch.nn.functional import linear
 
-from nnsight_fx.capture._torch import detect_fake_mode, on_fakes
+from nnsight_fx.compat.fakes import detect_fake_mode, on_fakes
 
 from .calls import ModuleCall
 from .effects import effect

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from nnsight_fx.capture._torch import SET_GRAD
+from nnsight_fx.compat.modes import SET_GRAD, enter_autocast, exit_autocast
 from nnsight_fx.tracing.encode import Identity, Key
 from nnsight_fx.tracing.interleave import Cut as CutHere
 from nnsight_fx.tracing.interleave import Firing, Interleaver
@@ -240,10 +240,8 @@ class Emitter(Interleaver):
             undo.append(lambda: self._emit("call_function", SET_GRAD, (base.grad,)))
         for (device, enabled, dtype), was in zip(ambient.autocast, base.autocast, strict=True):
             if (device, enabled, dtype) != was:
-                token = self._emit(
-                    "call_function", torch.amp.autocast_mode._enter_autocast, (device, dtype, enabled, True)
-                )
-                undo.append(lambda t=token: self._emit("call_function", torch.amp.autocast_mode._exit_autocast, (t,)))
+                token = self._emit("call_function", enter_autocast(), (device, dtype, enabled, True))
+                undo.append(lambda t=token: self._emit("call_function", exit_autocast(), (t,)))
 
         def leave() -> None:
             for step in reversed(undo):

@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx.capture.markers import site
+from nnsight_fx.compat.tensors import memory
 
 from .effects import changes, effect
 from .job import Job, backward, gradient, set_gradient, settled, tap
@@ -176,7 +177,7 @@ def _root(node: fx.Node) -> fx.Node:
 
 def _storage(node: fx.Node) -> int | None:
     value = node.meta.get("example_value")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    return memory(value) if isinstance(value, torch.Tensor) else None
 
 
 def _name(node: fx.Node) -> str:

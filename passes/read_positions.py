@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from nnsight_fx.capture._torch import FakeTensor, on_fakes
+from nnsight_fx.compat.fakes import FakeTensor, on_fakes
 
 from .demand import pull, taken
 from .effects import effect

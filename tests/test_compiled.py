@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from nnsight_fx import NNsight, compiled
+from nnsight_fx import NNsight, compat, compiled
 from nnsight_fx.errors import StoreError
 
 PROGRAM = """
@@ -64,8 +64,8 @@ def test_kernels_are_of_one_machine_and_stay_in_their_folder(model, tmp_path, mo
     inside, names = tmp_path / "inductor", ("ab/cabc.main.so", "ab/cabd.main.so", "../outside.so")
     (inside / "ab").mkdir(parents=True)
     (inside / names[1]).write_bytes(b"here")
-    monkeypatch.setattr(compiled._torch, "kernels", lambda: dict.fromkeys(names, tmp_path / "built.so"))
-    monkeypatch.setattr(compiled._torch, "kernel_folder", lambda: inside)
+    monkeypatch.setattr(compat.inductor, "kernels", lambda: dict.fromkeys(names, tmp_path / "built.so"))
+    monkeypatch.setattr(compat.inductor, "kernel_folder", lambda: inside)
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"", None))
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda made: made)
     model.save_compiled(tmp_path / "made")

@@ -20,12 +20,12 @@ import torch.fx as fx
 import torch.nn as nn
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn.modules import module as _module
 from transformers.utils.generic import ModelOutput
 
+from ..compat.frames import compiled_from, seen_by_dynamo
+from ..compat.modules import GLOBAL
 from ..tracing import tree
 from ..tracing.encode import Keep
-from ._torch import compiled_from, seen_by_dynamo
 from .operations import Operations
 
 active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
@@ -482,8 +482,6 @@ def among(
     return out
 
 
-# what torch calls on every module of the process
-GLOBAL = [getattr(_module, f"_global_{way}_{when}hooks") for way in ("forward", "backward") for when in ("", "pre_")]
 KEY = -1  # the key of our hooks in every table, which torch counts from 0: Dynamo guards on it, so it never changes
 
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..compat.fakes import FakeCopyMode, FakeTensorMode
+from ..compat.frames import compiled_from
+from ..compat.modes import TorchDispatchMode
 from ..tracing import tree
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.plan import Site
 from ..tracing.steps import Missing, Opaque, SiteMeta
 from . import operations, source, streams
-from ._torch import FakeCopyMode, FakeTensorMode, compiled_from
 from .markers import override, put, take
 
 PLAIN: tuple = (

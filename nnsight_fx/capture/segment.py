@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 
-from . import _torch
-from ._transformers import restored
+from .. import compat
+from ..compat.transformers import restored
 from .markers import close, site, supply
 
 
@@ -38,14 +38,14 @@ class Segment:
     @classmethod
     def captured(cls, gm: fx.GraphModule) -> Segment:
         """Made inside Dynamo's callback: afterwards the fakes are gone from the graph."""
-        context = _torch.tracing_context()
+        context = compat.graphs.tracing_context()
         kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         for old, new in zip(gm.graph.nodes, kept.graph.nodes, strict=True):
             new.meta = dict(old.meta)
         close(kept.graph)
-        pure = _torch.replays_nothing(restored)
-        made = cls(kept, _torch.placeholder_fakes(gm), context, _torch.guard_count(context), pure)
-        found = _torch.break_of(gm)
+        pure = compat.graphs.replays_nothing(restored)
+        made = cls(kept, compat.fakes.placeholder_fakes(gm), context, compat.symbols.guard_count(context), pure)
+        found = compat.graphs.break_of(gm)
         made.ended = None if found is None else Break(*found)
         return made
 
@@ -100,7 +100,7 @@ class Segment:
         for node in rest:
             mapped[node] = graph.node_copy(node, lambda n: mapped[n])
         gm = fx.GraphModule(self.gm, graph)
-        fakes = [_torch.as_input(self.context, nodes[i].meta.get("example_value")) for i in taken]
+        fakes = [compat.fakes.as_input(self.context, nodes[i].meta.get("example_value")) for i in taken]
         return Segment(gm, fakes, self.context, self.guards, self.pure), taken, moved
 
 

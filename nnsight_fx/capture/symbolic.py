@@ -20,10 +20,10 @@ import torch.fx as fx
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
+from .. import compat
 from ..tracing import ambient, tree
 from ..tracing.names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY
 from ..tracing.plan import fx_target
-from . import _torch
 from .markers import Markers, active, anchor, override, put, site, supply, take
 from .scan import PLAIN
 
@@ -90,7 +90,7 @@ class SymbolicTracer(fx.Tracer):
             if isinstance(x, torch.Tensor):
                 self.node_of(x)
         value = func(*args, **kwargs)
-        if func is _torch.SET_GRAD:
+        if func is compat.modes.SET_GRAD:
             self.grad = torch.is_grad_enabled()  # a node is made for the next operation
             return value
         leaves = tree.flatten(value)[0]
@@ -112,7 +112,7 @@ class SymbolicTracer(fx.Tracer):
         if now.grad != self.grad:
             raise Untraceable("it calls an `autograd.Function`, whose backward would be lost")
         if now.grad != self.ambient.grad:
-            self.create_node("call_function", _torch.SET_GRAD, (now.grad,), {})
+            self.create_node("call_function", compat.modes.SET_GRAD, (now.grad,), {})
         self.ambient = now
 
     def alias(self, fake: torch.Tensor, target: Callable, args: tuple) -> torch.Tensor:
@@ -165,7 +165,7 @@ class Seam:
         self.tracer, self.half = tracer, half
 
     def fake_site(self, x: torch.Tensor, path: str, kind: str, leaf: int, left: int) -> torch.Tensor:
-        with _torch.NoTorchFunction():
+        with compat.modes.NoTorchFunction():
             if self.half is not None:
                 self.half.fake_site(x, path, kind, leaf, left)
             made = self.tracer.alias(x, site, (x, path, kind, leaf, left))
@@ -173,17 +173,17 @@ class Seam:
             return made
 
     def fake_anchor(self) -> torch.Tensor:
-        with _torch.NoTorchFunction():
+        with compat.modes.NoTorchFunction():
             made = torch.empty(0)
             self.tracer._keep(self.tracer.create_node("call_function", anchor, (), {}), made)
             return made
 
     def fake_supply(self, *at: Any) -> torch.Tensor:
-        with _torch.NoTorchFunction():
+        with compat.modes.NoTorchFunction():
             return self.tracer.alias(self.half.fake_supply(*at), supply, at)
 
     def taken(self, at: tuple) -> bool:
-        with _torch.NoTorchFunction():
+        with compat.modes.NoTorchFunction():
             return self.half.taken(at)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..compat.tensors import memory
+
 MODES = ("reduce-overhead", "max-autotune")
 
 
@@ -31,24 +33,20 @@ def apart(values: dict, given: Iterable) -> dict:
     What shares memory goes on to share it; what lies in the memory of a `given` tensor (a parameter, an input) or on an autograd
     graph stays what it is, or becomes a copy on that graph.
     """
-    own = {_memory(x) for x in tree_leaves(list(given)) if isinstance(x, torch.Tensor) and x.layout is torch.strided}
+    own = {memory(x) for x in tree_leaves(list(given)) if isinstance(x, torch.Tensor) and x.layout is torch.strided}
     copies: dict[int, torch.UntypedStorage] = {}
 
     def copied(x: torch.Tensor) -> torch.Tensor:
-        if x.layout is not torch.strided or _memory(x) in own:
+        if x.layout is not torch.strided or memory(x) in own:
             return x
         if x.requires_grad:
             return x.clone() if x.grad_fn is not None else x
-        if _memory(x) not in copies:
-            copies[_memory(x)] = x.untyped_storage().clone()
+        if memory(x) not in copies:
+            copies[memory(x)] = x.untyped_storage().clone()
         new = torch.empty(0, dtype=x.dtype, device=x.device)
-        return new.set_(copies[_memory(x)], x.storage_offset(), x.shape, x.stride())
+        return new.set_(copies[memory(x)], x.storage_offset(), x.shape, x.stride())
 
     return {name: tree_map_only(torch.Tensor, copied, value) for name, value in values.items()}
-
-
-def _memory(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 class _Kept(logging.Handler):

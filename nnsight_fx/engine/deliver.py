@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..capture import _torch
+from .. import compat
 from ..tracing.encode import Key
 from ..tracing.lazy import LazyTensor
 from ..tracing.objects import become
@@ -60,7 +60,7 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
         delivered.append((real.nbytes if real.layout is torch.strided else _bytes(real), real.grad_fn is not None))
         del real
         made, same = own(held)
-        _torch.swap(lazy, made)
+        compat.tensors.swap(lazy, made)
         del made
         if kept is not None:
             kept.give(lazy, same)
@@ -70,7 +70,7 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
 def own(held: list[torch.Tensor]) -> tuple[torch.Tensor, bool]:
     """A tensor that nobody else holds: the one in the list where it lies on an autograd graph and is ours alone, so that later gradients
     find it there; else an alias, which shares storage and version counter. Is it the one in the list?"""
-    if held[0].grad_fn is not None and not held[0].retains_grad and _torch.alone(held):
+    if held[0].grad_fn is not None and not held[0].retains_grad and compat.tensors.alone(held):
         return held.pop(), True
     real = held.pop()
     inference, grad = real.is_inference(), real.requires_grad

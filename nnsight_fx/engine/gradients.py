@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..capture._torch import shares_memory
+from ..compat.tensors import shares_memory
 from ..passes.job import NotDifferentiable
 
 if TYPE_CHECKING:

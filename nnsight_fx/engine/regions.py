@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx as fx
 
-from ..capture import _torch
+from .. import compat
 from ..passes.effects import changes
 from ..passes.job import Job
 from ..passes.outline import outline, sink_views
@@ -31,7 +31,7 @@ class Region:
     """A compiled region, and what it takes its sizes to be: those of one block's inputs, under names of their own elsewhere."""
 
     call: Callable
-    taken: _torch.Sizes
+    taken: compat.symbols.Sizes
     gives: list[torch.Tensor]
 
 
@@ -83,11 +83,13 @@ def _constants(gm: fx.GraphModule, given: list) -> dict[fx.Node, torch.Tensor]:
     first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
     found = {}
     for node in gm.graph.find_nodes(op="get_attr"):
-        value, mode = getattr(gm, str(node.target), None), _torch.detect_fake_mode(given)
+        value, mode = getattr(gm, str(node.target), None), compat.fakes.detect_fake_mode(given)
         if not isinstance(value, torch.Tensor) or mode is None:
             raise Whole("it has graphs of its own")
         first.prepend(node)
-        found[node] = value if isinstance(value, _torch.FakeTensor) else mode.from_tensor(value, static_shapes=True)
+        found[node] = (
+            value if isinstance(value, compat.fakes.FakeTensor) else mode.from_tensor(value, static_shapes=True)
+        )
     return found
 
 
@@ -95,19 +97,19 @@ class _Regions:
     def __init__(self, gm: fx.GraphModule, segment: Segment, own: list, args: list, build: Callable):
         self.gm, self.segment, self.build = gm, segment, build
         self.known: dict[Hashable, list[Region]] = segment.regions
-        self.values = _torch.sizes_of(own, args)
+        self.values = compat.symbols.sizes_of(own, args)
 
     def place(self, node: fx.Node, values: dict[fx.Node, Any]) -> list[torch.Tensor]:
         """Put a compiled region where a submodule is called; returns the fakes of what it gives."""
         graph, context = self.gm.get_submodule(str(node.target)), self.segment.context
         assert isinstance(graph, fx.GraphModule)
         inputs = [values[a] for a in node.args]  # type: ignore[index]
-        if any(isinstance(x, torch.Tensor) and _torch.unbacked(x) for x in inputs):
+        if any(isinstance(x, torch.Tensor) and compat.symbols.unbacked(x) for x in inputs):
             raise Whole("a size that is known only when it runs crosses from block to block")
-        if not _torch.named(inputs):
+        if not compat.symbols.named(inputs):
             raise Whole("what crosses from block to block is laid out by a size that does not cross")
-        symbols = _torch.symbols_among(inputs)
-        names = _torch.numbered(symbols)
+        symbols = compat.symbols.symbols_among(inputs)
+        names = compat.symbols.numbered(symbols)
         key = (structure(graph), tuple(facts(x, names) for x in inputs), torch.is_grad_enabled())
         for found in self.known.get(key, ()):
             guards = found.taken.among(symbols, self.values)
@@ -118,15 +120,15 @@ class _Regions:
             self.known.setdefault(key, []).append(found)
             if len(self.known) > KEPT:
                 self.known.pop(next(iter(self.known)))
-        _torch.add_guards(context, guards)
+        compat.symbols.add_guards(context, guards)
         node.op, node.target = "call_function", found.call
         return found.gives if found.taken.symbols == symbols else _Checked(graph, inputs).gives(context)
 
     def _compile(self, graph: fx.GraphModule, inputs: list, symbols: tuple) -> Region:
         context = self.segment.context
-        taken, gives = _torch.Sizes(context, symbols), _Checked(graph, inputs).gives(context)
+        taken, gives = compat.symbols.Sizes(context, symbols), _Checked(graph, inputs).gives(context)
         graph.recompile()
-        compiled = _torch.inside(self.build(graph, lambda: [_torch.as_leaf(context, x) for x in inputs]))
+        compiled = compat.frames.inside(self.build(graph, lambda: [compat.fakes.as_leaf(context, x) for x in inputs]))
 
         def region(*args: Any) -> Any:
             return compiled(*args)
@@ -144,11 +146,11 @@ class _Checked(fx.Interpreter):
         self.given = {_storage(x) for x in inputs if isinstance(x, torch.Tensor)}
 
     def gives(self, context: Any) -> list[torch.Tensor]:
-        with _torch.on_fakes(context.fake_mode):
+        with compat.fakes.on_fakes(context.fake_mode):
             found = self.run(*self.inputs)
         if not all(isinstance(x, torch.Tensor) for x in found):
             raise Whole("a number crosses from block to block")
-        return [x if _torch.unbacked(x) else _torch.as_leaf(context, x) for x in found]
+        return [x if compat.symbols.unbacked(x) else compat.fakes.as_leaf(context, x) for x in found]
 
     def run_node(self, n: fx.Node) -> Any:
         if changes(n):
@@ -160,14 +162,18 @@ class _Checked(fx.Interpreter):
 
 
 def _storage(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return compat.tensors.memory(x)
 
 
 def facts(x: Any, names: dict) -> Hashable:
     """Of what kind an input of a graph is, from its fake, with names for what its sizes are of."""
     if not isinstance(x, torch.Tensor):
-        return _torch.renamed(x, names)
-    sizes = (*(_torch.renamed(n, names) for n in x.shape), "|", *(_torch.renamed(n, names) for n in x.stride()))
+        return compat.symbols.renamed(x, names)
+    sizes = (
+        *(compat.symbols.renamed(n, names) for n in x.shape),
+        "|",
+        *(compat.symbols.renamed(n, names) for n in x.stride()),
+    )
     return sizes, x.dtype, x.device, x.requires_grad
 
 

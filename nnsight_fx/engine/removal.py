@@ -10,31 +10,22 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.nn.modules import module as globally
 
-from ..capture._transformers import collects_states
 from ..capture.scan import PLAIN
+from ..compat.modules import hooked_everywhere
+from ..compat.transformers import collects_states
 from ..errors import PlanMismatchError
 from ..passes.job import Job, Unfit
 from ..tracing.plan import APPLY, SKIP, SYNC, InterventionGraph
 from ..tracing.steps import SiteMeta
 from ..tracing.tape import Tape, _mutable
 
-GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
-
 
 def removable(plan: InterventionGraph, tape: Tape, root: nn.Module) -> bool:
     """Can everything that this plan leaves out be left out without the model's Python noticing?"""
     if plan.recapture != "removes" or any(op.kind in (APPLY, SYNC) for op in plan.ops):
         return False
-    if any(getattr(globally, table) for table in GLOBAL_HOOKS) or any(
-        m._forward_hooks_always_called for m in root.modules()
-    ):
+    if hooked_everywhere() or any(m._forward_hooks_always_called for m in root.modules()):
         return False
     return all(_alone(plan, tape, root, path, call) for path, calls in plan.skips.items() for call in calls)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..capture import _torch
+from .. import compat
 
 _NAME = "_nnsight_retained"
 
@@ -22,7 +22,7 @@ class Retained:
     def __init__(self, tensor: torch.Tensor, part: tuple[int, int] | None = None):
         self.part, self.gradient = part, tensor.grad if tensor.retains_grad else None
         self.owner: Any = lambda: None
-        self.handle = _torch.hook(tensor, self.arrive)
+        self.handle = compat.tensors.hook(tensor, self.arrive)
 
     def arrive(self, gradient: torch.Tensor) -> None:
         own = gradient if self.part is None else gradient.narrow(0, *self.part)

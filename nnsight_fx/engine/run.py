@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..capture import _torch
+from .. import compat
 from ..capture.markers import Markers, active
 from ..errors import MissedSiteError, PlanMismatchError
 from ..tracing import tree
@@ -61,7 +61,7 @@ class Run(TensorInterleaver):
             self.work(None)
             if self.stopping:
                 raise Stopped
-            with _torch.as_compiled(), self.around():
+            with compat.frames.as_compiled(), self.around():
                 self.result = self.pass_site("", "result", self.call())
         except Stopped:
             pass
@@ -277,7 +277,7 @@ class Run(TensorInterleaver):
                 return None
             return self.put_rows(gradient, new, *part) if part else new
 
-        self.taps[n] = (tensor, _torch.hook(tensor, arrived))
+        self.taps[n] = (tensor, compat.tensors.hook(tensor, arrived))
 
     def differentiate(self, n: int, op: Op) -> None:
         (loss, gradient), options = self.arguments(op)

@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import passes
-from ..capture import _torch, variables
-from ..capture._torch import FakeTensor, detect_fake_mode
-from ..capture._transformers import settle
+from .. import compat, passes
+from ..capture import variables
 from ..capture.markers import (
     SUPPLIED,
     Markers,
@@ -37,6 +35,8 @@ from ..capture.markers import (
 from ..capture.scan import callee
 from ..capture.segment import Segment
 from ..capture.symbolic import Untraceable
+from ..compat.fakes import FakeTensor, detect_fake_mode
+from ..compat.transformers import settle
 from ..errors import FallbackError, PlanMismatchError, SkipError
 from ..passes.calls import ModuleCall
 from ..passes.job import NotDifferentiable, Unfit
@@ -121,9 +121,9 @@ class Capture:
     def __post_init__(self):
         if self.options.backend in EXACT:
             self.disable |= {"batch_linears", "read_positions"}
-        _torch.register(site, supply, anchor)
-        _torch.traced_by(between, variables.between)
-        _torch.traced_by(among, variables.among)
+        compat.dynamo.register(site, supply, anchor)
+        compat.variables.traced_by(between, variables.between)
+        compat.variables.traced_by(among, variables.among)
         torch.compiler.assume_constant_result(taken)
         options = dict(self.options.options)
         if self.options.backend == "inductor":
@@ -131,12 +131,14 @@ class Capture:
 
             options = products.chosen(options)
             self.few_rows = products.FewRows in map(type, options.values())
-        self.compiler = _torch.backend(self.options.backend, self.options.mode, options or None, self.options.dynamic)
+        self.compiler = compat.dynamo.backend(
+            self.options.backend, self.options.mode, options or None, self.options.dynamic
+        )
         asked = self.options.regional
         self.regional = (
             self.options.backend == "inductor" and self.options.mode in (None, "default") if asked is None else asked
         )
-        self.passing = _torch.undisturbed(SplicedRun.live_site)
+        self.passing = compat.frames.undisturbed(SplicedRun.live_site)
         for function in (
             *next(iter(self.markers.hooks.values())),
             between,
@@ -147,7 +149,7 @@ class Capture:
             mark,
             self.markers.operations.op(""),
         ):
-            _torch.never_compile(function)
+            compat.frames.never_compile(function)
 
     def reset(self) -> None:
         self.entries.clear()
@@ -173,14 +175,14 @@ class Capture:
         elif key not in self.entries:
             inner = entry_point(module, fn)
             own = weakref.WeakMethod(self.backend)  # Dynamo keeps it with the code, where no collector sees the ring
-            root, hooked = _torch.root(inner), self.markers.hooked()
+            root, hooked = compat.guards.root(inner), self.markers.hooked()
 
             def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
                 if not hooked:
-                    _torch.forget_tables(root)
+                    compat.guards.forget_tables(root)
                 return own()(gm, inputs)  # type: ignore[misc]
 
-            call, cached = _torch.dynamo_compile(inner, backend, self.options.dynamic, self.options.fullgraph)
+            call, cached = compat.dynamo.dynamo_compile(inner, backend, self.options.dynamic, self.options.fullgraph)
             self.entries[key] = Entry(call, inner, cached)
         self.entries.move_to_end(key)
         if len(self.entries) > ENTRIES:
@@ -206,7 +208,7 @@ class Capture:
         segment = Segment.captured(gm)
         self.add(segment)
 
-        @_torch.undisturbed
+        @compat.frames.undisturbed
         def run_segment(*args: Any) -> Any:
             return active.run.run_segment(segment, args)
 
@@ -242,7 +244,10 @@ class Capture:
             cause = error
         try:
             gm = torch.fx.GraphModule(spare, copy.deepcopy(spare.graph))
-            made, instead = _torch.backend("aot_eager", None, None, self.options.dynamic)(gm, inputs()), "aot_eager"
+            made, instead = (
+                compat.dynamo.backend("aot_eager", None, None, self.options.dynamic)(gm, inputs()),
+                "aot_eager",
+            )
         except Exception:
             made, instead = spare, "eager"
         name = (
@@ -417,10 +422,10 @@ class SplicedRun(Run):
                     return entry.cached(*inputs)
             except Unread:
                 return None
-            except _torch.NotCaptured:
+            except compat.dynamo.NotCaptured:
                 missed = True
         captures = self.capture.captures
-        with self.half(self.capture_half), _torch.capturing(len(self.owner.paths)), live(self, self.everything):
+        with self.half(self.capture_half), compat.dynamo.capturing(len(self.owner.paths)), live(self, self.everything):
             try:
                 result = entry.call(*inputs)
             except Unread:
@@ -430,7 +435,7 @@ class SplicedRun(Run):
             entry.whole = False
         if entry.inner is not None and entry.missed < MISSES:
             one = self.segments_run == 1 and self.segment is not None and self.segment.whole
-            entry.whole = one and not uncompiled(self.owner.paths) and not _torch.needs_hooks(entry.inner)
+            entry.whole = one and not uncompiled(self.owner.paths) and not compat.guards.needs_hooks(entry.inner)
         return result
 
     def around(self) -> contextlib.AbstractContextManager:
@@ -442,9 +447,9 @@ class SplicedRun(Run):
 
     def _captures_nothing(self, error: Exception) -> bool:
         """Did tracing fail in Dynamo itself, or on what the plan writes, before anything of the model ran?"""
-        asked = self.capture.options.fullgraph and _torch.cannot_trace(error)
+        asked = self.capture.options.fullgraph and compat.dynamo.cannot_trace(error)
         writes = self.capture_half is not None and self.capture_half.recapture == "changes"
-        return (writes or _torch.fails(error)) and not asked and not self.segments_run and not self.counts
+        return (writes or compat.dynamo.fails(error)) and not asked and not self.segments_run and not self.counts
 
     @contextlib.contextmanager
     def half(self, plan: InterventionGraph | None) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from ..capture import _torch
+from .. import compat
 from ..capture.markers import active
 from ..capture.segment import Segment
 from ..tracing.encode import Key
@@ -26,7 +26,7 @@ class Steady:
         assert run.entry is not None and run.variant is not None
         self.capture, self.entry, self.segment, self.variant = run.capture, run.entry, run.segment, run.variant
         self.plan, self.modules, self.hooks = run.plan, run.modules, run.owner.own()
-        self.call = _torch.inside(run.variant.call)
+        self.call = compat.frames.inside(run.variant.call)
         self.write = max((n for n, op in enumerate(run.plan.ops) if op.kind == WRITE), default=None)
 
     @classmethod
@@ -45,15 +45,15 @@ class Steady:
     def __call__(self, inputs: tuple, constants: list, lines: list[Line], hooks: tuple) -> Call:
         """A run on other inputs and lifted values; `NotCaptured`, before anything ran, where it is no such run."""
         if hooks != self.hooks or not self.entry.whole:
-            raise _torch.NotCaptured
+            raise compat.dynamo.NotCaptured
         call, outer = Call(self, constants, lines), getattr(active, "run", None)
         active.run = call
         try:
-            with _torch.as_compiled():
+            with compat.frames.as_compiled():
                 self.entry.cached(*inputs)  # type: ignore[misc]
         except Unread:
             pass
-        except _torch.NotCaptured:
+        except compat.dynamo.NotCaptured:
             raise
         except Exception as error:
             if self.write is not None:
@@ -81,7 +81,7 @@ class Call:
     def run_segment(self, segment: Segment, args: tuple) -> Any:
         found = self.steady.variant
         if segment is not self.steady.segment or not found.guards(list(args)):
-            raise _torch.NotCaptured
+            raise compat.dynamo.NotCaptured
         outputs = self.steady.call(*args, *extras(cast(Any, self), found))
         self.env = dict(zip(found.gives, outputs[found.own :], strict=True))
         if found.unread:

@@ -14,7 +14,7 @@ from typing import Any
 import greenlet
 import torch
 
-from ..capture import _torch
+from .. import compat
 from ..tracing import ambient
 
 
@@ -22,15 +22,15 @@ class State:
     """The thread state of one side: looked at, or taken off the thread (`take`)."""
 
     def __init__(self, take: bool = False):
-        self.functions = _torch.function_modes(take)
-        self.dispatch = _torch.dispatch_modes(take)
+        self.functions = compat.modes.function_modes(take)
+        self.dispatch = compat.modes.dispatch_modes(take)
         self.ambient = ambient.current()
         self.autocast_cache = torch.is_autocast_cache_enabled()
         self.dtype = torch.get_default_dtype()
-        self.sdpa = [enabled() for enabled in _torch.SDPA.values()]
-        self.deterministic = _torch.deterministic()
-        self.stance = _torch.stance()
-        self.frames = _torch.frame_callback() if take else None
+        self.sdpa = [enabled() for enabled in compat.modes.SDPA.values()]
+        self.deterministic = compat.modes.deterministic()
+        self.stance = compat.frames.stance()
+        self.frames = compat.frames.frame_callback() if take else None
         cuda = torch.cuda.is_initialized() and torch.cuda.is_available()
         self.cuda = (torch.cuda.current_device(), torch.cuda.current_stream()) if cuda else None
 
@@ -39,22 +39,22 @@ class State:
         guard = contextlib.ExitStack()
         if self.ambient.inference != torch.is_inference_mode_enabled():
             guard.enter_context(torch.inference_mode(self.ambient.inference))
-        _torch.SET_GRAD(self.ambient.grad)
+        compat.modes.SET_GRAD(self.ambient.grad)
         for device, enabled, dtype in self.ambient.autocast:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(self.autocast_cache)
         torch.set_default_dtype(self.dtype)
-        for name, enabled in zip(_torch.SDPA, self.sdpa, strict=True):
+        for name, enabled in zip(compat.modes.SDPA, self.sdpa, strict=True):
             getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
         torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
         if self.cuda is not None:
             torch.cuda.set_device(self.cuda[0])
             torch.cuda.set_stream(self.cuda[1])
-        _torch.set_stance(self.stance)
-        _torch.push_dispatch_modes(self.dispatch)
-        _torch.push_function_modes(self.functions)
-        _torch.frame_callback(self.frames)
+        compat.frames.set_stance(self.stance)
+        compat.modes.push_dispatch_modes(self.dispatch)
+        compat.modes.push_function_modes(self.functions)
+        compat.frames.frame_callback(self.frames)
         return guard
 
 
@@ -66,17 +66,47 @@ def within(state: State) -> Iterator[None]:
     try:
         yield
     finally:
-        _torch.function_modes(take=True)
-        _torch.dispatch_modes(take=True)
+        compat.modes.function_modes(take=True)
+        compat.modes.dispatch_modes(take=True)
         guard.close()
         mine.restore()
+
+
+FLOOR = 32  # calls from C: each is three frames of the C stack and more
+
+
+def floored(run: Callable[[], Any]) -> Callable[[], None]:
+    """`run` on a floor of C frames.
+
+    Every error of torch's records the innermost 64 C frames when it is made. A greenlet's stack ends where the body's begins, and
+    that has moved on meanwhile: who walks across the border reads garbage (a segmentation fault, seen with torch 2.13). On the
+    floor nobody gets that far.
+    """
+
+    def caught() -> BaseException | None:
+        try:
+            run()
+        except BaseException as error:
+            return error
+        return None
+
+    def floor() -> None:
+        error = _from_c(FLOOR, caught)
+        if error is not None:
+            raise error
+
+    return floor
+
+
+def _from_c(levels: int, function: Callable[[], Any]) -> Any:
+    return next(map(_from_c, (levels - 1,), (function,))) if levels else function()
 
 
 class Coroutine:
     """A run in a greenlet of its own, so that it can stop in the middle of a forward and go on later."""
 
     def __init__(self, run: Callable[[], Any], state: State):
-        self.model = greenlet.greenlet(run)
+        self.model = greenlet.greenlet(floored(run))
         self.model.gr_context = contextvars.copy_context()
         self.body = greenlet.getcurrent()
         self.states: dict[Any, State] = {self.model: state}
@@ -90,8 +120,8 @@ class Coroutine:
             _ = to.throw(*throw) if throw else to.switch()
         finally:
             if to is self.model and self.model.dead:  # it ended, by itself or by an exception, and put nothing away
-                _torch.function_modes(take=True)
-                _torch.dispatch_modes(take=True)
+                compat.modes.function_modes(take=True)
+                compat.modes.dispatch_modes(take=True)
                 self.guard.close()
                 self.guard = mine.restore()
 

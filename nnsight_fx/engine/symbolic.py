@@ -12,7 +12,8 @@ import torch.fx as fx
 import torch.nn as nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..capture import _torch, streams
+from .. import compat
+from ..capture import streams
 from ..capture.markers import KEY, Markers, Stop, active, close, mark
 from ..capture.scan import PLAIN, callee, skeleton
 from ..capture.segment import Segment
@@ -59,7 +60,14 @@ class Symbolic:
         own = State(self.module, self.markers.forward_of)
         tensors = [*(x for x in leaves if isinstance(x, torch.Tensor)), *own.tensors]
         _refuse_modules(own.modules, self.markers)
-        key = (spec, _signature(leaves), _shared(tensors), ambient.current(), _torch.process_flags(), tuple(own.facts))
+        key = (
+            spec,
+            _signature(leaves),
+            _shared(tensors),
+            ambient.current(),
+            compat.modes.process_flags(),
+            tuple(own.facts),
+        )
         if key not in self.graphs:
             try:
                 self.graphs[key] = self._trace(leaves, spec, tensors, len(own.tensors))
@@ -77,7 +85,7 @@ class Symbolic:
 
     def _trace(self, leaves: list, spec: tree.Spec, tensors: list[torch.Tensor], held: int) -> Graphed:
         _refuse(leaves, tensors)
-        mode = _torch.FakeTensorMode(shape_env=ShapeEnv())
+        mode = compat.fakes.FakeTensorMode(shape_env=ShapeEnv())
         copied = skeleton(self.module, mode)
         for real, copy in zip(self.module.modules(), copied.modules(), strict=True):
             if "forward" in vars(copy) and vars(copy)["forward"] is vars(real).get("forward"):
@@ -91,7 +99,7 @@ class Symbolic:
         made = {id(x): mode.from_tensor(x, static_shapes=True) for x in leaves if isinstance(x, torch.Tensor)}
         fakes = [made.get(id(x), x) for x in leaves]
         tracer = SymbolicTracer()
-        context, compiles = _torch.new_context(mode)
+        context, compiles = compat.graphs.new_context(mode)
         for i, fake in enumerate(x for x in fakes if isinstance(x, torch.Tensor)):
             tracer.give(fake, f"x{i}")
         for i, fake in enumerate(parts):
@@ -155,7 +163,7 @@ def _refuse_modules(modules: list[nn.Module], markers: Markers) -> None:
             if table and any(key != KEY and not _collects(hook) for key, hook in table.items()):
                 name = markers.paths.get(m) or "the model"
                 raise Untraceable(f"`{name}` has hooks, which a traced graph would not call")
-    if _torch.hooked_everywhere():
+    if compat.modules.hooked_everywhere():
         raise Untraceable("there are hooks on all modules, which a traced graph would not call")
 
 
@@ -189,7 +197,7 @@ def _shared(tensors: list[torch.Tensor]) -> tuple:
     """Which tensors lie in the same memory."""
     first: dict[int, int] = {}
     return tuple(
-        first.setdefault(x.untyped_storage()._cdata, i) if x.layout is torch.strided else -1
+        first.setdefault(compat.tensors.memory(x), i) if x.layout is torch.strided else -1
         for i, x in enumerate(tensors)
     )
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx as fx
 
-from .. import passes
-from ..capture import _torch
+from .. import compat, passes
 from ..capture.markers import supply
 from ..capture.segment import Segment
 from ..errors import PlanMismatchError
@@ -69,8 +68,8 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
             run.hits += 1
             return each
     _check_written(segment, run, args)
-    with _torch.own_sizes(segment.context, segment.fakes, args) as fakes:
-        fakes = [_torch.unchanged(segment.context, *each) for each in zip(fakes, args, strict=True)]
+    with compat.symbols.own_sizes(segment.context, segment.fakes, args) as fakes:
+        fakes = [compat.fakes.unchanged(segment.context, *each) for each in zip(fakes, args, strict=True)]
         made = _compile(segment, run, fakes, args, aliases)
     found.append(made)
     if len(segment.variants) > VARIANTS:
@@ -137,21 +136,24 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
     def inputs() -> list:
         return [*fakes, *(_fake(segment, run, take) for take in job.takes)]
 
-    job.inputs = lambda: [_torch.as_leaf(segment.context, x) for x in inputs()]
+    job.inputs = lambda: [compat.fakes.as_leaf(segment.context, x) for x in inputs()]
     job.differentiates = differentiable(run, args)
     state = {"leaves": [], "resumed": [], "tail": None}
     cut_after_splice = _head(segment, pristine, state)
     at = run.capture.pipeline.index(passes.splice) + 1
     pipeline = [*run.capture.pipeline[:at], cut_after_splice, *run.capture.pipeline[at:]]
-    with _torch.tracing(segment.context):
+    with compat.graphs.tracing(segment.context):
         passes.run(gm, job, pipeline, run.capture.disable)
     check(job, run.removes)
     job.skeleton = job.inputs = None  # they know the run, and the variant, which knows the job, outlives that
     if job.differentiates and not run.plan.backs <= job.exit.done:
         raise NotDifferentiable("the loss is not in the first captured segment")
-    with _torch.tracing(segment.context), torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None):
+    with (
+        compat.graphs.tracing(segment.context),
+        torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None),
+    ):
         call = _built(segment, run, gm, job, fakes, args, inputs)
-    guards = _torch.added_guards(segment.context, segment.guards, fakes)
+    guards = compat.symbols.added_guards(segment.context, segment.guards, fakes)
     run.capture.note_compile(segment, job)
     run.compiles += 1
     return Variant(
@@ -179,7 +181,7 @@ def _built(
 ) -> Callable:
     """A rewritten segment, compiled: by blocks where it has equal ones."""
     if not run.capture.regional:
-        _torch.as_dynamos(gm)
+        compat.graphs.as_dynamos(gm)
         return run.capture.build(gm, inputs, run.report)
     cut = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     twins = dict(zip(gm.graph.nodes, cut.graph.nodes, strict=True))
@@ -187,12 +189,12 @@ def _built(
         new.meta = dict(old.meta)
     try:
         job.blocks = [twins[n] for n in job.blocks if n in twins]
-        given = [_torch.as_leaf(segment.context, x) for x in inputs()]
+        given = [compat.fakes.as_leaf(segment.context, x) for x in inputs()]
         build = functools.partial(run.capture.build, report=run.report)
         return regional(cut, job, segment, (fakes, given), list(args), build)
     except Whole as why:
         job.whole = str(why)
-        _torch.as_dynamos(gm)
+        compat.graphs.as_dynamos(gm)
         return run.capture.build(gm, inputs, run.report)
 
 
@@ -258,7 +260,7 @@ def _fake(segment: Segment, run: SplicedRun, take: tuple) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     facts = (tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
-    return _torch.fake_like(segment.context, facts)
+    return compat.fakes.fake_like(segment.context, facts)
 
 
 def source(run: SplicedRun, take: tuple) -> Any:

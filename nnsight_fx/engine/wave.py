@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from ..capture._torch import NotCaptured
+from ..compat.dynamo import NotCaptured
 from ..errors import InvokeError, NotRecordableError
 from ..tracing import saving
 from ..tracing.contexts import Invoker, Tracer

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..capture._torch import shares_memory
 from ..capture.scan import callee
+from ..compat.tensors import shares_memory
 from ..engine.run import Run
 from ..tracing import tree
 from ..tracing.encode import Key

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..capture.scan import PLAIN, callee, scan
+from ..compat.modes import TorchDispatchMode
+from ..compat.tensors import memory
 from ..tracing import tree
 
 _known: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
@@ -58,7 +59,7 @@ class Effects(TorchDispatchMode):
 
     def __init__(self, tensors: list[torch.Tensor]):
         super().__init__()
-        self.storages = {x.untyped_storage()._cdata for x in tensors if x.layout is torch.strided}
+        self.storages = {memory(x) for x in tensors if x.layout is torch.strided}
         self.found: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -76,7 +77,7 @@ class Effects(TorchDispatchMode):
         for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for x in tree.flatten(given.get(argument.name))[0]:
-                    if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata in self.storages:
+                    if isinstance(x, torch.Tensor) and memory(x) in self.storages:
                         return f"the model changes a buffer, a parameter or its input in place (`{func}`)"
         return None
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 
-from ..capture import _torch
+from .. import compat
 from ..capture.markers import site
 from ..capture.segment import Segment
 from ..engine.regions import facts, structure
@@ -308,12 +308,16 @@ class Sheet:
 
     def _compile(self, region: fx.GraphModule) -> Callable:
         fakes = [
-            _torch.as_input(self.segment.context, n.meta.get("example_value"))
+            compat.fakes.as_input(self.segment.context, n.meta.get("example_value"))
             for n in region.graph.nodes
             if n.op == "placeholder"
         ]
         region.recompile()
-        with _torch.own_sizes(self.segment.context), _torch.tracing(self.segment.context), torch.no_grad():
+        with (
+            compat.symbols.own_sizes(self.segment.context),
+            compat.graphs.tracing(self.segment.context),
+            torch.no_grad(),
+        ):
             call = self.capture.compiler(region, fakes)
         self.capture.note_compile(self.segment, None)
         return call
@@ -338,4 +342,4 @@ def _changes_inputs(region: fx.GraphModule) -> bool:
 
 def _storage(node: fx.Node) -> int | None:
     value = node.meta.get("example_value")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    return compat.tensors.memory(value) if isinstance(value, torch.Tensor) else None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..capture._transformers import without_library_hooks
+from ..compat.transformers import without_library_hooks
 from ..envoy import Envoy
 from ..tracing.lazy import user_line
 from ..viz.heatmap import MissingExtraError

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..capture.scan import PLAIN
+from ..compat.tensors import version
 from ..errors import OutOfOrderError
 from ..tracing import tree
 from ..tracing.ambient import under
@@ -63,9 +64,9 @@ class Setting(NamedTuple):
 
 def _versions(weights: list[torch.Tensor]) -> tuple:
     try:
-        return *map(id, weights), *[t._version for t in weights]
+        return *map(id, weights), *[version(t) for t in weights]
     except RuntimeError:  # an inference tensor does not count its changes
-        return *map(id, weights), *[-1 if t.is_inference() else t._version for t in weights]
+        return *map(id, weights), *[-1 if t.is_inference() else version(t) for t in weights]
 
 
 def _library(hook: Any) -> bool:
@@ -107,8 +108,8 @@ class Pending:
 
     def check(self) -> None:
         """Is everything large that it holds what it was?"""
-        for tensor, version in self.watched:
-            if tensor._version != version:
+        for tensor, seen in self.watched:
+            if version(tensor) != seen:
                 raise OutOfOrderError(
                     f"{self.line}: a tensor of shape {tuple(tensor.shape)} that this trace uses was changed in place before the end of "
                     f"its session at {self.session_line}, which runs the trace only then. Give the trace a copy (`.clone()`), or look "
@@ -204,12 +205,12 @@ class Copies:
         """A copy of a small tensor; a large one itself, to be `watched`."""
         if tensor.is_inference() or isinstance(tensor, torch.nn.Parameter):
             return tensor
-        key = (id(tensor), tensor._version)
+        key = (id(tensor), version(tensor))
         if key not in self.known:
             size = tensor.numel() * tensor.element_size()
             copied = tensor.detach().clone() if size <= COPIED and tensor.layout is torch.strided else tensor
             self.known[key] = (tensor, copied if facts(copied) == facts(tensor) else tensor)
         found = self.known[key][1]
         if found is tensor:
-            watched.append((tensor, tensor._version))
+            watched.append((tensor, version(tensor)))
         return found

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ..capture import _torch
+from .. import compat
 from ..capture.markers import site
 from ..passes.causal import SCORES, Fact, Facts, is_attention, is_softmax
 from ..passes.demand import take
@@ -35,7 +35,7 @@ def positions(gm: fx.GraphModule, at: Collection[tuple[Site, int]]) -> Facts:
     shape = _shape(first.args[0])
     if len(shape) < 2 or first.args[0].meta.get("rows") != 0 or not isinstance(shape[1], int):  # type: ignore[union-attr]
         raise Mixed(f"`{'.'.join(map(str, first.args[1:3]))}` has no positions in dimension 1")
-    mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
+    mode = compat.fakes.FakeTensorMode(allow_non_fake_inputs=True)
     follow = Rows(shape[1], [], {shape[1]})
     follow.paused = True
     with torch.no_grad(), mode, follow:

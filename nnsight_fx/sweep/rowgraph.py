@@ -10,10 +10,10 @@ import torch
 import torch.fx as fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..capture import _torch
-from ..capture._transformers import settle
+from .. import compat
 from ..capture.markers import active, site
 from ..capture.segment import Segment
+from ..compat.transformers import settle
 from ..engine.spliced import Capture, entry_point
 from ..tracing import tree
 from .rows import Mixed, Rows
@@ -42,14 +42,14 @@ def captured(host: Any, capture: Capture, fn: str | None, batch: Any) -> tuple[S
     if key not in capture.rowwise:
         settle(host._module)
         key = (fn, host._markers.own())
-        capture.rowwise[key], _ = _torch.dynamo_compile(entry_point(host._module, fn), _backend, False, True)
+        capture.rowwise[key], _ = compat.dynamo.dynamo_compile(entry_point(host._module, fn), _backend, False, True)
     for x in tree.flatten((batch.args, batch.kwargs))[0]:
         if isinstance(x, torch.Tensor):
-            _torch.any_size(x, 0)
+            compat.dynamo.any_size(x, 0)
     markers = host._markers
     outer, active.run = getattr(active, "run", None), None
     try:
-        with markers.installed(list(markers.paths), {}), _torch.capturing(len(markers.paths)):
+        with markers.installed(list(markers.paths), {}), compat.dynamo.capturing(len(markers.paths)):
             capture.rowwise[key](batch.args, batch.kwargs)
     except Captured as found:
         return found.segment, list(found.args)
@@ -64,7 +64,7 @@ def captured(host: Any, capture: Capture, fn: str | None, batch: Any) -> tuple[S
 def _backend(gm: fx.GraphModule, inputs: list) -> Callable:
     segment = Segment.captured(gm)
 
-    @_torch.undisturbed
+    @compat.frames.undisturbed
     def found(*args: Any) -> Any:
         raise Captured(segment, args)
 
@@ -107,7 +107,7 @@ def _annotated(segment: Segment, args: list) -> fx.GraphModule:
         raise Mixed("the model's Python changes an object that existed before")
     sizes = {n for x in args if isinstance(x, torch.Tensor) for n in x.shape}
     rows = next(n for n in PRIMES if n not in sizes)
-    mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
+    mode = compat.fakes.FakeTensorMode(allow_non_fake_inputs=True)
     given, held = [], []
     for fake, arg in zip(segment.fakes, args, strict=True):
         if isinstance(fake, torch.SymInt):

@@ -11,9 +11,9 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..compat.modes import TorchDispatchMode
 from .effects import draws
 from .row_rules import FILLS, RULES, Call, pointwise, tensors
 

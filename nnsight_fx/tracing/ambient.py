@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..compat.modes import any_autocast
+
 
 class Ambient(NamedTuple):
     grad: bool
@@ -35,15 +37,12 @@ def current() -> Ambient:
     return Ambient(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
 
 
-_any_autocast = torch._C._is_any_autocast_enabled
-
-
 def plain(ambient: Ambient) -> bool:
     """Do recorded modes, which have no autocast, hold now? The answer that costs next to nothing."""
     return (
         torch.is_grad_enabled() is ambient.grad
         and torch.is_inference_mode_enabled() is ambient.inference
-        and not _any_autocast()
+        and not any_autocast()
     )
 
 

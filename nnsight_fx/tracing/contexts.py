@@ -164,6 +164,8 @@ class Tracer:
             while self.can_advance:
                 self.advance()
         self._run_open()
+        if self.generation is not None:
+            self.missed = self.missed or self.generation.missed()
         self.deliver()
 
     def put_off(self) -> None:

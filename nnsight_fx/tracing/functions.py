@@ -1,13 +1,12 @@
 """Custom `autograd.Function`s in a body.
 
 `Function.apply` reaches `__torch_function__` only through the operations of its `forward`, and recording those would
-lose the custom `backward` in silence. The first of them finds the `apply` frame below it: the function is recorded as
-one call, `forward` goes on over fakes, and what it returns are the results of that call.
+lose the custom `backward` in silence. The first of them finds the frame of the call below it (`compat.autograd`): the
+function is recorded as one call, `forward` goes on over fakes, and what it returns are the results of that call.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..capture._torch import FakeTensor
+from ..compat.autograd import Untold, applied, applying, separate
+from ..compat.fakes import FakeTensor
 from ..errors import NNsightFXError, NotRecordableError
 from . import tree
 from .encode import Identity
@@ -27,7 +27,6 @@ from .plan import CALL
 if TYPE_CHECKING:
     from .tape import Tape
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 INSIDE = -1  # the "operation" of a value that exists only while a custom `forward` is recorded
 _applies: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
 
@@ -79,7 +78,10 @@ class Scope:
 
     def __init__(self, tape: Tape, frame: FrameType):
         self.frame, self.at = frame, 0
-        cls, args, kwargs = frame.f_locals["cls"], frame.f_locals["args"], frame.f_locals.get("kwargs", {})
+        try:
+            cls, args, kwargs = applied(frame)
+        except Untold as e:
+            raise _not_recordable(frame.f_code.co_qualname, str(e)) from None
         outputs = self._outputs(tape, cls, args)
         apply = _applies.setdefault(cls, cls.apply)
         with torch.set_grad_enabled(True):
@@ -92,19 +94,18 @@ class Scope:
         """Which of the tensors that `forward` makes it returns: `forward` run once ahead, on fakes."""
         context = torch.autograd.function.FunctionCtx()
         context.needs_input_grad = tuple(isinstance(a, torch.Tensor) for a in args)  # type: ignore[attr-defined]
-        separate = torch.autograd.function._is_setup_context_defined(cls.setup_context)  # type: ignore[attr-defined]
         fakes = tree.tree_map(lambda x: _fake(tape, x), args)
         try:
             with tape.running(), _Numbered(tape) as numbered:
-                out = cls.forward(*fakes) if separate else cls.forward(context, *fakes)
+                out = cls.forward(*fakes) if separate(cls) else cls.forward(context, *fakes)
         except RuntimeError as e:
             if isinstance(e, NNsightFXError) or not needs_data(e):
                 raise
-            raise _not_recordable(cls, "needs the numbers of a recorded value") from e
+            raise _not_recordable(f"{cls.__name__}.forward", "needs the numbers of a recorded value") from e
         places = {id(t): n for n, t in reversed([*enumerate(numbered.made)])}
         outs = out if isinstance(out, tuple) else (out,)
         if any(isinstance(o, torch.Tensor) and id(o) not in places for o in outs):
-            raise _not_recordable(cls, "returns a tensor that no operation of it made")
+            raise _not_recordable(f"{cls.__name__}.forward", "returns a tensor that no operation of it made")
         return [places.get(id(o)) for o in outs]
 
     def step(self, tape: Tape, func: Any, args: tuple, kwargs: dict) -> Inside:
@@ -125,28 +126,23 @@ class Scope:
         return self.results[n] if n in self.results else LazyTensor(tape, ("v", INSIDE, n), made, user_line())
 
 
-def _not_recordable(cls: type, why: str) -> NotRecordableError:
+def _not_recordable(forward: str, why: str) -> NotRecordableError:
     return NotRecordableError(
-        f"{user_line()}: `{cls.__name__}.forward` {why}, so it cannot be recorded. "
-        f"Run it on real values: `tracer.apply({cls.__name__}.apply, ...)`."
+        f"{user_line()}: `{forward}` {why}, so it cannot be recorded. "
+        f"Run it on real values: `tracer.apply({forward.rpartition('.')[0] or forward}.apply, ...)`."
     )
 
 
-def applying() -> FrameType | None:
+def _running(tape: Tape) -> FrameType | None:
     """The frame of the outermost `Function.apply` that runs."""
-    frame: FrameType | None = sys._getframe(1)
-    found = None
-    while frame is not None:
-        found = frame if frame.f_code is _APPLY else found
-        frame = frame.f_back
-    return found
+    return applying(tape.grad, tape.scope and tape.scope.frame)
 
 
 def custom_function(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Inside | None:
     """The result of an operation inside the `forward` of a custom function, or `None` elsewhere."""
     if tape.scope is None and (torch.is_grad_enabled() or not tape.grad):
         return None  # `apply` runs `forward` without grad; under the user's own no_grad its backward is nobody's
-    frame = applying()
+    frame = _running(tape)
     if frame is None or (not tape.grad and (tape.scope is None or tape.scope.frame is not frame)):
         tape.scope = None
         return None
@@ -156,12 +152,13 @@ def custom_function(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Inside 
 
 
 def _lazy_args(frame: FrameType) -> bool:
-    return _first(frame.f_locals["args"], {}) is not None
+    _, args, kwargs = applied(frame)
+    return _first(args, kwargs) is not None
 
 
 def set_grad(tape: Tape, enabled: bool) -> None:
     """The body sets the grad mode; a custom `forward` may, too, which is its own affair."""
-    frame = applying()
+    frame = _running(tape)
     if frame is None:
         tape.grad = enabled
     elif tape.grad and (tape.scope is None or tape.scope.frame is not frame) and _lazy_args(frame):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 
+from ..compat.tensors import wrapper
 from ..errors import NotRecordableError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class LazyTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, tape: Tape, key: tuple, fake: torch.Tensor, line: Line) -> LazyTensor:
         size = () if fake.dim() == 0 else (0,)  # torch takes a tensor without dimensions where a number is meant
-        made = torch.Tensor._make_wrapper_subclass(cls, size)  # type: ignore[attr-defined]
+        made = wrapper(cls, size)
         made._tape, made._key, made._fake, made._line = tape, key, fake, line
         return made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..capture._torch import (
+from ..compat.fakes import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     GuardOnDataDependentSymNode,

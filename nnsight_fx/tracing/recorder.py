@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..capture._torch import SET_GRAD
+from ..compat.modes import SET_GRAD
 from . import tree
 from .functions import set_grad
 from .lazy import LazyTensor

@@ -21,7 +21,9 @@ import torch
 import torch.nn as nn
 from torch.utils.hooks import RemovableHandle
 
-from ..capture._torch import FakeTensor, FakeTensorMode, NoTorchFunction, shares_memory, transforms, wraps_tensors
+from ..compat.fakes import FakeTensor, FakeTensorMode
+from ..compat.modes import NoTorchFunction, transforms
+from ..compat.tensors import shares_memory, wraps_tensors
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
 from . import ambient, tree
 from .conditions import Conditions

@@ -49,12 +49,12 @@ def test_it_runs_by_aot_eager():
 
 
 def test_or_as_it_is(monkeypatch):
-    from nnsight_fx.capture import _torch
+    from nnsight_fx import compat
 
     raw, x = net(), torch.randn(3, 4)
     model = NNsight(raw)
     model.compile(backend=fails)
-    monkeypatch.setattr(_torch, "backend", lambda *_: fails)
+    monkeypatch.setattr(compat.dynamo, "backend", lambda *_: fails)
     with pytest.warns(UserWarning, match="which runs with `eager`"):
         out = run(model, x, 1)
     torch.testing.assert_close(out, by_hand(raw, x, 1), rtol=0, atol=0)

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from nnsight_fx import NNsight, OutsideTraceError
-from nnsight_fx.capture import _torch
+from nnsight_fx import NNsight, OutsideTraceError, compat
 
 
 class Broken(nn.Module):
@@ -133,7 +132,7 @@ def test_the_recompile_limit_is_said_when_near(monkeypatch):
         def forward(self, x):
             return x * len(x)
 
-    monkeypatch.setattr(_torch, "RECOMPILES", 9)
+    monkeypatch.setattr(compat.dynamo, "RECOMPILES", 9)
     model = wrap(Sizes(), backend="eager", dynamic=False)
     for rows in range(2, 6):
         with model.trace(torch.ones(rows, 4)):

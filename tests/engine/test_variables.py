@@ -11,8 +11,8 @@ import torch.fx as fx
 import torch.nn as nn
 from transformers.utils.generic import ModelOutput
 
-from nnsight_fx import NNsight, assert_max_compiles
-from nnsight_fx.capture import _torch, markers, variables
+from nnsight_fx import NNsight, assert_max_compiles, compat
+from nnsight_fx.capture import markers, variables
 from nnsight_fx.capture.markers import close, site
 
 Pair = namedtuple("Pair", "a b")
@@ -99,15 +99,17 @@ def segments(monkeypatch):
 def test_the_markers_are_those_of_the_text(kind, half, monkeypatch):
     ours = marked(kind, half)
     captured.clear()
-    monkeypatch.setattr(variables, "among", lambda tx, /, *a, **k: _torch.inlined(tx, markers.among, *a, **k))
+    monkeypatch.setattr(variables, "among", lambda tx, /, *a, **k: compat.variables.inlined(tx, markers.among, *a, **k))
     assert marked(kind, half) == ours
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["", "beside a capture half"])
 def test_no_text_is_read_for_what_is_common(half, monkeypatch):
     read = []
-    inlined = _torch.inlined
-    monkeypatch.setattr(_torch, "inlined", lambda tx, f, *a, **k: (read.append(f), inlined(tx, f, *a, **k))[1])
+    inlined = compat.variables.inlined
+    monkeypatch.setattr(
+        compat.variables, "inlined", lambda tx, f, *a, **k: (read.append(f), inlined(tx, f, *a, **k))[1]
+    )
     for kind in ("a tensor", "keywords", "numbers and names", "nested tuples", "a tuple of none", "no argument"):
         captured.clear()
         marked(kind, half)

@@ -1,0 +1,130 @@
+"""Fake tensors: shapes and dtypes without data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from .probe import Name, needed
+
+FakeTensorMode, FakeTensor = (
+    needed(f"torch._subclasses.fake_tensor.{name}") for name in ("FakeTensorMode", "FakeTensor")
+)
+FakeCopyMode = needed("torch._subclasses.fake_tensor.FakeCopyMode")
+_DETECT = Name("torch._guards.detect_fake_mode", "the mode of fakes is their own")
+_DISPATCHER = Name(
+    "torch._dispatch.python.enable_python_dispatcher", "operations on sizes that are symbols take torch's own way"
+)
+_NO_DISPATCHER = Name(
+    "torch._dispatch.python.no_python_dispatcher", "operations on sizes that are symbols take torch's own way"
+)
+_FRESH = Name(
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv.ignore_fresh_unbacked_symbols",
+    "a region with sizes of its own is not made",
+)
+
+
+class _Never(RuntimeError):
+    """An error that this torch does not raise."""
+
+
+def _error(path: str) -> Any:
+    return Name(path, "an operation that needs a value's numbers is told by torch's other errors")() or _Never
+
+
+DataDependentOutputException = _error("torch._subclasses.fake_tensor.DataDependentOutputException")
+DynamicOutputShapeException = _error("torch._subclasses.fake_tensor.DynamicOutputShapeException")
+UnsupportedOperatorException = _error("torch._subclasses.fake_tensor.UnsupportedOperatorException")
+GuardOnDataDependentSymNode = _error("torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode")
+
+__all__ = [
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeCopyMode",
+    "FakeTensor",
+    "FakeTensorMode",
+    "GuardOnDataDependentSymNode",
+    "UnsupportedOperatorException",
+    "as_input",
+    "as_leaf",
+    "detect_fake_mode",
+    "enable_python_dispatcher",
+    "fake_like",
+    "no_python_dispatcher",
+    "on_fakes",
+    "on_symbols",
+    "placeholder_fakes",
+    "unchanged",
+]
+
+
+def detect_fake_mode(values: Any = None) -> Any:
+    """The mode that fakes among some values belong to."""
+    found = _DETECT()
+    if found is not None:
+        return found(values)
+    return next((x.fake_mode for x in pytree.tree_leaves(values) if isinstance(x, FakeTensor)), None)
+
+
+def enable_python_dispatcher() -> contextlib.AbstractContextManager:
+    found = _DISPATCHER()
+    return contextlib.nullcontext() if found is None else found()
+
+
+def no_python_dispatcher() -> contextlib.AbstractContextManager:
+    found = _NO_DISPATCHER()
+    return contextlib.nullcontext() if found is None else found()
+
+
+def placeholder_fakes(gm: torch.fx.GraphModule) -> list:
+    """The fake inputs that Dynamo left on a graph's placeholders."""
+    return [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+@contextlib.contextmanager
+def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
+    """Run operations on the fakes of a mode, of which nothing is kept but what they look like: sizes that are known only when
+    the graph runs are of no interest to a compilation that has its own."""
+    env = mode.shape_env
+    ignore = None if env is None else _FRESH.of(env)
+    quiet = contextlib.nullcontext() if ignore is None else ignore()
+    with mode, quiet, on_symbols():
+        yield
+
+
+def on_symbols() -> contextlib.AbstractContextManager:
+    """The block in which operations take sizes that are symbols: `linear` of torch 2.11 wants Python's dispatcher for them."""
+    return enable_python_dispatcher() if torch.__version__ < (2, 13) else contextlib.nullcontext()  # type: ignore[operator]
+
+
+def fake_like(context: Any, facts: tuple) -> torch.Tensor:
+    """A fake input of a variant, from what a plan knows of a real tensor."""
+    shape, stride, dtype, device, requires_grad = facts
+    with context.fake_mode, torch.no_grad():
+        made = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return made.requires_grad_(requires_grad)
+
+
+def unchanged(context: Any, fake: Any, value: Any) -> Any:
+    """A fake input that requires grad as its value does: written in place while Dynamo traced, it may have come to."""
+    if not isinstance(value, torch.Tensor) or fake.requires_grad == value.requires_grad:
+        return fake
+    return fake_like(context, (fake.shape, fake.stride(), fake.dtype, fake.device, value.requires_grad))
+
+
+def as_leaf(context: Any, fake: Any) -> Any:
+    """A fake input in the mode that compilation uses: Dynamo makes a new one when it has captured a graph."""
+    if not isinstance(fake, torch.Tensor):
+        return fake
+    return fake_like(context, (fake.shape, fake.stride(), fake.dtype, fake.device, fake.requires_grad))
+
+
+def as_input(context: Any, fake: Any) -> Any:
+    """A fake from inside a graph as the input of another: a leaf."""
+    if not isinstance(fake, torch.Tensor) or fake.is_leaf:
+        return fake
+    return fake_like(context, (fake.shape, fake.stride(), fake.dtype, fake.device, fake.requires_grad))

@@ -1,0 +1,36 @@
+"""Hooks on all modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.modules.module as globally
+
+from .probe import Name
+
+_WAYS = {
+    "forward_hooks": globally.register_module_forward_hook,
+    "forward_pre_hooks": globally.register_module_forward_pre_hook,
+    "backward_hooks": globally.register_module_full_backward_hook,
+    "backward_pre_hooks": globally.register_module_full_backward_pre_hook,
+}
+
+
+def _table(name: str, register: Any) -> dict:
+    """Where torch keeps them."""
+    found = Name(
+        f"torch.nn.modules.module._global_{name}", "the table is found by registering a hook and removing it"
+    )()
+    if found is None:
+        handle = register(lambda *_: None)
+        found = handle.hooks_dict_ref()
+        handle.remove()
+    return found
+
+
+GLOBAL = [_table(*way) for way in _WAYS.items()]  # what torch calls on every module of the process
+
+
+def hooked_everywhere() -> bool:
+    """Has anybody put a hook on all modules?"""
+    return any(GLOBAL)

@@ -1,0 +1,194 @@
+"""Sizes that are symbols: their hints, ranges and guards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from .fakes import fake_like
+
+
+def constant_source(name: str) -> Any:
+    """Where a size that is no input's comes from: what a symbol made by hand is called."""
+    from torch._dynamo.source import ConstantSource
+
+    return ConstantSource(name)
+
+
+@contextlib.contextmanager
+def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iterator[list]:
+    """Compile one variant: what is decided of the sizes meanwhile (a symbol is 2, say) holds for it alone, not for the next.
+
+    It is decided by the sizes of the call's `values`, not by those that the graph was captured with: the block gets the
+    `fakes` of the inputs with these.
+    """
+    env = context.fake_mode.shape_env
+    if env is None:
+        yield list(fakes)
+        return
+    captured: dict = getattr(env, "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val")
+    now = {s: n for s, n in sizes_of(fakes, values).items() if s in captured and captured[s] != n}
+    before = {s: captured[s] for s in now}
+    captured.update(now)
+    if now:
+        fakes = [_hinted(context, env, fake, captured) for fake in fakes]
+        _refresh(env)
+    ranges, guards = dict(env.var_to_range), list(env.guards)
+    kept = {name: dict(getattr(env, name)) for name in ("replacements", "replacements_slocs") if hasattr(env, name)}
+    divisible = set(env.divisible)
+    try:
+        yield list(fakes)
+    finally:
+        captured.update(before)
+        env.var_to_range.update(ranges)
+        env.guards[:] = guards
+        for name, old in kept.items():  # symbols that this variant made keep theirs: its backward may be compiled later
+            now = getattr(env, name)
+            made = {symbol: value for symbol, value in now.items() if symbol not in ranges}
+            now.clear()
+            now.update(made | old)
+        env.divisible.clear()
+        env.divisible.update(divisible)
+        _refresh(env)
+
+
+def _refresh(env: Any) -> None:
+    """What was derived from sizes is derived anew."""
+    env._update_version_counter()
+    if hasattr(env, "_replacements_version_counter"):  # symbols keep what they were replaced with, by this count
+        env._replacements_version_counter += 1
+    getattr(env, "fake_tensor_cache", {}).clear()
+    for function in vars(type(env)).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def sizes_of(fakes: Sequence, values: Sequence) -> dict[Any, sympy.Integer]:
+    """What each symbol among the sizes of fake inputs is in a call."""
+    found = {}
+    for fake, value in zip(fakes, values, strict=False):
+        pairs = zip(fake.shape, value.shape, strict=True) if isinstance(fake, torch.Tensor) else [(fake, value)]
+        for size, number in pairs:
+            if isinstance(size, torch.SymInt) and isinstance(number, int) and size.node._expr.is_symbol:
+                found[size.node._expr] = sympy.Integer(number)
+    return found
+
+
+def _hinted(context: Any, env: Any, fake: Any, sizes: dict) -> Any:
+    """A fake input with the sizes of this call as its hints."""
+
+    def hinted(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        expr = size.node._expr
+        return env.create_symintnode(expr, hint=int(expr.xreplace(sizes)))
+
+    if not isinstance(fake, torch.Tensor):
+        return hinted(fake)
+    if not any(isinstance(n, torch.SymInt) for n in (*fake.shape, *fake.stride())):
+        return fake
+    shape, stride = tuple(map(hinted, fake.shape)), tuple(map(hinted, fake.stride()))
+    return fake_like(context, (shape, stride, fake.dtype, fake.device, fake.requires_grad))
+
+
+def guard_count(context: Any) -> int:
+    env = context.fake_mode.shape_env
+    return 0 if env is None else len(env.guards)
+
+
+def add_guards(context: Any, guards: list) -> None:
+    """What is compiled now holds under these guards, too."""
+    if guards:
+        known = {g.expr for g in context.fake_mode.shape_env.guards}
+        context.fake_mode.shape_env.guards.extend(g for g in guards if g.expr not in known)
+
+
+class Sizes:
+    """What something that is compiled takes some symbols to be: their ranges before it was, and the guards on them behind it."""
+
+    def __init__(self, context: Any, symbols: tuple):
+        self.symbols, self.env = symbols, context.fake_mode.shape_env
+        self.ranges = self._ranges(symbols)
+        self.guards: list = []
+
+    def compiled(self) -> None:
+        self.guards = [g for g in self.env.guards if g.expr.free_symbols & {*self.symbols}] if self.symbols else []
+
+    def _ranges(self, symbols: tuple) -> list:
+        return [self.env.var_to_range[s] for s in symbols]
+
+    def among(self, symbols: tuple, values: dict) -> list | None:
+        """The guards under which `symbols` can stand for those here, if with these `values` they hold."""
+        if symbols != self.symbols:
+            ranges = zip(self._ranges(symbols), self.ranges, strict=True)
+            beside = any(not g.expr.free_symbols <= {*self.symbols} for g in self.guards)  # guards on others, too
+            if beside or not all(new.issubset(old) for new, old in ranges):
+                return None
+        others = dict(zip(self.symbols, symbols, strict=True))
+        guards = [g._replace(expr=g.expr.xreplace(others)) for g in self.guards]
+        return guards if all(g.expr.xreplace(values) == True for g in guards) else None  # noqa: E712
+
+
+def symbols_among(values: Sequence) -> tuple:
+    """The symbols of the sizes of fake inputs, in order."""
+    return tuple(dict.fromkeys(s for size in _symbolic(values) for s in sorted(size.free_symbols, key=str)))
+
+
+def numbered(symbols: tuple) -> dict:
+    """Other names for symbols: by their order."""
+    return {s: sympy.Symbol(f"size_{i}", integer=True) for i, s in enumerate(symbols)}
+
+
+def renamed(size: Any, names: dict) -> str:
+    """A size as text, with other names for its symbols."""
+    return str(size.node.expr.xreplace(names) if isinstance(size, torch.SymInt) else size)
+
+
+def unbacked(fake: torch.Tensor) -> bool:
+    """Has a fake a size that is known only when the graph runs?"""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols((*fake.shape, *fake.stride())))
+
+
+def named(values: Sequence) -> bool:
+    """Is each symbol among the sizes and strides of a graph's inputs one of them by itself? Inductor knows no other."""
+    return {*symbols_among(values)} <= {*_symbolic(values)}
+
+
+def _symbolic(values: Sequence) -> list:
+    """What is no plain number among the sizes and strides of fake inputs."""
+    sizes = [n for x in values for n in ((*x.shape, *x.stride()) if isinstance(x, torch.Tensor) else (x,))]
+    return [n.node.expr for n in sizes if isinstance(n, torch.SymInt)]
+
+
+def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool]:
+    """The check of all guards on sizes that were added since `since`, over the values of a call's inputs."""
+    env = context.fake_mode.shape_env
+    new = [] if env is None else env.guards[since:]
+    if env is None:
+        return lambda values: True
+    sizes = {i: f.node for i, f in enumerate(fakes) if isinstance(f, torch.SymInt) and f.node._expr.is_symbol}
+    fixed = {i: int(node.expr) for i, node in sizes.items() if node.expr.is_number}  # a guard has made them numbers
+    where = [i for i, node in sizes.items() if node.expr.is_symbol]
+    code = env.produce_guards_expression([fakes[i] for i in where], guards=new) if where and new else None
+
+    def hold(values: list) -> bool:
+        if any(values[i] != number for i, number in fixed.items()):
+            return False
+        return not code or env.evaluate_guards_expression(code, [values[i] for i in where])
+
+    return hold if fixed or code else lambda values: True
+
+
+def guards_hold(env: Any, since: int, fakes: list) -> Callable[[list], bool]:
+    """The check of the guards on sizes added since `since`, over the values of the symbols `fakes`."""
+    new = env.guards[since:]
+    if not new:
+        return lambda values: True
+    code = env.produce_guards_expression(fakes, guards=new)
+    return (lambda values: env.evaluate_guards_expression(code, values)) if code else lambda values: True

@@ -1,0 +1,93 @@
+"""Dynamo's own variables: a handler that takes the place of Dynamo's reading of a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def traced_by(function: Callable, handler: Callable) -> None:
+    """Have Dynamo call `handler(tx, *args, **kwargs)` on its variables where it would read the instructions of `function`."""
+    handlers = getattr(_vt().TorchInGraphFunctionVariable, "_get_handlers", None)
+    if handlers is not None:  # another torch reads
+        torch.compiler.allow_in_graph(function)
+        handlers()[function] = lambda _, tx, /, *args, **kwargs: handler(tx, *args, **kwargs)
+
+
+def is_tensor(value: Any) -> bool:
+    return type(value) is _vt().TensorVariable
+
+
+def _vt() -> Any:
+    """Their classes: importing them loads Dynamo."""
+    from torch._dynamo import variables
+
+    return variables
+
+
+def _unread() -> type | None:
+    """The class of a constant of which Dynamo guards no more than the type, until something depends on its value."""
+    return getattr(_vt().lazy, "LazyConstantVariable", None)
+
+
+def looked_at(value: Any) -> Any:
+    """A variable as an `isinstance` leaves it."""
+    return value if type(value) is _unread() and not value.is_realized() else value.realize()
+
+
+def is_plain(value: Any, types: tuple[type, ...]) -> bool:
+    """Is it `None`, or a constant of one of these types?"""
+    constant = type(value) in (_vt().ConstantVariable, _unread())
+    return constant and issubclass(_type_of(value), (type(None), *types))
+
+
+def _type_of(value: Any) -> type:
+    """Of a constant: its type is guarded, and its value is not. torch 2.11's `python_type` would guard the value."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import is_constant_source
+
+    if type(value) is not _unread() or value.is_realized() or hasattr(_unread(), "_ensure_type_guard"):
+        return value.python_type()
+    if is_constant_source(value.source):  # nothing to guard
+        return value.python_type()
+    install_guard(value.source.make_guard(GuardBuilder.TYPE_MATCH))
+    return value.peek_type()
+
+
+def items(value: Any) -> Any:
+    """What is in a tuple, if it is one and no named one."""
+    return list(value.items) if type(value) is _vt().TupleVariable else None
+
+
+def tuple_of(values: list) -> Any:
+    return _vt().TupleVariable(values)
+
+
+def attribute(tx: Any, value: Any, name: str) -> Any:
+    variable = _vt().VariableTracker.build
+    return variable(tx, getattr).call_function(tx, [value, variable(tx, name)], {})
+
+
+def length(tx: Any, module: Any, name: str) -> int:
+    """Of a table among a module's attributes: as it is, where the code that Dynamo has read so far did not look at it."""
+    table = getattr(getattr(module, "value", None), name, None)
+    if table is None or table in tx.output.side_effects:
+        return attribute(tx, module, name).realize().len()
+    return len(table)
+
+
+def node(tx: Any, function: Callable, *args: Any) -> Any:
+    """A call of a function that is `register`ed."""
+    return _vt().TorchInGraphFunctionVariable(function).call_function(tx, _variables(tx, args), {})
+
+
+def inlined(tx: Any, function: Callable, /, *args: Any, **kwargs: Any) -> Any:
+    """A call of a function whose instructions Dynamo reads."""
+    return _vt().UserFunctionVariable(function).call_function(tx, _variables(tx, args), kwargs)
+
+
+def _variables(tx: Any, args: Sequence) -> list:
+    of = _vt().VariableTracker
+    return [x if isinstance(x, of) else of.build(tx, x) for x in args]
