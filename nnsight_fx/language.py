@@ -184,7 +184,10 @@ class LanguageModel(NNsight):
         prompts = [0 if encoded else g.kwargs["input_ids"].shape[1] for g in generations]
         behind = max(x.shape[1] - n for x, n in zip(results, prompts, strict=True))
         parts = [
-            (tokens.pad(x[:, :n], max(prompts), self._pad_id, self._left), tokens.pad(x[:, n:], behind, self._pad_id, False))
+            (
+                tokens.pad(x[:, :n], max(prompts), self._pad_id, self._left),
+                tokens.pad(x[:, n:], behind, self._pad_id, False),
+            )
             for x, n in zip(results, prompts, strict=True)
         ]
         return torch.cat([torch.cat(part, 1) for part in parts])
