@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import tree
 from .encode import Key, references
 
 Site = tuple[str, str, int]  # module path, "input" | "output" | "result", call index
@@ -91,10 +92,10 @@ class InterventionGraph:
     @classmethod
     def of(cls, ops: tuple[Op, ...], groups: Groups, recapture: str, specs: tuple) -> InterventionGraph:
         """The one plan with this structure."""
-        key = (ops, groups, recapture)
+        key = (ops, groups, recapture, specs)
         plan = cls._interned.get(key)
         if plan is None:
-            plan = cls._interned[key] = cls(*key, specs)
+            plan = cls._interned[key] = cls(*key)
         return plan
 
     @cached_property
@@ -238,9 +239,12 @@ class InterventionGraph:
 
     @cached_property
     def sees_objects(self) -> bool:
-        """Does it read leaves that only a live site has: objects, or a structure that no scan could tell?"""
-        return bool(self.followed) or any(
-            (op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops
+        """Does it read what only a live site has: objects, a `dict` of a class of its own, a structure that no scan could tell?"""
+        written = [op.extra[0] for op in self.ops if op.kind in (WRITE, SKIP)]
+        return (
+            bool(self.followed)
+            or any((op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops)
+            or any(tree.holds(spec, ("mapping",)) for spec in (*self.specs, *written))
         )
 
 

@@ -135,7 +135,5 @@ def put_objects(container: Any) -> None:
         for key, child in zip(keys or range(len(children)), children, strict=True):
             if not isinstance(child, LazyObject) or "_real" not in child.__dict__:
                 left.append(child)
-            elif kind == "dataclass":
-                object.__setattr__(value, str(key), child._look())
-            elif kind in ("dict", "list"):
-                value[key] = child._look()
+            elif kind in tree.MUTABLE:
+                tree.put(value, kind, key, child._look())
