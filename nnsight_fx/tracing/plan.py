@@ -240,11 +240,12 @@ class InterventionGraph:
     @cached_property
     def sees_objects(self) -> bool:
         """Does it read what only a live site has: objects, a `dict` of a class of its own, a structure that no scan could tell?"""
-        written = [op.extra[0] for op in self.ops if op.kind in (WRITE, SKIP)]
+        writes = [op for op in self.ops if op.kind in (WRITE, SKIP)]
         return (
             bool(self.followed)
             or any((op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops)
-            or any(tree.holds(spec, ("mapping",)) for spec in (*self.specs, *written))
+            or any(tree.holds(spec, ("mapping",)) for spec in (*self.specs, *(op.extra[0] for op in writes)))
+            or any(self.ops[n].kind == APPLY for op in writes for n, _ in op.needs)
         )
 
 

@@ -142,7 +142,6 @@ class Invoke:
     def __init__(self, index: int):
         self.index = index
         self.values: dict[Site, Any] = {}
-        self.partial: dict[Site, Any] = {}  # read without their objects
         self.metas: dict[Site, SiteMeta] = {}
         self.containers: dict[Site, tuple[Any, list, tree.Spec]] = {}
         self.order: float = -1  # the latest site touched, in model order

@@ -331,7 +331,9 @@ class Tape:
         self._order(n, op)
         if step.spec is None:
             return self._value(step.leaves[0], ("v", n, 0), line)
-        return tree.unflatten([self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)], step.spec, step.like)
+        return tree.unflatten(
+            [self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)], step.spec, step.like
+        )
 
     def _value(self, leaf: Any, key: Key, line: Line) -> Any:
         if type(leaf) is FakeTensor:
@@ -536,26 +538,21 @@ class Tape:
             self.invoke.metas[site] = found
         return self.invoke.metas[site]
 
-    def read(self, site: Site, whole: bool = True) -> Any:
-        """The value of a site: its tree, with lazy tensors.
-
-        Objects in it (a KV cache) need a sync point; without `whole` they stay `Opaque`.
-        """
+    def read(self, site: Site) -> Any:
+        """The value of a site: its tree, with lazy tensors, and what stands for objects (a KV cache)."""
         invoke = self.invoke
         if invoke.containers:
             self.settle()
         if site in invoke.values:
             self._touch(site)
             return invoke.values[site]
-        if not whole and site in invoke.partial:
-            return invoke.partial[site]
         again = self._beaten((site, invoke.index))
         if again is not None:
             return self._read_again(site, again)
         self._check_passed(site, "read")
         meta = self.meta(site)
         opaque = isinstance(meta, SiteMeta) and meta.opaque
-        if not isinstance(meta, SiteMeta) or (opaque and whole and not _replaceable(meta)):
+        if not isinstance(meta, SiteMeta):
             value = self._read_live(site)
         else:
 
@@ -570,9 +567,6 @@ class Tape:
             if not opaque:
                 self._beat(before, (site, self.invoke.index), meta)
         self._touch(site)
-        if isinstance(meta, SiteMeta) and opaque and not whole and not _replaceable(meta):
-            self.invoke.partial[site] = value
-            return value
         self.invoke.values[site] = value
         self._watch(site, value)
         return value
@@ -693,7 +687,6 @@ class Tape:
         self._touch(site)
         tree_value = tree.unflatten(leaves, spec, value)
         self.invoke.values.pop(site, None)
-        self.invoke.partial.pop(site, None)
         self.invoke.containers.pop(site, None)
         if not self.conditions.blocks and not any(isinstance(x, Keep) for x in leaves):
             self.invoke.values[site] = tree_value
@@ -724,12 +717,8 @@ class Tape:
 
     def read_input(self, site: Site) -> Any:
         """The first argument at an input: positional, else by keyword."""
-        args, kwargs = self.read(site, whole=False)
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        if any(isinstance(x, Opaque) for x in tree.flatten(first)[0]):
-            args, kwargs = self.read(site)
-            first = args[0] if args else next(iter(kwargs.values()))
-        return first
+        args, kwargs = self.read(site)
+        return args[0] if args else next(iter(kwargs.values()), None)
 
     def write_input(self, site: Site, value: Any) -> None:
         """Set the first argument, and leave the others."""
@@ -789,6 +778,7 @@ class Tape:
         self._check_passed(site, "skipped")
         self._check_visited(site, False)
         leaves, spec = tree.flatten(value)
+        leaves = [self.objects.written(x, site) for x in leaves]
         out = self.meta((path, "output", call))
         batched = out.batched if isinstance(out, SiteMeta) and len(out.batched) == len(leaves) else None
         fits = isinstance(out, SiteMeta) and self._fits((path, "output", call), leaves, spec, out)
@@ -1152,25 +1142,6 @@ def _expected(meta: SiteMeta) -> tuple | None:
     if not meta.unsure:
         return None
     return tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else None for x in meta.leaves)
-
-
-def _replaceable(meta: SiteMeta) -> bool:
-    """Is every object leaf in a container in which the real one can be put later?"""
-
-    def walk(spec: tree.Spec, at: int) -> tuple[bool, int]:
-        fine = True
-        for child in spec[3]:
-            if child is None:
-                fine = fine and not (
-                    isinstance(meta.leaves[at], Opaque) and spec[0] not in tree.MUTABLE
-                )
-                at += 1
-            else:
-                ok, at = walk(child, at)
-                fine = fine and ok
-        return fine, at
-
-    return meta.spec is not None and walk(meta.spec, 0)[0]
 
 
 def _check_plain(site: Site, leaves: Iterable) -> None:
