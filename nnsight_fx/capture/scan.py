@@ -167,9 +167,8 @@ def scan(
             value, leaves, spec = _fire(plan, site, value, leaves, spec)
         described = tuple(known(x) for x in leaves)
         rows = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and batched(x) for x in leaves)
-        found.sites[site] = SiteMeta(
-            spec, described, rows, clock.tick(depth), unsure(), value if tree.holds(spec, tree.LIKE) else None
-        )
+        like = value if tree.holds(spec, tree.LIKE) else None
+        found.sites[site] = SiteMeta(spec, described, rows, clock.tick(depth), unsure(), like, _same(leaves))
         if plan is not None and plan.stopping:
             found.stop_site = site
             raise Stopped
@@ -239,11 +238,19 @@ def scan(
     return found
 
 
+def _same(leaves: list) -> tuple[int, ...]:
+    """For each leaf the first that is the same tensor, where two are: attention's query, key and value."""
+    first: dict[int, int] = {}
+    same = tuple(first.setdefault(id(x) if isinstance(x, torch.Tensor) else -i, i) for i, x in enumerate(leaves))
+    return same if any(i != j for i, j in enumerate(same)) else ()
+
+
 class Mended(TorchDispatchMode):
     """Where fakes say nothing, or what is not so.
 
     The shape of `torch._grouped_mm` (experts) in every dtype: torch 2.13's own takes bfloat16 only, its kernels float32 too. A
-    quantised tensor is a fake float32 one there: the scan ends in front of it.
+    quantised tensor is a fake float32 one there: the scan ends in front of it. Attention's fast path gives no weights, if none
+    are asked for; its fake gives a tensor.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -251,7 +258,16 @@ class Mended(TorchDispatchMode):
             raise NotImplementedError("there are no fakes of quantised tensors")
         if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:
             return args[0].new_empty((args[0].shape[0], args[1].shape[2]))
-        return func(*args, **kwargs or {})
+        out = func(*args, **kwargs or {})
+        if func is torch.ops.aten._native_multi_head_attention.default:
+            return out if _given(func, args, kwargs, "need_weights") else (out[0], None)
+        return out
+
+
+def _given(func: Any, args: tuple, kwargs: dict | None, name: str) -> Any:
+    """An argument of a call of an operator."""
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+    return named.get(name, next(a.default_value for a in func._schema.arguments if a.name == name))
 
 
 class Clock:

@@ -20,6 +20,7 @@ from ..tracing.ambient import under
 from ..tracing.encode import Key
 from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.lazy import Line
+from ..tracing.nested import refuse_nested
 from ..tracing.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observed, Op, Site
 from .offload import Offload
 from .retained import retain
@@ -199,7 +200,10 @@ class Run(TensorInterleaver):
         return super().observed(leaf, how)
 
     def perform(self, n: int, firing: Firing | None) -> None:
-        if self.plan.ops[n].kind == READ and firing is not None:
+        op = self.plan.ops[n]
+        if op.kind in (READ, WRITE) and firing is not None:
+            refuse_nested(self.lines[n], op.target, firing.leaves)
+        if op.kind == READ and firing is not None:
             self._alias_saved(n, firing.leaves)
         self.note_write(n)
         super().perform(n, firing)

@@ -33,6 +33,7 @@ class SiteMeta(NamedTuple):
     order: float  # its place among all sites of a run; the sites inside a module are between two whole numbers
     unsure: bool = False  # did the scan guess, so that a read must look whether it was right
     like: Any = None  # the scan's value, where its containers have more to them than their leaves
+    same: tuple[int, ...] = ()  # leaf by leaf, the first that is the same tensor; empty where no two are one
     sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
 
     @property

@@ -43,6 +43,7 @@ from .names import (
 )
 from .names import RANDOM as RANDOM  # passes look there
 from .names import RANDOM_IN_PLACE as RANDOM_IN_PLACE
+from .nested import refuse_nested
 from .objects import LazyObject, Objects
 from .plan import (
     APPLY,
@@ -507,6 +508,12 @@ class Tape:
         raise self.unsaved(lazy)
 
     def unsaved(self, lazy: LazyTensor | LazyObject | None) -> UnsavedValueError:
+        if lazy is not None and "_real_object" in lazy.__dict__:
+            return UnsavedValueError(
+                f"{user_line()}: {self._made(lazy)} is no tensor in this run: the model gave {lazy.__dict__['_real_object']!r}, and a scan "
+                "on tensors without data took it for one. Save it in a container (`kept = nnsight_fx.save([value])`), which gets what "
+                "the model gave."
+            )
         return UnsavedValueError(
             f"{user_line()}: {self._made(lazy)} was used after its trace, but not saved: it has no data. "
             "Add `.save()` to it inside the trace (or `nnsight_fx.save(container)`), or put both traces into one "
@@ -631,6 +638,7 @@ class Tape:
         n = self.number(READ, site, (), {}, extra=None, result=lambda: None)
         real = self.values_of([("v", n, -1)])[0]
         leaves, spec = tree.flatten(real)
+        refuse_nested(user_line(), site, leaves)
         _check_plain(site, leaves)
         fakes = [self.fakes.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in leaves]
         line = user_line()
@@ -752,7 +760,7 @@ class Tape:
 
     def _fits(self, site: Site, leaves: list, spec: tree.Spec, meta: SiteMeta) -> bool:
         """Can the written tree take the place of the old one with nothing in the model's Python noticing?"""
-        if spec != meta.spec:
+        if spec != meta.spec or self._parts_one(site, leaves, meta):
             return False
         for i, (new, old) in enumerate(zip(leaves, meta.leaves, strict=True)):
             if isinstance(new, Keep) and new.index == i:
@@ -771,6 +779,19 @@ class Tape:
             elif type(new) is not type(old) or (new is not old and new != old):
                 return False
         return True
+
+    def _parts_one(self, site: Site, leaves: list, meta: SiteMeta) -> bool:
+        """Are leaves that are one tensor, as attention's query and key, written apart? The model's Python can see that."""
+
+        def now(i: int) -> Any:
+            x = leaves[i]
+            if isinstance(x, Keep):
+                return "kept", meta.same[x.index]
+            key = x._key if isinstance(x, LazyTensor) and x._tape is self else ("", 0)
+            own = key[0] == "v" and self.ops[key[1]].kind == READ and self.ops[key[1]].target == site
+            return ("kept", meta.same[key[2]]) if own else id(x)
+
+        return any(now(i) != now(first) for i, first in enumerate(meta.same))
 
     def skip(self, path: str, call: int, value: Any) -> None:
         """The module's `forward` is not run; its output is `value`."""
