@@ -138,7 +138,7 @@ class Envoy(Observed):
         if tracer is None:
             return self._module(*args, **kwargs)
         device = self.device
-        if device is not None:
+        if device is not None and device.type != "meta":  # weights that are elsewhere: they come to the values
             args, kwargs = tree.tree_map(lambda x: _moved(x, device), (args, kwargs))
         if hook:
             return tracer.tape.hooked(self._path, self._module, args, kwargs)

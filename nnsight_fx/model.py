@@ -461,7 +461,7 @@ class NNsight(Edits, Envoy):
                 return sites.replay(wave.tape, plan, constants[len(wave.tape.constants) :]).stop_site
 
             def entry(half: Any) -> Any:
-                return capture.entry(self._module, fn, half, frames)
+                return capture.entry(self._module, fn, half, frames, self._scanner.collects)
 
             unread = wave.tracer.generation is None  # which goes on with what the model returns
             run.start(capture, stop_at, sites, entry, (batch.args, batch.kwargs), removes, unread)

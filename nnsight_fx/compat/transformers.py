@@ -23,6 +23,11 @@ def settle(module: nn.Module) -> None:
             maybe_install_capturing_hooks(each)
 
 
+def collects(module: nn.Module) -> bool:
+    """Has a forward of this module asked for such hooks?"""
+    return any(vars(m).get(_INSTALLED) for m in module.modules())
+
+
 def restored(thing: object) -> bool:
     """Is it the variable by which a forward tells its output-collecting hooks what to collect? It is reset at the end."""
     return type(thing).__name__ == "CompileableContextVar" and type(thing).__module__.startswith("transformers.")

@@ -19,11 +19,13 @@ from torch.fx.experimental.symbolic_shapes import (
     free_unbacked_symbols,
 )
 
+from ..capture.odd import odd
 from ..capture.operations import frames_of
 from ..capture.scan import PLAIN, Scan, callee, scan, skeleton
 from ..compat.fakes import FakeCopyMode, FakeTensorMode, GuardOnDataDependentSymNode, on_symbols
 from ..compat.modes import NoTorchFunction
 from ..compat.symbols import constant_source, guards_hold
+from ..compat.transformers import collects
 from ..errors import PaddedLengthUnknown
 from ..tracing import ambient, tree
 from ..tracing.ambient import under
@@ -149,6 +151,13 @@ class Scanner:
         if isinstance(self._copy[1], Exception):
             raise self._copy[1]
         return self._copy[1]
+
+    def collects(self) -> bool:
+        """Do forwards of this model collect outputs with transformers' hooks? Where no scan can tell, they may."""
+        try:
+            return collects(self.skeleton())
+        except Exception:
+            return True
 
     def signature(self, batch: Any, fn: str | None, unknown: tuple | None) -> Signature:
         """The signature of an input. `unknown` gives the dims of each tensor leaf that hold rows and length."""
@@ -470,6 +479,14 @@ class WaveSites:
     def module(self, path: str) -> Callable:
         """A module's forward, on fakes."""
         return self.scanner.skeleton().get_submodule(path).forward
+
+    def real(self, path: str) -> nn.Module:
+        """The module itself."""
+        return self.scanner.module_.get_submodule(path)
+
+    def odd(self, path: str) -> str | None:
+        """Why a call of a module needs the real one, if it does."""
+        return odd(self.real(path))
 
 
 def _computed(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -164,11 +164,12 @@ class Capture:
         fn: str | None,
         plan: InterventionGraph | None,
         frames: frozenset[str] = frozenset(),
+        collects: Callable[[], bool] = lambda: True,
     ) -> Entry:
         """The captured function that runs a plan: one for all plans that leave the model's Python alone and look into the
         same modules, else one a plan."""
         key = (fn, plan, frames, self.markers.own())
-        if key not in self.entries:
+        if key not in self.entries and collects():
             settle(module)
             key = (fn, plan, frames, self.markers.own())
         if key not in self.entries and self.options.capture == "symbolic":
@@ -300,6 +301,14 @@ class Capture:
             return "hook engine: the body looks inside a module (`.source`), which a symbolic capture does not"
         if plan.retains_rows:
             return "hook engine: an invoke retains the gradient of its rows (`retain_grad`)"
+        if plan.syncs and sites.signature.scan.ended is not None:
+            return f"hook engine: the body looks at a value, and no scan could tell all sites behind it{sites.ended()}"
+        called = {op.target for op in plan.ops if op.kind == MODULE}
+        odd = next(
+            (f"`{path}`, which the body calls, holds {why}" for path in called if (why := sites.odd(path))), None
+        )
+        if odd is not None or plan.holds_odd:
+            return f"hook engine: {odd or 'the body calls a function on packed weights'}"
         if plan.chooses:
             return "hook engine: a `tracer.cond` decides whether the model skips a call, or stops"
         return self.refused.get(plan)

@@ -40,7 +40,8 @@ def captured(host: Any, capture: Capture, fn: str | None, batch: Any) -> tuple[S
         raise Mixed("a symbolic capture is for one number of rows")
     key = (fn, host._markers.own())
     if key not in capture.rowwise:
-        settle(host._module)
+        if host._scanner.collects():
+            settle(host._module)
         key = (fn, host._markers.own())
         while len(capture.rowwise) >= ENTRIES:
             del capture.rowwise[next(iter(capture.rowwise))]

@@ -162,3 +162,10 @@ def references(key: Any) -> set[tuple[int, int]]:
 
     walk(key)
     return found
+
+
+def objects(key: Any) -> list[Any]:
+    """The objects in a key that are compared by identity."""
+    if not isinstance(key, tuple) or not key or key[0] in ("v", "c", "n", "l", "s"):
+        return []
+    return [key[1].obj] if key[0] == "o" else [x for item in key for x in objects(item)]

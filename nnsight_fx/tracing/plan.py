@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import tree
-from .encode import Key, references
+from .encode import Key, objects, references
 
 Site = tuple[str, str, int]  # module path, "input" | "output" | "result", call index
 
@@ -191,6 +191,12 @@ class InterventionGraph:
     def tapped(self) -> frozenset[tuple[int, int]]:
         """The values whose gradients are asked for."""
         return frozenset(v for n, op in enumerate(self.ops) if op.kind == GRAD or op.retains for v in self.needs[n])
+
+    @cached_property
+    def holds_odd(self) -> bool:
+        """Does an operation take an argument that no graph can hold?"""
+        held = [x for op in self.ops if op.kind == CALL for x in objects((op.args, op.kwargs))]
+        return any(isinstance(x, torch.ScriptObject) for x in held)
 
     @cached_property
     def retains_rows(self) -> bool:

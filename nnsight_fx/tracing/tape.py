@@ -831,7 +831,15 @@ class Tape:
         def result() -> Any:
             return self.sites.module(path)(*_fake_args(self, args), **_fake_args(self, kwargs))
 
-        return self.add(MODULE, path, args, kwargs, effect="random", result=result)
+        try:
+            return self.add(MODULE, path, args, kwargs, effect="random", result=result)
+        except Exception:
+            if not self.sites.odd(path):
+                raise
+        got = self.apply(self.sites.real(path).forward, args, kwargs)
+        return tree.tree_map(
+            lambda x: self.call(torch.Tensor.view_as, (x, x), {}) if isinstance(x, torch.Tensor) else x, got
+        )
 
     def hooked(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Call a module of the model on values in sight of the trace: it and all in it pass their sites."""
@@ -843,6 +851,16 @@ class Tape:
             handles.append(m.register_forward_hook(leave, with_kwargs=True))
         try:
             return module(*args, **kwargs)
+        except NNsightFXError:
+            raise
+        except Exception as error:
+            why = self.sites.odd(path)
+            if why is None:
+                raise
+            raise NotRecordableError(
+                f"{user_line()}: `{path}` cannot be called with `hook=True`: it holds {why}, which takes real values, and no site of "
+                f"it can be passed with recorded ones ({type(error).__name__}: {error}). Call it without `hook=True`."
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
