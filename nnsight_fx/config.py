@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
-_OURS = (_PACKAGE + os.sep, os.path.realpath(os.path.join(_PACKAGE, "passes")) + os.sep)
+OURS = (_PACKAGE + os.sep, os.path.realpath(os.path.join(_PACKAGE, "passes")) + os.sep)
 
 
 @dataclass
@@ -39,7 +39,7 @@ def own_frames_out(trace: TracebackType | None) -> TracebackType | None:
     if CONFIG.APP.DEBUG or trace is None:
         return trace
     rest = own_frames_out(trace.tb_next)
-    if trace.tb_frame.f_code.co_filename.startswith(_OURS):
+    if trace.tb_frame.f_code.co_filename.startswith(OURS):
         return rest
     return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
 

@@ -33,7 +33,7 @@ from ..tracing.interleave import TensorInterleaver
 from ..tracing.lazy import user_line
 from ..tracing.plan import MODULE, SKIP, STOP, Groups, InterventionGraph, Op, Site
 from ..tracing.steps import Missing, SiteMeta, Step
-from ..tracing.tape import Tape
+from ..tracing.tape import Tape, quiet_fakes
 from .past import Past, copied, growing, is_cache, state
 
 # Sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers.
@@ -235,7 +235,7 @@ class Scanner:
             return rows is not None and isinstance(first, torch.SymInt) and first.node.expr == rows
 
         def call(m: nn.Module) -> Any:
-            with on_symbols():
+            with on_symbols(), quiet_fakes():
                 return callee(m, fn)(*args, **kwargs)
 
         self.shapes.guessing, self.shapes.guessed = True, False

@@ -46,6 +46,7 @@ from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
 from ..tracing.plan import MODULE, OBJECT, OBSERVE, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
 from . import cuda_graphs, gradients
+from .failure import ours, untraceable
 from .run import Run, live
 from .sites import FakeInterleaver
 from .symbolic import Symbolic
@@ -432,10 +433,9 @@ class SplicedRun(Run):
             except Exception as error:
                 if not self._captures_nothing(error):
                     raise
-                reason = (str(error).strip().splitlines() or [""])[0]
-                self.fall_back(
-                    f"hook engine: Dynamo could not trace the model with what was written ({type(error).__name__}: {reason})"
-                )
+                self.fall_back(untraceable(error, self))
+                if ours(error) is not None:
+                    warnings.warn(f"nnsight_fx: {self.report[-1]}", stacklevel=2)
             self.on_hooks, self.segments_run = True, 0
             with live(self, self.everything):
                 return plain()  # the model's own exception, or its result

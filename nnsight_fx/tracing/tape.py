@@ -303,7 +303,7 @@ class Tape:
             aliases[id(fake)] = key
             return fake
 
-        with NoTorchFunction(), self.fakes, _quiet():  # what a module does on fakes is nobody's to record
+        with NoTorchFunction(), self.fakes, quiet_fakes():  # what a module does on fakes is nobody's to record
             args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
             got = result() if result is not None else None if op.kind != CALL else op.target.obj(*args, **kwargs)
         leaves, step.spec = tree.flatten(got)
@@ -1145,7 +1145,7 @@ def _fake_args(tape: Tape, args: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_fakes() -> Iterator[None]:
     """Fakes log what they refuse, with a page of their own traceback; the user gets the exception."""
     _FAKES_LOG.disabled, old = True, _FAKES_LOG.disabled
     try:
