@@ -178,6 +178,23 @@ class LanguageModel(NNsight):
         dims = super()._unknown_dims(batch)
         return tuple((0, 1) if id(x) in along else d for x, d in zip(leaves, dims, strict=True))
 
+    def _results(self, generations: list[Any]) -> Any:
+        """The tokens of all: prompts padded where the model wants it, what was generated on the right."""
+        results = [g.result for g in generations]
+        if any(not isinstance(x, torch.Tensor) or x.dim() != 2 or x.is_floating_point() for x in results):
+            return super()._results(generations)
+        encoded = getattr(self.config, "is_encoder_decoder", False)
+        prompts = [0 if encoded else g.kwargs["input_ids"].shape[1] for g in generations]
+        behind = max(x.shape[1] - n for x, n in zip(results, prompts, strict=True))
+        parts = [
+            (
+                tokens.pad(x[:, :n], max(prompts), self._pad_id, self._left),
+                tokens.pad(x[:, n:], behind, self._pad_id, False),
+            )
+            for x, n in zip(results, prompts, strict=True)
+        ]
+        return torch.cat([torch.cat(part, 1) for part in parts])
+
     # -- padding ---------------------------------------------------------------------------------------
 
     @property
