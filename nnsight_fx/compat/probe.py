@@ -15,7 +15,7 @@ import torch
 
 from ..errors import UnsupportedTorchError
 
-NAMES: dict[str, Name] = {}
+NAMES: list[Name] = []
 _ABSENT = object()
 
 
@@ -26,7 +26,7 @@ class Name:
 
     def __init__(self, path: str, without: str):
         self.path, self.without, self.broken = path, without, False
-        NAMES[path] = self
+        NAMES.append(self)
 
     def __call__(self) -> Any:
         """The thing itself, or `None`. Looking for it imports its module."""
@@ -82,4 +82,4 @@ def needed(path: str) -> Any:
 
 def missing() -> list[str]:
     """What this torch lacks, and what is done instead: a line each."""
-    return [f"`{n.path}` is missing: {n.without}" for n in NAMES.values() if n.lacking]
+    return list(dict.fromkeys(f"`{n.path}` is missing: {n.without}" for n in NAMES if n.lacking))

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 
 from ..capture.scan import PLAIN
 from ..compat.fakes import FakeTensorMode
 from ..compat.modes import TorchFunction
-from ..compat.symbols import constant_source
+from ..compat.symbols import DimDynamic, StatelessSymbolicContext, constant_source
 
 LENGTH = 23  # stands for the cache's length in a scan: shows up as a symbol, never as a number
 
