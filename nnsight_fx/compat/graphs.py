@@ -98,8 +98,7 @@ def replays_nothing(restored: Callable[[Any], bool]) -> bool:
         changed: list[Any] = [
             v
             for v in effects.id_to_variable.values()
-            if effects.is_modified(v)
-            and type(v.mutation_type).__name__ in ("AttributeMutationExisting", "ValueMutationExisting")
+            if effects.is_modified(v) and not type(v.mutation_type).__name__.endswith("New")
         ]
         others = (
             effects.tensor_hooks,
@@ -117,16 +116,21 @@ def replays_nothing(restored: Callable[[Any], bool]) -> bool:
 def _as_before(effects: Any, variable: Any) -> bool:
     """Are all attributes that Dynamo is to store on an object the constants that it holds already?"""
     stores = effects.store_attr_mutations.get(variable)
-    name = (
-        "is_base_vt_modified" if hasattr(type(variable), "is_base_vt_modified") else "is_underlying_vt_modified"
-    )  # 2.11
-    if not stores or getattr(variable, name)(effects):
+    if not stores or _contents_changed(effects, variable):
         return False
     held = vars(variable.value)
     return all(
         new.is_python_constant() and name in held and held[name] is new.as_python_constant()
         for name, new in stores.items()
     )
+
+
+def _contents_changed(effects: Any, variable: Any) -> bool:
+    """Does what an object holds as a container change?"""
+    for name in ("is_base_vt_modified", "is_underlying_vt_modified"):  # up to torch 2.14; 2.11
+        if hasattr(variable, name):
+            return getattr(variable, name)(effects)
+    return bool(getattr(variable.mutation_type, "is_modified", False))
 
 
 def break_of(gm: torch.fx.GraphModule) -> tuple[str, str] | None:

@@ -22,10 +22,11 @@ _ABSENT = object()
 class Name:
     """A private name that there is a way around."""
 
-    __slots__ = "broken", "path", "thing", "without"
+    __slots__ = "lacking", "path", "thing", "without"
 
     def __init__(self, path: str, without: str):
-        self.path, self.without, self.broken = path, without, False
+        self.path, self.without = path, without
+        self.lacking = False  # is it known to be missing? A module that nobody has loaded is not loaded to find out
         NAMES.append(self)
 
     def __call__(self) -> Any:
@@ -34,24 +35,22 @@ class Name:
             return self.thing
         except AttributeError:
             self.thing = found = _look(self.path)
+            self.lacking = found is None
             return found
 
     def of(self, owner: Any, default: Any = None) -> Any:
         """The attribute of this name of an object, for what only an object has."""
-        value = _ABSENT if self.broken else getattr(owner, self.path.rpartition(".")[2], _ABSENT)
-        if value is _ABSENT:
-            self.broken = True
-            return default
-        return value
+        value = (
+            getattr(owner, self.path.rpartition(".")[2], _ABSENT)
+            if getattr(self, "thing", owner) is not None
+            else _ABSENT
+        )
+        self.lacking |= value is _ABSENT
+        return default if value is _ABSENT else value
 
     def fails(self) -> None:
-        """It is there, and works in another way than we know: from now on it is not used."""
-        self.thing, self.broken = None, True
-
-    @property
-    def lacking(self) -> bool:
-        """Is it known to be missing? A module that nobody has loaded is not loaded to find out."""
-        return self.broken or getattr(self, "thing", _ABSENT) is None
+        """It is there, and works in another way than we know."""
+        self.lacking = True
 
 
 def _look(path: str) -> Any:
