@@ -46,6 +46,7 @@ class Cache:
         self.paths = list(dict.fromkeys(_path(root, m) for m in (root.modules() if modules is None else modules)))
         self.entries: dict[str, list[Entry]] = {}
         self.real = False  # are the entries a run's, or still what was recorded
+        self.forwards = 0  # observed, and not yet filled in
 
     def arguments(self) -> dict:
         """What `tracer.cache` was told, as plain values."""
@@ -90,6 +91,7 @@ class Cache:
             if site[:2] not in {f[:2] for f in followed}:
                 n, value = tape.observe(site, self.how)
                 recorded.append((*site, n, value))
+        self.forwards += 1
         tape.told.append(lambda wave: self._fill(wave, recorded, followed))
         for path, kind, _, _, value in () if self.entries else recorded:
             self._put(path, kind, value)
@@ -104,7 +106,8 @@ class Cache:
         for path, kind, n in followed:
             for call, value in enumerate(wave.visits(n)):
                 self._put(path, kind, value, before.get(path, 0) + call)
-        missed = [p for p in self.paths if p not in self.entries] if self.named else []
+        self.forwards -= 1
+        missed = [p for p in self.paths if p not in self.entries] if self.named and not self.forwards else []
         if missed:
             names = ", ".join(f"`{_shown(p)}`" for p in missed)
             warnings.warn(

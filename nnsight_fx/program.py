@@ -235,7 +235,7 @@ class Recording:
         odd = next((n for n, op in enumerate(self.plan.ops) if op.kind not in KINDS or op.when), None)
         if odd is not None:
             self.why = f"{tape.lines[odd]} is of a kind that a recording does not hold ({self.plan.ops[odd].kind})"
-        elif tape.told or tape.objects or tape.containers or tape.caches or len(wave.members) > 1 + wave.edits:
+        elif tape.told or tape.objects.kept or tape.containers or tape.caches or len(wave.members) > 1 + wave.edits:
             self.why = "it has caches, callbacks or objects"
         elif tape.changed:
             self.why = "it changes tensors of its own in place"

@@ -11,6 +11,7 @@ import torch
 from .. import compat
 from ..tracing.encode import Key
 from ..tracing.lazy import LazyTensor
+from ..tracing.objects import become
 from ..tracing.saving import put_objects
 from ..tracing.tape import Tape
 
@@ -22,11 +23,16 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
 
     Returns, for each, its bytes and whether it lies on an autograd graph.
     """
-    for lazy, key in tape.objects.values():
+    objects = tape.objects
+    for lazy, key in list(objects.kept.values()):
         with contextlib.suppress(KeyError):
             lazy.__dict__["_real"] = value(key)
+            del objects.kept[id(lazy)]
     for container in tape.containers:
         put_objects(container)
+    for lazy in objects.held:
+        if "_real" in lazy.__dict__:
+            become(lazy, lazy._look())
     found = []
     for lazy in tape.saved.values():
         if type(lazy) is LazyTensor:

@@ -3,10 +3,15 @@
 It runs in a greenlet of its own and stops at each forward of the model. What the body records then is the plan of that
 forward alone: a wave like any other, with values of earlier forwards as constants. When the body goes on to the next
 forward, this one runs, with its plan in it, and the generation goes on to the next.
+
+A forward is the call of any module of the model that no other module of it has made: mostly the model's own, but the encoder's
+in front of the loop of an encoder-decoder model, and the inner model's where a wrapper (PEFT's, `torch.compile`'s) hands
+`generate` on.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +21,11 @@ from ..capture.markers import active, override
 from ..capture.scan import Scan
 from ..errors import MissedSiteError
 from ..tracing import tree
+from ..tracing.draft import Repeated
 from ..tracing.interleave import Stopped
 from ..tracing.lazy import user_line
-from ..tracing.plan import Groups, Site
-from ..tracing.steps import SiteMeta, Step
+from ..tracing.plan import AT_SITE, Groups, Site
+from ..tracing.steps import Invoke, SiteMeta, Step
 from ..tracing.tape import Tape
 from .run import Run
 from .sites import Signature, WaveSites
@@ -38,7 +44,10 @@ class Generation:
         if _beams(self.module, kwargs) == 1:
             self.kwargs["streamer"] = Streamer(self, kwargs.get("streamer"))
         self.calls = 0  # forwards begun
-        self.inputs: tuple[tuple, dict] = ((), {})  # of the forward that is to run
+        self.path = ""  # the module whose call the forward is that is to run
+        self.inputs: tuple[tuple, dict] = ((), {})  # of that call
+        self.edits = [Repeated(edit) for edit in host._edits]
+        self.held: dict[str, set[str]] = {}  # `parts` of the modules that were called
         self.run: Run | None = None  # the one of the forward that is running, or has just run
         self.given: list[Any] = []  # what the streamer got: the prompt, and the tokens of each forward
         self.caches: list[Any] = []  # what observes every forward
@@ -47,6 +56,7 @@ class Generation:
         self.restore: Callable[[], None] = lambda: None
         self.coroutine = Coroutine(self._generate, tracer.state)
         self.coroutine.go_on()
+        self.first = len(self.given)  # what the streamer was given before the first forward
 
     @property
     def ended(self) -> bool:
@@ -68,12 +78,22 @@ class Generation:
             self.restore()
 
     def _watch(self) -> None:
-        self.restore = override(self.module, self._called, "_compiled_call_impl")
+        """Stop at the next call of any module."""
+        undo = [
+            override(module, functools.partial(self._called, path), "_compiled_call_impl")
+            for module, path in self.host._markers.paths.items()
+        ]
 
-    def _called(self, *args: Any, **kwargs: Any) -> Any:
-        """The model is called: wait for the plan of this forward, and run it."""
+        def restore() -> None:
+            while undo:
+                undo.pop()()
+
+        self.restore = restore
+
+    def _called(self, path: str, /, *args: Any, **kwargs: Any) -> Any:
+        """A module is called: wait for the plan of this forward, and run it."""
         self.restore()
-        self.inputs, self.run = (args, kwargs), None
+        self.path, self.inputs, self.run = path, (args, kwargs), None
         self.calls += 1
         if self.free:
             self.run = self.wave()._start()
@@ -92,9 +112,27 @@ class Generation:
         if self.run is not None:
             self.run.pass_site(STREAMER, "output", value)
 
+    def parts(self, path: str) -> set[str]:
+        """The paths of a module and all in it, which may be shared with others and named by their place there."""
+        if path not in self.held:
+            self.held[path] = {self.host._markers.paths[m] for m in self.module.get_submodule(path).modules()}
+        return self.held[path]
+
     def wave(self) -> Wave:
         """The open forward; what follows the last one."""
         return Following(self) if self.ended else Forward(self)
+
+    def missed(self) -> MissedSiteError | None:
+        """What an edit touches that no forward has passed."""
+        if self.run is not None and self.run.stopping:
+            return None
+        for op, line in (each for edit in self.edits for each in edit.waiting if each[0].kind in AT_SITE):
+            path, kind, _ = op.target
+            return MissedSiteError(
+                f"{line}: an edit touches `{'.'.join(p for p in (path, kind) if p)}`, which no forward of the generation has passed. "
+                "Edit a module that `generate` calls, or a part of one."
+            )
+        return None
 
     def to_the_end(self) -> None:
         """The body is done with it: it goes on without stopping, unless each forward is observed."""
@@ -153,15 +191,18 @@ class Forward(Wave):
         leaves = tree.flatten((args, kwargs))[0]
         rows = next((x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()), 1)
         batch = generation.host._given(args, kwargs, rows)
-        self.host, self.tracer, self.alone, self.fn = generation.host, generation.tracer, True, None
+        self.host, self.tracer, self.alone, self.fn = generation.host, generation.tracer, True, generation.path or None
         self.generation, self.batch, self.batches, self.edits = generation, batch, [batch], len(self.host._edits)
         self.members, self.run, self.done, self.fixed = [None] * (self.edits + 1), None, [], None
         scanner = self.host._scanner
-        signature, past = scanner.continued(batch)
+        signature, past = scanner.continued(batch, self.fn)
         sites = ForwardSites(scanner, signature, self.rows_of, None, past=past)
         sites.rows = rows
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
-        self.host._replay_edits(self.tape)
+        for n, edit in enumerate(generation.edits):
+            self.tape.invoke = Invoke(n)
+            edit.replay(self.tape, lambda site: self.calls(*site[:2]) > site[2])
+        self.tape.invoke = Invoke(self.edits)
         for cache in generation.caches:
             cache.record(self)
 
@@ -174,13 +215,19 @@ class Forward(Wave):
         return run
 
     def calls(self, path: str, kind: str) -> int:
-        return 1 if path == STREAMER else super().calls(path, kind)
+        if path == STREAMER:
+            return 1
+        return super().calls(path, kind) if self._holds(path) else 0
+
+    def _holds(self, path: str) -> bool:
+        """Is a module, or an operation in one, a part of the module that is called?"""
+        return self.fn is None or any(path == own or path.startswith(f"{own}.") for own in self.generation.parts(self.fn))
 
     def forget(self) -> None:
         """Free what no name holds any more."""
         if self.run is not None and self.run.env:
             held = {key[1:] for key in list(self.tape.values)}
-            objects = {key[1:] for _, key in self.tape.objects.values()}
+            objects = {key[1:] for _, key in self.tape.objects.kept.values()}
             self.run.env = {v: x for v, x in self.run.env.items() if v in held or v in objects}
             self.run.result = None
             self.run.call = lambda: None  # it holds the inputs
@@ -253,7 +300,7 @@ def streamed(tracer: Any) -> Any:
     pin = cursor.pin
     if (pin or 0) < len(generation.given):
         return tracer.known(generation.given[pin or 0])
-    cursor.pin = (pin or 0) - 1  # the forward behind which it comes: occurrence 0 was the prompt
+    cursor.pin = (pin or 0) - generation.first  # the forward behind which it comes: what came before has none
     try:
         call = cursor.call(STREAMER, "output")
     finally:

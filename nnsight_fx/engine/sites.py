@@ -155,15 +155,15 @@ class Scanner:
         """The signature of an input. `unknown` gives the dims of each tensor leaf that hold rows and length."""
         return self._signature(batch, fn, unknown, None)
 
-    def continued(self, batch: Any) -> tuple[Signature, int | None]:
+    def continued(self, batch: Any, fn: str | None = None) -> tuple[Signature, int | None]:
         """The signature of a forward that may go on from a cache, whose length is then a symbol, and that length."""
         with NoTorchFunction():  # in a body each look at a tensor would be looked at
             past = growing(batch)
             if past is not None:
-                found = self._signature(batch, None, None, past)
+                found = self._signature(batch, fn, None, past)
                 if found.scan.ended is None and found.holds([past.length + more for more in found.past.values()]):
                     return found, past.length
-            return self._signature(batch, None, None, None), None
+            return self._signature(batch, fn, None, None), None
 
     def _signature(self, batch: Any, fn: str | None, unknown: tuple | None, past: Past | None) -> Signature:
         leaves, spec = batch.flat

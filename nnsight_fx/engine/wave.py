@@ -307,6 +307,8 @@ class Wave:
     def _meta(self, key: Key) -> torch.Tensor:
         """What a scan gives for a value: a tensor without data."""
         fake = self.tape.fake_of(key)
+        if fake is None:  # an object
+            raise KeyError(key)
         sizes = [n if isinstance(n, int) else 0 for n in fake.shape]
         return torch.empty(sizes, dtype=fake.dtype, device="meta")
 

@@ -127,6 +127,9 @@ class Pending:
                     asked = id(lazy) in tape.saved or wanted is None or id(lazy) in wanted
                     if asked and lazy._key[1] != INSIDE and lazy._key[1:] not in kept:
                         tape.keep(lazy)
+                for stand_in in tape.objects.held:
+                    if wanted is None or id(stand_in) in tape.objects.asked:
+                        tape.objects.keep(stand_in)
         finally:
             tape.open = False
 
@@ -143,7 +146,7 @@ def why_now(tracer: Any) -> str | None:
     tape, state = wave.tape, tracer.state
     if state.functions or state.dispatch:
         return "a mode of yours is active (`TorchFunctionMode`, `TorchDispatchMode`)"
-    if tape.told or tape.objects:
+    if tape.told or tape.objects.kept:
         return "it keeps objects or a cache"
     if tape.changed:
         return "it changes a tensor of yours in place"

@@ -62,9 +62,12 @@ class Session:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         saving.closed(self)
-        kept = [x for c in self.containers for x in saving.lazies(c) if type(x) is LazyTensor and x._tape.bridged]
+        kept = [x for c in self.containers for x in saving.lazies(c) if x._tape.bridged]
         for lazy in kept:
-            lazy.save()
+            if type(lazy) is LazyTensor:
+                lazy.save()
+            else:
+                lazy._tape.objects.asked.add(id(lazy))
         try:
             if error is None or isinstance(error, Exception | Leaving):
                 self._flush(self.waiting, held=False)

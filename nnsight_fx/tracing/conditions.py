@@ -14,7 +14,8 @@ import torch
 
 from ..errors import NotRecordableError, UnsavedValueError
 from .encode import Key, references
-from .lazy import LazyObject, LazyTensor, user_line
+from .lazy import LazyTensor, user_line
+from .objects import LazyObject
 from .plan import BACKWARD, BARRIER, GRAD, OBJECT, OBSERVE, READ, SET_GRAD, VISIT
 
 if TYPE_CHECKING:

@@ -90,8 +90,7 @@ class Tracer:
             )
         self.host.tracer, self.line = self, user_line()
         try:
-            if saving.session() is not None:
-                self.args, self.kwargs = held(self.args), held(self.kwargs)
+            self.args, self.kwargs = held(self.args), held(self.kwargs)
             self.state = self.host._state()
             if self.args or self.host._has_input(self.kwargs):
                 first = self.host._prepare(self.args, self.kwargs)
@@ -165,6 +164,8 @@ class Tracer:
             while self.can_advance:
                 self.advance()
         self._run_open()
+        if self.generation is not None:
+            self.missed = self.missed or self.generation.missed()
         self.deliver()
 
     def put_off(self) -> None:

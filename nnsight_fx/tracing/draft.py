@@ -7,6 +7,7 @@ tensor, a tuple, a size). `Draft.replay` does the same operations again on the v
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -129,21 +130,26 @@ class Draft(Tape):
 
     def replay(self, tape: Tape) -> None:
         """Do what is recorded here, on the values of a recording with an input, in the invoke that is open."""
-        results: list[Any] = []
+        results: dict[int, Any] = {}
+        for n in range(len(self.ops)):
+            results[n] = self.do(n, tape, results)
+        tape.settle()
+
+    def do(self, n: int, tape: Tape, results: dict[int, Any]) -> Any:
+        """Do one operation, with what those before it gave."""
 
         def lookup(key: Key) -> Any:
             return results[key[1]] if key[0] == "v" else self.constants[key[1]]
 
-        for op, line in zip(self.ops, self.lines, strict=True):
-            mark = len(tape.ops)
-            try:
-                with under(op.ambient), Recorder(tape):
-                    results.append(_again(tape, op, decode(op.args, lookup), decode(op.kwargs, lookup)))
-            except Exception as error:
-                error.add_note(f"nnsight_fx: in the edit at {line}")
-                raise
-            tape.lines[mark:] = [line] * (len(tape.lines) - mark)
-        tape.settle()
+        op, line, mark = self.ops[n], self.lines[n], len(tape.ops)
+        try:
+            with under(op.ambient), Recorder(tape):
+                result = _again(tape, op, decode(op.args, lookup), decode(op.kwargs, lookup))
+        except Exception as error:
+            error.add_note(f"nnsight_fx: in the edit at {line}")
+            raise
+        tape.lines[mark:] = [line] * (len(tape.lines) - mark)
+        return result
 
     def settle(self) -> None:
         """What the body does to containers is recorded as it does it."""
@@ -153,8 +159,45 @@ class Draft(Tape):
             f"{user_line()}: an edit has no values to save; save them in a trace of the edited model."
         )
 
-    def _sync(self, keys: list[Key]) -> NoReturn:
+    def values_of(self, keys: list[Key]) -> NoReturn:
         _refuse("a number")
+
+
+class Repeated:
+    """An edit over the forwards of a generation: each does what belongs to the sites that it passes.
+
+    An operation whose site comes in an earlier forward only (the encoder's) keeps the result that it had there. One whose
+    site has not come yet waits, and so does what needs it.
+    """
+
+    def __init__(self, draft: Any):
+        self.draft = draft
+        self.results: dict[int, Any] = {}
+
+    def replay(self, tape: Tape, here: Callable[[Site], bool]) -> None:
+        """Do what can be done in a forward; `here` tells which sites it passes."""
+        draft, old = self.draft, self.results
+        self.results, fresh = {}, set()
+        for n, op in enumerate(draft.ops):
+            needs = {v for v, _ in op.needs}
+            if op.kind in (READ, WRITE, SKIP):
+                again = here(op.target)
+            elif op.kind == STOP:
+                again = len(self.results) == n
+            else:
+                again = bool(needs & fresh) or n not in old
+            if again and needs <= self.results.keys():
+                self.results[n] = draft.do(n, tape, self.results)
+                fresh.add(n)
+            elif n in old:
+                self.results[n] = old[n]
+        tape.settle()
+
+    @property
+    def waiting(self) -> list[tuple[Op, Line]]:
+        """What no forward has done yet."""
+        found = zip(self.draft.ops, self.draft.lines, strict=True)
+        return [each for n, each in enumerate(found) if n not in self.results]
 
 
 def _bounds(op: Op) -> int | None:

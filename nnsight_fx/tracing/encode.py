@@ -94,8 +94,13 @@ def facts(tensor: torch.Tensor) -> tuple:
     )
 
 
-def encode(value: Any, tensor: Callable[[torch.Tensor], Key], number: Callable[[Lifted], Key]) -> Key:
-    """The key of an argument; `tensor` gives that of a tensor and `number` that of a lifted number."""
+def encode(
+    value: Any,
+    tensor: Callable[[torch.Tensor], Key],
+    number: Callable[[Lifted], Key],
+    other: Callable[[Any], Key] = lambda value: ("o", Identity(value)),
+) -> Key:
+    """The key of an argument; `tensor` gives that of a tensor, `number` that of a lifted number and `other` that of an object."""
     cls = type(value)
     if cls in LITERALS:
         return ("l", cls, value)
@@ -106,22 +111,22 @@ def encode(value: Any, tensor: Callable[[torch.Tensor], Key], number: Callable[[
     if cls is Lifted:
         return number(value)
     if cls is tuple or cls is list or cls is torch.Size:
-        return ("t", tuple if cls is torch.Size else cls, tuple([encode(v, tensor, number) for v in value]))
+        return ("t", tuple if cls is torch.Size else cls, tuple([encode(v, tensor, number, other) for v in value]))
     if cls is dict:
-        return ("d", tuple(value), tuple(encode(v, tensor, number) for v in value.values()))
+        return ("d", tuple(value), tuple(encode(v, tensor, number, other) for v in value.values()))
     if cls is slice:
         if value.start is None and value.stop is None and value.step is None:
             return ALL
-        return ("k", *(encode(v, tensor, number) for v in (value.start, value.stop, value.step)))
+        return ("k", *(encode(v, tensor, number, other) for v in (value.start, value.stop, value.step)))
     if isinstance(value, torch.SymInt):
         return ("s", value.node.expr)
     if isinstance(value, np.generic):
-        return encode(value.item(), tensor, number)
+        return encode(value.item(), tensor, number, other)
     parts = tree.children(value)
     if parts is not None:
         kind, keys, values = parts
-        return ("x", kind, cls, keys, tuple(encode(v, tensor, number) for v in values))
-    return ("o", Identity(value))
+        return ("x", kind, cls, keys, tuple(encode(v, tensor, number, other) for v in values))
+    return other(value)
 
 
 def decode(key: Key, lookup: Callable[[Key], Any]) -> Any:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import MissedSiteError, OutOfOrderError
-from .lazy import LazyObject, LazyTensor, user_line
+from .lazy import LazyTensor, user_line
+from .objects import LazyObject
 
 if TYPE_CHECKING:
     from .contexts import Tracer
@@ -209,7 +210,7 @@ def _undo(container: Any, held: set[int]) -> None:
     """Take out the recorded values that came since."""
 
     def new(v: Any) -> bool:
-        return id(v) not in held and type(v) in (LazyTensor, LazyObject)
+        return id(v) not in held and isinstance(v, LazyTensor | LazyObject)
 
     if isinstance(container, dict):
         for key in [k for k, v in container.items() if new(v)]:

@@ -166,39 +166,6 @@ class LazyTensor(torch.Tensor):
         return self._real().__dlpack__(*args, **kwargs)
 
 
-class LazyObject:
-    """An object in a container that was read (a KV cache): looked at, it is the real one, by a sync point."""
-
-    def __init__(self, tape: Tape, site: tuple, leaf: int, cls: type):
-        self.__dict__.update(_tape=tape, _site=site, _leaf=leaf, _class=cls)
-
-    def _look(self) -> Any:
-        if "_real" not in self.__dict__:
-            self.__dict__["_real"] = self._tape.look(self._site, self._leaf)
-        return self.__dict__["_real"]
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return self.__dict__["_class"]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_tape" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self._look(), name)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._look()[key]
-
-    def __len__(self) -> int:
-        return len(self._look())
-
-    def __iter__(self) -> Any:
-        return iter(self._look())
-
-    def __repr__(self) -> str:
-        return f"LazyObject({self.__dict__['_class'].__name__} of {'.'.join(p for p in self._site[:2] if p)})"
-
-
 def _first(args: Any, kwargs: dict) -> LazyTensor | None:
     for a in (*args, *kwargs.values()):
         if isinstance(a, LazyTensor):

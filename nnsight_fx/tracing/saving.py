@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from ..errors import OutsideTraceError
 from . import tree
 from .functions import INSIDE
-from .lazy import LazyObject, LazyTensor, user_line
+from .lazy import LazyTensor, user_line
+from .objects import LazyObject
 from .tape import Tape
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ def lazies(value: Any) -> list:
         if id(v) in seen:
             continue
         seen.add(id(v))
-        if type(v) in (LazyTensor, LazyObject):
+        if type(v) is LazyTensor or isinstance(v, LazyObject):
             found.append(v)
             continue
         parts = tree.children(v)
@@ -104,12 +105,14 @@ def collect(tape: Tape, held: bool = True) -> None:
             if isinstance(lazy, LazyTensor):
                 lazy.save()
             else:
-                lazy._tape.keep_object(lazy)
+                lazy._tape.objects.keep(lazy)
     if held and session() is not None:
         tape.forget_reads()
         for lazy in list(tape.values.values()):
             if id(lazy) not in tape.saved and lazy._key[1] != INSIDE:
                 tape.keep(lazy)
+        for stand_in in tape.objects.held:
+            tape.objects.keep(stand_in)
 
 
 def put_objects(container: Any) -> None:
@@ -123,7 +126,7 @@ def put_objects(container: Any) -> None:
             continue
         kind, keys, children = parts
         for key, child in zip(keys or range(len(children)), children, strict=True):
-            if type(child) is not LazyObject or "_real" not in child.__dict__:
+            if not isinstance(child, LazyObject) or "_real" not in child.__dict__:
                 left.append(child)
             elif kind == "dataclass":
                 object.__setattr__(value, str(key), child._look())

@@ -30,7 +30,7 @@ from .encode import Identity, Keep, Key, Lifted, decode, encode, facts
 from .functions import INSIDE, custom_function
 from .gradients import LATE, Gradients
 from .interleave import observed
-from .lazy import LazyObject, LazyTensor, Line, user_line
+from .lazy import LazyTensor, Line, user_line
 from .lifting import lift, name_of
 from .names import (
     ASKS_NOTHING,
@@ -42,6 +42,7 @@ from .names import (
 )
 from .names import RANDOM as RANDOM  # passes look there
 from .names import RANDOM_IN_PLACE as RANDOM_IN_PLACE
+from .objects import LazyObject, Objects
 from .plan import (
     APPLY,
     BARRIER,
@@ -99,7 +100,7 @@ class Tape:
         )  # invokes that need another forward: they use early what an earlier invoke has late
         self.saved: dict[int, LazyTensor] = {}
         self.kept: dict[int, Key] = {}  # id of a saved value -> its key, which it loses when it becomes real
-        self.objects: dict[int, tuple[LazyObject, Key]] = {}  # objects in saved containers
+        self.objects = Objects(self)
         self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
         self.caches: list[DeclaredCache] = []
         self.told: list[Callable[[Any], None]] = []  # told of the run when it is over: caches, a session
@@ -269,6 +270,11 @@ class Tape:
             self.step.children[key] = step
         return self._advance(step, op)
 
+    def number(self, *args: Any, **kwargs: Any) -> int:
+        """Record one operation, and return its number: changed containers and objects among its arguments are recorded before it."""
+        self.add(*args, **kwargs)
+        return len(self.ops) - 1
+
     def _forget(self, marks: int) -> None:
         for slot in range(marks, len(self.constants)):
             if isinstance(self.constants[slot], torch.Tensor):
@@ -329,7 +335,7 @@ class Tape:
         if type(leaf) is FakeTensor:
             return self._lazy(key, leaf, line)
         if type(leaf) is Opaque:
-            return LazyObject(self, self.ops[key[1]].target, key[2], leaf.type)
+            return self.objects.stand_in(key, leaf.type)
         if isinstance(leaf, tuple) and leaf and leaf[0] in ("v", "c") and not isinstance(leaf, torch.Size):
             if leaf[0] == "c":
                 return self.changed.setdefault(id(self.constants[leaf[1]]), self.constants[leaf[1]])
@@ -376,7 +382,7 @@ class Tape:
     # -- arguments ----------------------------------------------------------------------------------------------
 
     def encode(self, value: Any) -> Key:
-        return encode(value, self._tensor_key, self._number_key)
+        return encode(value, self._tensor_key, self._number_key, self.objects.key)
 
     def _tensor_key(self, tensor: torch.Tensor) -> Key:
         if isinstance(tensor, LazyTensor):
@@ -486,22 +492,25 @@ class Tape:
     def check_open(self, args: Any, kwargs: dict) -> None:
         if (self.open and not self.busy) or self.bridged:
             return
-        from .lazy import _first
-
-        lazy = _first(args, kwargs)
-        made = f"`{self.describe(lazy._key)}`, made at {lazy._line}," if lazy is not None else "a value"
+        lazy = next((x for x in tree.flatten((args, kwargs))[0] if isinstance(x, LazyTensor | LazyObject)), None)
         if self.open:
             raise NotRecordableError(
-                f"{user_line()}: {made} was used by a function that runs on real values (`tracer.apply`, a checkpoint, a custom "
+                f"{user_line()}: {self._made(lazy)} was used by a function that runs on real values (`tracer.apply`, a checkpoint, a custom "
                 "autograd.Function, a hook). Pass it as an argument, so that the function gets the real value."
             )
-        if lazy is not None and self.conditions.undefined(lazy):
+        if isinstance(lazy, LazyTensor) and self.conditions.undefined(lazy):
             raise self.conditions.error(lazy)
-        raise UnsavedValueError(
-            f"{user_line()}: {made} was used after its trace, but not saved: it has no data. "
+        raise self.unsaved(lazy)
+
+    def unsaved(self, lazy: LazyTensor | LazyObject | None) -> UnsavedValueError:
+        return UnsavedValueError(
+            f"{user_line()}: {self._made(lazy)} was used after its trace, but not saved: it has no data. "
             "Add `.save()` to it inside the trace (or `nnsight_fx.save(container)`), or put both traces into one "
             "`with model.session():`, in which values flow from trace to trace."
         )
+
+    def _made(self, lazy: LazyTensor | LazyObject | None) -> str:
+        return f"`{self.describe(lazy._key)}`, made at {lazy._line}," if lazy is not None else "a value"
 
     def describe(self, key: Key) -> str:
         op = self.ops[key[1]] if key[0] == "v" and key[1] < len(self.ops) else None
@@ -604,13 +613,14 @@ class Tape:
 
     def observe(self, site: Site, how: Observed) -> tuple[int, Any]:
         """A saved read of a site as everybody leaves it; the operation's number and the value."""
-        n, meta = len(self.ops), self.meta(site)
+        meta = self.meta(site)
         assert isinstance(meta, SiteMeta)
         value = self.add(
             *(OBSERVE, site, (), {}),
             extra=(meta.batched, how),
             result=lambda: tree.unflatten([observed(x, how) for x in meta.leaves], meta.spec),
         )
+        n = len(self.ops) - 1
         kept = [x for x in tree.flatten(value)[0] if isinstance(x, LazyTensor)]
         self.saved.update((id(x), x) for x in kept)
         self.add(SAVE, None, tuple(kept), {}, result=lambda: None)
@@ -618,15 +628,12 @@ class Tape:
 
     def follow(self, path: str, kind: str, how: Observed) -> int:
         """An observation of every call of a module, of which nothing is known before the run."""
-        n = len(self.ops)
-        self.add(OBSERVE, (path, kind, EVERY), (), {}, extra=(None, how), result=lambda: None)
-        return n
+        return self.number(OBSERVE, (path, kind, EVERY), (), {}, extra=(None, how), result=lambda: None)
 
     def _read_live(self, site: Site) -> Any:
         """A read whose value must be looked at: the model runs up to it."""
-        n = len(self.ops)
-        self.add(READ, site, (), {}, extra=None, result=lambda: None)
-        real = self._sync([("v", n, -1)])[0]
+        n = self.number(READ, site, (), {}, extra=None, result=lambda: None)
+        real = self.values_of([("v", n, -1)])[0]
         leaves, spec = tree.flatten(real)
         _check_plain(site, leaves)
         fakes = [self.fakes.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in leaves]
@@ -634,20 +641,6 @@ class Tape:
         values = [self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else x for j, x in enumerate(fakes)]
         self.invoke.metas[site] = SiteMeta(spec, tuple(fakes), (False,) * len(fakes), -1)
         return tree.unflatten(values, spec, real)
-
-    def look(self, site: Site, leaf: int) -> Any:
-        """The real object at a leaf of a site, by a sync point."""
-        self.check_open((), {})
-        n = len(self.ops)
-        self.add(READ, site, (), {}, extra=None, result=lambda: None)
-        return tree.flatten(self._sync([("v", n, -1)])[0])[0][leaf]
-
-    def keep_object(self, lazy: LazyObject) -> None:
-        """A saved container holds an object: the run shall give it."""
-        if "_real" not in lazy.__dict__ and id(lazy) not in self.objects and not self.closed:
-            n = len(self.ops)
-            self.add(OBJECT, lazy._site, (), {}, extra=lazy._leaf, result=lambda: None)
-            self.objects[id(lazy)] = (lazy, ("v", n, 0))
 
     def write(self, site: Site, value: Any) -> None:
         """Set a site to `value`, a tree that may hold `Keep(i)` for what stays."""
@@ -659,6 +652,7 @@ class Tape:
         self.settle()
         meta = self.meta(site)
         leaves, spec = tree.flatten(value)
+        leaves = [self.objects.written(x, site) for x in leaves]
         order = self._written_order([*leaves, *(block.predicate for block in self.conditions.blocks)])
         if (
             order is not None
@@ -911,9 +905,8 @@ class Tape:
 
     def apply(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         """Call `fn` on the real values when the model gets there; what it returns is looked at, so this syncs."""
-        n = len(self.ops)
-        self.add(APPLY, Identity(fn), args, kwargs, effect="inplace", result=lambda: None)
-        got = self._sync([("v", n, -1)])[0]
+        n = self.number(APPLY, Identity(fn), args, kwargs, effect="inplace", result=lambda: None)
+        got = self.values_of([("v", n, -1)])[0]
         leaves, spec = tree.flatten(got)
         return tree.unflatten(leaves, spec, got)
 
@@ -975,13 +968,21 @@ class Tape:
         if again is not None:
             self._advance(again.step, again.op)
             return
-        made_by = self.ops[lazy._key[1]].invoke  # who waits for nobody
-        mine, before = self.invoke, self.step
-        if made_by != mine.index:
-            self.invoke = Invoke(made_by)
-        self.add(SAVE, None, (lazy,), {}, result=lambda: None)
-        self.invoke = mine
+        before = self.step
+        with self.within(self.ops[lazy._key[1]].invoke):  # who waits for nobody
+            self.add(SAVE, None, (lazy,), {}, result=lambda: None)
         self._beat(before, lazy._key)
+
+    @contextlib.contextmanager
+    def within(self, invoke: int) -> Iterator[None]:
+        """Record for an invoke that is not the open one."""
+        mine = self.invoke
+        if invoke != mine.index:
+            self.invoke = Invoke(invoke)
+        try:
+            yield
+        finally:
+            self.invoke = mine
 
     def close_step(self) -> None:
         """Nothing is recorded here any more: keep, for what comes later, the values that the body still holds."""
@@ -990,6 +991,8 @@ class Tape:
         for lazy in sorted(self.values.values(), key=lambda x: x._key):
             if id(lazy) not in self.saved and lazy._key[1] != INSIDE:
                 self.add(SAVE, None, (lazy,), {}, result=lambda: None)
+        for stand_in in self.objects.held:
+            self.objects.keep(stand_in)
         self.closed = True
 
     def sync(self, lazies: list[LazyTensor]) -> list[torch.Tensor]:
@@ -1001,9 +1004,10 @@ class Tape:
             raise NotRecordableError(
                 f"{user_line()}: a value inside a custom `forward` has no numbers while it is recorded."
             )
-        return self._sync([x._key for x in lazies])
+        return self.values_of([x._key for x in lazies])
 
-    def _sync(self, keys: list[Key]) -> list[Any]:
+    def values_of(self, keys: list[Key]) -> list[Any]:
+        """What the run gives for keys; the model runs as far as they need."""
         if threading.get_ident() != self.thread:
             raise NotRecordableError(
                 f"{user_line()}: a recorded value is looked at in another thread than its trace's, where the model cannot run. "
@@ -1013,7 +1017,7 @@ class Tape:
         if not self.deciding:
             self.deciding = True
             try:
-                self.conditions.decide(keys, lambda key: self._sync([key])[0])
+                self.conditions.decide(keys, lambda key: self.values_of([key])[0])
             finally:
                 self.deciding = False
         for key in keys:
@@ -1046,7 +1050,7 @@ class Tape:
         lazies = [x for x in tree.flatten(args)[0] if self.unsettled(x)]
         if not lazies:
             return args
-        real = dict(zip(map(id, lazies), self._sync([self._tensor_key(x) for x in lazies]), strict=True))
+        real = dict(zip(map(id, lazies), self.values_of([self._tensor_key(x) for x in lazies]), strict=True))
         return tree.tree_map(
             lambda x: real.get(id(x), getattr(x, "value", x) if type(x).__name__ == "Lifted" else x), args
         )
@@ -1091,12 +1095,18 @@ def _facts_of(leaf: Any) -> list | None:
 
 
 def held(args: Any) -> Any:
-    """Arguments with the values of earlier traces of a session as the real tensors that they are by now."""
+    """Arguments with the values of earlier traces as the real tensors and objects that they are by now."""
     leaves, spec = tree.flatten(args)
-    real = [x._tape.earlier(x) if type(x) is LazyTensor and x._tape.bridged else x for x in leaves]
+    real = [_held(x) for x in leaves]
     if all(a is b for a, b in zip(leaves, real, strict=True)):
         return args  # containers, and whoever holds them, stay what they are
     return tree.unflatten(real, spec, args)
+
+
+def _held(x: Any) -> Any:
+    if isinstance(x, LazyObject):
+        return x._look()
+    return x._tape.earlier(x) if type(x) is LazyTensor and x._tape.bridged else x
 
 
 def _fake_args(tape: Tape, args: Any) -> Any:

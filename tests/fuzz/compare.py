@@ -15,7 +15,8 @@ import torch.nn as nn
 from nnsight_fx import NNsight, assert_max_compiles
 from nnsight_fx.engine.spliced import watch
 from nnsight_fx.errors import MissedSiteError, PlanMismatchError
-from nnsight_fx.tracing.lazy import LazyObject, LazyTensor
+from nnsight_fx.tracing.lazy import LazyTensor
+from nnsight_fx.tracing.objects import LazyObject
 from nnsight_fx.tracing.tree import tree_map
 
 from .nets import Memory, Net
@@ -74,7 +75,7 @@ def attempt(program: Program, model: NNsight, given: Given, memory: Memory | Non
 
 def _delivered(value: Any) -> Any:
     """`value`, with a word for what never came."""
-    return tree_map(lambda x: "nothing" if type(x) in (LazyTensor, LazyObject) else x, value)
+    return tree_map(lambda x: "nothing" if isinstance(x, LazyTensor | LazyObject) else x, value)
 
 
 def _entries(cache: Any) -> dict:
