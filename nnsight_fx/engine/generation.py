@@ -221,7 +221,9 @@ class Forward(Wave):
 
     def _holds(self, path: str) -> bool:
         """Is a module, or an operation in one, a part of the module that is called?"""
-        return self.fn is None or any(path == own or path.startswith(f"{own}.") for own in self.generation.parts(self.fn))
+        return self.fn is None or any(
+            path == own or path.startswith(f"{own}.") for own in self.generation.parts(self.fn)
+        )
 
     def forget(self) -> None:
         """Free what no name holds any more."""

@@ -92,7 +92,9 @@ def _stand_in(kind: type) -> type:
 
     def special(name: str) -> bool:
         inherited = getattr(object, name, None)
-        return name.startswith("__") and name not in _OWN and callable(found := getattr(kind, name)) and found != inherited
+        return (
+            name.startswith("__") and name not in _OWN and callable(found := getattr(kind, name)) and found != inherited
+        )
 
     return type("LazyObject", (LazyObject,), {name: passed_on(name) for name in dir(kind) if special(name)})
 

@@ -50,7 +50,6 @@ from .plan import (
     EVERY,
     GRAD,
     MODULE,
-    OBJECT,
     OBSERVE,
     READ,
     SAVE,
