@@ -40,17 +40,17 @@ class Name:
 
     def of(self, owner: Any, default: Any = None) -> Any:
         """The attribute of this name of an object, for what only an object has."""
-        value = (
-            getattr(owner, self.path.rpartition(".")[2], _ABSENT)
-            if getattr(self, "thing", owner) is not None
-            else _ABSENT
-        )
+        value = _attribute(owner, self.path.rpartition(".")[2])
         self.lacking |= value is _ABSENT
         return default if value is _ABSENT else value
 
     def fails(self) -> None:
         """It is there, and works in another way than we know."""
         self.lacking = True
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    return getattr(owner, name, _ABSENT)
 
 
 def _look(path: str) -> Any:
