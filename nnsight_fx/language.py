@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from . import tokens
 from .aliasing import Rename
+from .compat.transformers import cache_among
 from .generator import Generator
 from .loading import ModelNotFoundError as ModelNotFoundError
 from .loading import Source
@@ -145,7 +146,7 @@ class LanguageModel(NNsight):
             main, lengths = tokens.sequences(source, value, 0.0, self._left, SOURCES[source])
         for name in tokens.FILL.keys() & given.keys():
             given[name] = tokens.companion(name, given[name], lengths, self._left)
-        if given.get("attention_mask") is None and not _is_filled(given.get("past_key_values")):
+        if given.get("attention_mask") is None and not _is_filled(cache_among(given)):
             ones = [torch.ones(n, dtype=torch.long, device=main.device) for n in lengths]
             given["attention_mask"] = tokens.sequences("attention_mask", ones, 0, self._left)[0]
         batch = super()._prepare((), {source: main, "attention_mask": None} | given)

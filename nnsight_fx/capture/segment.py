@@ -38,7 +38,7 @@ class Segment:
     @classmethod
     def captured(cls, gm: fx.GraphModule) -> Segment:
         """Made inside Dynamo's callback: afterwards the fakes are gone from the graph."""
-        context = compat.graphs.tracing_context()
+        context = compat.graphs.tracing_context(gm)
         kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         for old, new in zip(gm.graph.nodes, kept.graph.nodes, strict=True):
             new.meta = dict(old.meta)

@@ -12,18 +12,19 @@ from typing import Any
 import sympy
 import torch
 import torch.nn as nn
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-    free_unbacked_symbols,
-)
 
 from ..capture.operations import frames_of
 from ..capture.scan import PLAIN, Scan, callee, scan, skeleton
 from ..compat.fakes import FakeCopyMode, FakeTensorMode, GuardOnDataDependentSymNode, on_symbols
 from ..compat.modes import NoTorchFunction
-from ..compat.symbols import constant_source, guards_hold
+from ..compat.symbols import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    constant_source,
+    free_unbacked_symbols,
+    guards_hold,
+)
 from ..errors import PaddedLengthUnknown
 from ..tracing import ambient, tree
 from ..tracing.ambient import under

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..compat.autograd import Untold, applied, applying, separate
+from ..compat.autograd import Untold, applied, applying, call_of, separate
 from ..compat.fakes import FakeTensor
 from ..errors import NNsightFXError, NotRecordableError
 from . import tree
@@ -83,7 +83,7 @@ class Scope:
         except Untold as e:
             raise _not_recordable(frame.f_code.co_qualname, str(e)) from None
         outputs = self._outputs(tape, cls, args)
-        apply = _applies.setdefault(cls, cls.apply)
+        apply = _applies.setdefault(cls, call_of(cls))
         with torch.set_grad_enabled(True):
             result = tape.add(CALL, Identity(apply), args, kwargs, effect="random")
         results = list(result) if isinstance(result, tuple) else [result]
