@@ -197,7 +197,9 @@ class CacheView:
         if name.startswith("_"):
             raise AttributeError(name)
         try:
-            return self._child(name.removeprefix("E_") if name.removeprefix("E_") in ("output", "inputs", "input") else name)
+            return self._child(
+                name.removeprefix("E_") if name.removeprefix("E_") in ("output", "inputs", "input") else name
+            )
         except KeyError as error:
             raise AttributeError(f"{user_line()}: {error.args[0]}") from None
 

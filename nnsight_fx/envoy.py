@@ -312,7 +312,7 @@ def _old_name(name: str) -> property:
     def warned(self: Envoy) -> str:
         warnings.warn(
             f"{user_line()}: `.nns_{name}` goes in the next release; `.{name}` is the same now. A child module of that name is "
-            f"`.{_CHILD}{name}`, or `[\"{name}\"]`.",
+            f'`.{_CHILD}{name}`, or `["{name}"]`.',
             FutureWarning,
             stacklevel=3,
         )

@@ -331,7 +331,9 @@ class Tape:
         self._order(n, op)
         if step.spec is None:
             return self._value(step.leaves[0], ("v", n, 0), line)
-        return tree.unflatten([self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)], step.spec, step.like)
+        return tree.unflatten(
+            [self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)], step.spec, step.like
+        )
 
     def _value(self, leaf: Any, key: Key, line: Line) -> Any:
         if type(leaf) is FakeTensor:
@@ -1161,9 +1163,7 @@ def _replaceable(meta: SiteMeta) -> bool:
         fine = True
         for child in spec[3]:
             if child is None:
-                fine = fine and not (
-                    isinstance(meta.leaves[at], Opaque) and spec[0] not in tree.MUTABLE
-                )
+                fine = fine and not (isinstance(meta.leaves[at], Opaque) and spec[0] not in tree.MUTABLE)
                 at += 1
             else:
                 ok, at = walk(child, at)

@@ -33,7 +33,9 @@ def children(value: Any) -> tuple[str, tuple, list] | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         keys = tuple(f.name for f in dataclasses.fields(value) if hasattr(value, f.name))
         return "dataclass", keys, [getattr(value, k) for k in keys]
-    if issubclass(cls, dict) and all(dict.get(value, k) is v or isinstance(v, _STATE) for k, v in _state(value).items()):
+    if issubclass(cls, dict) and all(
+        dict.get(value, k) is v or isinstance(v, _STATE) for k, v in _state(value).items()
+    ):
         return "mapping", tuple(dict.keys(value)), list(dict.values(value))
     return None
 

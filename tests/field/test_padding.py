@@ -65,7 +65,21 @@ def own_values(model: Any, module: nn.Module, more: dict[str, Any], left: bool) 
 
 
 # `make test` has one of each kind.
-FAST = {"GPT-2", "Llama", "BLOOM", "Mamba", "RWKV", "BERT", "RoBERTa", "ESM", "MPNet", "T5", "BART", "Pegasus", "MobileBERT"}
+FAST = {
+    "GPT-2",
+    "Llama",
+    "BLOOM",
+    "Mamba",
+    "RWKV",
+    "BERT",
+    "RoBERTa",
+    "ESM",
+    "MPNet",
+    "T5",
+    "BART",
+    "Pegasus",
+    "MobileBERT",
+}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +90,9 @@ def test_every_family(family: Architecture) -> None:
     model = LanguageModel(module)
     if family.name not in REFUSED:
         return own_values(model, module, given(module), family.name not in RIGHT)
-    with pytest.raises(PromptError, match=r"the prompts have 3, 7 tokens, and padding on the left would change their numbers: `"):
+    with pytest.raises(
+        PromptError, match=r"the prompts have 3, 7 tokens, and padding on the left would change their numbers: `"
+    ):
         with model.trace([SHORT, LONG]):
             pass
     with pytest.raises(PromptError, match="would change their numbers"):
@@ -96,7 +112,13 @@ def gpt2() -> nn.Module:
 
 def llama() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "num_key_value_heads": 1,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()  # fmt: skip
 
 
