@@ -127,7 +127,7 @@ class Replay:
         tape.write(site, tree.unflatten(leaves, spec))
 
     def _read(self, tape: Tape, site: Site, op: dict) -> Any:
-        value = tape.read(site, whole=False)
+        value = tape.read(site)
         leaves: list[Any] = tree.flatten(value)[0]
         found: Any = op["found"]
         name = ".".join(p for p in site[:2] if p)

@@ -116,7 +116,13 @@ class Scan:
         self.counts: dict[tuple[str, str], int] = {}  # how often each site was passed
         self.ended: BaseException | None = None  # why it could not go on
         self.stop_site: Site | None = None
+        self.inside: list[str] = []  # the modules that are running
+        self.deciders: set[str] = set()  # the modules whose Python looks at values, which the scan guesses
         self.called: dict[str, Any] = {}  # what each operation inside a module called first
+
+    def decided(self, path: str) -> bool:
+        """Do values decide how often a module is called?"""
+        return any(path.startswith(f"{d}.") if d else path for d in self.deciders)
 
     def lookup(self, site: Site) -> SiteMeta | Missing:
         if site in self.sites:
@@ -136,6 +142,7 @@ def scan(
     batched: Callable[[torch.Tensor], bool] = lambda t: False,
     unsure: Callable[[], bool] = lambda: False,
     frames: Collection[str] = (),
+    guesses: list[Callable[[], None]] | None = None,
     real: Callable[[nn.Module], Any] = lambda m: None,
 ) -> Scan:
     """Run `call(copied)` on fakes and note every site; with `plan`, its interventions take effect on the way.
@@ -143,6 +150,8 @@ def scan(
     The operations in `frames` have sites too. `real` gives the module that one of the copy stands for.
     """
     found = Scan()
+    if guesses is not None:
+        guesses[:] = [lambda: found.deciders.add(found.inside[-1] if found.inside else "")]
     counts, clock = found.counts, Clock()
 
     def known(x: Any) -> Any:
@@ -161,15 +170,18 @@ def scan(
             return value
         n = counts.get((path, kind), 0)
         counts[(path, kind)] = n + 1
+        if depth == 0 and kind == "input":
+            found.inside.append(path)
+        elif depth == 0 and kind == "output" and path in found.inside:
+            del found.inside[found.inside.index(path) :]
         site = (path, kind, n)
         leaves, spec = tree.flatten(value)
         if plan is not None:
             value, leaves, spec = _fire(plan, site, value, leaves, spec)
         described = tuple(known(x) for x in leaves)
         rows = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and batched(x) for x in leaves)
-        found.sites[site] = SiteMeta(
-            spec, described, rows, clock.tick(depth), unsure(), value if tree.holds(spec, tree.LIKE) else None
-        )
+        like = value if tree.holds(spec, tree.LIKE) else None
+        found.sites[site] = SiteMeta(spec, described, rows, clock.tick(depth), unsure(), like, _same(leaves))
         if plan is not None and plan.stopping:
             found.stop_site = site
             raise Stopped
@@ -239,11 +251,19 @@ def scan(
     return found
 
 
+def _same(leaves: list) -> tuple[int, ...]:
+    """For each leaf the first that is the same tensor, where two are: attention's query, key and value."""
+    first: dict[int, int] = {}
+    same = tuple(first.setdefault(id(x) if isinstance(x, torch.Tensor) else -i, i) for i, x in enumerate(leaves))
+    return same if any(i != j for i, j in enumerate(same)) else ()
+
+
 class Mended(TorchDispatchMode):
     """Where fakes say nothing, or what is not so.
 
     The shape of `torch._grouped_mm` (experts) in every dtype: torch 2.13's own takes bfloat16 only, its kernels float32 too. A
-    quantised tensor is a fake float32 one there: the scan ends in front of it.
+    quantised tensor is a fake float32 one there: the scan ends in front of it. Attention's fast path gives no weights, if none
+    are asked for; its fake gives a tensor.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -251,7 +271,16 @@ class Mended(TorchDispatchMode):
             raise NotImplementedError("there are no fakes of quantised tensors")
         if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:
             return args[0].new_empty((args[0].shape[0], args[1].shape[2]))
-        return func(*args, **kwargs or {})
+        out = func(*args, **kwargs or {})
+        if func is torch.ops.aten._native_multi_head_attention.default:
+            return out if _given(func, args, kwargs, "need_weights") else (out[0], None)
+        return out
+
+
+def _given(func: Any, args: tuple, kwargs: dict | None, name: str) -> Any:
+    """An argument of a call of an operator."""
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+    return named.get(name, next(a.default_value for a in func._schema.arguments if a.name == name))
 
 
 class Clock:

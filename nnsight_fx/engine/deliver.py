@@ -29,12 +29,6 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
         with contextlib.suppress(KeyError):
             lazy.__dict__["_real"] = value(key)
             del objects.kept[id(lazy)]
-    for container in tape.containers:
-        put_objects(container)
-    tape.containers = []
-    for lazy in objects.held:
-        if "_real" in lazy.__dict__:
-            become(lazy, lazy._look())
     found = []
     for lazy in tape.saved.values():
         if type(lazy) is LazyTensor:
@@ -43,12 +37,21 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
                     found.append((lazy, [value(lazy._key)]))
             except KeyError:  # the run did not come to it
                 pass
+    for lazy, held in found:
+        if not isinstance(held[0], torch.Tensor):  # the scan took it for one
+            lazy.__dict__["_real_object"] = held[0]
+    for container in tape.containers:
+        put_objects(container)
+    tape.containers = []
+    for stand_in in objects.held:
+        if "_real" in stand_in.__dict__:
+            become(stand_in, stand_in._look())
     release()
     tape.forget_reads()
     delivered = []
     while found:
         lazy, held = found.pop()
-        if not isinstance(held[0], torch.Tensor):  # the scan took it for one
+        if not isinstance(held[0], torch.Tensor):
             continue
         del tape.saved[id(lazy)]  # from here on the user's names alone hold it
         own_state = vars(lazy)

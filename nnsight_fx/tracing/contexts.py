@@ -31,6 +31,8 @@ class Wave(Protocol):
 
     def calls(self, path: str, kind: str) -> int: ...
 
+    def open_ended(self, path: str) -> bool: ...
+
     def finish(self) -> None: ...
 
     def abandon(self) -> None: ...
@@ -288,6 +290,11 @@ class Tracer:
         total += sum(self.calls(path, kind, i) for i in range(at, step))
         self.counted[(path, kind)] = (step, total)
         return total
+
+    def open_ended(self, path: str, kind: str, step: int) -> bool:
+        """Is it only known from the run how often a forward passes a site? In a generation one call is taken for the only one."""
+        wave = self.waves[step if self.generation is not None else -1]
+        return wave.open_ended(path) and (self.generation is None or wave.calls(path, kind) != 1)
 
     def most_calls(self, step: int) -> int:
         """How often a forward passes the site that it passes most."""

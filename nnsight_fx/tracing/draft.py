@@ -107,7 +107,7 @@ class Draft(Tape):
     def fake(self, tensor: torch.Tensor) -> Any:
         _refuse("its shape")
 
-    def read(self, site: Site, whole: bool = True) -> Any:
+    def read(self, site: Site) -> Any:
         return self.add(READ, site, (), {})
 
     def read_input(self, site: Site) -> Any:
@@ -222,7 +222,7 @@ def _no_run(tape: Tape) -> NoReturn:
 
 def _again(tape: Tape, op: Op, args: tuple, kwargs: dict) -> Any:
     if op.kind == READ:
-        return tape.read_input(op.target) if op.extra == FIRST else tape.read(op.target, whole=False)
+        return tape.read_input(op.target) if op.extra == FIRST else tape.read(op.target)
     if op.kind == WRITE:
         return (tape.write_input if op.extra == FIRST else tape.write)(op.target, *args)
     if op.kind == SKIP:

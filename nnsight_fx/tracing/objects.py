@@ -13,8 +13,8 @@ import torch
 from ..errors import UnsavedValueError
 from . import tree
 from .encode import Identity, Keep, Key
-from .lazy import user_line
-from .plan import OBJECT, READ, SAVE, Site
+from .lazy import LazyTensor, user_line
+from .plan import APPLY, OBJECT, READ, SAVE, Site
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -135,6 +135,13 @@ def _has_parts(value: Any) -> bool:
     return not library and not callable(value) and (hasattr(value, "__dict__") or hasattr(type(value), "__slots__"))
 
 
+def _filled(made: Any, values: dict) -> Any:
+    """An object of the body's with real values in place of recorded ones."""
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
 class Objects:
     """Those of one recording."""
 
@@ -208,7 +215,14 @@ class Objects:
         return self.kept[id(lazy)][1]
 
     def written(self, leaf: Any, site: Site) -> Any:
-        """A leaf that is written to a site: an object of the site itself stays where it is."""
+        """A leaf that is written to a site: an object of the site itself stays where it is, one that the body has made gets its
+        real values when the model comes by."""
+        values = {name: x for name, x in getattr(leaf, "__dict__", {}).items() if isinstance(x, LazyTensor)}
+        if values and not isinstance(leaf, torch.Tensor | LazyObject):
+            n = self.tape.number(APPLY, Identity(_filled), (leaf, values), {}, effect="inplace")
+            made = self.stand_in(("v", n, 0), type(leaf))
+            self.kept[id(made)] = (made, made._key)
+            return made
         key = leaf._key if isinstance(leaf, LazyObject) and leaf._tape is self.tape else None
         return Keep(key[2]) if key is not None and self.tape.ops[key[1]].target == site else leaf
 

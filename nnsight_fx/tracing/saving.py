@@ -133,7 +133,15 @@ def put_objects(container: Any) -> None:
             continue
         kind, keys, children = parts
         for key, child in zip(keys or range(len(children)), children, strict=True):
-            if not isinstance(child, LazyObject) or "_real" not in child.__dict__:
+            real = _real(child)
+            if real is child:
                 left.append(child)
             elif kind in tree.MUTABLE:
-                tree.put(value, kind, key, child._look())
+                tree.put(value, kind, key, real)
+
+
+def _real(child: Any) -> Any:
+    """The real object that something stands for, if it is known: a value that no scan could tell may be none of a tensor's."""
+    if type(child) is LazyTensor:
+        return child.__dict__.get("_real_object", child)
+    return child._look() if isinstance(child, LazyObject) and "_real" in child.__dict__ else child

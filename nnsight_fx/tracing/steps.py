@@ -33,11 +33,26 @@ class SiteMeta(NamedTuple):
     order: float  # its place among all sites of a run; the sites inside a module are between two whole numbers
     unsure: bool = False  # did the scan guess, so that a read must look whether it was right
     like: Any = None  # the scan's value, where its containers have more to them than their leaves
+    same: tuple[int, ...] = ()  # leaf by leaf, the first that is the same tensor; empty where no two are one
     sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
+
+    @property
+    def guesses_numbers(self) -> bool:
+        """Is a Python number among the leaves that data decides, so that only the run has it?"""
+        return self.unsure and any(
+            isinstance(x, (int, float, complex, torch.SymInt)) and not isinstance(x, bool) for x in self.leaves
+        )
 
     @property
     def opaque(self) -> bool:
         return any(type(x) is Opaque for x in self.leaves)
+
+
+class Any_:
+    """Stands, in what a read expects, for a leaf that is not compared."""
+
+
+ANY = Any_()
 
 
 class Opaque:
@@ -142,7 +157,6 @@ class Invoke:
     def __init__(self, index: int):
         self.index = index
         self.values: dict[Site, Any] = {}
-        self.partial: dict[Site, Any] = {}  # read without their objects
         self.metas: dict[Site, SiteMeta] = {}
         self.containers: dict[Site, tuple[Any, list, tree.Spec]] = {}
         self.order: float = -1  # the latest site touched, in model order

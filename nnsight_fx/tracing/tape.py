@@ -43,6 +43,7 @@ from .names import (
 )
 from .names import RANDOM as RANDOM  # passes look there
 from .names import RANDOM_IN_PLACE as RANDOM_IN_PLACE
+from .nested import refuse_nested
 from .objects import LazyObject, Objects
 from .plan import (
     APPLY,
@@ -52,6 +53,7 @@ from .plan import (
     GRAD,
     MODULE,
     OBSERVE,
+    REACH,
     READ,
     SAVE,
     SKIP,
@@ -65,7 +67,20 @@ from .plan import (
     Op,
     Site,
 )
-from .steps import NO_ARGS, NO_KWARGS, Beaten, DeclaredCache, Invoke, Living, Missing, Opaque, SiteMeta, Sites, Step
+from .steps import (
+    ANY,
+    NO_ARGS,
+    NO_KWARGS,
+    Beaten,
+    DeclaredCache,
+    Invoke,
+    Living,
+    Missing,
+    Opaque,
+    SiteMeta,
+    Sites,
+    Step,
+)
 
 BEATEN = 256  # lines that a step knows to follow it
 _FAKES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -507,6 +522,12 @@ class Tape:
         raise self.unsaved(lazy)
 
     def unsaved(self, lazy: LazyTensor | LazyObject | None) -> UnsavedValueError:
+        if lazy is not None and "_real_object" in lazy.__dict__:
+            return UnsavedValueError(
+                f"{user_line()}: {self._made(lazy)} is no tensor in this run: the model gave {lazy.__dict__['_real_object']!r}, and a scan "
+                "on tensors without data took it for one. Save it in a container (`kept = nnsight_fx.save([value])`), which gets what "
+                "the model gave."
+            )
         return UnsavedValueError(
             f"{user_line()}: {self._made(lazy)} was used after its trace, but not saved: it has no data. "
             "Add `.save()` to it inside the trace (or `nnsight_fx.save(container)`), or put both traces into one "
@@ -538,26 +559,21 @@ class Tape:
             self.invoke.metas[site] = found
         return self.invoke.metas[site]
 
-    def read(self, site: Site, whole: bool = True) -> Any:
-        """The value of a site: its tree, with lazy tensors.
-
-        Objects in it (a KV cache) need a sync point; without `whole` they stay `Opaque`.
-        """
+    def read(self, site: Site) -> Any:
+        """The value of a site: its tree, with lazy tensors, and what stands for objects (a KV cache)."""
         invoke = self.invoke
         if invoke.containers:
             self.settle()
         if site in invoke.values:
             self._touch(site)
             return invoke.values[site]
-        if not whole and site in invoke.partial:
-            return invoke.partial[site]
         again = self._beaten((site, invoke.index))
         if again is not None:
             return self._read_again(site, again)
         self._check_passed(site, "read")
         meta = self.meta(site)
         opaque = isinstance(meta, SiteMeta) and meta.opaque
-        if not isinstance(meta, SiteMeta) or (opaque and whole and not _replaceable(meta)):
+        if not isinstance(meta, SiteMeta) or meta.guesses_numbers:
             value = self._read_live(site)
         else:
 
@@ -572,9 +588,6 @@ class Tape:
             if not opaque:
                 self._beat(before, (site, self.invoke.index), meta)
         self._touch(site)
-        if isinstance(meta, SiteMeta) and opaque and not whole and not _replaceable(meta):
-            self.invoke.partial[site] = value
-            return value
         self.invoke.values[site] = value
         self._watch(site, value)
         return value
@@ -615,6 +628,11 @@ class Tape:
             and ambient.plain(self.base)
         )
 
+    def reaches(self, site: Site) -> bool:
+        """Does the run come by a site? A sync point: the model runs up to there, or to its end."""
+        n = self.number(REACH, site, (), {}, result=lambda: None)
+        return self.values_of([("v", n, 0)])[0]
+
     def observe(self, site: Site, how: Observed) -> tuple[int, Any]:
         """A saved read of a site as everybody leaves it; the operation's number and the value."""
         meta = self.meta(site)
@@ -639,6 +657,7 @@ class Tape:
         n = self.number(READ, site, (), {}, extra=None, result=lambda: None)
         real = self.values_of([("v", n, -1)])[0]
         leaves, spec = tree.flatten(real)
+        refuse_nested(user_line(), site, leaves)
         _check_plain(site, leaves)
         fakes = [self.fakes.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in leaves]
         line = user_line()
@@ -695,7 +714,6 @@ class Tape:
         self._touch(site)
         tree_value = tree.unflatten(leaves, spec, value)
         self.invoke.values.pop(site, None)
-        self.invoke.partial.pop(site, None)
         self.invoke.containers.pop(site, None)
         if not self.conditions.blocks and not any(isinstance(x, Keep) for x in leaves):
             self.invoke.values[site] = tree_value
@@ -726,12 +744,8 @@ class Tape:
 
     def read_input(self, site: Site) -> Any:
         """The first argument at an input: positional, else by keyword."""
-        args, kwargs = self.read(site, whole=False)
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        if any(isinstance(x, Opaque) for x in tree.flatten(first)[0]):
-            args, kwargs = self.read(site)
-            first = args[0] if args else next(iter(kwargs.values()))
-        return first
+        args, kwargs = self.read(site)
+        return args[0] if args else next(iter(kwargs.values()), None)
 
     def write_input(self, site: Site, value: Any) -> None:
         """Set the first argument, and leave the others."""
@@ -765,7 +779,7 @@ class Tape:
 
     def _fits(self, site: Site, leaves: list, spec: tree.Spec, meta: SiteMeta) -> bool:
         """Can the written tree take the place of the old one with nothing in the model's Python noticing?"""
-        if spec != meta.spec:
+        if spec != meta.spec or self._parts_one(site, leaves, meta):
             return False
         for i, (new, old) in enumerate(zip(leaves, meta.leaves, strict=True)):
             if isinstance(new, Keep) and new.index == i:
@@ -785,12 +799,26 @@ class Tape:
                 return False
         return True
 
+    def _parts_one(self, site: Site, leaves: list, meta: SiteMeta) -> bool:
+        """Are leaves that are one tensor, as attention's query and key, written apart? The model's Python can see that."""
+
+        def now(i: int) -> Any:
+            x = leaves[i]
+            if isinstance(x, Keep):
+                return "kept", meta.same[x.index]
+            key = x._key if isinstance(x, LazyTensor) and x._tape is self else ("", 0)
+            own = key[0] == "v" and self.ops[key[1]].kind == READ and self.ops[key[1]].target == site
+            return ("kept", meta.same[key[2]]) if own else id(x)
+
+        return any(now(i) != now(first) for i, first in enumerate(meta.same))
+
     def skip(self, path: str, call: int, value: Any) -> None:
         """The module's `forward` is not run; its output is `value`."""
         site = (path, "input", call)
         self._check_passed(site, "skipped")
         self._check_visited(site, False)
         leaves, spec = tree.flatten(value)
+        leaves = [self.objects.written(x, site) for x in leaves]
         out = self.meta((path, "output", call))
         batched = out.batched if isinstance(out, SiteMeta) and len(out.batched) == len(leaves) else None
         fits = isinstance(out, SiteMeta) and self._fits((path, "output", call), leaves, spec, out)
@@ -1153,24 +1181,10 @@ def _expected(meta: SiteMeta) -> tuple | None:
     """What a read must find at a site whose metadata is a guess."""
     if not meta.unsure:
         return None
-    return tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else None for x in meta.leaves)
-
-
-def _replaceable(meta: SiteMeta) -> bool:
-    """Is every object leaf in a container in which the real one can be put later?"""
-
-    def walk(spec: tree.Spec, at: int) -> tuple[bool, int]:
-        fine = True
-        for child in spec[3]:
-            if child is None:
-                fine = fine and not (isinstance(meta.leaves[at], Opaque) and spec[0] not in tree.MUTABLE)
-                at += 1
-            else:
-                ok, at = walk(child, at)
-                fine = fine and ok
-        return fine, at
-
-    return meta.spec is not None and walk(meta.spec, 0)[0]
+    return tuple(
+        (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x if isinstance(x, bool | str | None) else ANY
+        for x in meta.leaves
+    )
 
 
 def _check_plain(site: Site, leaves: Iterable) -> None:

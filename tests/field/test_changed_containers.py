@@ -129,7 +129,7 @@ def object_looked_at(model, tracer):
     change(model.one.output, 1.0)
     got = model.last.output
     got["count"] = 5
-    return got["state"].h.sum()
+    return got["state"].h.sum().save()
 
 
 def object_applied(model, tracer):

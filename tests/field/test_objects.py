@@ -64,7 +64,7 @@ class Slots:
 class Bag(dict):
     def __init__(self, h):
         super().__init__(h=h)
-        self.h = h
+        self.h, self.more = h, torch.ones(1)  # data beside its items
 
 
 class Inner(nn.Module):
