@@ -21,7 +21,7 @@ from . import tree
 from .encode import Identity
 from .lazy import LazyTensor, _first, user_line
 from .lifting import name_of
-from .names import RANDOM, needs_data
+from .names import draws, needs_data
 from .plan import CALL
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def _run(tape: Tape, func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[to
     """An operation on fakes, and the tensors that it makes of them; real tensors alone stay what they are."""
     given = tree.flatten((args, kwargs))[0]
     faked = any(isinstance(x, FakeTensor) for x in given)
-    if not faked and (name_of(func) in RANDOM or any(isinstance(x, torch.SymInt) for x in given)):
+    if not faked and (draws(name_of(func), args, kwargs) or any(isinstance(x, torch.SymInt) for x in given)):
         with tape.fakes:
             out = func(*args, **kwargs)
     else:

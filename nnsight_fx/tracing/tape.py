@@ -195,7 +195,7 @@ class Tape:
         if name in LIVE_CALLS:
             n = self.number(APPLY, Identity(func), args, kwargs, effect="inplace")
             return None if self.ops[n].retains else self.objects.returned(n, RemovableHandle)
-        effect = effect_of(name, kwargs)
+        effect = effect_of(name, kwargs, args)
         if effect == "inplace" and args:
             args = (held(args[0]), *args[1:])  # what is changed must be there
         args, kwargs = lift(name, args, kwargs, lambda t: (self.fake(t).shape, self.fake(t).dtype))
