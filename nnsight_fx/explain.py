@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from . import compat
@@ -19,7 +20,8 @@ class Explanation:
 
     For each set of compile options: the captured segments with their sites, why each ended and at which line of the model,
     what runs live between them, the passes of the latest compile with what each rewrote, compiles and cache hits, everything
-    that ran outside captured code and why, and the recompile limit when it is near. Then the latest trace: its sync points
+    that ran outside captured code and why, and the recompile limit when it is near. In front of all that: private names that
+    this torch lacks, and what is done instead. Then the latest trace: its sync points
     with their lines, what it saved, and what keeps a forward alive for a backward.
     """
 
@@ -32,12 +34,14 @@ class Explanation:
             "model": type(self.module).__name__,
             "engine": "hooks" if self.current is None else f"spliced, backend={self.current.options.backend}",
             "captures": [_of(c) for c in self.captures],
+            "missing": compat.missing(),
             "trace": None if self.trace is None else asdict(self.trace),
         }
 
     def __str__(self) -> str:
         facts = self.to_dict()
         lines = [f"{facts['model']}: {facts['engine']}"]
+        lines += [f"  torch {torch.__version__}: {what}" for what in facts["missing"]]
         for each in facts["captures"]:
             lines += _text(each)
         if self.trace is not None:

@@ -17,7 +17,6 @@ from .tokens import attend, choose, expect_causal, pack, repack, spread, unpack
 
 SCORES = "scores"
 APART = {pack, unpack, repack, spread, attend, choose, expect_causal}  # run as they are, between compiled regions
-_ATTENTION = (torch.nn.functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -69,7 +68,7 @@ def causal(gm: fx.GraphModule, job: Job | None = None, *, facts: Facts) -> int:
 
 def is_attention(node: fx.Node) -> bool:
     """Is a node `scaled_dot_product_attention` without dropout?"""
-    return node.target in _ATTENTION and not _argument(node, "dropout_p", 0.0)
+    return node.target is torch.nn.functional.scaled_dot_product_attention and not _argument(node, "dropout_p", 0.0)
 
 
 def is_softmax(node: fx.Node) -> bool:

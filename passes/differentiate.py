@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from nnsight_fx.compat.fakes import detect_fake_mode, enable_python_dispatcher, no_python_dispatcher
+from nnsight_fx.compat.graphs import get_proxy_mode, make_fx
 from nnsight_fx.compat.tensors import hook
 
 from .job import Job, NotDifferentiable, backward, gradient, set_gradient, settled, tap

@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx.capture.markers import anchor, site, supply
+from nnsight_fx.compat.graphs import OpOverload
 from nnsight_fx.tracing.names import RANDOM, RANDOM_IN_PLACE
 
 TORCH = {  # where functions live that only compute; `None`: builtins of torch without a module
@@ -46,7 +47,7 @@ def effect(node: fx.Node) -> str | None:
     """
     if node.op in ("placeholder", "get_attr") or node.target in (anchor, site, supply):
         return None
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return _of_schema(node.target)
     if node.op not in ("call_function", "call_method"):
         return "calls a module"
@@ -56,13 +57,13 @@ def effect(node: fx.Node) -> str | None:
 
 def changes(node: fx.Node) -> bool:
     """Does `node` change a tensor that exists already?"""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return node.target._schema.is_mutable
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op in ("call_function", "call_method") and _changes(node, name) is not None
 
 
-def _of_schema(op: torch._ops.OpOverload) -> str | None:
+def _of_schema(op: OpOverload) -> str | None:
     if op._schema.is_mutable or "batch_norm" in op._schema.name:  # whose schemas do not admit to the statistics
         return "changes a tensor in place"
     return "draws random numbers" if torch.Tag.nondeterministic_seeded in op.tags else None

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import annotate, preserve_node_meta
 
 from nnsight_fx.capture.markers import site, supply
+from nnsight_fx.compat.graphs import make_fx
 
 from .effects import changes
 from .job import Job, constant, fetch, parameter, put_rows, rows

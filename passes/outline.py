@@ -11,6 +11,7 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx.capture.markers import site
+from nnsight_fx.compat.graphs import OpOverload
 from nnsight_fx.tracing.plan import Site
 
 from .effects import changes
@@ -126,7 +127,7 @@ def _view(node: fx.Node) -> bool:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         kinds = {type(i) for i in index}
         return slice in kinds and kinds <= {slice, int, type(None), type(...)} and len(node.all_input_nodes) == 1
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+    return isinstance(node.target, OpOverload) and node.target.is_view
 
 
 def seams(gm: fx.GraphModule) -> list[tuple[Site, list[fx.Node]]]:

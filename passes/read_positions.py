@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from nnsight_fx.compat.fakes import FakeTensor, on_fakes
+from nnsight_fx.compat.symbols import free_symbols
 
 from .demand import pull, taken
 from .effects import effect

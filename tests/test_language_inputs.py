@@ -22,6 +22,7 @@ from transformers import (
     RobertaModel,
 )
 
+from cache_name import CACHE
 from nnsight_fx import NNsightFXError
 from nnsight_fx.language import LanguageModel, ModelNotFoundError, PromptError
 from nnsight_fx.model import Batch
@@ -329,24 +330,24 @@ def test_embeddings_are_padded_too():
 
 def test_a_cache_with_tokens_gets_no_mask_of_the_new_ones_alone(model):
     cache = DynamicCache()
-    assert one(model, A, past_key_values=cache).kwargs["past_key_values"] is cache
-    assert one(model, A, past_key_values=cache).kwargs["attention_mask"].tolist() == [[1, 1, 1]]
-    first = one(model, A, past_key_values=cache, use_cache=True)
+    assert one(model, A, **{CACHE: cache}).kwargs[CACHE] is cache
+    assert one(model, A, **{CACHE: cache}).kwargs["attention_mask"].tolist() == [[1, 1, 1]]
+    first = one(model, A, **{CACHE: cache}, use_cache=True)
     values(model, first)
-    batch = one(model, [5], past_key_values=cache)
+    batch = one(model, [5], **{CACHE: cache})
     assert batch.kwargs["attention_mask"] is None
     whole = values(model, one(model, [*A, 5]))
     torch.testing.assert_close(values(model, batch)[0, -1], whole[0, -1])
     with pytest.raises(PromptError, match="padded to 4 and has no `attention_mask`"):
-        one(model, [5], past_key_values=cache, pad_to=4)
+        one(model, [5], **{CACHE: cache}, pad_to=4)
 
 
 def test_generation_goes_on_from_a_padded_cache(model):
     cache = DynamicCache()
-    start = one(model, [A, B], past_key_values=cache)
+    start = one(model, [A, B], **{CACHE: cache})
     values(model, start)
     mask = torch.cat([start.kwargs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
-    batch = one(model, torch.tensor([[5], [5]]), past_key_values=cache, attention_mask=mask)
+    batch = one(model, torch.tensor([[5], [5]]), **{CACHE: cache}, attention_mask=mask)
     assert batch.kwargs["position_ids"].tolist() == [[3], [5]]
     whole = values(model, one(model, [[*A, 5], [*B, 5]]))
     torch.testing.assert_close(values(model, batch)[:, -1], whole[:, -1])

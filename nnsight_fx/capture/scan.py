@@ -116,7 +116,13 @@ class Scan:
         self.counts: dict[tuple[str, str], int] = {}  # how often each site was passed
         self.ended: BaseException | None = None  # why it could not go on
         self.stop_site: Site | None = None
+        self.inside: list[str] = []  # the modules that are running
+        self.deciders: set[str] = set()  # the modules whose Python looks at values, which the scan guesses
         self.called: dict[str, Any] = {}  # what each operation inside a module called first
+
+    def decided(self, path: str) -> bool:
+        """Do values decide how often a module is called?"""
+        return any(path.startswith(f"{d}.") if d else path for d in self.deciders)
 
     def lookup(self, site: Site) -> SiteMeta | Missing:
         if site in self.sites:
@@ -136,6 +142,7 @@ def scan(
     batched: Callable[[torch.Tensor], bool] = lambda t: False,
     unsure: Callable[[], bool] = lambda: False,
     frames: Collection[str] = (),
+    guesses: list[Callable[[], None]] | None = None,
     real: Callable[[nn.Module], Any] = lambda m: None,
 ) -> Scan:
     """Run `call(copied)` on fakes and note every site; with `plan`, its interventions take effect on the way.
@@ -143,6 +150,8 @@ def scan(
     The operations in `frames` have sites too. `real` gives the module that one of the copy stands for.
     """
     found = Scan()
+    if guesses is not None:
+        guesses[:] = [lambda: found.deciders.add(found.inside[-1] if found.inside else "")]
     counts, clock = found.counts, Clock()
 
     def known(x: Any) -> Any:
@@ -161,6 +170,10 @@ def scan(
             return value
         n = counts.get((path, kind), 0)
         counts[(path, kind)] = n + 1
+        if depth == 0 and kind == "input":
+            found.inside.append(path)
+        elif depth == 0 and kind == "output" and path in found.inside:
+            del found.inside[found.inside.index(path) :]
         site = (path, kind, n)
         leaves, spec = tree.flatten(value)
         if plan is not None:

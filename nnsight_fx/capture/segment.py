@@ -38,7 +38,7 @@ class Segment:
     @classmethod
     def captured(cls, gm: fx.GraphModule) -> Segment:
         """Made inside Dynamo's callback: afterwards the fakes are gone from the graph."""
-        context = compat.graphs.tracing_context()
+        context = compat.graphs.tracing_context(gm)
         kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         for old, new in zip(gm.graph.nodes, kept.graph.nodes, strict=True):
             new.meta = dict(old.meta)
@@ -84,7 +84,7 @@ class Segment:
         moved = []
         for index in range(last + 1, len(nodes)):
             node = nodes[index]
-            if node.op == "call_function" and node.target is operator.getitem and node.args[0] in head:
+            if node.args[:1] and node.args[0] in head and _takes_apart(node):
                 head.add(node)
                 moved.append(index)
         rest = [n for n in nodes[last + 1 :] if n not in head]
@@ -102,6 +102,16 @@ class Segment:
         gm = fx.GraphModule(self.gm, graph)
         fakes = [compat.fakes.as_input(self.context, nodes[i].meta.get("example_value")) for i in taken]
         return Segment(gm, fakes, self.context, self.guards, self.pure), taken, moved
+
+
+def _takes_apart(node: fx.Node) -> bool:
+    """Does a node take an element of a tuple? An index on a tensor is an operation, on the values that it has there and then."""
+    whole: Any = node.args[0]
+    return (
+        node.op == "call_function"
+        and node.target is operator.getitem
+        and not isinstance(whole.meta.get("example_value"), torch.Tensor)
+    )
 
 
 def _sizes(nodes: list[fx.Node], used: set[fx.Node]) -> set[fx.Node]:

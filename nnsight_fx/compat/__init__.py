@@ -1,7 +1,9 @@
 """Every private name of torch and transformers that nnsight_fx uses, one file a subsystem.
 
-May import: torch, transformers, the standard library; nothing of nnsight_fx. Importing it does not load Dynamo.
-Start with `dynamo` (capturing a function) and `fakes` (shapes without data).
+May import: torch, transformers, `errors`. Importing it does not load Dynamo.
+Start with `probe`: a `Name` has a way around, which `missing()` and `model.explain()` tell where it is taken. What has none is
+`needed`, and an import without it is an `UnsupportedTorchError`: fake tensors and their symbols (`ShapeEnv`), the stacks of
+modes, `make_fx`, `Tensor._version`. A module's own tables (`_parameters`, `_forward_hooks`, ...) are used in place.
 """
 
 from . import (
@@ -19,6 +21,7 @@ from . import (
     transformers,
     variables,
 )
+from .probe import missing
 
 __all__ = [
     "autograd",
@@ -28,6 +31,7 @@ __all__ = [
     "graphs",
     "guards",
     "inductor",
+    "missing",
     "modes",
     "modules",
     "symbols",

@@ -12,7 +12,7 @@ import gc
 import inspect
 import sys
 from collections.abc import Iterator
-from types import CodeType, FrameType
+from types import BuiltinMethodType, CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,19 @@ def _apply_code() -> CodeType | None:
 def separate(cls: Any) -> bool:
     """Has a function a `setup_context`, and a `forward` that takes no `ctx`?"""
     return cls.setup_context is not Function.setup_context
+
+
+def call_of(cls: Any) -> Any:
+    """`cls.apply` as a function written in Python: the text of a graph names the module of each function that it calls."""
+    apply = cls.apply
+    if not isinstance(apply, BuiltinMethodType):
+        return apply
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return apply(*args, **kwargs)
+
+    call.__name__, call.__qualname__, call.__module__ = "apply", apply.__qualname__, cls.__module__
+    return call
 
 
 def applying(grad: bool, known: FrameType | None = None) -> FrameType | None:

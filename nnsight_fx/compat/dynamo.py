@@ -3,27 +3,68 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 
-from .guards import TABLE, of_library, root
+from .frames import SET, forced_eager
+from .guards import TABLE, captures, of_library, root
+from .probe import Name
+
+_UNSUPPORTED = Name("torch._dynamo.exc.Unsupported", "Dynamo's errors are told by their names")
+_INTERNAL = Name("torch._dynamo.exc.InternalTorchDynamoError", "Dynamo's errors are told by their names")
+_RUNTIME = Name("torch._dynamo.exc.TorchRuntimeError", "Dynamo's errors are told by their names")
+_INDUCTOR = Name(
+    "torch._TorchCompileInductorWrapper", "graphs are compiled by `torch.compile`, which captures them once more"
+)
+_LOOKUP = Name(
+    "torch._dynamo.backends.registry.lookup_backend",
+    "graphs are compiled by `torch.compile`, which captures them once more",
+)
+_FLOATS = Name("torch._dynamo.config.specialize_float", "a model's float that changes is captured again")
+_LIMIT = Name("torch._dynamo.config.recompile_limit", "Dynamo gives up after as many captures as it is set to")
+_TOTAL = Name(
+    "torch._dynamo.config.accumulated_recompile_limit", "Dynamo gives up after as many captures as it is set to"
+)
+_OPTIMIZE = Name("torch._dynamo.optimize", "guards on our own hooks stay, and every run puts its hooks on")
+_FORGET = Name("torch._dynamo.eval_frame.reset_code", "captures of a model that is gone stay in memory")
+_ORIGINAL = Name(
+    "torch._dynamo.types.GuardFilterEntry.orig_guard", "what a property makes anew at each look is captured anew"
+)
+_CALLBACK = Name(
+    "torch._dynamo.eval_frame.OptimizeContext.callback", "every run puts its hooks on, also where all of it is captured"
+)
+_RETURN = Name(
+    "torch._dynamo.types.ConvertFrameReturn", "every run puts its hooks on, also where all of it is captured"
+)
+_DEPTH = Name(
+    "torch._C._functorch.get_dynamic_layer_stack_depth", "every run puts its hooks on, also where all of it is captured"
+)
+_UNDO = Name(
+    "torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth",
+    "every run puts its hooks on, also where all of it is captured",
+)
 
 
 def cannot_trace(error: Exception) -> bool:
     """Did Dynamo refuse to trace something, as it does under `fullgraph=True`?"""
-    from torch._dynamo.exc import Unsupported
-
-    return isinstance(error, Unsupported)
+    return _is(error, _UNSUPPORTED)
 
 
 def fails(error: Exception) -> bool:
     """Is it an error of Dynamo's own, or of its fake tensors, and not as the model would raise it?"""
-    from torch._dynamo.exc import InternalTorchDynamoError, TorchRuntimeError
+    return _is(error, _INTERNAL) or _is(error, _RUNTIME)
 
-    return isinstance(error, InternalTorchDynamoError | TorchRuntimeError)
+
+def _is(error: Exception, name: Name) -> bool:
+    """Is it an error of this class? By the class's name where there is none."""
+    found = name()
+    if found is not None:
+        return isinstance(error, found)
+    return name.path.rpartition(".")[2] in [cls.__name__ for cls in type(error).__mro__]
 
 
 def register(*functions: Callable) -> None:
@@ -34,13 +75,20 @@ def register(*functions: Callable) -> None:
 
 def backend(name: Any, mode: str | None, options: dict | None, dynamic: bool | None) -> Callable:
     """The compiler that `torch.compile(backend=name, ...)` would use: `(gm, inputs) -> callable`."""
-    if name == "inductor":
-        return torch._TorchCompileInductorWrapper(mode, options, dynamic)
     if not isinstance(name, str):
         return name
-    from torch._dynamo.backends.registry import lookup_backend
+    if name == "inductor":
+        made = _INDUCTOR()
+        if made is not None:
+            return made(mode, options, dynamic)
+    elif _LOOKUP() is not None:
+        return _LOOKUP()(name)
+    return functools.partial(_compiled, backend=name, mode=mode, options=options, dynamic=dynamic)
 
-    return lookup_backend(name)
+
+def _compiled(gm: torch.fx.GraphModule, inputs: list, **options: Any) -> Callable:
+    """A graph compiled as a model is: `torch.compile` captures it once more."""
+    return torch.compile(gm, **options)
 
 
 def any_size(x: torch.Tensor, dim: int) -> None:
@@ -53,14 +101,12 @@ RECOMPILES = 64  # captures of one entry; Dynamo's own default is 8
 
 def patience(modules: int) -> int:
     """How many captures one frame may have: behind graph breaks, modules of one class share the frames of their code."""
-    config: Any = torch._dynamo.config
-    return max(RECOMPILES, config.recompile_limit, 4 * modules)
+    return max(RECOMPILES, _LIMIT() or 0, 4 * modules)
 
 
 def recompiles(functions: list[Callable]) -> int:
     """How many captures the function with the most has."""
-    count = torch._dynamo.eval_frame._debug_get_cache_entry_list
-    return max((len(count(f.__code__)) for f in functions), default=0)
+    return max((len(captures(f)) for f in functions), default=0)
 
 
 @contextlib.contextmanager
@@ -69,13 +115,16 @@ def capturing(modules: int) -> Iterator[None]:
     Dynamo to look again; and a frame may have `patience` captures under each of its entries."""
     config: Any = torch._dynamo.config
     limit = patience(modules)
-    old = config.specialize_float, config.recompile_limit, config.accumulated_recompile_limit
-    config.specialize_float, config.recompile_limit = True, limit
-    config.accumulated_recompile_limit = max(old[2], 128 * limit)
+    wanted = {_FLOATS: True, _LIMIT: limit, _TOTAL: max(128 * limit, _TOTAL.of(config, 0))}
+    wanted = {name.path.rpartition(".")[2]: value for name, value in wanted.items() if name.of(config) is not None}
+    old = {name: getattr(config, name) for name in wanted}
+    for name, value in wanted.items():
+        setattr(config, name, value)
     try:
         yield
     finally:
-        config.specialize_float, config.recompile_limit, config.accumulated_recompile_limit = old
+        for name, value in old.items():
+            setattr(config, name, value)
 
 
 class NotCaptured(Exception):
@@ -107,38 +156,47 @@ def dynamo_compile(
             if guard.guard_type == "CLOSURE_MATCH" and guard.has_value and not of_library(guard.value)
         )
         for guard in guards:  # built again, which asserts what a property makes at each look to be one object
-            guard.orig_guard.obj_weakref = None
+            if _ORIGINAL.of(guard) is not None:
+                guard.orig_guard.obj_weakref = None
         return [guard.name.startswith(user) or not TABLE.search(guard.name) or tells(guard) for guard in guards]
 
-    weakref.finalize(
-        function, torch._dynamo.eval_frame.reset_code, function.__code__
-    ).atexit = False  # what it holds knows it
-    context: Any = torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)
+    forget = _FORGET()
+    if forget is not None:
+        weakref.finalize(function, forget, function.__code__).atexit = False  # what it holds knows it
+    optimize = _OPTIMIZE()
+    if optimize is None:
+        return torch.compile(function, backend=backend, fullgraph=fullgraph, dynamic=dynamic), _never
+    context: Any = optimize(backend=backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=keep)
     return context(function), _cached_only(context, function)
 
 
-def _cached_only(context: Any, function: Callable) -> Callable:
-    from torch._dynamo.types import ConvertFrameReturn
+def _never(*_: Any) -> Any:
+    raise NotCaptured
 
-    def refuse(frame: Any, *_: Any) -> ConvertFrameReturn:
+
+def _cached_only(context: Any, function: Callable) -> Callable:
+    found, put, callback, depth_of, undo = _RETURN(), SET(), _CALLBACK.of(context), _DEPTH(), _UNDO()
+    if None in (found, put, callback, depth_of, undo):
+        return _never
+
+    def refuse(frame: Any, *_: Any) -> Any:
         if frame.f_code is code:
             raise NotCaptured
-        return ConvertFrameReturn()  # a finalizer, say, that happens to run now: as it is
+        return found()  # a finalizer, say, that happens to run now: as it is
 
-    code, callback = function.__code__, cast(Any, refuse)
-    callback._torchdynamo_orig_backend = context.callback  # the captures to look among
-    frames, layers = torch._dynamo.eval_frame, torch._C._functorch  # type: ignore[attr-defined]
+    code, refusal = function.__code__, cast(Any, refuse)
+    refusal._torchdynamo_orig_backend = callback  # the captures to look among
 
     def cached(*args: Any) -> Any:
-        if frames._stance.stance == "force_eager":
+        if forced_eager():
             raise NotCaptured
-        depth, outer = layers.get_dynamic_layer_stack_depth(), frames.set_eval_frame(callback)
+        depth, outer = depth_of(), put(refusal)
         try:
             return function(*args)
         except BaseException:
-            layers.pop_dynamic_layer_stack_and_undo_to_depth(depth)  # a graph that fails leaves its transforms there
+            undo(depth)  # a graph that fails leaves its transforms there
             raise
         finally:
-            frames.set_eval_frame(outer)
+            put(outer)
 
     return cached

@@ -11,6 +11,19 @@ from typing import Any
 
 import torch
 
+from .probe import Name
+
+_STANCE = Name("torch._dynamo.eval_frame._stance", "a body makes all threads run eagerly what `torch.compile` made")
+SET = Name("torch._dynamo.eval_frame.set_eval_frame", "every run puts its hooks on, also where all of it is captured")
+_SKIP = Name("torch._dynamo.eval_frame.skip_code", "Dynamo looks at our own functions, and leaves them as they are")
+_OPTIMIZED = Name(
+    "torch._dynamo.eval_frame.OptimizedModule", "what `torch.compile(module)` made is captured as Dynamo does it"
+)
+_ORIGINAL, _DISABLED = (
+    "_torchdynamo_orig_callable",
+    "_torchdynamo_disable",
+)  # attributes of what Dynamo made of a function
+
 
 def _eval_frame() -> Any:
     """Dynamo's frame evaluation, if anything has loaded it yet."""
@@ -44,7 +57,7 @@ def stance() -> Any:
     module = _eval_frame()
     if module is None:
         return None
-    now = module._stance
+    now = module._stance if _STANCE() is not None else None
     return (now.under if isinstance(now, _Stance) else now), getattr(_Stance.bodies, "open", False)
 
 
@@ -55,7 +68,16 @@ def set_stance(value: Any) -> None:
         with _Stance.lock:
             _Stance.count += body - getattr(_Stance.bodies, "open", False)
             _Stance.bodies.open = body
-            module._stance = _Stance(under) if _Stance.count else under
+            if _STANCE() is not None:
+                module._stance = _Stance(under) if _Stance.count else under
+            else:
+                torch.compiler.set_stance("force_eager" if _Stance.count else "default")
+
+
+def forced_eager() -> bool:
+    """Does Dynamo's stance, or a body of this thread, ask for everything as written?"""
+    found = _STANCE() and _eval_frame()._stance  # it changes
+    return getattr(_Stance.bodies, "open", False) if found is None else found.stance == "force_eager"
 
 
 def body_stance(body: bool = True) -> Any:
@@ -81,28 +103,26 @@ def _out_of_body() -> Iterator[None]:
 
 def frame_callback(value: Any = None) -> Any:
     """Set the thread's frame evaluation callback; returns the one that was set."""
-    module = _eval_frame()
-    return None if module is None else module.set_eval_frame(value)
+    put = None if _eval_frame() is None else SET()
+    return None if put is None else put(value)
 
 
 def never_compile(function: Callable) -> None:
     """Run this function's frames as they are when called directly; Dynamo still traces through calls to it."""
-    from torch._dynamo.eval_frame import skip_code
-
-    skip_code(function.__code__)
+    skip = _SKIP()
+    if skip is not None:
+        skip(function.__code__)
 
 
 def compiled_from(function: Any) -> Any:
     """What `torch.compile` made this from, if it did."""
-    disabled = getattr(function, "_torchdynamo_disable", False)
-    return None if disabled else getattr(function, "_torchdynamo_orig_callable", None)
+    disabled = getattr(function, _DISABLED, False)
+    return None if disabled else getattr(function, _ORIGINAL, None)
 
 
 @functools.cache
 def _seen_by_dynamo() -> type:
-    from torch._dynamo.eval_frame import OptimizedModule
-
-    class Seen(OptimizedModule):
+    class Seen(_OPTIMIZED()):  # type: ignore[misc]
         """What `torch.compile(module)` returns, while we run it: of that very class Dynamo looks at the module inside only, and
         passes neither its hooks nor its `forward` (torch 2.13, `VariableBuilder.wrap_module`)."""
 
@@ -114,7 +134,7 @@ def _seen_by_dynamo() -> type:
 def seen_by_dynamo(module: torch.nn.Module) -> Callable[[], None] | None:
     """Have Dynamo look at what `torch.compile(module)` returned as at any module; returns what undoes it, where it was one."""
     old = type(module)
-    if old.__name__ != "OptimizedModule" or old.__module__ != "torch._dynamo.eval_frame":
+    if old.__name__ != "OptimizedModule" or old is not _OPTIMIZED():
         return None
     object.__setattr__(module, "__class__", _seen_by_dynamo())
     return lambda: object.__setattr__(module, "__class__", old)
@@ -122,9 +142,9 @@ def seen_by_dynamo(module: torch.nn.Module) -> Callable[[], None] | None:
 
 def undisturbed(function: Callable) -> Callable:
     """`function` run as it is, also when compiled code calls it."""
-    return torch._dynamo.disable(function)
+    return torch.compiler.disable(function)
 
 
 def inside(function: Callable) -> Callable:
     """What `undisturbed` made a function from, for a caller that is undisturbed itself."""
-    return function._torchdynamo_orig_callable if hasattr(function, "_torchdynamo_disable") else function  # type: ignore[attr-defined]
+    return getattr(function, _ORIGINAL, function) if hasattr(function, _DISABLED) else function

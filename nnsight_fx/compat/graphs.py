@@ -8,10 +8,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch._guards
-from torch._subclasses.fake_tensor import (
-    FakeTensorMode,
+
+from .fakes import FakeTensorMode, detect_fake_mode, placeholder_fakes
+from .probe import Name, needed
+
+OpOverload = type(torch.ops.aten.add.Tensor)  # an operation of aten's, as it stands in a graph
+make_fx = needed("torch.fx.experimental.proxy_tensor.make_fx")
+get_proxy_mode = needed("torch.fx.experimental.proxy_tensor.get_proxy_mode")
+_CONTEXT = Name("torch._guards.TracingContext", "variants are compiled without Dynamo's context")
+_TRACING = Name("torch._guards.tracing", "variants are compiled without Dynamo's context")
+_SETTINGS = Name(
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv.settings",
+    "an integer that is read from a tensor is looked at when it runs",
 )
+_REASON = Name("torch.fx.GraphModule.compile_subgraph_reason", "why a graph ends where it does is not told")
+_TRANSLATOR = Name(
+    "torch._dynamo.symbolic_convert.InstructionTranslator", "the whole model runs also where nobody reads its result"
+)
+_EFFECTS = Name(
+    "torch._dynamo.output_graph.OutputGraph.side_effects", "the whole model runs also where nobody reads its result"
+)
+_LOCAL = Name("torch._dynamo.source.LocalSource", "CUDA graphs copy each parameter at each replay")
 
 
 def as_dynamos(gm: torch.fx.GraphModule) -> None:
@@ -19,36 +36,52 @@ def as_dynamos(gm: torch.fx.GraphModule) -> None:
 
     Without it they would copy every parameter into memory of theirs, at each replay.
     """
-    from torch._dynamo.source import LocalSource
-
+    source = _LOCAL()
+    if source is None:
+        return
     gm.meta.setdefault("dynamo_compile_id", None)
     gm._param_name_to_source = {}  # type: ignore[assignment]
     for node in gm.graph.find_nodes(op="placeholder"):
-        node._dynamo_source = LocalSource(node.name)
+        node._dynamo_source = source(node.name)
 
 
-def tracing_context() -> Any:
-    return torch._guards.TracingContext.try_get()
+class Context:
+    """What we ask of a context of compilation, where torch has none."""
+
+    def __init__(self, fake_mode: Any):
+        self.fake_mode = fake_mode
 
 
-def new_context(mode: FakeTensorMode) -> tuple[Any, Any]:
+def tracing_context(gm: torch.fx.GraphModule) -> Any:
+    """In a backend's callback: the context of compilation."""
+    found = _CONTEXT()
+    if found is not None and _TRACING() is not None:
+        return found.try_get()
+    return Context(detect_fake_mode(placeholder_fakes(gm)) or FakeTensorMode())
+
+
+def new_context(mode: Any) -> tuple[Any, Any]:
     """A context of compilation as Dynamo would have made it, and the block in which it holds."""
-    context = torch._guards.TracingContext(mode)
-    return context, torch._guards.tracing(context)
+    context = (_CONTEXT() if _TRACING() is not None else None) or Context
+    return (made := context(mode)), _within(made)
+
+
+def _within(context: Any) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if isinstance(context, Context) else _TRACING()(context)
 
 
 @contextlib.contextmanager
 def tracing(context: Any) -> Iterator[None]:
     """Compile under a captured graph's context. Integers may be read from tensors there: that is how positions are lifted."""
     env = context.fake_mode.shape_env
-    old: Any = env.settings if env is not None else None
-    if env is not None:
+    old: Any = None if env is None else _SETTINGS.of(env)
+    if old is not None:
         env.settings = dataclasses.replace(old, allow_scalar_outputs=True)
     try:
-        with torch._guards.tracing(context):
+        with _within(context):
             yield
     finally:
-        if env is not None:
+        if old is not None:
             env.settings = old
 
 
@@ -57,16 +90,15 @@ def replays_nothing(restored: Callable[[Any], bool]) -> bool:
 
     `restored` tells objects that Dynamo writes to and that are then as they were. When this cannot tell, it says no.
     """
+    if _TRANSLATOR() is None:
+        return False
     try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        output = InstructionTranslator.current_tx().output
-        effects = output.side_effects
+        output = _TRANSLATOR().current_tx().output
+        effects = _EFFECTS.of(output)
         changed: list[Any] = [
             v
             for v in effects.id_to_variable.values()
-            if effects.is_modified(v)
-            and type(v.mutation_type).__name__ in ("AttributeMutationExisting", "ValueMutationExisting")
+            if effects.is_modified(v) and not type(v.mutation_type).__name__.endswith("New")
         ]
         others = (
             effects.tensor_hooks,
@@ -77,16 +109,14 @@ def replays_nothing(restored: Callable[[Any], bool]) -> bool:
         )
         return not any(others) and all(_as_before(effects, v) and restored(v.value) for v in changed)
     except Exception:  # another torch: Dynamo's tables look different there
+        _EFFECTS.fails()
         return False
 
 
 def _as_before(effects: Any, variable: Any) -> bool:
     """Are all attributes that Dynamo is to store on an object the constants that it holds already?"""
     stores = effects.store_attr_mutations.get(variable)
-    name = (
-        "is_base_vt_modified" if hasattr(type(variable), "is_base_vt_modified") else "is_underlying_vt_modified"
-    )  # 2.11
-    if not stores or getattr(variable, name)(effects):
+    if not stores or _contents_changed(effects, variable):
         return False
     held = vars(variable.value)
     return all(
@@ -95,9 +125,17 @@ def _as_before(effects: Any, variable: Any) -> bool:
     )
 
 
+def _contents_changed(effects: Any, variable: Any) -> bool:
+    """Does what an object holds as a container change?"""
+    for name in ("is_base_vt_modified", "is_underlying_vt_modified"):  # up to torch 2.14; 2.11
+        if hasattr(variable, name):
+            return getattr(variable, name)(effects)
+    return bool(getattr(variable.mutation_type, "is_modified", False))
+
+
 def break_of(gm: torch.fx.GraphModule) -> tuple[str, str] | None:
     """In a backend's callback: why Dynamo ended this graph where it did, and at which line; `None` at a frame's end."""
-    ended = getattr(gm, "compile_subgraph_reason", None)
+    ended = _REASON.of(gm)
     if ended is None or not ended.graph_break:
         return None
     line = ended.user_stack[-1] if ended.user_stack else None

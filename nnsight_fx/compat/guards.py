@@ -6,22 +6,36 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from .probe import Name
 
 TABLE = re.compile(r"\.(_forward_(pre_)?hooks|_compiled_call_impl)")  # where ours are
 
 
+_ENTRIES = Name(
+    "torch._dynamo.eval_frame._debug_get_cache_entry_list", "captures are not counted, and every run puts its hooks on"
+)
+_TRANSLATOR = Name("torch._dynamo.symbolic_convert.InstructionTranslator", "guards on our own hooks stay")
+_GUARDS = Name("torch._guards.GuardsSet.inner", "guards on our own hooks are dropped after Dynamo has built them")
+
+
+def captures(function: Callable) -> list:
+    """Dynamo's captures of a function, or none where it does not tell."""
+    listed = _ENTRIES()
+    return [] if listed is None else listed(function.__code__)
+
+
 def needs_hooks(function: Callable) -> bool:
     """Does the code of any capture of a function get at what a hook holds, as it does for lists that one appends to?"""
-    entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
+    if _ENTRIES() is None:
+        return True
+    entries = captures(function)
     used = [name for entry in entries for name in (*entry.code.co_names, *entry.code.co_consts)]
     return any(isinstance(name, str) and TABLE.search(f".{name}") for name in used)
 
 
 def guards(function: Callable) -> list[str]:
     """What Dynamo checks before it uses each capture of a function, as text."""
-    found = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
-    return [str(entry.guard_manager).strip() for entry in found]
+    return [str(entry.guard_manager).strip() for entry in captures(function)]
 
 
 def root(function: Callable) -> tuple[str, ...]:
@@ -32,15 +46,18 @@ def root(function: Callable) -> tuple[str, ...]:
 def forget_tables(start: tuple[str, ...]) -> None:
     """In a backend's callback for what has that `root`: drop the guards that the filter of `dynamo_compile` drops, where the user has no hooks. Dynamo builds
     all guards before it asks a filter, and then builds again what is left."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    found: Any = getattr(InstructionTranslator.current_tx().output.guards, "inner", None)
-    start = tuple(f"L['{name}']" for name in start)
-    for guard in list(found or ()):
-        name = guard.name if isinstance(guard.name, str) else guard.name()
-        told = guard.create_fn_name() == "CONSTANT_MATCH" or ".calls" in name
-        if TABLE.search(name) and (name.startswith(start) or not told):
-            found.discard(guard)
+    if _TRANSLATOR() is None:
+        return
+    try:
+        found: Any = _GUARDS.of(_TRANSLATOR().current_tx().output.guards, ())
+        start = tuple(f"L['{name}']" for name in start)
+        for guard in list(found):
+            name = guard.name if isinstance(guard.name, str) else guard.name()
+            told = guard.create_fn_name() == "CONSTANT_MATCH" or ".calls" in name
+            if TABLE.search(name) and (name.startswith(start) or not told):
+                found.discard(guard)
+    except (AttributeError, TypeError):  # another torch: guards look different there
+        _GUARDS.fails()
 
 
 def of_library(hook: Any) -> bool:

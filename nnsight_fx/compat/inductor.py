@@ -2,25 +2,77 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import tempfile
 from pathlib import Path
+from typing import Any
+
+from .probe import Name
+
+_FOLDER = Name(
+    "torch._inductor.codecache.cache_dir", "built C++ kernels are not saved, another process builds them again"
+)
+_KERNELS = Name(
+    "torch._inductor.codecache.CppCodeCache", "built C++ kernels are not saved, another process builds them again"
+)
+_PLACE = Name(
+    "torch._inductor.codecache.get_path", "built C++ kernels are not saved, another process builds them again"
+)
+_CACHE = Name(
+    "torch._inductor.codecache.CppCodeCache.cache", "built C++ kernels are not saved, another process builds them again"
+)
+_COUNTERS = Name("torch._dynamo.utils.counters", "graphs of which no CUDA graph is recorded are not counted")
+_ARTIFACT = Name("torch._logging.getArtifactLogger", "why there is no CUDA graph is not told")
+_LOWERING = Name("torch._inductor.lowering.register_lowering", "products of few rows are MKL's own")
+_HANDLER = Name("torch._inductor.lowering.fallback_handler", "products of few rows are MKL's own")
+_PASS = Name("torch._inductor.custom_graph_pass.CustomGraphPass", "products of few rows are MKL's own")
 
 
 def kernel_folder() -> Path:
     """Where Inductor keeps what it builds."""
-    from torch._inductor.codecache import cache_dir
-
-    return Path(cache_dir())
+    folder = _FOLDER()
+    return Path(folder() if folder is not None else os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()))
 
 
 def kernels() -> dict[str, Path]:
     """The libraries of C++ kernels that this process has built or loaded, by their names in Inductor's folder."""
-    from torch._inductor.codecache import CppCodeCache, get_path
-
-    families, found = [CppCodeCache], {}
+    built, place, found = _KERNELS(), _PLACE(), {}
+    families = [] if built is None or place is None or _FOLDER() is None else [built]
     for family in families:
         families += family.__subclasses__()
-        for key in family.cache:
-            file = Path(get_path(key, "main.so")[2])
+        for key in _CACHE.of(family, ()):
+            file = Path(place(key, "main.so")[2])
             if file.exists():
                 found[file.relative_to(kernel_folder()).as_posix()] = file
     return found
+
+
+def skipped_graphs() -> int:
+    """Of how many graphs Inductor has recorded no CUDA graph."""
+    counters = _COUNTERS()
+    return 0 if counters is None else counters["inductor"]["cudagraph_skips"]
+
+
+def graphs_log() -> logging.Logger:
+    """Where Inductor says why it records no CUDA graph."""
+    artifact, source = _ARTIFACT(), "torch._inductor.cudagraph_utils"
+    return logging.getLogger(source) if artifact is None else artifact(source, "cudagraphs")
+
+
+def lowering(operator: Any, calls: Any) -> bool:
+    """Have Inductor call `calls` for `operator`, with no Python between; was that possible?"""
+    register, fallback = _LOWERING(), _HANDLER()
+    if register is None or fallback is None:
+        return False
+
+    def lowered(*args: Any) -> Any:
+        return fallback(calls, add_to_fallback_set=False)(*args, "none", [], "")
+
+    register(operator, type_promotion_kind=None)(lowered)
+    return True
+
+
+def graph_pass() -> type:
+    """The class that Inductor's passes on a graph have; without one there are no passes of ours."""
+    return _PASS() or object

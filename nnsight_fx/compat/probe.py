@@ -15,18 +15,19 @@ import torch
 
 from ..errors import UnsupportedTorchError
 
-NAMES: dict[str, Name] = {}
+NAMES: list[Name] = []
 _ABSENT = object()
 
 
 class Name:
     """A private name that there is a way around."""
 
-    __slots__ = "broken", "path", "thing", "without"
+    __slots__ = "lacking", "path", "thing", "without"
 
     def __init__(self, path: str, without: str):
-        self.path, self.without, self.broken = path, without, False
-        NAMES[path] = self
+        self.path, self.without = path, without
+        self.lacking = False  # is it known to be missing? A module that nobody has loaded is not loaded to find out
+        NAMES.append(self)
 
     def __call__(self) -> Any:
         """The thing itself, or `None`. Looking for it imports its module."""
@@ -34,24 +35,22 @@ class Name:
             return self.thing
         except AttributeError:
             self.thing = found = _look(self.path)
+            self.lacking = found is None
             return found
 
     def of(self, owner: Any, default: Any = None) -> Any:
         """The attribute of this name of an object, for what only an object has."""
-        value = _ABSENT if self.broken else getattr(owner, self.path.rpartition(".")[2], _ABSENT)
-        if value is _ABSENT:
-            self.broken = True
-            return default
-        return value
+        value = _attribute(owner, self.path.rpartition(".")[2])
+        self.lacking |= value is _ABSENT
+        return default if value is _ABSENT else value
 
     def fails(self) -> None:
-        """It is there, and works in another way than we know: from now on it is not used."""
-        self.thing, self.broken = None, True
+        """It is there, and works in another way than we know."""
+        self.lacking = True
 
-    @property
-    def lacking(self) -> bool:
-        """Is it known to be missing? A module that nobody has loaded is not loaded to find out."""
-        return self.broken or getattr(self, "thing", _ABSENT) is None
+
+def _attribute(owner: Any, name: str) -> Any:
+    return getattr(owner, name, _ABSENT)
 
 
 def _look(path: str) -> Any:
@@ -82,4 +81,4 @@ def needed(path: str) -> Any:
 
 def missing() -> list[str]:
     """What this torch lacks, and what is done instead: a line each."""
-    return [f"`{n.path}` is missing: {n.without}" for n in NAMES.values() if n.lacking]
+    return list(dict.fromkeys(f"`{n.path}` is missing: {n.without}" for n in NAMES if n.lacking))

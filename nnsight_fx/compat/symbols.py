@@ -10,13 +10,35 @@ import sympy
 import torch
 
 from .fakes import fake_like
+from .probe import Name, needed
+
+_SYMBOLS = "torch.fx.experimental.symbolic_shapes"
+ShapeEnv, DimDynamic, StatelessSymbolicContext, free_symbols, free_unbacked_symbols = (
+    needed(f"{_SYMBOLS}.{name}")
+    for name in ("ShapeEnv", "DimDynamic", "StatelessSymbolicContext", "free_symbols", "free_unbacked_symbols")
+)
+_SOURCE = Name("torch._dynamo.source.ConstantSource", "a growing cache's length has the name that torch gives it")
+_PRODUCE = Name(f"{_SYMBOLS}.ShapeEnv.produce_guards_expression", "guards on sizes are evaluated by sympy")
+_EVALUATE = Name(f"{_SYMBOLS}.ShapeEnv.evaluate_guards_expression", "guards on sizes are evaluated by sympy")
+_TABLES = "what one compile decides of a size holds for later ones of the graph, too"
+_HINTS = Name(f"{_SYMBOLS}.ShapeEnv.backed_var_to_val", _TABLES)
+_OLD_HINTS = Name(f"{_SYMBOLS}.ShapeEnv.var_to_val", _TABLES)  # torch 2.11
+_RANGES = Name(f"{_SYMBOLS}.ShapeEnv.var_to_range", _TABLES)
+_DIVISIBLE = Name(f"{_SYMBOLS}.ShapeEnv.divisible", _TABLES)
+_COUNTER = Name(f"{_SYMBOLS}.ShapeEnv._update_version_counter", _TABLES)
+_MADE = Name(f"{_SYMBOLS}.ShapeEnv.create_symintnode", _TABLES)
 
 
 def constant_source(name: str) -> Any:
     """Where a size that is no input's comes from: what a symbol made by hand is called."""
-    from torch._dynamo.source import ConstantSource
+    made = _SOURCE()
+    return None if made is None else made(name)
 
-    return ConstantSource(name)
+
+def _hints(env: Any) -> dict | None:
+    """What each symbol was when its graph was captured."""
+    new = hasattr(env, "backed_var_to_val") or not hasattr(env, "var_to_val")
+    return _HINTS.of(env) if new else _OLD_HINTS.of(env)
 
 
 @contextlib.contextmanager
@@ -27,10 +49,11 @@ def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iter
     `fakes` of the inputs with these.
     """
     env = context.fake_mode.shape_env
-    if env is None:
+    tables = () if env is None else (_hints(env), *(name.of(env) for name in (_RANGES, _DIVISIBLE, _COUNTER, _MADE)))
+    if env is None or any(table is None for table in tables):
         yield list(fakes)
         return
-    captured: dict = getattr(env, "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val")
+    captured: dict = tables[0]
     now = {s: n for s, n in sizes_of(fakes, values).items() if s in captured and captured[s] != n}
     before = {s: captured[s] for s in now}
     captured.update(now)
@@ -130,7 +153,7 @@ class Sizes:
                 return None
         others = dict(zip(self.symbols, symbols, strict=True))
         guards = [g._replace(expr=g.expr.xreplace(others)) for g in self.guards]
-        return guards if all(g.expr.xreplace(values) == True for g in guards) else None  # noqa: E712
+        return guards if _true(guards, values) else None
 
 
 def symbols_among(values: Sequence) -> tuple:
@@ -150,8 +173,6 @@ def renamed(size: Any, names: dict) -> str:
 
 def unbacked(fake: torch.Tensor) -> bool:
     """Has a fake a size that is known only when the graph runs?"""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
     return bool(free_unbacked_symbols((*fake.shape, *fake.stride())))
 
 
@@ -175,20 +196,31 @@ def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool
     sizes = {i: f.node for i, f in enumerate(fakes) if isinstance(f, torch.SymInt) and f.node._expr.is_symbol}
     fixed = {i: int(node.expr) for i, node in sizes.items() if node.expr.is_number}  # a guard has made them numbers
     where = [i for i, node in sizes.items() if node.expr.is_symbol]
-    code = env.produce_guards_expression([fakes[i] for i in where], guards=new) if where and new else None
+    check = _check(env, new, [fakes[i] for i in where]) if where and new else None
 
     def hold(values: list) -> bool:
         if any(values[i] != number for i, number in fixed.items()):
             return False
-        return not code or env.evaluate_guards_expression(code, [values[i] for i in where])
+        return check is None or check([values[i] for i in where])
 
-    return hold if fixed or code else lambda values: True
+    return hold if fixed or check else lambda values: True
+
+
+def _check(env: Any, guards: list, fakes: list) -> Callable[[list], bool] | None:
+    """The check of guards on sizes, over the values of `fakes`; `None` where every value fulfils them."""
+    if _PRODUCE() is None or _EVALUATE() is None:
+        symbols = [fake.node.expr for fake in fakes]
+        return lambda values: _true(guards, dict(zip(symbols, map(sympy.Integer, values), strict=True)))
+    code = _PRODUCE()(env, fakes, guards=guards)
+    return (lambda values: _EVALUATE()(env, code, values)) if code else None
+
+
+def _true(guards: list, sizes: dict) -> bool:
+    return all(g.expr.xreplace(sizes) == True for g in guards)  # noqa: E712  (sympy's)
 
 
 def guards_hold(env: Any, since: int, fakes: list) -> Callable[[list], bool]:
     """The check of the guards on sizes added since `since`, over the values of the symbols `fakes`."""
     new = env.guards[since:]
-    if not new:
-        return lambda values: True
-    code = env.produce_guards_expression(fakes, guards=new)
-    return (lambda values: env.evaluate_guards_expression(code, values)) if code else lambda values: True
+    check = _check(env, new, fakes) if new else None
+    return check or (lambda values: True)

@@ -1,6 +1,8 @@
-"""What transformers does lazily in the middle of a forward, done before a capture: Dynamo cannot trace the locks it takes."""
+"""What transformers does on its own: hooks that it puts on lazily in the middle of a forward, and the names of caches."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch.nn as nn
 
@@ -8,7 +10,8 @@ _INSTALLED = "_output_capturing_hooks_installed"
 
 
 def settle(module: nn.Module) -> None:
-    """Install transformers' output-collecting hooks, which it would install at the first call that asks for them.
+    """Install transformers' output-collecting hooks before a capture: it would install them at the first call that asks for
+    them, and Dynamo cannot trace the locks that it takes.
 
     Not on a model with a part that has them: installing goes through all parts, and does not look whether they do.
     """
@@ -26,6 +29,14 @@ def settle(module: nn.Module) -> None:
 def collects(module: nn.Module) -> bool:
     """Has a forward of this module asked for such hooks?"""
     return any(vars(m).get(_INSTALLED) for m in module.modules())
+
+
+CACHE = ("cache", "past_key_values")  # what a forward calls its cache, from transformers 5.24 on and before
+
+
+def cache_among(kwargs: dict) -> Any:
+    """The cache among a forward's arguments, under either name."""
+    return next((kwargs[name] for name in CACHE if kwargs.get(name) is not None), None)
 
 
 def restored(thing: object) -> bool:
@@ -46,5 +57,5 @@ def without_library_hooks(module: nn.Module) -> tuple:
         hooks = state["_forward_hooks"]
         kept = {k: h for k, h in hooks.items() if not (getattr(h, "__module__", "") or "").startswith("transformers.")}
         state = {**state, "_forward_hooks": type(hooks)(kept)}
-        state.pop("_output_capturing_hooks_installed", None)
+        state.pop(_INSTALLED, None)
     return *reduced[:2], state, *reduced[3:]

@@ -7,13 +7,35 @@ from typing import Any
 
 import torch
 
+from .probe import Name
+
+_HANDLERS = Name(
+    "torch._dynamo.variables.TorchInGraphFunctionVariable._get_handlers", "Dynamo reads the instructions of our markers"
+)
+_USED = [
+    Name(f"torch._dynamo.variables.{name}", "Dynamo reads the instructions of our markers")
+    for name in (
+        "TensorVariable",
+        "TupleVariable",
+        "ConstantVariable",
+        "UserFunctionVariable.call_function",
+        "VariableTracker.build",
+        "VariableTracker.realize",
+        "TorchInGraphFunctionVariable.call_function",
+    )
+]
+_LAZY = Name(
+    "torch._dynamo.variables.lazy.LazyConstantVariable", "the value of each constant that a module gets is guarded"
+)
+
 
 def traced_by(function: Callable, handler: Callable) -> None:
     """Have Dynamo call `handler(tx, *args, **kwargs)` on its variables where it would read the instructions of `function`."""
-    handlers = getattr(_vt().TorchInGraphFunctionVariable, "_get_handlers", None)
-    if handlers is not None:  # another torch reads
-        torch.compiler.allow_in_graph(function)
-        handlers()[function] = lambda _, tx, /, *args, **kwargs: handler(tx, *args, **kwargs)
+    handlers = _HANDLERS()
+    if handlers is None or any(name() is None for name in _USED):
+        return
+    torch.compiler.allow_in_graph(function)
+    handlers()[function] = lambda _, tx, /, *args, **kwargs: handler(tx, *args, **kwargs)
 
 
 def is_tensor(value: Any) -> bool:
@@ -29,7 +51,7 @@ def _vt() -> Any:
 
 def _unread() -> type | None:
     """The class of a constant of which Dynamo guards no more than the type, until something depends on its value."""
-    return getattr(_vt().lazy, "LazyConstantVariable", None)
+    return _LAZY()
 
 
 def looked_at(value: Any) -> Any:

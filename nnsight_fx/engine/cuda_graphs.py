@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..compat import inductor
 from ..compat.tensors import memory
 
 MODES = ("reduce-overhead", "max-autotune")
@@ -61,10 +62,8 @@ class _Kept(logging.Handler):
 @contextlib.contextmanager
 def refusals(device: torch.device | None) -> Iterator[list[str]]:
     """Why Inductor records no CUDA graph of what is compiled in this block."""
-    from torch._dynamo.utils import counters
-
-    log = torch._logging.getArtifactLogger("torch._inductor.cudagraph_utils", "cudagraphs")
-    kept, level, skipped = _Kept(), log.level, counters["inductor"]["cudagraph_skips"]
+    log = inductor.graphs_log()
+    kept, level, skipped = _Kept(), log.level, inductor.skipped_graphs()
     log.addHandler(kept)
     log.setLevel(logging.WARNING)
     try:
@@ -72,7 +71,7 @@ def refusals(device: torch.device | None) -> Iterator[list[str]]:
     finally:
         log.removeHandler(kept)
         log.setLevel(level)
-        more = counters["inductor"]["cudagraph_skips"] - skipped
+        more = inductor.skipped_graphs() - skipped
         if device is not None and device.type != "cuda":
             kept.reasons[:] = [f"the model is on the {device.type}"]
         elif more > len(kept.reasons):

@@ -287,6 +287,9 @@ class Following(Wave):
     def most_calls(self) -> int:
         return 0
 
+    def open_ended(self, path: str) -> bool:
+        return False
+
     def forget(self) -> None:
         pass
 

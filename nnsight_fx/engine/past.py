@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 
 from ..capture.scan import PLAIN
 from ..compat.fakes import FakeTensorMode
 from ..compat.modes import TorchFunction
-from ..compat.symbols import constant_source
+from ..compat.symbols import DimDynamic, StatelessSymbolicContext, constant_source
+from ..compat.transformers import cache_among
 
 LENGTH = 23  # stands for the cache's length in a scan: shows up as a symbol, never as a number
 
@@ -61,7 +61,7 @@ def is_cache(x: Any) -> bool:
 
 def growing(batch: Any) -> Past | None:
     """The cache of a forward, if its tensors are as long as what it holds, and the mask, if any, covers it."""
-    cache = batch.kwargs.get("past_key_values")
+    cache = cache_among(batch.kwargs)
     tokens = next((x for n in ("input_ids", "inputs_embeds") if (x := batch.kwargs.get(n)) is not None), None)
     mask = batch.kwargs.get("attention_mask")
     if not is_cache(cache) or tokens is None or not cache.layers:

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 import torch.fx as fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.lowering import fallback_handler, register_lowering
-from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..compat import inductor
+from ..compat.graphs import make_fx
 
 # Up to how many rows, and from how many elements of a weight, it pays (`bench/products.py`).
 IN_BLOCKS = 64, 2**16
@@ -36,11 +36,9 @@ _library.impl("linear", _linear, "CPU")
 torch.library.register_fake("nnsight_fx::linear", _shape, lib=_library)
 
 
-@register_lowering(_by_onednn, type_promotion_kind=None)
-def _lowered(x: Any, weight: Any, bias: Any) -> Any:
-    """In what Inductor writes, oneDNN is called with no Python between."""
-    call = fallback_handler(torch.ops.mkldnn._linear_pointwise.default, add_to_fallback_set=False)
-    return call(x, weight, bias, "none", [], "")
+_lowered = torch.backends.mkldnn.is_available() and inductor.lowering(
+    _by_onednn, torch.ops.mkldnn._linear_pointwise.default
+)
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -68,7 +66,8 @@ def _block(rows: int, threads: int) -> int | None:
 @functools.cache
 def worthwhile() -> bool:
     """Is torch's float32 product MKL's on an AMD CPU, where MKL does not do its best?"""
-    return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and _vendor() == "AuthenticAMD"
+    here = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and _vendor() == "AuthenticAMD"
+    return bool(here and _lowered and inductor.graph_pass() is not object)
 
 
 def _vendor() -> str:
@@ -85,7 +84,7 @@ def chosen(options: dict[str, Any]) -> dict[str, Any]:
     return {"post_grad_custom_post_pass": FewRows(), **options} if worthwhile() else options
 
 
-class FewRows(CustomGraphPass):
+class FewRows(inductor.graph_pass()):  # type: ignore[misc]
     """What Inductor does to a graph at last: products of few rows with a large weight are `few_rows`'s.
 
     ```

@@ -22,6 +22,7 @@ from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.lazy import Line
 from ..tracing.nested import refuse_nested
 from ..tracing.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observed, Op, Site
+from ..tracing.steps import ANY
 from .offload import Offload
 from .retained import retain
 from .switch import Coroutine, State
@@ -85,7 +86,8 @@ class Run(TensorInterleaver):
             self.coroutine = Coroutine(self._suspendable, state)
         if not self.coroutine.ended:
             self._resume()
-        else:
+        if self.coroutine.ended:
+            self.never()
             self.work(None)
         self.offload.wait()
         missed = self.unfinished() if self.coroutine.ended else []
@@ -314,15 +316,25 @@ class Run(TensorInterleaver):
     def symbols_value(self, expr: Any) -> int:
         return int(expr.subs(self.symbols))
 
-    def check(self, n: int, leaves: list, expected: tuple) -> None:
+    def check(self, n: int, leaves: list, expected: tuple, spec: tree.Spec) -> None:
+        site = ".".join(p for p in self.plan.ops[n].target[:2] if p)
+        advice = "Look at the value first (`tracer.apply(lambda h: h, value)` or `print(value)` syncs), so that the body follows the model."
+        if spec is not None and spec != self.plan.specs[n]:
+            raise PlanMismatchError(
+                f"{self.lines[n]}: `{site}` has another structure than the body was recorded for: the model takes another way on this "
+                f"input. {advice}"
+            )
         for leaf, want in zip(leaves, expected, strict=False):
-            got = (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else None
-            if got is not None and want is not None and got != want:
-                site = ".".join(p for p in self.plan.ops[n].target[:2] if p)
+            got = (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+            if isinstance(got, tuple) and isinstance(want, tuple) and got != want:
                 raise PlanMismatchError(
                     f"{self.lines[n]}: `{site}` has shape {got[0]} and dtype {got[1]}, but the body was recorded for {want[0]} and "
-                    f"{want[1]}: the model takes another way on this input. Look at the value first (`tracer.apply(lambda h: h, "
-                    "value)` or `print(value)` syncs), so that the body follows the model."
+                    f"{want[1]}: the model takes another way on this input. {advice}"
+                )
+            if want is not ANY and (isinstance(got, tuple) is not isinstance(want, tuple) or (got != want)):
+                raise PlanMismatchError(
+                    f"{self.lines[n]}: `{site}` holds {_shown(leaf)}, but the body was recorded for {_shown(want)}: the model takes another "
+                    f"way on this input. {advice}"
                 )
 
     # -- errors --------------------------------------------------------------------------------------------------
@@ -397,3 +409,14 @@ def live(run: Run, everything: bool) -> Any:
     frames = owner.operations.frames(run.plan)
     with owner.installed(modules, {path: run.skip(path) for path in run.skips}, frames):
         yield
+
+
+def _shown(leaf: Any) -> str:
+    """A leaf of a site, in an error."""
+    return (
+        "a tensor"
+        if isinstance(leaf, torch.Tensor | tuple)
+        else repr(leaf)
+        if isinstance(leaf, bool | str | None)
+        else type(leaf).__name__
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -12,19 +13,20 @@ from typing import Any
 import sympy
 import torch
 import torch.nn as nn
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-    free_unbacked_symbols,
-)
 
 from ..capture.odd import odd
 from ..capture.operations import frames_of
 from ..capture.scan import PLAIN, Scan, callee, scan, skeleton
 from ..compat.fakes import FakeCopyMode, FakeTensorMode, GuardOnDataDependentSymNode, on_symbols
 from ..compat.modes import NoTorchFunction
-from ..compat.symbols import constant_source, guards_hold
+from ..compat.symbols import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    constant_source,
+    free_unbacked_symbols,
+    guards_hold,
+)
 from ..compat.transformers import collects
 from ..errors import PaddedLengthUnknown
 from ..tracing import ambient, tree
@@ -40,6 +42,7 @@ from .past import Past, copied, growing, is_cache, state
 ROWS, LENGTH = 11, 13
 _TORCH, _HERE = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
 SIGNATURES = 64  # scans kept a model
+TURNS = 520  # how often a scan goes the same way at a line that values decide: more than models have experts
 STEPS = 100_000  # recorded operations kept a scan
 
 
@@ -58,6 +61,22 @@ class Shapes(ShapeEnv):
 
     guessing = guessed = False
 
+    def __init__(self):
+        super().__init__()
+        self.guesses: list[Callable[[], None]] = []  # told of each
+        self.turns: dict[tuple, int] = {}  # how often each line of a running frame has been decided
+
+    def _first_turns(self) -> bool:
+        """Is a line decided for the first times? A `while` on values would never end with one answer."""
+        frame: Any = sys._getframe(2)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _HERE)):
+            frame = frame.f_back
+        line = (id(frame), frame.f_lineno)
+        self.turns[line] = self.turns.get(line, 0) + 1
+        if self.turns[line] > 2 * TURNS:
+            raise RuntimeError(f"values decide how often {frame.f_code.co_filename}:{frame.f_lineno} runs")
+        return self.turns[line] <= TURNS
+
     @property
     def allow_scalar_outputs(self) -> bool:
         return self.guessing
@@ -73,7 +92,10 @@ class Shapes(ShapeEnv):
             if not self.guessing:
                 raise
             self.guessed = True
-            return orig_expr.xreplace({s: sympy.Integer(1) for s in free_unbacked_symbols(orig_expr)})
+            for told in self.guesses:
+                told()
+            guess = orig_expr.xreplace({s: sympy.Integer(1) for s in free_unbacked_symbols(orig_expr)})
+            return guess if guess not in (sympy.true, sympy.false) or self._first_turns() else sympy.Not(guess)
 
     def _make_data_dependent_error(self, *args: Any, **kwargs: Any) -> Any:
         return _Unknown(
@@ -238,7 +260,7 @@ class Scanner:
             with on_symbols(), quiet_fakes():
                 return callee(m, fn)(*args, **kwargs)
 
-        self.shapes.guessing, self.shapes.guessed = True, False
+        self.shapes.guessing, self.shapes.guessed, self.shapes.turns = True, False, {}
         try:
             done = scan(
                 copied,
@@ -248,10 +270,11 @@ class Scanner:
                 batched=batched,
                 unsure=lambda: self.shapes.guessed,
                 frames=of.frames,
+                guesses=self.shapes.guesses,
                 real=dict(zip(copied.modules(), self.modules, strict=True)).get,
             )
         finally:
-            self.shapes.guessing = False
+            self.shapes.guessing, self.shapes.guesses = False, []
         replaced = self.shapes.replacements
         if any(s is not None and s in replaced for s in of.symbols):
             done = Scan()
@@ -389,6 +412,10 @@ class WaveSites:
         scan = self.signature.scan
         found = scan.counts.get((path, kind), 0)
         return found if scan.ended is None else max(found, 1)
+
+    def open_ended(self, path: str) -> bool:
+        """Do values decide how often the forward calls a module?"""
+        return self.signature.scan.decided(path)
 
     def called(self, path: str) -> Any:
         """What an operation inside a module calls, if the scan came by."""

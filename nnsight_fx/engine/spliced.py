@@ -47,7 +47,7 @@ from ..tracing.interleave import Firing, Stopped, gather
 from ..tracing.plan import MODULE, OBJECT, OBSERVE, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
 from . import cuda_graphs, gradients
 from .failure import ours, untraceable
-from .run import Run, live
+from .run import Run, live, written
 from .sites import FakeInterleaver
 from .symbolic import Symbolic
 from .variants import Variant, extras, variant
@@ -432,6 +432,7 @@ class SplicedRun(Run):
                 self.fall_back("hook engine: no scan could tell where the trace stops the model")
             except Exception as error:
                 if not self._captures_nothing(error):
+                    self._blamed(error)
                     raise
                 self.fall_back(untraceable(error, self))
                 if ours(error) is not None:
@@ -474,6 +475,12 @@ class SplicedRun(Run):
     def fall_back(self, why: str) -> None:
         self.capture.fall_back(why)
         self.report.append(why)
+
+    def _blamed(self, error: Exception) -> None:
+        """Dynamo runs a frame that it cannot trace, and may fail in a later one on what the capture half writes (torch 2.14 on)."""
+        writes = [n for n, op in enumerate(self.plan.ops) if op.kind == WRITE] if self.capture_half is not None else []
+        if writes and self.written is None and compat.dynamo.fails(error):
+            self.written = written(self.plan.ops[writes[-1]], self.lines[writes[-1]])
 
     def _captures_nothing(self, error: Exception) -> bool:
         """Did tracing fail in Dynamo itself, or on what the plan writes, before anything of the model ran?"""

@@ -16,13 +16,15 @@ import torch
 
 from .. import compat
 from ..tracing import ambient
+from ..tracing.recorder import Recorder
 
 
 class State:
     """The thread state of one side: looked at, or taken off the thread (`take`)."""
 
     def __init__(self, take: bool = False):
-        self.functions = compat.modes.function_modes(take)
+        found = compat.modes.function_modes(take)
+        self.functions = found if take else [m for m in found if not isinstance(m, Recorder)]  # a body around this one
         self.dispatch = compat.modes.dispatch_modes(take)
         self.ambient = ambient.current()
         self.autocast_cache = torch.is_autocast_cache_enabled()

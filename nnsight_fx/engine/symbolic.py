@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 import torch.nn as nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .. import compat
 from ..capture import streams
@@ -85,7 +84,7 @@ class Symbolic:
 
     def _trace(self, leaves: list, spec: tree.Spec, tensors: list[torch.Tensor], held: int) -> Graphed:
         _refuse(leaves, tensors)
-        mode = compat.fakes.FakeTensorMode(shape_env=ShapeEnv())
+        mode = compat.fakes.FakeTensorMode(shape_env=compat.symbols.ShapeEnv())
         copied = skeleton(self.module, mode)
         for real, copy in zip(self.module.modules(), copied.modules(), strict=True):
             if "forward" in vars(copy) and vars(copy)["forward"] is vars(real).get("forward"):

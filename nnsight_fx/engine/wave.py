@@ -157,6 +157,10 @@ class Wave:
         """How often the forward passes a site, as its scan saw it."""
         return self.tape.sites.calls(path, kind)  # type: ignore[attr-defined]
 
+    def open_ended(self, path: str) -> bool:
+        """Do values decide how often the forward calls a module?"""
+        return self.tape.sites.open_ended(path)  # type: ignore[attr-defined]
+
     def most_calls(self) -> int:
         return max(self.tape.sites.signature.scan.counts.values(), default=1)  # type: ignore[attr-defined]
 

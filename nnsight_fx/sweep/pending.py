@@ -17,7 +17,7 @@ from ..tracing.ambient import under
 from ..tracing.encode import facts, references
 from ..tracing.functions import INSIDE
 from ..tracing.lazy import LazyTensor
-from ..tracing.plan import APPLY, CALL, OBJECT, OBSERVE, READ, SKIP, SYNC, VISIT, InterventionGraph
+from ..tracing.plan import APPLY, CALL, OBJECT, OBSERVE, REACH, READ, SKIP, SYNC, VISIT, InterventionGraph
 from .effects import effects
 
 COPIED = 2**20  # bytes: what is larger is watched, not copied (SEMANTICS D23)
@@ -182,7 +182,7 @@ def why_alone(pending: Pending) -> str | None:
     if plan.recapture == "changes":
         return "it changes the shape, dtype or structure of a value"
     for op in plan.ops:
-        if op.kind in (SKIP, OBJECT, OBSERVE, VISIT):
+        if op.kind in (SKIP, OBJECT, OBSERVE, REACH, VISIT):
             return f"it has a `{op.kind}`"
         if op.kind == READ and (op.extra is None or op.extra[1] is not None):
             return "it reads what no scan is sure of"

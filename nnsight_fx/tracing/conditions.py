@@ -16,13 +16,13 @@ from ..errors import NotRecordableError, UnsavedValueError
 from .encode import Key, references
 from .lazy import LazyTensor, user_line
 from .objects import LazyObject
-from .plan import BACKWARD, BARRIER, GRAD, OBJECT, OBSERVE, READ, SET_GRAD, VISIT
+from .plan import BACKWARD, BARRIER, GRAD, OBJECT, OBSERVE, REACH, READ, SET_GRAD, VISIT
 
 if TYPE_CHECKING:
     from .contexts import Tracer
     from .tape import Tape
 
-ALWAYS = {READ, OBJECT, OBSERVE, BARRIER}
+ALWAYS = {READ, OBJECT, OBSERVE, REACH, BARRIER}
 NEVER = {
     GRAD: "a gradient",
     SET_GRAD: "a gradient",

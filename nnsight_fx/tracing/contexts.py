@@ -18,7 +18,7 @@ from .conditions import Condition, Stopping
 from .graph import Graph
 from .iteration import Cursor, Iterations, Never
 from .lazy import Line, user_line
-from .recorder import Recorder
+from .recorder import Recorder, unrecorded
 from .steps import Invoke
 from .tape import Tape, held
 
@@ -30,6 +30,8 @@ class Wave(Protocol):
     notes: Any
 
     def calls(self, path: str, kind: str) -> int: ...
+
+    def open_ended(self, path: str) -> bool: ...
 
     def finish(self) -> None: ...
 
@@ -97,7 +99,8 @@ class Tracer:
             self.args, self.kwargs = held(self.args), held(self.kwargs)
             self.state = self.host._state()
             if self.args or self.host._has_input(self.kwargs):
-                self._begin_alone(self.host._prepare(self.args, self.kwargs))
+                with unrecorded():
+                    self._begin_alone(self.host._prepare(self.args, self.kwargs))
             self.resume_body = self.host._suspend()
             self.recorder.__enter__()
         except BaseException:
@@ -113,6 +116,10 @@ class Tracer:
         self.recorder.__exit__(None, None, None)
         self.modes.__exit__(None, None, None)
         self.resume_body()
+        with unrecorded():
+            return self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> bool:
         try:
             if isinstance(error, Never):  # found out before the run, told after it
                 with contextlib.suppress(MissedSiteError):
@@ -268,7 +275,7 @@ class Tracer:
 
     def advance(self) -> None:
         """Run the open forward. The next one is open then, or, after the last, what follows the generation."""
-        with _paused(self.recorder):
+        with unrecorded():
             self._run_open()
             self._begin(None, alone=True)
             tape = self.recorder.tape
@@ -288,6 +295,11 @@ class Tracer:
         total += sum(self.calls(path, kind, i) for i in range(at, step))
         self.counted[(path, kind)] = (step, total)
         return total
+
+    def open_ended(self, path: str, kind: str, step: int) -> bool:
+        """Is it only known from the run how often a forward passes a site? In a generation one call is taken for the only one."""
+        wave = self.waves[step if self.generation is not None else -1]
+        return wave.open_ended(path) and (self.generation is None or wave.calls(path, kind) != 1)
 
     def most_calls(self, step: int) -> int:
         """How often a forward passes the site that it passes most."""
@@ -322,12 +334,13 @@ class Tracer:
         if self.waves or self.args:
             raise InvokeError(f"{user_line()}: `tracer.batch` comes first in a trace without input, before any invoke.")
         invokers = [Invoker(self, (p,), {}) for p in prompts]
-        with _paused(self.recorder):
+        with unrecorded():
             for invoker in invokers:
                 invoker.batch, invoker.prepared = self.host._prepare(invoker.args, dict(self.kwargs)), True
             if self.generates:
                 return invokers
             self._begin([i.batch for i in invokers], alone=False)
+        self.recorder.tape = self.waves[-1].tape
         for invoker in invokers:
             self.waves[-1].add(invoker)
             self.given.append(invoker)
@@ -541,7 +554,7 @@ class Invoker:
             )
         self.args, self.kwargs = held(self.args), held(self.kwargs)
         if self.batch is None and (self.args or self.kwargs):
-            with _paused(tracer.recorder):
+            with unrecorded():
                 self.batch = tracer.host._prepare(self.args, {**tracer.kwargs, **self.kwargs})
         if tracer.generates:
             return self._generate()
@@ -572,7 +585,7 @@ class Invoker:
         """In `generate`: a generation of its own, in step with the body; without input, what follows those before it."""
         tracer = self.tracer
         if self.batch is not None:
-            with _paused(tracer.recorder):
+            with unrecorded():
                 tracer._begin_alone(self.batch)
             tracer.recorder.tape = tracer.waves[-1].tape
         elif not tracer.generations:
@@ -602,16 +615,3 @@ class Invoker:
             if self.tracer.generates:
                 self.tracer._end_generation() if self.batch is not None else self.tracer._run_open()
         return type(error) is Stopping
-
-
-class _paused:
-    """The recorder off: a host prepares inputs with real work on real tensors."""
-
-    def __init__(self, recorder: Recorder):
-        self.recorder = recorder
-
-    def __enter__(self) -> None:
-        self.tape, self.recorder.tape = self.recorder.tape, None
-
-    def __exit__(self, *_: Any) -> None:
-        self.recorder.tape = self.tape

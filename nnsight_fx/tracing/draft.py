@@ -80,7 +80,7 @@ class Draft(Tape):
             return id(args[0])
         if name in NEEDS_DATA | NEEDS_MEMORY | LIVE_CALLS:
             _refuse(f"`{name}`")
-        return self.add(CALL, Identity(func), args, kwargs, effect=effect_of(name, kwargs))
+        return self.add(CALL, Identity(func), args, kwargs, effect=effect_of(name, kwargs, args))
 
     def add(
         self,

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..compat.autograd import Untold, applied, applying, separate
+from ..compat.autograd import Untold, applied, applying, call_of, separate
 from ..compat.fakes import FakeTensor
 from ..errors import NNsightFXError, NotRecordableError
 from . import tree
 from .encode import Identity
 from .lazy import LazyTensor, _first, user_line
 from .lifting import name_of
-from .names import RANDOM, needs_data
+from .names import draws, needs_data
 from .plan import CALL
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def _run(tape: Tape, func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[to
     """An operation on fakes, and the tensors that it makes of them; real tensors alone stay what they are."""
     given = tree.flatten((args, kwargs))[0]
     faked = any(isinstance(x, FakeTensor) for x in given)
-    if not faked and (name_of(func) in RANDOM or any(isinstance(x, torch.SymInt) for x in given)):
+    if not faked and (draws(name_of(func), args, kwargs) or any(isinstance(x, torch.SymInt) for x in given)):
         with tape.fakes:
             out = func(*args, **kwargs)
     else:
@@ -83,7 +83,7 @@ class Scope:
         except Untold as e:
             raise _not_recordable(frame.f_code.co_qualname, str(e)) from None
         outputs = self._outputs(tape, cls, args)
-        apply = _applies.setdefault(cls, cls.apply)
+        apply = _applies.setdefault(cls, call_of(cls))
         with torch.set_grad_enabled(True):
             result = tape.add(CALL, Identity(apply), args, kwargs, effect="random")
         results = list(result) if isinstance(result, tuple) else [result]

@@ -24,6 +24,7 @@ from .plan import (
     LIVE,
     OBJECT,
     OBSERVE,
+    REACH,
     READ,
     SAVE,
     SET_GRAD,
@@ -99,7 +100,7 @@ class Interleaver:
         """A leaf as an observation keeps it."""
         raise NotImplementedError
 
-    def check(self, n: int, leaves: list, expected: tuple) -> None:
+    def check(self, n: int, leaves: list, expected: tuple, spec: tree.Spec) -> None:
         """Is a site what the scan guessed it to be?"""
 
     # The schedule.
@@ -189,7 +190,7 @@ class Interleaver:
             batched, expected = op.extra or (None, None)
             leaves = [self.rows(x, op.invoke, firing.batched(i, batched)) for i, x in enumerate(firing.leaves)]
             if expected is not None:
-                self.check(n, leaves, expected)
+                self.check(n, leaves, expected, firing.spec)
             for i, (base, own) in enumerate(zip(firing.leaves, leaves, strict=True)):
                 if base is not own and ((n, i) in self.plan.tapped or not self.closed):
                     self.bases[(n, i)] = (base, op.invoke, firing.batched(i, batched))
@@ -197,6 +198,10 @@ class Interleaver:
         elif op.kind == OBSERVE:
             assert firing is not None
             self._observe(n, op, firing)
+        elif op.kind == REACH:
+            if not self.live:
+                raise Cut
+            self.env[(n, 0)] = True
         elif op.kind == OBJECT:
             assert firing is not None
             self.env[(n, 0)] = firing.leaves[op.extra] if op.extra < len(firing.leaves) else None
@@ -335,6 +340,13 @@ class Interleaver:
             n += 1
         self.counts[(path, kind)] = n + 1
         return n
+
+    def never(self) -> None:
+        """The forward is over: what was asked for by `REACH` has not come."""
+        for n, op in enumerate(self.plan.ops):
+            if op.kind == REACH and n not in self.done:
+                self.env[(n, 0)] = False
+                self.done.add(n)
 
     def unfinished(self) -> list[int]:
         """The operations that the run did not get to."""

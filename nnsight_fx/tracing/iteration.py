@@ -62,7 +62,7 @@ class Cursor:
         if hit is None:
             want = (self.pin or 0) + moved
         else:
-            calls = tracer.calls(path, kind, hit.step)
+            calls = hit.call + 1 if tracer.open_ended(path, kind, hit.step) else tracer.calls(path, kind, hit.step)
             want = tracer.before(path, kind, hit.step) + max(0, min(hit.call, calls - 1)) + moved
         call = self._seek(path, kind, want)
         if self.pin is not None and hit is None and not moved:
@@ -78,7 +78,10 @@ class Cursor:
                     f"{user_line()}: occurrence {want} of `{path}.{kind}` was passed: the generation has run to its forward "
                     f"{tracer.step}. Touch it before that, or use `for step in tracer.iter[:]`."
                 )
-            if want < before + tracer.calls(path, kind, tracer.step):
+            if tracer.open_ended(path, kind, tracer.step):
+                if not tracer.can_advance or tracer.tape.reaches((path, kind, want - before)):
+                    return want - before
+            elif want < before + tracer.calls(path, kind, tracer.step):
                 return want - before
             if tracer.can_advance:
                 tracer.advance()
@@ -92,10 +95,15 @@ class Cursor:
     def goes_on(self, index: int) -> bool:
         """Can there be a body for occurrence `index`? Runs the forwards before the one that holds it."""
         tracer = self.tracer
+        most = 0
         while True:
             if self.last is not None:
                 path, kind = self.last.path, self.last.kind
-                most = tracer.before(path, kind, tracer.step) + tracer.calls(path, kind, tracer.step)
+                before = tracer.before(path, kind, tracer.step)
+                if not tracer.open_ended(path, kind, tracer.step):
+                    most = before + tracer.calls(path, kind, tracer.step)
+                elif index < before or tracer.tape.reaches((path, kind, index - before)):
+                    return True
             else:
                 most = sum(tracer.most_calls(step) for step in range(tracer.step + 1))
             if index < most:

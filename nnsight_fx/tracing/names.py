@@ -52,9 +52,26 @@ _DATA_DEPENDENT = (
 )
 
 
-def effect_of(name: str, kwargs: dict) -> str:
+# Draw in training only: where `training` stands among the arguments, and what it is by default.
+_TRAINING = {
+    **dict.fromkeys(_names("dropout dropout1d dropout2d dropout3d dropout_"), (2, True)),
+    **dict.fromkeys(_names("alpha_dropout feature_alpha_dropout feature_dropout"), (2, False)),
+    **dict.fromkeys(_names("rrelu rrelu_"), (3, False)),
+}
+
+
+def draws(name: str, args: tuple, kwargs: dict) -> bool:
+    """Does a call draw random numbers?"""
+    if name not in RANDOM and name not in RANDOM_IN_PLACE:
+        return False
+    place, default = _TRAINING.get(name, (0, True))
+    given = args[place] if place and len(args) > place else default
+    return name not in _TRAINING or bool(kwargs.get("training", kwargs.get("train", given)))
+
+
+def effect_of(name: str, kwargs: dict, args: tuple = ()) -> str:
     """`"inplace"` for a call that changes an argument, `"random"` for one that draws numbers, else nothing."""
-    if name in RANDOM and kwargs.get("out") is None:
+    if name in RANDOM and kwargs.get("out") is None and draws(name, args, kwargs):
         return "random"
     dunder = name in IN_PLACE_DUNDERS or name == "__setitem__"
     in_place = dunder or (name.endswith("_") and not name.endswith("__"))

@@ -155,7 +155,8 @@ class Objects:
     def stand_in(self, key: Key | None, kind: type) -> LazyObject:
         """What stands for the object at a leaf of a read, `key`."""
         made = LazyObject(self.tape, key, kind)
-        self._made.append(weakref.ref(made))
+        if self.tape.ops[key[1]].kind == READ:  # a cache keeps no objects
+            self._made.append(weakref.ref(made))
         return made
 
     def returned(self, n: int, kind: type) -> LazyObject:

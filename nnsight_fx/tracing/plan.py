@@ -23,7 +23,8 @@ READ, WRITE, SKIP, OBJECT, OBSERVE, STOP, SAVE, CALL, MODULE, APPLY, SYNC, BARRI
 )
 BACKWARD, GRAD, SET_GRAD = "backward", "grad", "set_grad"  # a gradient belongs to the backward that follows it
 VISIT = "visit"  # a module that the body calls passes a site
-AT_SITE = {READ, WRITE, SKIP, OBJECT, OBSERVE}  # take effect at a site of their own
+REACH = "reach"  # does the run come by a site: data decides how often its module is called
+AT_SITE = {READ, WRITE, SKIP, OBJECT, OBSERVE, REACH}  # take effect at a site of their own
 EVERY = -1  # the call index of an observation of every call
 LIVE = {APPLY, SYNC}  # need real values and Python: nothing compiled can hold them
 
@@ -249,7 +250,10 @@ class InterventionGraph:
         writes = [op for op in self.ops if op.kind in (WRITE, SKIP)]
         return (
             bool(self.followed)
-            or any((op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops)
+            or any(
+                (op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) or op.kind == REACH
+                for op in self.ops
+            )
             or any(tree.holds(spec, ("mapping",)) for spec in (*self.specs, *(op.extra[0] for op in writes)))
             or any(self.ops[n].kind == APPLY for op in writes for n, _ in op.needs)
         )

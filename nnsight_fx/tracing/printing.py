@@ -27,6 +27,7 @@ from .plan import (
     GRAD,
     MODULE,
     OBJECT,
+    REACH,
     READ,
     SAVE,
     SET_GRAD,
@@ -134,6 +135,8 @@ class Printer:
         args, first = op.args[2], self.show(op.args[2][0]) if op.args[2] else ""
         if op.kind in (READ, OBJECT):
             return site_name(op.target), True
+        if op.kind == REACH:
+            return f"reaches({site_name(op.target)})", True
         if op.kind == WRITE:
             return f"{site_name(op.target)} = {self.written(op)}", False
         if op.kind == SKIP:

@@ -6,21 +6,21 @@ when the model gets there) and work on real tensors that a recorded operation ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..compat.modes import SET_GRAD
+from ..compat.modes import SET_GRAD, function_modes
 from . import tree
 from .functions import set_grad
 from .lazy import LazyTensor
 from .lifting import name_of
-from .names import RANDOM, RANDOM_IN_PLACE, effect_of
+from .names import draws, effect_of
 from .tape import Tape
 
-_RANDOM = RANDOM | RANDOM_IN_PLACE
 _GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
 
 
@@ -51,16 +51,29 @@ class Recorder(TorchFunctionMode):
         name = name_of(func)
         if name == "__get__" and not tape.changed and not tape.gradients.backwards:
             return False
-        if (name in _RANDOM and self.inside) or (tape.gradients.backwards and func == _GET_GRAD):
+        if (self.inside and draws(name, args, kwargs)) or (tape.gradients.backwards and func == _GET_GRAD):
             return True
         leaves: list | None = None
         if tape.changed or _hidden(args) or _hidden(kwargs.values()):
             leaves = tree.flatten((args, kwargs))[0]
             if any(tape.unsettled(x) or _unsized(x) for x in leaves):
                 return True
-        if tape.constants and effect_of(name, kwargs) == "inplace":
+        if tape.constants and effect_of(name, kwargs, args) == "inplace":
             return any(tape.holds(x) for x in leaves or tree.flatten((args, kwargs))[0])
         return False
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """The block is no part of a body that is open on this thread: another model's trace runs in it."""
+    open_ = [(mode, mode.tape) for mode in function_modes() if isinstance(mode, Recorder)]
+    for recorder, _ in open_:
+        recorder.tape = None
+    try:
+        yield
+    finally:
+        for recorder, tape in open_:
+            recorder.tape = tape
 
 
 def _unsized(x: Any) -> bool:

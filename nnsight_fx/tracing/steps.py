@@ -37,8 +37,22 @@ class SiteMeta(NamedTuple):
     sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
 
     @property
+    def guesses_numbers(self) -> bool:
+        """Is a Python number among the leaves that data decides, so that only the run has it?"""
+        return self.unsure and any(
+            isinstance(x, (int, float, complex, torch.SymInt)) and not isinstance(x, bool) for x in self.leaves
+        )
+
+    @property
     def opaque(self) -> bool:
         return any(type(x) is Opaque for x in self.leaves)
+
+
+class Any_:
+    """Stands, in what a read expects, for a leaf that is not compared."""
+
+
+ANY = Any_()
 
 
 class Opaque:

@@ -53,6 +53,7 @@ from .plan import (
     GRAD,
     MODULE,
     OBSERVE,
+    REACH,
     READ,
     SAVE,
     SKIP,
@@ -66,7 +67,20 @@ from .plan import (
     Op,
     Site,
 )
-from .steps import NO_ARGS, NO_KWARGS, Beaten, DeclaredCache, Invoke, Living, Missing, Opaque, SiteMeta, Sites, Step
+from .steps import (
+    ANY,
+    NO_ARGS,
+    NO_KWARGS,
+    Beaten,
+    DeclaredCache,
+    Invoke,
+    Living,
+    Missing,
+    Opaque,
+    SiteMeta,
+    Sites,
+    Step,
+)
 
 BEATEN = 256  # lines that a step knows to follow it
 _FAKES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -181,7 +195,7 @@ class Tape:
         if name in LIVE_CALLS:
             n = self.number(APPLY, Identity(func), args, kwargs, effect="inplace")
             return None if self.ops[n].retains else self.objects.returned(n, RemovableHandle)
-        effect = effect_of(name, kwargs)
+        effect = effect_of(name, kwargs, args)
         if effect == "inplace" and args:
             args = (held(args[0]), *args[1:])  # what is changed must be there
         args, kwargs = lift(name, args, kwargs, lambda t: (self.fake(t).shape, self.fake(t).dtype))
@@ -559,7 +573,7 @@ class Tape:
         self._check_passed(site, "read")
         meta = self.meta(site)
         opaque = isinstance(meta, SiteMeta) and meta.opaque
-        if not isinstance(meta, SiteMeta):
+        if not isinstance(meta, SiteMeta) or meta.guesses_numbers:
             value = self._read_live(site)
         else:
 
@@ -613,6 +627,11 @@ class Tape:
             and not self.casts
             and ambient.plain(self.base)
         )
+
+    def reaches(self, site: Site) -> bool:
+        """Does the run come by a site? A sync point: the model runs up to there, or to its end."""
+        n = self.number(REACH, site, (), {}, result=lambda: None)
+        return self.values_of([("v", n, 0)])[0]
 
     def observe(self, site: Site, how: Observed) -> tuple[int, Any]:
         """A saved read of a site as everybody leaves it; the operation's number and the value."""
@@ -1180,7 +1199,10 @@ def _expected(meta: SiteMeta) -> tuple | None:
     """What a read must find at a site whose metadata is a guess."""
     if not meta.unsure:
         return None
-    return tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else None for x in meta.leaves)
+    return tuple(
+        (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x if isinstance(x, bool | str | None) else ANY
+        for x in meta.leaves
+    )
 
 
 def _check_plain(site: Site, leaves: Iterable) -> None:

@@ -22,6 +22,7 @@ from .plan import (
     MODULE,
     OBJECT,
     OBSERVE,
+    REACH,
     READ,
     SAVE,
     SKIP,
@@ -207,7 +208,7 @@ class PlanWriter(Writer):
             raise self.refuse(
                 n, "it runs Python on real values, and a plan holds no code. Write it in torch operations"
             )
-        if op.kind in (OBJECT, OBSERVE) or (op.kind == READ and op.extra is None):
+        if op.kind in (OBJECT, OBSERVE, REACH) or (op.kind == READ and op.extra is None):
             raise self.refuse(n, "it reads an object, or a structure that only the run knows")
         made = super().operation(n, op)
         if op.kind == READ:

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from cache_name import CACHE
 from nnsight_fx import NNsight, assert_no_fallback
 from nnsight_fx.errors import PlanMismatchError, SkipError
 from nnsight_fx.tracing import tree
@@ -246,9 +247,9 @@ def test_a_cache_of_the_users(body):
         model, cache, found = NNsight(module), DynamicCache(config=module.config), []
         if engine:
             model.compile(backend=engine)
-            with model.trace(IDS, past_key_values=DynamicCache(config=module.config)):
+            with model.trace(IDS, **{CACHE: DynamicCache(config=module.config)}):
                 model.output.logits.save()
-        with assert_no_fallback(), model.trace(IDS, past_key_values=cache, use_cache=True) as tracer:
+        with assert_no_fallback(), model.trace(IDS, **{CACHE: cache}, use_cache=True) as tracer:
             body(model, tracer, found)
         layers: Any = cache.layers
         caches.append([(layer.keys, layer.values) for layer in layers if layer.get_seq_length()])
@@ -460,7 +461,7 @@ def test_a_stop_behind_a_sync_point_that_would_lose_a_cache():
 
     module = llama()
     with pytest.raises(PlanMismatchError, match=r"test_removal.py:\d+: the model is stopped after a sync point"):
-        outcome(module, body, IDS, engine="eager", warm=False, past_key_values=DynamicCache(config=module.config))
+        outcome(module, body, IDS, engine="eager", warm=False, **{CACHE: DynamicCache(config=module.config)})
 
 
 def test_a_skip_beside_a_backward_that_hooks_must_run():

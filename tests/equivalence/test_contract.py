@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import nnsight_fx
+from cache_name import CACHE
 from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
 
 SPLICED = ["eager", "aot_eager"]
@@ -74,7 +75,7 @@ def cache_of(cache: DynamicCache) -> list:
 @pytest.mark.parametrize("engine", FUSED)
 def test_stop_leaves_the_cache_as_eager_does(engine):
     def run(model, cache):
-        with assert_no_fallback(), torch.no_grad(), model.trace(ids(), past_key_values=cache) as tracer:
+        with assert_no_fallback(), torch.no_grad(), model.trace(ids(), **{CACHE: cache}) as tracer:
             h = model.model.layers[1].output.save()
             tracer.stop()
         return h
@@ -90,7 +91,7 @@ def test_stop_leaves_the_cache_as_eager_does(engine):
 @pytest.mark.parametrize("engine", FUSED_LATER)
 def test_skip_leaves_the_cache_as_eager_does(engine):
     def run(model, cache):
-        with assert_no_fallback(), torch.no_grad(), model.trace(ids(), past_key_values=cache, use_cache=True):
+        with assert_no_fallback(), torch.no_grad(), model.trace(ids(), **{CACHE: cache}, use_cache=True):
             layer = model.model.layers[1]
             layer.skip(layer.input * 2)
             after = layer.output.save()
@@ -366,10 +367,10 @@ def test_a_cache_that_is_registered_as_a_pytree(engine):
     module = llama()
     want = DynamicCache(config=module.config)
     with torch.no_grad():
-        module(ids(), past_key_values=want)
+        module(ids(), **{CACHE: want})
     got = DynamicCache(config=module.config)
     model = wrap(module, engine)
-    with assert_no_fallback(), torch.no_grad(), model.trace(ids(), past_key_values=got):
+    with assert_no_fallback(), torch.no_grad(), model.trace(ids(), **{CACHE: got}):
         model.model.layers[1].output.save()
     same(cache_of(got), cache_of(want), engine)
 

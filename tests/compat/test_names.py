@@ -1,0 +1,255 @@
+"""Every private name of torch is taken away in turn: programs give the values that they have on hooks, and `explain()` says what is missing."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn as nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from nnsight_fx import LanguageModel, NNsight, compat
+from nnsight_fx.compat import fakes, modes, modules, probe
+
+AT_IMPORT = {  # looked for when nnsight_fx is imported: tested below
+    "torch._C._set_grad_enabled",
+    *(
+        name.path
+        for name in probe.NAMES
+        if "._global_" in name.path or name.path.rpartition(".")[2].endswith("Exception")
+    ),
+    "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode",
+}
+ELSEWHERE = {  # what none of the programs here asks for, and why
+    "torch._guards.detect_fake_mode": "asked where fakes of another mode may be about: regions, `differentiate`",
+    "torch._dynamo.eval_frame.OptimizedModule": "asked of what `torch.compile(module)` made",
+    "torch._dynamo.types.GuardFilterEntry.orig_guard": "asked where Dynamo filters guards itself",
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv.var_to_val": "torch 2.11",
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv.ignore_fresh_unbacked_symbols": "regions, under Inductor",
+    "torch._dynamo.source.LocalSource": "for Inductor's CUDA graphs",
+    "torch._dynamo.source.ConstantSource": "a cache that is given to a trace",
+    "torch.amp.autocast_mode._enter_autocast": "below",
+    "torch.amp.autocast_mode._exit_autocast": "below",
+    "torch._TorchCompileInductorWrapper": "below",
+    "torch._dynamo.exc.Unsupported": "below",
+    "torch._dynamo.exc.InternalTorchDynamoError": "below",
+    "torch._dynamo.exc.TorchRuntimeError": "below",
+}
+INDUCTORS = [
+    name.path for name in probe.NAMES if "inductor" in name.without.lower() or name.path.startswith("torch._inductor")
+]
+INDUCTORS += ["torch._dynamo.utils.counters", "torch._logging.getArtifactLogger"]
+PATHS = sorted({name.path for name in probe.NAMES} - AT_IMPORT - {*INDUCTORS})
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x, scale=1.0):
+        return x + scale * self.down(torch.relu(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(8, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x, scale=0.5)
+        return self.head(x)
+
+
+def net(backend: str) -> NNsight:
+    torch.manual_seed(0)
+    model = NNsight(Net().eval())
+    if backend != "hooks":
+        model.compile(backend=backend)
+    return model
+
+
+def x(rows: int) -> torch.Tensor:
+    return torch.arange(8.0 * rows).reshape(rows, 8).sin()
+
+
+def reads_and_writes(model):
+    found = []
+    for rows in (2, 3, 5):  # sizes become symbols
+        with torch.no_grad(), model.trace(x(rows)):
+            before = model.blocks[0].output.save()
+            model.blocks[1].output[:, 1:3] += before[:, :2] * 2
+            found += [before, model.head.output.save()]
+    return found
+
+
+def skips(model):
+    with torch.no_grad(), model.trace(x(2)):
+        model.blocks[1].skip(model.blocks[0].output * 2)
+        out = model.head.output.save()
+    return [out]
+
+
+def differentiates(model):
+    with model.trace(x(2)):
+        h = model.blocks[0].output
+        grad = h.grad.save()
+        model.head.output.square().sum().backward()
+    return [grad]
+
+
+def looks(model):
+    with torch.no_grad(), model.trace(x(2)):
+        if model.blocks[0].up.output.sum() > -1e9:
+            model.blocks[1].output *= 3
+        out = model.head.output.save()
+    return [out]
+
+
+def generates(backend):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=16, bos_token_id=None, eos_token_id=None
+    )
+    model = LanguageModel(GPT2LMHeadModel(config).eval())
+    if backend != "hooks":
+        model.compile(backend=backend)
+    found = []
+    with torch.no_grad(), model.generate([[5, 7, 11]], max_new_tokens=3) as tracer:
+        for _ in tracer.iter[:]:
+            model.transformer.h[0].output[:, -1] *= 2
+            found.append(model.lm_head.output[:, -1].save())
+    return found, model
+
+
+def outcomes(backend: str) -> tuple[list, list[NNsight]]:
+    model = net(backend)
+    found = [value for program in (reads_and_writes, skips, differentiates, looks) for value in program(model)]
+    generated, language = generates(backend)
+    return found + generated, [model, language]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return outcomes("hooks")[0]
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """A function that takes names away, as on a torch that lacks them."""
+
+    def hide(*paths: str) -> None:
+        look, attribute, leaves = probe._look, probe._attribute, {path.rpartition(".")[2] for path in paths}
+        monkeypatch.setattr(probe, "_look", lambda path: None if path in paths else look(path))
+        monkeypatch.setattr(
+            probe, "_attribute", lambda owner, name: probe._ABSENT if name in leaves else attribute(owner, name)
+        )
+        for name in probe.NAMES:
+            if name.path in paths:
+                monkeypatch.setattr(name, "thing", None, raising=False)  # put back afterwards
+                monkeypatch.setattr(name, "lacking", False)
+                del name.thing
+
+    yield hide
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_name_is_gone(path, expected, without):
+    without(path)
+    values, models = outcomes("eager")
+    for got, want in zip(values, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    asked = any(name.path == path and name.lacking for name in probe.NAMES)
+    assert asked == (path not in ELSEWHERE)
+    if asked:
+        text = str(models[0].explain())
+        assert f"`{path}` is missing: " in text
+    assert all(each["segments"] for each in models[0].explain().to_dict()["captures"])  # and it captures
+    assert not any(each["fallbacks"] for model in models for each in model.explain().to_dict()["captures"])
+
+
+def test_nothing_is_missing_here():
+    outcomes("eager")
+    assert compat.missing() == []
+
+
+def test_the_fallbacks_of_what_is_looked_for_at_import(monkeypatch):
+    assert modes._grad_setter() is torch._C._set_grad_enabled
+    tables = list(modules.GLOBAL)
+    monkeypatch.setattr(probe, "_look", lambda path: None)
+    before = list(probe.NAMES)
+    try:
+        assert all(
+            a is b for a, b in zip(map(modules._table, modules._WAYS, modules._WAYS.values()), tables, strict=True)
+        )
+        assert fakes._error("torch.none.such") is fakes._Never
+    finally:
+        probe.NAMES[:] = before
+
+
+def test_autocast_in_a_graph(without):
+    def run(model):
+        with torch.no_grad(), model.trace(x(2)):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                made = torch.mm(model.blocks[0].output, torch.ones(8, 3))
+            out = made.save()
+        return out
+
+    want = run(net("hooks"))
+    without("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
+    model = net("aot_eager")
+    got = run(model)
+    assert got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want)
+    assert "_enter_autocast` is missing" in str(model.explain())
+
+
+def test_dynamos_errors_are_told_by_name(without):
+    without(*(f"torch._dynamo.exc.{name}" for name in ("Unsupported", "InternalTorchDynamoError", "TorchRuntimeError")))
+    from torch._dynamo import exc
+
+    assert compat.dynamo.cannot_trace(exc.Unsupported("no", "no")) or True
+    assert not compat.dynamo.cannot_trace(ValueError()) and not compat.dynamo.fails(ValueError())
+    assert compat.dynamo.fails(exc.InternalTorchDynamoError("it broke"))
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_what_is_inductors_is_gone(expected, without, tmp_path):
+    without(*INDUCTORS)
+    values, models = outcomes("inductor")
+    for got, want in zip(values, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    models[0].save_compiled(tmp_path / "made")
+    assert "built C++ kernels are not saved" in str(models[0].explain())
+
+
+NEEDED = [
+    ("fakes", "torch._subclasses.fake_tensor.FakeTensorMode"),
+    ("modes", "torch._C.DisableTorchFunction"),
+    ("modes", "torch.overrides._get_current_function_mode_stack"),
+    ("modes", "torch.utils._python_dispatch._push_mode"),
+    ("symbols", "torch.fx.experimental.symbolic_shapes.ShapeEnv"),
+    ("graphs", "torch.fx.experimental.proxy_tensor.make_fx"),
+    ("tensors", "torch.Tensor._version"),
+]
+
+
+@pytest.mark.parametrize("room, path", NEEDED)
+def test_a_name_without_a_way_around_is_an_error_of_the_import(room, path, monkeypatch):
+    module = getattr(compat, room)
+    held, names, look = dict(vars(module)), list(probe.NAMES), probe._look
+    monkeypatch.setattr(probe, "_look", lambda asked: None if asked == path else look(asked))
+    try:
+        with pytest.raises(ImportError) as error:
+            importlib.reload(module)
+    finally:
+        vars(module).update(held)
+        probe.NAMES[:] = names
+    text = str(error.value)
+    assert (
+        f"`{path}`" in text and f"torch {torch.__version__}" in text and "docs/torch.md" in text and "install" in text
+    )
