@@ -187,19 +187,19 @@ class CacheView:
         values = [getattr(entry, slot) for entry in self.visits]
         return values[0] if len(values) == 1 else values
 
-    nns_output = property(lambda self: self._values("output"), doc="What the module returned.")
-    nns_inputs = property(lambda self: self._values("inputs"), doc="`(args, kwargs)` that the module got.")
-    nns_input = property(lambda self: self._values("input"), doc="The first argument that the module got.")
+    output = property(lambda self: self._values("output"), doc="What the module returned.")
+    inputs = property(lambda self: self._values("inputs"), doc="`(args, kwargs)` that the module got.")
+    input = property(lambda self: self._values("input"), doc="The first argument that the module got.")
 
     # -- the tree ------------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if self._path is not None and name in ("output", "inputs", "input") and not self._has_child(name):
-            return getattr(self, f"nns_{name}")
         try:
-            return self._child(name)
+            return self._child(
+                name.removeprefix("E_") if name.removeprefix("E_") in ("output", "inputs", "input") else name
+            )
         except KeyError as error:
             raise AttributeError(f"{user_line()}: {error.args[0]}") from None
 

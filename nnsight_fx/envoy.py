@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -16,12 +17,8 @@ from .tracing.lazy import LazyTensor, user_line
 from .tracing.plan import Site
 from .tracing.tape import Tape
 
-_TAKEN = (
-    "input",
-    "inputs",
-    "output",
-    "source",
-)  # a child module of such a name is reached by it, the value by `nns_<name>`
+_TAKEN = ("input", "inputs", "output", "source")  # every module's own: a child of such a name is `E_<name>`
+_CHILD = "E_"  # in front of a child's name; nnsight's
 
 
 class Observed:
@@ -54,35 +51,35 @@ class Observed:
         return self
 
     @own_error
-    def nns_output(self) -> Any:
+    def output(self) -> Any:
         """What the module returned: the model's own structure, with tensors that are recorded."""
         tape, site = self._at("output")
         return tape.read(site)
 
-    @nns_output.setter
-    def nns_output(self, value: Any) -> None:
+    @output.setter
+    def output(self, value: Any) -> None:
         tape, site = self._at("output")
         tape.write(site, value)
 
     @own_error
-    def nns_inputs(self) -> Any:
+    def inputs(self) -> Any:
         """`(args, kwargs)` of the module's call."""
         tape, site = self._at("inputs", "input")
         return tape.read(site)
 
-    @nns_inputs.setter
-    def nns_inputs(self, value: Any) -> None:
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
         tape, site = self._at("inputs", "input")
         tape.write(site, value)
 
     @own_error
-    def nns_input(self) -> Any:
+    def input(self) -> Any:
         """The first argument of the module's call: positional, else by keyword."""
         tape, site = self._at("input")
         return tape.read_input(site)
 
-    @nns_input.setter
-    def nns_input(self, value: Any) -> None:
+    @input.setter
+    def input(self, value: Any) -> None:
         tape, site = self._at("input")
         tape.write_input(site, value)
 
@@ -102,14 +99,15 @@ class Envoy(Observed):
 
     `.output` is what the module returns, `.inputs` is `(args, kwargs)`, `.input` the first of them; each can be read,
     assigned, and changed in place inside a trace. Children are attributes (`model.transformer.h[3].mlp`), what happens
-    inside its `forward` is `.source`.
+    inside its `forward` is `.source`. A child whose name is one of these (`output` in BERT's blocks) is `.E_output`, or
+    `["output"]`.
     """
 
     def __init__(self, module: nn.Module, path: str, root: Any):
         self._module, self._path, self._root = module, path, root
 
     @own_error
-    def nns_source(self) -> Any:
+    def source(self) -> Any:
         """The operations inside the module's `forward`: `print(module.source)` lists them.
 
         `module.source.torch_relu_0.output` is what the first call of `torch.relu` in it returned; `.inputs`, `.input`,
@@ -178,6 +176,8 @@ class Envoy(Observed):
             return self._child(name)
         except KeyError:
             pass
+        if name.startswith(_CHILD) and name.removeprefix(_CHILD) in self._module._modules:
+            return self._child(name.removeprefix(_CHILD))
         if hasattr(self._module, name):
             found = getattr(self._module, name)
             tracer = self._root.tracer
@@ -188,7 +188,7 @@ class Envoy(Observed):
 
     def _unknown(self, name: str) -> UnknownModuleError:
         known = [
-            *self._module._modules,
+            *(_CHILD * (name in _TAKEN) + name for name in self._module._modules),
             *self._root._names.at.get(self._module, {}),
             "output",
             "input",
@@ -306,24 +306,25 @@ def _moved(x: Any, device: torch.device) -> Any:
     return x.to(device) if isinstance(x, torch.Tensor) and x.device != device else x
 
 
-def _value(name: str) -> property:
-    """A value under its short name, unless a child module has that name (BERT's `output`): the child wins."""
+def _old_name(name: str) -> property:
+    """`.nns_<name>`, which was a value's name where a child had its short one."""
 
-    own: Any = getattr(Envoy, f"nns_{name}")
-    value = own.fget
-
-    def get(self: Envoy) -> Any:
-        return self._child(name) if name in self._module._modules else value(self)
+    def warned(self: Envoy) -> str:
+        warnings.warn(
+            f"{user_line()}: `.nns_{name}` goes in the next release; `.{name}` is the same now. A child module of that name is "
+            f'`.{_CHILD}{name}`, or `["{name}"]`.',
+            FutureWarning,
+            stacklevel=3,
+        )
+        return name
 
     def put(self: Envoy, value: Any) -> None:
-        if name in self._module._modules:
-            raise AttributeError(f"{user_line()}: `{self.path}.{name}` is a module; its value is `.nns_{name}`")
-        own.fset(self, value)
+        setattr(self, warned(self), value)
 
-    return own_error(get, put if name != "source" else None, doc=own.__doc__)
+    return own_error(lambda self: getattr(self, warned(self)), put if name != "source" else None)
 
 
 for _name in _TAKEN:
-    setattr(Envoy, _name, _value(_name))
+    setattr(Envoy, f"nns_{_name}", _old_name(_name))
 
 __all__ = ["Envoy", "LazyTensor"]

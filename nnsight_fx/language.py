@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from .generator import Generator
 from .loading import ModelNotFoundError as ModelNotFoundError
 from .loading import Source
 from .model import Batch, NNsight
+from .padding import padding_of
 from .tokens import PromptError
 from .tracing import tree
 
@@ -42,7 +42,9 @@ class LanguageModel(NNsight):
     of shape (rows, tokens), on its device. Shorter prompts are padded on the left, so that `[:, -1]` is the
     last token of each, and `position_ids` then count from a row's first token: the values of a prompt do not
     depend on its batch. A tokenizer of your own keeps its `padding_side`; where that is "right", the default
-    of most, padding comes behind the prompt. Every other keyword (`labels`, `use_cache`, ...) is the model's.
+    of most, padding comes behind the prompt. So it does for an encoder, or an encoder and decoder, that cannot take it
+    on the left (BART). A model that can take it on neither side, or a causal one that cannot on the left (RWKV), gets no
+    prompts of several lengths: a `PromptError` says why. Every other keyword (`labels`, `use_cache`, ...) is the model's.
 
     By id or folder, the structure is built at once, on the `meta` device, to be looked at and scanned; the weights are
     loaded by the first trace, by `dispatch()`, or at once with `dispatch=True` (and where they are quantised). Further
@@ -139,6 +141,7 @@ class LanguageModel(NNsight):
         value = given.pop(source)
         if source == "input_ids":
             main, lengths = tokens.token_ids(self._ids_of(value), self._pad_id, self._left)
+            self._check_padding(lengths)
         else:
             main, lengths = tokens.sequences(source, value, 0.0, self._left, SOURCES[source])
         for name in tokens.FILL.keys() & given.keys():
@@ -176,11 +179,49 @@ class LanguageModel(NNsight):
         dims = super()._unknown_dims(batch)
         return tuple((0, 1) if id(x) in along else d for x, d in zip(leaves, dims, strict=True))
 
+    def _results(self, generations: list[Any]) -> Any:
+        """The tokens of all: prompts padded where the model wants it, what was generated on the right."""
+        results = [g.result for g in generations]
+        if any(not isinstance(x, torch.Tensor) or x.dim() != 2 or x.is_floating_point() for x in results):
+            return super()._results(generations)
+        encoded = getattr(self.config, "is_encoder_decoder", False)
+        prompts = [0 if encoded else g.kwargs["input_ids"].shape[1] for g in generations]
+        behind = max(x.shape[1] - n for x, n in zip(results, prompts, strict=True))
+        parts = [
+            (
+                tokens.pad(x[:, :n], max(prompts), self._pad_id, self._left),
+                tokens.pad(x[:, n:], behind, self._pad_id, False),
+            )
+            for x, n in zip(results, prompts, strict=True)
+        ]
+        return torch.cat([torch.cat(part, 1) for part in parts])
+
     # -- padding ---------------------------------------------------------------------------------------
 
     @property
     def _left(self) -> bool:
-        return getattr(self._tokenizer, "padding_side", "left") == "left"
+        """Does padding come in front of a prompt?"""
+        if self._tokenizer is not None:
+            return getattr(self._tokenizer, "padding_side", "left") == "left"
+        can = padding_of(self._module)
+        return not can.left or can.reads_last or bool(can.right)
+
+    def _check_padding(self, lengths: list[int]) -> None:
+        """Prompts of these lengths are to be padded."""
+        if len(set(lengths)) < 2:
+            return
+        can, side = padding_of(self._module), "left" if self._left else "right"
+        why = can.left if side == "left" else can.right
+        if why:
+            other = (
+                ' A tokenizer with `padding_side="right"` puts the padding behind; the last column is then padding for the shorter prompts.'
+                if side == "left" and not can.right
+                else ""
+            )
+            raise PromptError(
+                f"the prompts have {', '.join(map(str, lengths))} tokens, and padding on the {side} would change their numbers: {why}. "
+                f"Give prompts of one length, or each a trace of its own (in `with model.session():`).{other}"
+            )
 
     @property
     def _pad_id(self) -> int:
@@ -215,6 +256,7 @@ class LanguageModel(NNsight):
     def _padded(self, batch: Batch, width: int) -> dict[str, Any]:
         if width == self._length(batch):
             return batch.kwargs
+        self._check_padding([self._length(batch) or 0, width])
         along = self._along_tokens(batch)
         if "attention_mask" not in along:
             raise PromptError(
@@ -231,7 +273,7 @@ class LanguageModel(NNsight):
             return kwargs
         length = kwargs[_source(kwargs) or ""].shape[1]
         positions = tokens.positions(mask, length)
-        if positions is None or not _takes_positions(self._module):
+        if positions is None or not padding_of(self._module).positions:
             return kwargs
         return kwargs | {"position_ids": positions}
 
@@ -243,10 +285,3 @@ def _source(kwargs: dict) -> str | None:
 def _is_filled(cache: Any) -> bool:
     """Does a cache hold tokens? The mask must cover them too, and the model makes that one itself."""
     return cache is not None and (not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) > 0)
-
-
-def _takes_positions(module: nn.Module) -> bool:
-    """Does the model go by `position_ids`? RoBERTa and its kin count from the pad tokens themselves."""
-    return "position_ids" in inspect.signature(module.forward).parameters and not any(
-        hasattr(m, "create_position_ids_from_input_ids") for m in module.modules()
-    )

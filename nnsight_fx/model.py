@@ -411,6 +411,16 @@ class NNsight(Edits, Envoy):
         batch = self._arguments(tracer.fn, [first], tracer.pad_to)
         return Generation(self, tracer, batch.args, batch.kwargs)
 
+    def _results(self, generations: list[Generation]) -> Any:
+        """What several generations gave, as one batch."""
+        results = [g.result for g in generations]
+        if not all(isinstance(x, torch.Tensor) and x.shape[1:] == results[0].shape[1:] for x in results):
+            raise InvokeError(
+                f"{user_line()}: the invokes' results have no common shape, so there is none of the whole batch. Take `tracer.result` "
+                "in each invoke."
+            )
+        return torch.cat(results)
+
     def _arguments(self, fn: str | None, batches: list[Batch], pad_to: int | None) -> Batch:
         """What a function of the model is called with."""
         batch = self._collate(batches, pad_to=pad_to)

@@ -170,7 +170,7 @@ def attribution(
                 entry[:] = torch.lerp(ends[0], ends[1], step / steps)
             entry.requires_grad_()
             values = [site.value(layer) for layer in range(site.layers)]
-            result = metric(model.get(site.table.unembed).nns_output).sum()
+            result = metric(model.get(site.table.unembed).output).sum()
             grads = [save(g) for g in torch.autograd.grad(result, values)]
         total = [t + g / steps for t, g in zip(total, grads, strict=True)]
     scores = torch.stack([(a - b) * g for a, b, g in zip(there, here, total, strict=True)]).sum(
@@ -242,7 +242,7 @@ def _write(
 
 def _measure(model: Any, site: Site, metric: Metric) -> Callable[[int], torch.Tensor]:
     """The metric of the logits; it gets the prompt's number where it has a parameter `prompt`."""
-    logits = lambda: model.get(site.table.unembed).nns_output  # noqa: E731
+    logits = lambda: model.get(site.table.unembed).output  # noqa: E731
     if "prompt" in inspect.signature(metric).parameters:
         return lambda prompt: metric(logits(), prompt=prompt)
     return lambda prompt: metric(logits())

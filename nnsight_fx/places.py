@@ -39,11 +39,11 @@ class Site:
         """In a trace: (batch, length, width)."""
         block = self.model.get(f"{self.table.layers}.{layer}")
         if self.part == "residual":
-            return first(block.nns_output)
+            return first(block.output)
         if self.part == "residual_pre":
-            return block.nns_input
+            return block.input
         envoy = block.get(self.path)
-        return envoy.nns_input if self.part == "z" else first(envoy.nns_output)
+        return envoy.input if self.part == "z" else first(envoy.output)
 
     def columns(self, width: int, head: int | None) -> slice:
         """Where a head lies in the width."""

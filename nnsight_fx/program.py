@@ -221,6 +221,8 @@ class Recording:
         self.keys, self.spec = [x._key for x in leaves], spec
         if tracer.tape.begun:
             self.why = "it looks at values"
+        elif tracer.tape.containers:
+            self.why = "it saves containers of its own"
 
     def close(self, tracer: Tracer) -> None:
         """The trace has run: can its recording run again?"""
@@ -235,8 +237,8 @@ class Recording:
         odd = next((n for n, op in enumerate(self.plan.ops) if op.kind not in KINDS or op.when), None)
         if odd is not None:
             self.why = f"{tape.lines[odd]} is of a kind that a recording does not hold ({self.plan.ops[odd].kind})"
-        elif tape.told or tape.objects.kept or tape.containers or tape.caches or len(wave.members) > 1 + wave.edits:
-            self.why = "it has caches, callbacks or objects"
+        elif tape.told or tape.caches or len(wave.members) > 1 + wave.edits:
+            self.why = "it has caches or callbacks"
         elif tape.changed:
             self.why = "it changes tensors of its own in place"
         module = self.program.model._module
@@ -280,4 +282,4 @@ class Recording:
         """What a finished run gives."""
         held = [[run.lookup(key)] for key in self.keys]
         run.release()
-        return tree.unflatten([own(x) for x in held], self.spec)
+        return tree.unflatten([own(x)[0] for x in held], self.spec)

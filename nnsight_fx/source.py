@@ -27,7 +27,7 @@ class Operation(Observed):
         self.name, self._within = name, within
         self._path, self._root = f"{within._path}.{name}", within._root
 
-    output, inputs, input = Observed.nns_output, Observed.nns_inputs, Observed.nns_input
+    output, inputs, input = Observed.output, Observed.inputs, Observed.input
 
     @property
     def source(self) -> Source:
@@ -141,7 +141,7 @@ def at(root: Any, path: str) -> Any:
     module, *names = f".{path}".split(".source.")
     found: Any = root._envoy_of(root._module.get_submodule(module.removeprefix(".")))
     for name in names:
-        found = getattr(found.nns_source if isinstance(found, Envoy) else found.source, name)
+        found = getattr(found.source if isinstance(found, Envoy) else found.source, name)
     return found
 
 

@@ -29,7 +29,7 @@ def paths(spec: Any) -> list[tuple]:
     if spec is None:
         return [()]
     kind, _, keys, specs = spec
-    steps = keys if kind in ("dict", "dataclass") else range(len(specs))
+    steps = keys if kind in ("dict", "dataclass", "mapping") else range(len(specs))
     return [(step, *rest) for step, s in zip(steps, specs, strict=True) for rest in paths(s)]
 
 

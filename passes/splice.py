@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import site, supply
+from nnsight_fx.capture.markers import anchor, site, supply
 from nnsight_fx.errors import MissedSiteError, PlanMismatchError
 from nnsight_fx.tracing.encode import Keep
 from nnsight_fx.tracing.interleave import Cut as CutHere
@@ -77,7 +77,8 @@ class Weaver(Emitter):
         here = (path, kind, self.count(path, kind))
         leaves: list[Any] = [None] * (max(n.args[3] for n in group) + 1)  # type: ignore[type-var]
         for node in group:
-            leaves[node.args[3]] = node  # type: ignore[index]
+            if node.args[0].target is not anchor:  # type: ignore[union-attr]
+                leaves[node.args[3]] = node  # type: ignore[index]
         before = list(leaves)
         emitted = len(self.job.emitted)
         with self.graph.inserting_before(group[-1].next):

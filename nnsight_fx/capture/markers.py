@@ -405,6 +405,7 @@ class Markers:
         """The hooks on `modules` and `forward` replaced where a plan skips or looks inside, for the length of a block; nothing
         stays."""
         undo: list[Callable[[], None]] = []
+        outer, self.skip_live = self.skip_live, {}  # each knows its run
         try:
             self.operations.bodies, self.operations.inner = {}, {}
             for module, name, own in uncompiled(self.paths):
@@ -428,6 +429,7 @@ class Markers:
             for module in modules:
                 take(module)
             self.operations.bodies, self.operations.inner = {}, {}
+            self.skip_live = outer
 
 
 def _next(calls: list[None]) -> int:

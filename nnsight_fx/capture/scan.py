@@ -167,7 +167,9 @@ def scan(
             value, leaves, spec = _fire(plan, site, value, leaves, spec)
         described = tuple(known(x) for x in leaves)
         rows = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and batched(x) for x in leaves)
-        found.sites[site] = SiteMeta(spec, described, rows, clock.tick(depth), unsure())
+        found.sites[site] = SiteMeta(
+            spec, described, rows, clock.tick(depth), unsure(), value if tree.holds(spec, tree.LIKE) else None
+        )
         if plan is not None and plan.stopping:
             found.stop_site = site
             raise Stopped

@@ -14,6 +14,7 @@ from ..tracing.lazy import LazyTensor
 from ..tracing.objects import become
 from ..tracing.saving import put_objects
 from ..tracing.tape import Tape
+from .retained import retained
 
 _RECORDED = ("_tape", "_key", "_fake", "_line")
 
@@ -30,6 +31,7 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
             del objects.kept[id(lazy)]
     for container in tape.containers:
         put_objects(container)
+    tape.containers = []
     for lazy in objects.held:
         if "_real" in lazy.__dict__:
             become(lazy, lazy._look())
@@ -42,32 +44,40 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
             except KeyError:  # the run did not come to it
                 pass
     release()
+    tape.forget_reads()
     delivered = []
     while found:
         lazy, held = found.pop()
         if not isinstance(held[0], torch.Tensor):  # the scan took it for one
             continue
+        del tape.saved[id(lazy)]  # from here on the user's names alone hold it
         own_state = vars(lazy)
         for name in _RECORDED:
             own_state.pop(name, None)
         real = held[0]
+        kept = retained(real)
+        own_state.update({k: v for k, v in vars(real).items() if k not in own_state and not k.startswith("_dynamo")})
         delivered.append((real.nbytes if real.layout is torch.strided else _bytes(real), real.grad_fn is not None))
         del real
-        compat.tensors.swap(lazy, own(held))
+        made, same = own(held)
+        compat.tensors.swap(lazy, made)
+        del made
+        if kept is not None:
+            kept.give(lazy, same)
     return delivered
 
 
-def own(held: list[torch.Tensor]) -> torch.Tensor:
+def own(held: list[torch.Tensor]) -> tuple[torch.Tensor, bool]:
     """A tensor that nobody else holds: the one in the list where it lies on an autograd graph and is ours alone, so that later gradients
-    find it there; else an alias, which shares storage and version counter."""
-    if held[0].grad_fn is not None and compat.tensors.alone(held):
-        return held.pop()
+    find it there; else an alias, which shares storage and version counter. Is it the one in the list?"""
+    if held[0].grad_fn is not None and not held[0].retains_grad and compat.tensors.alone(held):
+        return held.pop(), True
     real = held.pop()
     inference, grad = real.is_inference(), real.requires_grad
     if inference is torch.is_inference_mode_enabled() and grad is torch.is_grad_enabled():
-        return _alias(real)
+        return _alias(real), False
     with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-        return _alias(real)
+        return _alias(real), False
 
 
 def _alias(real: torch.Tensor) -> torch.Tensor:

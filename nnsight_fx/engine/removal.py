@@ -16,9 +16,10 @@ from ..compat.modules import hooked_everywhere
 from ..compat.transformers import collects_states
 from ..errors import PlanMismatchError
 from ..passes.job import Job, Unfit
+from ..tracing import tree
 from ..tracing.plan import APPLY, SKIP, SYNC, InterventionGraph
 from ..tracing.steps import SiteMeta
-from ..tracing.tape import Tape, _mutable
+from ..tracing.tape import Tape
 
 
 def removable(plan: InterventionGraph, tape: Tape, root: nn.Module) -> bool:
@@ -38,7 +39,9 @@ def _alone(plan: InterventionGraph, tape: Tape, root: nn.Module, path: str, call
     if not plan.groups.inputs <= skippers or not isinstance(found, SiteMeta) or _hooked(root.get_submodule(path)):
         return False
     arguments = [spec for part in found.spec[3] for spec in part[3]]
-    return not any(map(_mutable, arguments)) and all(isinstance(x, (torch.Tensor, *PLAIN)) for x in found.leaves)
+    return not any(tree.holds(spec, tree.MUTABLE) for spec in arguments) and all(
+        isinstance(x, (torch.Tensor, *PLAIN)) for x in found.leaves
+    )
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..tracing.lazy import Line
 from ..tracing.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observed, Op, Site
 from .offload import Offload
+from .retained import retain
 from .switch import Coroutine, State
 
 
@@ -226,6 +227,7 @@ class Run(TensorInterleaver):
                 and self._batched(leaf, op.invoke, batched[j] if batched else None) is None
             ):
                 leaves[j] = leaf.view_as(leaf)
+                vars(leaves[j]).update(vars(leaf))
 
     def execute(self, n: int, op: Op) -> Any:
         if op.kind == SYNC:
@@ -234,6 +236,8 @@ class Run(TensorInterleaver):
                 self.coroutine.pause()
                 active.run = run
             return None
+        if op.retains:
+            return self._retain(n, op)
         args, kwargs = self.arguments(op)
         fn = self.modules(op.target).forward if op.kind == MODULE else op.target.obj
         try:
@@ -246,11 +250,22 @@ class Run(TensorInterleaver):
 
     # -- gradients -----------------------------------------------------------------------------------------------
 
-    def tap(self, n: int, op: Op) -> None:
+    def _on_the_way(self, key: Key) -> list:
+        """The tensor that has a value's gradient, and which part of it, where the value is an invoke's rows."""
+        return [*(self.bases.get(key[1:3], ()) if key[0] == "v" else ())] or [self.lookup(key)]
+
+    def _retain(self, n: int, op: Op) -> None:
         key = op.args[2][0]
-        tensor, *part = self.bases.get(key[1:3], (None,)) if key[0] == "v" else (None,)
-        if tensor is None:
-            tensor = self.lookup(key)
+        tensor, *part = self._on_the_way(key)
+        if self.plan.retains_rows and not part and key[0] == "v" and self.plan.ops[key[1]].kind == READ:
+            raise PlanMismatchError(
+                f"{self.lines[n]}: an invoke retains the gradient of its rows after a sync point has begun the "
+                "captured run, which has only these rows. Trace with `compile=False`."
+            )
+        retain(self.lookup(key), tensor, self._batched(tensor, *part) if part else None)
+
+    def tap(self, n: int, op: Op) -> None:
+        tensor, *part = self._on_the_way(op.args[2][0])
 
         def arrived(gradient: torch.Tensor) -> torch.Tensor | None:
             if self.flowing is None or self.plan.binds[n] != self.flowing:

@@ -8,7 +8,7 @@ import itertools
 import types
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -54,11 +54,12 @@ from .variants import Variant, extras, variant
 if TYPE_CHECKING:
     from .steady import Steady
 
-_serial = itertools.count()
+_serial, _clock = itertools.count(), itertools.count(1)
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 EXACT = ("eager", "aot_eager")  # backends whose numbers are the model's, to the bit
 STEADY = 512  # plans kept that run as a call
 ENTRIES = 128  # captures kept a model and set of options
+REASONS = 256  # why something ran outside captured code: the latest kept
 MISSES = 3  # how often an entry may look for its capture in vain before it stops trying without hooks
 
 
@@ -89,6 +90,8 @@ class Entry:
     cached: Callable | None = None  # runs what is captured, and raises `NotCaptured` where nothing fits
     whole: bool = False  # was it captured in one graph, so that no hook has anything to do any more
     missed: int = 0  # how often nothing fitted, though it was there
+    segments: list[Segment] = field(default_factory=list)  # what was captured of it
+    used: int = 0  # when it ran last
 
 
 @dataclass(eq=False)
@@ -102,11 +105,10 @@ class Capture:
     captures: int = 0
     compiles: int = 0
     hits: int = 0
-    segments: list[Segment] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
     rowwise: dict[tuple, Callable] = field(default_factory=dict)  # what captures a function for any number of rows
-    entries: OrderedDict[tuple, Entry] = field(default_factory=OrderedDict)
+    entries: dict[tuple, Entry] = field(default_factory=dict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
     unrecorded: list[str] = field(
         default_factory=list
@@ -154,7 +156,6 @@ class Capture:
     def reset(self) -> None:
         self.entries.clear()
         self.rowwise.clear()
-        self.segments.clear()
         self.steady.clear()
 
     def entry(
@@ -184,13 +185,22 @@ class Capture:
 
             call, cached = compat.dynamo.dynamo_compile(inner, backend, self.options.dynamic, self.options.fullgraph)
             self.entries[key] = Entry(call, inner, cached)
-        self.entries.move_to_end(key)
+        found = self.entries[key]
+        self.touch(found)
         if len(self.entries) > ENTRIES:
-            (_, old, *_), gone = self.entries.popitem(last=False)
-            self.segments = [s for s in self.segments if old is None or s.plan is not old]
-            for key in [key for key, steady in self.steady.items() if steady.entry is gone]:
-                del self.steady[key]
-        return self.entries[key]
+            gone = self.entries.pop(min(self.entries, key=lambda k: self.entries[k].used))
+            for call in [call for call, steady in self.steady.items() if steady.entry is gone]:
+                del self.steady[call]
+        return found
+
+    def touch(self, entry: Entry) -> None:
+        """An entry runs: it is the last to go."""
+        entry.used = next(_clock)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All that is captured."""
+        return [segment for entry in self.entries.values() for segment in entry.segments]
 
     def shares(self, fn: str | None, plan: InterventionGraph) -> bool:
         """Can a plan that leaves parts out be tried in the graph of all plans: is there one, and none for it alone?"""
@@ -217,7 +227,7 @@ class Capture:
     def add(self, segment: Segment) -> None:
         """A graph was captured, for the run that is active."""
         segment.plan = active.run.capture_half
-        self.segments.append(segment)
+        active.run.entry.segments.append(segment)
         self.captures += 1
 
     def settle(self, key: tuple, steady: Steady | None) -> None:
@@ -229,7 +239,8 @@ class Capture:
                 self.steady.popitem(last=False)
 
     def drop(self, segment: Segment) -> None:
-        self.segments = [s for s in self.segments if s is not segment]
+        for entry in self.entries.values():
+            entry.segments = [s for s in entry.segments if s is not segment]
 
     def build(self, gm: torch.fx.GraphModule, inputs: Callable[[], list], report: list[str]) -> Callable:
         """A rewritten segment, compiled; where its compiler fails by `aot_eager`, and where that fails the graph as it is."""
@@ -287,6 +298,8 @@ class Capture:
             return f"hook engine: the body looks at objects, or at a site that no scan could tell{sites.ended()}"
         if self.options.capture == "symbolic" and self.markers.operations.frames(plan):
             return "hook engine: the body looks inside a module (`.source`), which a symbolic capture does not"
+        if plan.retains_rows:
+            return "hook engine: an invoke retains the gradient of its rows (`retain_grad`)"
         if plan.chooses:
             return "hook engine: a `tracer.cond` decides whether the model skips a call, or stops"
         return self.refused.get(plan)
@@ -299,8 +312,8 @@ class Capture:
 
     def fall_back(self, why: str) -> None:
         if why not in self.fallbacks:
-            self.fallbacks.append(why)
-        watch.fallbacks.append(why)
+            self.fallbacks = [*self.fallbacks[1 - REASONS :], why]
+        watch.fall_back(why)
 
 
 class Watch:
@@ -308,7 +321,17 @@ class Watch:
 
     def __init__(self):
         self.compiles = 0
-        self.fallbacks: list[str] = []
+        self.fell = 0  # how often something ran outside captured code
+        self.reasons: deque[str] = deque(maxlen=REASONS)  # the latest
+
+    def fall_back(self, why: str) -> None:
+        self.fell += 1
+        self.reasons.append(why)
+
+    def since(self, fell: int) -> list[str]:
+        """Why something ran outside captured code since that many had."""
+        new = self.fell - fell
+        return list(self.reasons)[-new:] if new else []
 
 
 watch = Watch()
@@ -772,10 +795,10 @@ def assert_max_compiles(n: int) -> Iterator[None]:
 @contextlib.contextmanager
 def assert_no_fallback() -> Iterator[None]:
     """Raise `FallbackError` when anything that a plan touches ran outside captured code in the block."""
-    before = len(watch.fallbacks)
+    before = watch.fell
     yield
-    if len(watch.fallbacks) > before:
-        raise FallbackError("ran outside captured code: " + "; ".join(watch.fallbacks[before:]))
+    if watch.fell > before:
+        raise FallbackError("ran outside captured code: " + "; ".join(watch.since(before)))
 
 
 __all__ = ["READ", "Capture", "Options", "SplicedRun", "assert_max_compiles", "assert_no_fallback"]

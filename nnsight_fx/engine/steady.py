@@ -62,6 +62,7 @@ class Steady:
         finally:
             active.run = outer
         self.capture.hits += 1
+        self.capture.touch(self.entry)
         return call
 
 

@@ -139,13 +139,13 @@ def named_sites(model: Any, sites: Any) -> dict[str, Site]:
 
 def _site(model: Any, what: Any) -> Site:
     if isinstance(what, Envoy):
-        return Site(lambda: first(what.nns_output), f"{what.path}.output")
+        return Site(lambda: first(what.output), f"{what.path}.output")
     if not isinstance(what, str):
         return Site(lambda: first(what()), f"function {hashed(what)}")
     path, _, kind = what.rpartition(".")
     if kind in ("input", "output") and what not in dict(model._module.named_modules(remove_duplicate=False)):
         envoy = model.get(path) if path else model
-        read = (lambda: envoy.nns_input) if kind == "input" else (lambda: first(envoy.nns_output))
+        read = (lambda: envoy.input) if kind == "input" else (lambda: first(envoy.output))
         return Site(read, f"{envoy.path}.{kind}")
     return _site(model, model.get(what))
 

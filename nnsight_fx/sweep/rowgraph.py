@@ -14,7 +14,7 @@ from .. import compat
 from ..capture.markers import active, site
 from ..capture.segment import Segment
 from ..compat.transformers import settle
-from ..engine.spliced import Capture, entry_point
+from ..engine.spliced import ENTRIES, Capture, entry_point
 from ..tracing import tree
 from .rows import Mixed, Rows
 
@@ -42,6 +42,8 @@ def captured(host: Any, capture: Capture, fn: str | None, batch: Any) -> tuple[S
     if key not in capture.rowwise:
         settle(host._module)
         key = (fn, host._markers.own())
+        while len(capture.rowwise) >= ENTRIES:
+            del capture.rowwise[next(iter(capture.rowwise))]
         capture.rowwise[key], _ = compat.dynamo.dynamo_compile(entry_point(host._module, fn), _backend, False, True)
     for x in tree.flatten((batch.args, batch.kwargs))[0]:
         if isinstance(x, torch.Tensor):

@@ -75,7 +75,10 @@ class Tracer:
         self.barriers: list[tuple[int, list[int], Line]] = []
         self.cursor = Cursor(self)
         self.conditions: list[Condition] = []
+        self.early = saving.Early()  # what is saved before there is an input
         self.generation: Any = None  # a function that runs the model many times, forward by forward
+        self.generations: list[Any] = []  # those that have run, each of an invoke
+        self.start = 0  # the first wave of the open generation
         self.modes: Any = contextlib.nullcontext()  # those that a generation runs under
         self.missed: MissedSiteError | None = None
         self.counted: dict[tuple[str, str], tuple[int, int]] = {}
@@ -89,23 +92,18 @@ class Tracer:
                 "Leave it first, or open an invoke in it (`with tracer.invoke(...)`)."
             )
         self.host.tracer, self.line = self, user_line()
+        saving.opened(self.early)
         try:
             self.args, self.kwargs = held(self.args), held(self.kwargs)
             self.state = self.host._state()
             if self.args or self.host._has_input(self.kwargs):
-                first = self.host._prepare(self.args, self.kwargs)
-                if self.fn == "generate":
-                    saving.catch_up()
-                self.generation = self.host._generation(self, first)
-                if self.generation is not None:
-                    self.modes = contextlib.ExitStack()
-                    self.modes.enter_context(ambient.under(self.generation.modes))
-                self._begin(first, alone=True)
+                self._begin_alone(self.host._prepare(self.args, self.kwargs))
             self.resume_body = self.host._suspend()
             self.recorder.__enter__()
         except BaseException:
             self._abort()
             self.modes.__exit__(None, None, None)
+            saving.closed(self.early)
             self.host.tracer = None
             raise
         return self
@@ -146,11 +144,44 @@ class Tracer:
             for wave in self.waves:
                 wave.tape.open = False
                 saving.closed(wave.tape)
+            saving.closed(self.early)
             self.host.tracer = None
         return type(error) is Stopping
 
+    @property
+    def generates(self) -> bool:
+        """Does it run the model many times?"""
+        return self.fn == "generate" and not self.scan_only
+
+    def _begin_alone(self, first: Any) -> None:
+        """Begin with the one input of a forward, or of a generation."""
+        if self.fn == "generate":
+            saving.catch_up()
+        self.generation = self.host._generation(self, first)
+        if self.generation is not None:
+            self.modes = contextlib.ExitStack()
+            self.modes.enter_context(ambient.under(self.generation.modes))
+        self.start, self.counted = len(self.waves), {}
+        self._begin(first, alone=True)
+
+    def _end_generation(self) -> None:
+        """The body is done: the generation runs to its end."""
+        self._to_the_end()
+        self._run_open()
+        self.missed = self.missed or self.generation.missed()
+        self.generations.append(self.generation)
+        self.modes.__exit__(None, None, None)
+        self.modes = contextlib.nullcontext()
+
+    def _to_the_end(self) -> None:
+        self.generation.to_the_end()
+        while self.can_advance:
+            self.advance()
+
     def _begin(self, first: Any, alone: bool) -> None:
         wave = self.host._wave(self, first, alone)
+        if not self.waves:
+            wave.tape.containers = self.early.containers
         self.waves.append(wave)
         self.recorder.tape, self.recorder.inside = wave.tape, alone
         wave.tape.conditions.blocks = self.conditions
@@ -159,13 +190,10 @@ class Tracer:
     def run(self) -> None:
         """The body is done: run what is left of it, and deliver what was saved."""
         self._check_barriers()
-        if self.generation is not None:
-            self.generation.to_the_end()
-            while self.can_advance:
-                self.advance()
-        self._run_open()
-        if self.generation is not None:
-            self.missed = self.missed or self.generation.missed()
+        if self.generation is None:
+            self._run_open()
+        elif self.generation not in self.generations:
+            self._end_generation()
         self.deliver()
 
     def put_off(self) -> None:
@@ -231,7 +259,7 @@ class Tracer:
     @property
     def step(self) -> int:
         """The forward that is open."""
-        return len(self.waves) - 1 if self.generation is not None else 0
+        return len(self.waves) - 1 - self.start if self.generation is not None else 0
 
     @property
     def can_advance(self) -> bool:
@@ -250,7 +278,7 @@ class Tracer:
 
     def calls(self, path: str, kind: str, step: int) -> int:
         """How often a forward passes a site."""
-        return self.waves[step if self.generation is not None else -1].calls(path, kind)
+        return self.waves[self.start + step if self.generation is not None else -1].calls(path, kind)
 
     def before(self, path: str, kind: str, step: int) -> int:
         """How often the forwards before one have passed a site."""
@@ -263,7 +291,7 @@ class Tracer:
 
     def most_calls(self, step: int) -> int:
         """How often a forward passes the site that it passes most."""
-        return self.waves[step if self.generation is not None else -1].most_calls()
+        return self.waves[self.start + step if self.generation is not None else -1].most_calls()
 
     def containers(self) -> list:
         """What `nnsight_fx.save(container)` got."""
@@ -272,7 +300,11 @@ class Tracer:
     # -- invokes -------------------------------------------------------------------------------------------------
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
-        """An input of the batch, with interventions of its own on its own rows; without input: the whole batch."""
+        """An input of the batch, with interventions of its own on its own rows; without input: the whole batch.
+
+        In `model.generate` each invoke is a generation of its own, in step with its body; without input there is
+        `tracer.result`, the tokens of all, padded.
+        """
         return Invoker(self, args, kwargs)
 
     def batch(self, *prompts: Any) -> list[Invoker]:
@@ -292,7 +324,9 @@ class Tracer:
         invokers = [Invoker(self, (p,), {}) for p in prompts]
         with _paused(self.recorder):
             for invoker in invokers:
-                invoker.batch, invoker.prepared = self.host._prepare(invoker.args, {}), True
+                invoker.batch, invoker.prepared = self.host._prepare(invoker.args, dict(self.kwargs)), True
+            if self.generates:
+                return invokers
             self._begin([i.batch for i in invokers], alone=False)
         for invoker in invokers:
             self.waves[-1].add(invoker)
@@ -325,9 +359,9 @@ class Tracer:
         """What the traced function returns, after every intervention. A generation runs to its end for it."""
         if self.generation is None:
             return self.tape.read(("", "result", 0))
-        self.generation.to_the_end()
-        while self.can_advance:
-            self.advance()
+        if self.invoker is not None and self.invoker.batch is None:
+            return self.known(self.host._results(self.generations))
+        self._to_the_end()
         return self.known(self.generation.result)
 
     def known(self, value: Any) -> Any:
@@ -508,7 +542,9 @@ class Invoker:
         self.args, self.kwargs = held(self.args), held(self.kwargs)
         if self.batch is None and (self.args or self.kwargs):
             with _paused(tracer.recorder):
-                self.batch = tracer.host._prepare(self.args, self.kwargs)
+                self.batch = tracer.host._prepare(self.args, {**tracer.kwargs, **self.kwargs})
+        if tracer.generates:
+            return self._generate()
         if not tracer.waves or (tracer.waves[-1].started and not self.prepared):
             if tracer.waves:
                 self._check_second_wave()
@@ -532,6 +568,23 @@ class Invoker:
         tracer.invoker, tracer.recorder.inside = self, True
         return self
 
+    def _generate(self) -> Invoker:
+        """In `generate`: a generation of its own, in step with the body; without input, what follows those before it."""
+        tracer = self.tracer
+        if self.batch is not None:
+            with _paused(tracer.recorder):
+                tracer._begin_alone(self.batch)
+            tracer.recorder.tape = tracer.waves[-1].tape
+        elif not tracer.generations:
+            raise InvokeError(
+                f"{user_line()}: an invoke without input has the results of all those before it, and there is none yet. Open an "
+                "invoke with an input first."
+            )
+        tracer.cursor.reset()
+        tracer.given.append(self)
+        tracer.invoker, tracer.recorder.inside = self, True
+        return self
+
     def _check_second_wave(self) -> None:
         """A second forward that would move state twice is an error (SEMANTICS D12)."""
         why = self.tracer.host._moves_state(self.tracer.waves[-1])
@@ -546,6 +599,8 @@ class Invoker:
         self.tracer.invoker, self.tracer.recorder.inside = None, False
         if error is None or isinstance(error, Stopping):
             self.tracer.waves[-1].tape.settle()
+            if self.tracer.generates:
+                self.tracer._end_generation() if self.batch is not None else self.tracer._run_open()
         return type(error) is Stopping
 
 

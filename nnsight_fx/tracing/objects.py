@@ -5,30 +5,33 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from types import BuiltinMethodType, MethodType
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..errors import UnsavedValueError
 from . import tree
 from .encode import Identity, Keep, Key
 from .lazy import user_line
-from .plan import OBJECT, READ, Site
+from .plan import OBJECT, READ, SAVE, Site
 
 if TYPE_CHECKING:
     from .tape import Tape
 
 
 class LazyObject:
-    """An object in a container that was read (a KV cache). In the body a look at it is a sync point.
+    """An object in a container that was read (a KV cache). In the body a look at it is a sync point, and what it gives can be saved.
 
     After the trace a saved one has the class of the real object and shares its attributes. Where Python allows no such change
     of class (slots, a subclass of `dict`), it passes everything on to the real object.
     """
 
     @staticmethod
-    def __new__(cls, tape: Tape, key: tuple, kind: type) -> LazyObject:
+    def __new__(cls, tape: Tape, key: tuple | None, kind: type) -> LazyObject:
         return object.__new__(_stand_in(kind))
 
-    def __init__(self, tape: Tape, key: tuple, kind: type):
+    def __init__(self, tape: Tape, key: tuple | None, kind: type):
         self.__dict__.update(_tape=tape, _key=key, _class=kind, _line=user_line())
 
     def _look(self) -> Any:
@@ -45,15 +48,14 @@ class LazyObject:
 
     def __getattr__(self, name: str) -> Any:
         known = self.__dict__
-        if "_real" not in known:
-            if name == "save" and not hasattr(known["_class"], name):
-                return functools.partial(known["_tape"].objects.save, self)
-            if name.startswith("__"):
-                raise AttributeError(name)
-        return getattr(self._look(), name)
+        if name == "save" and "_tape" in known and not hasattr(known["_class"], name):
+            return functools.partial(known["_tape"].objects.save, self)
+        if name.startswith("__") and "_real" not in known:
+            raise AttributeError(name)
+        return _passed_on(self, getattr, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._look(), name, value)
+        _passed_on(self, setattr, name, value)
 
     def __delattr__(self, name: str) -> None:
         delattr(self._look(), name)
@@ -87,8 +89,10 @@ _OWN = {*vars(LazyObject), *("__new__", "__init__", "__init_subclass__", "__geta
 def _stand_in(kind: type) -> type:
     """The class of what stands for an object of class `kind`: it has the same special methods, which Python looks up on the class."""
 
-    def passed_on(name: str) -> Any:
-        return lambda self, *args, **kwargs: getattr(self._look(), name)(*args, **kwargs)
+    def method(name: str) -> Any:
+        if name == "__iter__":
+            return lambda self: iter([_passed_on(self, lambda _, x: x, x) for x in self._look()])
+        return lambda self, *args, **kwargs: _passed_on(self, getattr(kind, name), *args, **kwargs)
 
     def special(name: str) -> bool:
         inherited = getattr(object, name, None)
@@ -96,7 +100,16 @@ def _stand_in(kind: type) -> type:
             name.startswith("__") and name not in _OWN and callable(found := getattr(kind, name)) and found != inherited
         )
 
-    return type("LazyObject", (LazyObject,), {name: passed_on(name) for name in dir(kind) if special(name)})
+    return type("LazyObject", (LazyObject,), {name: method(name) for name in dir(kind) if special(name)})
+
+
+def _passed_on(lazy: LazyObject, do: Any, *args: Any, **kwargs: Any) -> Any:
+    """What is done to an object is done to the real one, with real values; while its body runs, what it gives is recorded."""
+    tape = lazy.__dict__.get("_tape")
+    real = lazy._look()
+    if tape is None or not tape.open or tape.busy:
+        return do(real, *args, **kwargs)
+    return tape.objects.given(do(real, *tape.real_args(args), **tape.real_args(kwargs)))
 
 
 def become(lazy: LazyObject, real: Any) -> None:
@@ -114,6 +127,14 @@ def become(lazy: LazyObject, real: Any) -> None:
     object.__setattr__(lazy, "__dict__", real.__dict__)
 
 
+def _has_parts(value: Any) -> bool:
+    """Is it an object with attributes of its own, or a list or dict with such objects in it?"""
+    if type(value) in (list, dict):
+        return any(map(_has_parts, value.values() if isinstance(value, dict) else value))
+    library = type(value).__module__.partition(".")[0] in ("builtins", "torch", "numpy")
+    return not library and not callable(value) and (hasattr(value, "__dict__") or hasattr(type(value), "__slots__"))
+
+
 class Objects:
     """Those of one recording."""
 
@@ -121,13 +142,39 @@ class Objects:
         self.tape = tape
         self.kept: dict[int, tuple[LazyObject, Key]] = {}  # by id: those that the run shall give
         self.asked: set[int] = set()  # ids of those that a session has saved
+        self._given: dict[int, tuple[Any, Any]] = {}  # by id: what a look has given, and what stands for it
         self._made: list[weakref.ref[LazyObject]] = []
 
-    def stand_in(self, key: Key, kind: type) -> LazyObject:
+    def stand_in(self, key: Key | None, kind: type) -> LazyObject:
         """What stands for the object at a leaf of a read, `key`."""
         made = LazyObject(self.tape, key, kind)
-        self._made.append(weakref.ref(made))
+        if self.tape.ops[key[1]].kind == READ:  # a cache keeps no objects
+            self._made.append(weakref.ref(made))
         return made
+
+    def returned(self, n: int, kind: type) -> LazyObject:
+        """What stands for the object that operation `n` returns."""
+        made = self.stand_in(("v", n, 0), kind)
+        self.kept[id(made)] = (made, made._key)
+        self.tape.add(SAVE, None, (made,), {}, result=lambda: None)
+        return made
+
+    def given(self, value: Any) -> Any:
+        """What a look gives to the body: a tensor as a recorded value, an object as what stands for it."""
+        if type(value) is tuple:
+            return tuple(map(self.given, value))
+        if isinstance(value, MethodType | BuiltinMethodType) and value.__self__ is not None:
+            return lambda *args, **kwargs: self.given(value(*self.tape.real_args(args), **self.tape.real_args(kwargs)))
+        if type(value) is not torch.Tensor and not _has_parts(value):
+            return value
+        if id(value) not in self._given:
+            if isinstance(value, torch.Tensor):
+                made: Any = self.tape.call(torch.Tensor.view_as, (value, value), {}).save()
+            else:
+                made = self.stand_in(None, type(value))
+                made.__dict__["_real"] = value
+            self._given[id(value)] = value, made
+        return self._given[id(value)][1]
 
     @property
     def held(self) -> list[LazyObject]:
@@ -162,8 +209,8 @@ class Objects:
 
     def written(self, leaf: Any, site: Site) -> Any:
         """A leaf that is written to a site: an object of the site itself stays where it is."""
-        own = isinstance(leaf, LazyObject) and leaf._tape is self.tape and self.tape.ops[leaf._key[1]].target == site
-        return Keep(leaf._key[2]) if own else leaf
+        key = leaf._key if isinstance(leaf, LazyObject) and leaf._tape is self.tape else None
+        return Keep(key[2]) if key is not None and self.tape.ops[key[1]].target == site else leaf
 
     def look(self, lazy: LazyObject) -> Any:
         """The real object, by a sync point. `lazy` itself, where its trace has run and made it real."""
@@ -182,5 +229,7 @@ class Objects:
         if tape.bridged:
             raise tape.unsaved(lazy)
         tape.check_open((lazy,), {})
+        if tape.ops[lazy._key[1]].kind != READ:  # what an operation returned
+            return tape.values_of([lazy._key])[0]
         n = tape.number(READ, tape.ops[lazy._key[1]].target, (), {}, extra=None, result=lambda: None)
         return tree.flatten(tape.values_of([("v", n, -1)])[0])[0][lazy._key[2]]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import tree
 from .encode import Key, references
 
 Site = tuple[str, str, int]  # module path, "input" | "output" | "result", call index
@@ -44,6 +45,11 @@ class Op(NamedTuple):
     def needs(self) -> set[tuple[int, int]]:
         """The values that it uses."""
         return references((self.args, self.kwargs, self.when))
+
+    @property
+    def retains(self) -> bool:
+        """Is it `value.retain_grad()`?"""
+        return self.kind == APPLY and self.target.obj is torch.Tensor.retain_grad
 
 
 class Observed(NamedTuple):
@@ -86,10 +92,10 @@ class InterventionGraph:
     @classmethod
     def of(cls, ops: tuple[Op, ...], groups: Groups, recapture: str, specs: tuple) -> InterventionGraph:
         """The one plan with this structure."""
-        key = (ops, groups, recapture)
+        key = (ops, groups, recapture, specs)
         plan = cls._interned.get(key)
         if plan is None:
-            plan = cls._interned[key] = cls(*key, specs)
+            plan = cls._interned[key] = cls(*key)
         return plan
 
     @cached_property
@@ -184,7 +190,15 @@ class InterventionGraph:
     @cached_property
     def tapped(self) -> frozenset[tuple[int, int]]:
         """The values whose gradients are asked for."""
-        return frozenset(v for n, op in enumerate(self.ops) if op.kind == GRAD for v in self.needs[n])
+        return frozenset(v for n, op in enumerate(self.ops) if op.kind == GRAD or op.retains for v in self.needs[n])
+
+    @cached_property
+    def retains_rows(self) -> bool:
+        """Does an invoke retain the gradient of its own rows of a site?"""
+        retained = [
+            op for op in self.ops if op.retains and self.groups.rows[op.invoke : op.invoke + 1] not in ((), (None,))
+        ]
+        return any(self.ops[n].kind == READ for op in retained for n, _ in op.needs)
 
     @cached_property
     def deferred(self) -> dict[int, int]:
@@ -225,9 +239,12 @@ class InterventionGraph:
 
     @cached_property
     def sees_objects(self) -> bool:
-        """Does it read leaves that only a live site has: objects, or a structure that no scan could tell?"""
-        return bool(self.followed) or any(
-            (op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops
+        """Does it read what only a live site has: objects, a `dict` of a class of its own, a structure that no scan could tell?"""
+        written = [op.extra[0] for op in self.ops if op.kind in (WRITE, SKIP)]
+        return (
+            bool(self.followed)
+            or any((op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) for op in self.ops)
+            or any(tree.holds(spec, ("mapping",)) for spec in (*self.specs, *written))
         )
 
 

@@ -25,6 +25,13 @@ class _Open(threading.local):
 _open = _Open()
 
 
+class Early:
+    """A trace that has no input yet: what is saved in it belongs to its first forward."""
+
+    def __init__(self) -> None:
+        self.containers: list[Any] = []
+
+
 def opened(scope: Any) -> None:
     """A tape or a session, which has `containers`, too."""
     _open.stack.append(scope)
@@ -38,7 +45,7 @@ def closed(scope: Any) -> None:
 def session() -> Any:
     """The innermost open session, or `None`."""
     for scope in reversed(_open.stack):
-        if not isinstance(scope, Tape):
+        if not isinstance(scope, Tape | Early):
             return scope
     return None
 
@@ -46,7 +53,7 @@ def session() -> Any:
 def catch_up() -> None:
     """A model begins to run in the middle of a trace: what this thread's sessions have put off runs before it."""
     for scope in list(_open.stack):
-        if not isinstance(scope, Tape):
+        if not isinstance(scope, Tape | Early):
             scope.catch_up()
 
 
@@ -128,7 +135,5 @@ def put_objects(container: Any) -> None:
         for key, child in zip(keys or range(len(children)), children, strict=True):
             if not isinstance(child, LazyObject) or "_real" not in child.__dict__:
                 left.append(child)
-            elif kind == "dataclass":
-                object.__setattr__(value, str(key), child._look())
-            elif kind in ("dict", "list"):
-                value[key] = child._look()
+            elif kind in tree.MUTABLE:
+                tree.put(value, kind, key, child._look())

@@ -32,6 +32,7 @@ class SiteMeta(NamedTuple):
     batched: tuple[bool | None, ...]  # leaf by leaf: does dimension 0 hold the batch; `None`: where its size says so
     order: float  # its place among all sites of a run; the sites inside a module are between two whole numbers
     unsure: bool = False  # did the scan guess, so that a read must look whether it was right
+    like: Any = None  # the scan's value, where its containers have more to them than their leaves
     sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
 
     @property
@@ -88,7 +89,7 @@ class Step:
     """One operation after others: its fake results, and the steps that followed it so far."""
 
     __slots__ = (
-        *("beaten", "children", "leaves", "needs", "op", "parent", "plans", "rebound", "root", "size", "spec"),
+        *("beaten", "children", "leaves", "like", "needs", "op", "parent", "plans", "rebound", "root", "size", "spec"),
     )
 
     def __init__(self, parent: Step | None = None, op: Op | None = None):
@@ -101,6 +102,7 @@ class Step:
         self.plans: dict[tuple, InterventionGraph] = {}
         self.needs = op.needs if op is not None else frozenset()
         self.spec: tree.Spec = None
+        self.like: Any = None  # what its containers are like
         self.leaves: list = []  # FakeTensor: a new value; Key: an argument itself; else a literal
         self.rebound: list[tuple[Key, torch.Tensor]] = []  # what an in-place operation made of its argument
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils.hooks import RemovableHandle
 
 from ..compat.fakes import FakeTensor, FakeTensorMode
 from ..compat.modes import NoTorchFunction, transforms
@@ -177,7 +178,8 @@ class Tape:
         if func is torch.autograd.grad:
             return self.gradients.grad(*args, **kwargs)
         if name in LIVE_CALLS:
-            return self.add(APPLY, Identity(func), args, kwargs, effect="inplace")
+            n = self.number(APPLY, Identity(func), args, kwargs, effect="inplace")
+            return None if self.ops[n].retains else self.objects.returned(n, RemovableHandle)
         effect = effect_of(name, kwargs)
         if effect == "inplace" and args:
             args = (held(args[0]), *args[1:])  # what is changed must be there
@@ -304,6 +306,7 @@ class Tape:
             args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
             got = result() if result is not None else None if op.kind != CALL else op.target.obj(*args, **kwargs)
         leaves, step.spec = tree.flatten(got)
+        step.like = got if tree.holds(step.spec, tree.LIKE) else None
         step.leaves = [aliases.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in leaves]
         step.rebound = list(fresh.items())
         return step
@@ -328,7 +331,9 @@ class Tape:
         self._order(n, op)
         if step.spec is None:
             return self._value(step.leaves[0], ("v", n, 0), line)
-        return tree.unflatten([self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)], step.spec)
+        return tree.unflatten(
+            [self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)], step.spec, step.like
+        )
 
     def _value(self, leaf: Any, key: Key, line: Line) -> Any:
         if type(leaf) is FakeTensor:
@@ -558,7 +563,7 @@ class Tape:
 
             def result() -> Any:
                 _check_plain(site, meta.leaves)
-                return tree.unflatten(list(meta.leaves), meta.spec)
+                return tree.unflatten(list(meta.leaves), meta.spec, meta.like)
 
             before = self.step
             value = self.add(
@@ -919,7 +924,7 @@ class Tape:
         if isinstance(value, torch.Tensor):
             return
         leaves, spec = tree.flatten(value)
-        if _mutable(spec):
+        if tree.holds(spec, tree.MUTABLE):
             self.invoke.containers[site] = (value, leaves, spec)
 
     def forget_reads(self) -> None:
@@ -1158,9 +1163,7 @@ def _replaceable(meta: SiteMeta) -> bool:
         fine = True
         for child in spec[3]:
             if child is None:
-                fine = fine and not (
-                    isinstance(meta.leaves[at], Opaque) and spec[0] not in ("list", "dict", "dataclass")
-                )
+                fine = fine and not (isinstance(meta.leaves[at], Opaque) and spec[0] not in tree.MUTABLE)
                 at += 1
             else:
                 ok, at = walk(child, at)
@@ -1168,10 +1171,6 @@ def _replaceable(meta: SiteMeta) -> bool:
         return fine, at
 
     return meta.spec is not None and walk(meta.spec, 0)[0]
-
-
-def _mutable(spec: tree.Spec) -> bool:
-    return spec is not None and (spec[0] in ("list", "dict", "dataclass") or any(_mutable(s) for s in spec[3]))
 
 
 def _check_plain(site: Site, leaves: Iterable) -> None:

@@ -6,15 +6,16 @@ matters, while plain dataclasses are leaves there and must be containers here.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from transformers.utils.generic import ModelOutput
 
+MUTABLE = ("list", "dict", "dataclass", "mapping")  # kinds of containers that are changed in place
+LIKE = ("dataclass", "mapping")  # those that have more to them than their children
 Spec = Any  # a hashable description of a tree: None for a leaf, else (kind, type, keys, child specs)
 
 
@@ -32,7 +33,18 @@ def children(value: Any) -> tuple[str, tuple, list] | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         keys = tuple(f.name for f in dataclasses.fields(value) if hasattr(value, f.name))
         return "dataclass", keys, [getattr(value, k) for k in keys]
+    if issubclass(cls, dict) and all(
+        dict.get(value, k) is v or isinstance(v, _STATE) for k, v in _state(value).items()
+    ):
+        return "mapping", tuple(dict.keys(value)), list(dict.values(value))
     return None
+
+
+_STATE = (bool, int, float, complex, str, bytes, type(None), type)  # attributes that hold no data
+
+
+def _state(value: Any) -> dict:
+    return getattr(value, "__dict__", {})
 
 
 _LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)})
@@ -94,10 +106,36 @@ def construct(kind: str, cls: type, keys: tuple, values: list, like: Any = None)
             if issubclass(cls, ModelOutput)
             else cls(zip(keys, values, strict=True))
         )
-    made: Any = copy.copy(like) if isinstance(like, cls) else object.__new__(cls)
+    base = next((b for b in (OrderedDict, defaultdict, dict) if issubclass(cls, b)), object)
+    made: Any = base.__new__(cls)
+    if type(like) is cls:
+        _state(made).update(_state(like))
+        if isinstance(like, defaultdict):
+            made.default_factory = like.default_factory
+        for name in _slots(cls):
+            if hasattr(like, name):
+                object.__setattr__(made, name, getattr(like, name))
     for key, value in zip(keys, values, strict=True):
-        object.__setattr__(made, key, value)
+        put(made, kind, key, value)
     return made
+
+
+def _slots(cls: type) -> list[str]:
+    declared = [vars(base).get("__slots__", ()) for base in cls.__mro__]
+    return [name for names in declared for name in ([names] if isinstance(names, str) else names)]
+
+
+def put(container: Any, kind: str, key: Any, value: Any) -> None:
+    """Set one child of a list, dict or dataclass. A class that is two of these (diffusers' outputs), or keeps its items as
+    attributes too, has the child in both places."""
+    if kind in ("list", "dict"):
+        container[key] = value
+        return
+    is_dict = isinstance(container, dict)
+    if kind == "dataclass" or (key in _state(container) and _state(container)[key] is dict.get(container, key)):
+        object.__setattr__(container, key, value)
+    if kind == "mapping" or (is_dict and (value is not None or key in container)):
+        (OrderedDict if isinstance(container, OrderedDict) else dict).__setitem__(container, key, value)
 
 
 def leaf_count(spec: Spec) -> int:
@@ -127,12 +165,14 @@ def _replace(value: Any, pairs: Iterator) -> Any:
     kind, keys, values = parts
     fresh = [_replace(x, pairs) for x in values]
     changed = [i for i, (a, b) in enumerate(zip(values, fresh, strict=True)) if a is not b]
-    if changed and kind in ("list", "dict"):
+    if changed and kind in MUTABLE:
         for i in changed:
-            value[i if kind == "list" else keys[i]] = fresh[i]
-    elif changed and kind == "dataclass":
-        for i in changed:
-            object.__setattr__(value, keys[i], fresh[i])
+            put(value, kind, keys[i] if keys else i, fresh[i])
     elif changed:
         return construct(kind, type(value), keys, fresh)
     return value
+
+
+def holds(spec: Spec, kinds: Collection[str]) -> bool:
+    """Is a container of one of these kinds in a tree?"""
+    return spec is not None and (spec[0] in kinds or any(holds(s, kinds) for s in spec[3]))

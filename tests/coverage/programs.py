@@ -95,14 +95,14 @@ def read_all(model: Any, block: str, given: dict, paths: list[str]) -> list:
     with model.trace(**given) as tracer:
         found = nnsight_fx.save([])
         for path in paths:
-            found.append(model.get(path).nns_output)
+            found.append(model.get(path).output)
         out = nnsight_fx.save([tracer.result])
     return [*(x for value in found for x in outputs(value)), *outputs(out)]
 
 
 def steer(model: Any, block: str, given: dict, paths: list[str]) -> list:
     with model.trace(**given) as tracer:
-        h = first(model.get(block).nns_output)
+        h = first(model.get(block).output)
         h[:] = h + torch.linspace(-1, 1, h.shape[-1])
         out = nnsight_fx.save([tracer.result])
     return outputs(out)
@@ -111,10 +111,10 @@ def steer(model: Any, block: str, given: dict, paths: list[str]) -> list:
 def skip(model: Any, block: str, given: dict, paths: list[str]) -> list:
     envoy = model.get(block)
     with torch.no_grad(), model.trace(**given):
-        whole = nnsight_fx.save([envoy.nns_output])
+        whole = nnsight_fx.save([envoy.output])
     value = whole[0]
     with model.trace(**given) as tracer:
-        x = envoy.nns_input
+        x = envoy.input
         envoy.skip((x, *value[1:]) if isinstance(value, tuple) else x)
         out = nnsight_fx.save([tracer.result])
     return outputs(out)
@@ -122,14 +122,14 @@ def skip(model: Any, block: str, given: dict, paths: list[str]) -> list:
 
 def stop(model: Any, block: str, given: dict, paths: list[str]) -> list:
     with model.trace(**given) as tracer:
-        found = nnsight_fx.save([model.get(block).nns_output])
+        found = nnsight_fx.save([model.get(block).output])
         tracer.stop()
     return outputs(found)
 
 
 def gradient(model: Any, block: str, given: dict, paths: list[str]) -> list:
     with model.trace(**given) as tracer:
-        h = first(model.get(block).nns_output)
+        h = first(model.get(block).output)
         loss = sum(x.float().pow(2).sum() for x in outputs(tracer.result) if x.is_floating_point() and x.requires_grad)
         found = nnsight_fx.save([h.grad])
         loss.backward()
@@ -140,7 +140,7 @@ def generate(model: Any, block: str, given: dict, paths: list[str]) -> list:
     with model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0) as tracer:
         kept = nnsight_fx.save([])
         for _ in tracer.iter[:]:
-            h = first(model.get(block).nns_output)
+            h = first(model.get(block).output)
             h[:] = h + 0.1
             kept.append(h)
         out = tracer.result.save()

@@ -361,7 +361,7 @@ def test_a_line_that_did_not_run_is_missed(engine):
         model.block.source.torch_cos_0.output.save()
 
 
-def test_a_child_called_source_wins():
+def test_a_child_called_source():
     class Named(nn.Module):
         def __init__(self):
             super().__init__()
@@ -372,8 +372,8 @@ def test_a_child_called_source_wins():
 
     model = NNsight(Named())
     with model.trace(x()):
-        inner = model.source.output.save()
-        out = model.nns_source.torch_relu_0.output.save()
+        inner = model.E_source.output.save()
+        out = model.source.torch_relu_0.output.save()
     assert torch.equal(out, inner.relu())
 
 

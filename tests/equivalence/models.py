@@ -222,8 +222,7 @@ MODELS = {
     "gpt2": Spec(gpt2, None, "transformer.h.0", "transformer.h.2", "lm_head"),
     "llama": Spec(llama, None, "model.layers.0", "model.layers.2", "lm_head"),
     "neox": Spec(neox, None, "gpt_neox.layers.0", "gpt_neox.layers.2", "lm_head"),
-    # A BertLayer has a child called `output`, which gives what the layer gives.
-    "bert": Spec(bert, None, "bert.encoder.layer.0.output", "bert.encoder.layer.2.output", "cls"),
+    "bert": Spec(bert, None, "bert.encoder.layer.0", "bert.encoder.layer.2", "cls"),
     "mlp": Spec(MLP, (3, 7, 16), "blocks.0", "blocks.2", "head"),
     "cnn": Spec(CNN, (3, 3, 8, 8)),
     "lstm": Spec(Recurrent, (3, 7, 16)),

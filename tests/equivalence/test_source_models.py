@@ -144,11 +144,11 @@ def test_every_engine_reads_and_writes_scores_and_activations(name):
             scale = (torch.full((), 0.25 * (turn + 1)), torch.full((), 2.0 + turn))
             compiles = 1 if turn == 0 and engine != "hooks" else 0
             with assert_no_fallback(), assert_max_compiles(compiles), model.trace(x) as tracer:
-                inner = model.get(attn).nns_source
+                inner = model.get(attn).source
                 inner = getattr(inner, helper).source if helper else inner
                 found = getattr(inner, scores).output.clone().save()
                 getattr(inner, scores).output[:, 0] = scale[0]
-                op = getattr(model.get(mlp).nns_source, act)
+                op = getattr(model.get(mlp).source, act)
                 value = op.output.clone().save()
                 op.output = op.output * scale[1]
                 out = tracer.result
@@ -177,16 +177,16 @@ def test_the_engines_pass_the_same_operations_in_the_same_order(name, monkeypatc
             if engine == "hooks":
                 patch.setattr(Run, "pass_site", spy)
             with model.trace(x):
-                inner = getattr(model.get(attn).nns_source, helper)
+                inner = getattr(model.get(attn).source, helper)
                 inner.source.torch_matmul_0.output.save()
-                getattr(model.get(mlp).nns_source, act).output.save()
+                getattr(model.get(mlp).source, act).output.save()
         if engine == "eager":
             marked = [s for segment in model._compiled.segments for s in segment.sites]
     inside = [attn + ".source.", mlp + ".source."]
     lived, spliced = ([s for s in sites if s[0].startswith(tuple(inside))] for sites in (passed, marked))
     assert lived == spliced and len(lived) > 20
-    listed = {f"{attn}.source.{n}" for n in model.get(attn).nns_source.names} | {
-        f"{mlp}.source.{n}" for n in model.get(mlp).nns_source.names
+    listed = {f"{attn}.source.{n}" for n in model.get(attn).source.names} | {
+        f"{mlp}.source.{n}" for n in model.get(mlp).source.names
     }
     top = {path for path, _ in lived if path.count(".source.") == 1}
     assert top <= listed and len(top) > 0.6 * len(listed)  # the rest are on branches not taken

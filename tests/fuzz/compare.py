@@ -148,7 +148,7 @@ def check(case: Case) -> Figures:
     modules = case.net.build(), case.net.build()
     hooks, spliced = NNsight(modules[0]), NNsight(modules[1])
     spliced.compile(backend=as_it_is if case.net.lifted else "eager", dynamic=case.net.dynamic)
-    figures, compiled, fell_back = Figures(), watch.compiles, len(watch.fallbacks)
+    figures, compiled, fell_back = Figures(), watch.compiles, watch.fell
     for n, program in enumerate(case.programs):
         figures.programs += 1
         figures.verbs.update(set(program.verbs()))
@@ -171,7 +171,7 @@ def check(case: Case) -> Figures:
         figures.errors.update(errors)
     else:
         _afterwards(case.net, modules)
-    figures.compiles, figures.fallbacks = watch.compiles - compiled, len(watch.fallbacks) - fell_back
+    figures.compiles, figures.fallbacks = watch.compiles - compiled, watch.fell - fell_back
     return figures
 
 
@@ -206,7 +206,7 @@ def _round(
     want = attempt(program, hooks, given, net.memory())
     fine, unsure, verbs = want["error"] is None, "branch" in net.layers, set(program.verbs())
     told = unsure and {"cache", "Backward"} & verbs  # behind a graph break hooks do these, and say so
-    before = len(watch.fallbacks)
+    before = watch.fell
     # A second forward with other rows is captured anew, for any number of them, which the first one then takes.
     again = (1, 3) if program.alone else (3,)
     steady = given.seed in again and fine and not unsure and program.steady
@@ -222,7 +222,7 @@ def _round(
         *(() if program.alone else AMONG_INVOKES),
         *((FAKE_STRIDES,) if "norm" in net.layers else ()),
     )
-    fell = [why for why in watch.fallbacks[before:] if not any(reason in why for reason in expected)]
+    fell = [why for why in watch.since(before) if not any(reason in why for reason in expected)]
     assert told or not fine or not fell, f"{what}: {fell}"
     for out, model in ((got, spliced), (want, hooks)):
         out["later"] = after(out, model._module)

@@ -61,7 +61,7 @@ class Sweep:
 
 def read(model: NNsight, place: Place) -> Any:
     envoy = model.get(place.path) if place.path else model
-    value = envoy.nns_output if place.kind == "output" else envoy.nns_input
+    value = envoy.output if place.kind == "output" else envoy.input
     return (
         value
         if place.leaf is None
@@ -74,9 +74,9 @@ def read(model: NNsight, place: Place) -> Any:
 def write(model: NNsight, place: Place, value: Any) -> None:
     envoy = model.get(place.path) if place.path else model
     if place.kind == "output":
-        envoy.nns_output = value
+        envoy.output = value
     else:
-        envoy.nns_input = value
+        envoy.input = value
 
 
 def few(value: Any) -> Any:
