@@ -150,7 +150,8 @@ def _given(frame: FrameType) -> tuple[tuple, dict]:
         return args, kwargs
     kept = {i: a for i, a in enumerate(args[: len(named)]) if named[i] not in assigned}
     for generation in range(3):  # `apply` holds what it was given in a tuple of its own, without the defaults
-        found = [t for t in gc.get_objects(generation) if type(t) is tuple and _starts(t, kept, len(args))]
+        tuples = [t for t in gc.get_objects(generation) if type(t) is tuple and t is not args]
+        found = [t for t in tuples if _starts(t, kept, len(args))]
         if found:
             return max(found, key=len), kwargs
     raise Untold(f"assigns to its argument `{min(assigned)}` before its first operation")
