@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from types import BuiltinMethodType
 
 import pytest
 import torch
@@ -10,12 +12,22 @@ import torch.nn as nn
 from torch.autograd import Function
 
 from nnsight_fx import NNsight
+from nnsight_fx.errors import NotRecordableError
 
 
 class Base(Function):
     @staticmethod
     def backward(ctx, grad):
         return (grad * 10, *[None] * (len(ctx.needs_input_grad) - 1))  # not the derivative: seen where it is lost
+
+
+class Shifts(Base):
+    @staticmethod
+    def forward(ctx, x, scale=None, shift=0):
+        by = 2.0 if scale is None else scale
+        y = x * by
+        shift = shift + 1
+        return y + shift
 
 
 class Rebinds(Base):
@@ -86,7 +98,7 @@ class Inherits(TakesAll):
 class Outer(Base):
     @staticmethod
     def forward(ctx, x):
-        return Rebinds.apply(x, 4.0) * 2
+        return Shifts.apply(x, 4.0) * 2
 
 
 class SetsTheGradMode(Base):
@@ -98,9 +110,8 @@ class SetsTheGradMode(Base):
 
 
 CALLS = {
-    "assigns to numbers": lambda h: Rebinds.apply(h),
-    "assigns to numbers that were given": lambda h: Rebinds.apply(h, None, 5),
-    "assigns to its tensor": lambda h: RebindsItsTensor.apply(h, 3.0),
+    "defaults": lambda h: Shifts.apply(h),
+    "some defaults": lambda h: Shifts.apply(h, None, 5),
     "takes *args": lambda h: TakesAll.apply(h, 3.0),
     "custom_fwd": lambda h: Cast.apply(h, 3.0),
     "setup_context and a default": lambda h: Separate.apply(h),
@@ -140,3 +151,22 @@ def test_it_is_recorded_as_it_was_called(name, engine):
         out.square().sum().backward()
     torch.testing.assert_close(out.detach(), want.detach())
     torch.testing.assert_close(grad, h.grad)
+
+
+ASSIGN = {
+    "numbers": (lambda h: Rebinds.apply(h), "scale"),
+    "its tensor": (lambda h: RebindsItsTensor.apply(h, 3.0), "x"),
+}
+
+
+@pytest.mark.parametrize("call, name", ASSIGN.values(), ids=ASSIGN)
+def test_arguments_that_are_assigned_to(call, name):
+    """Where `apply` is C, nobody knows what the argument was: an error that says so, and never another value."""
+    net, x = nn.Linear(4, 4), torch.ones(2, 4)
+    told = isinstance(Rebinds.apply, BuiltinMethodType)
+    says = f"assigns to its argument `{name}` before its first operation"
+    with pytest.raises(NotRecordableError, match=says) if told else contextlib.nullcontext():
+        model = NNsight(net)
+        with model.trace(x):
+            out = call(model.output).save()
+        torch.testing.assert_close(out, call(net(x)))
