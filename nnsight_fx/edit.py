@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from . import edit_files
 from .errors import InvokeError, NestedTraceError, NotRecordableError, own_error
 from .tracing.contexts import Stopping
-from .tracing.draft import Draft
+from .tracing.draft import Draft, Turn
+from .tracing.iteration import Iterations
 from .tracing.lazy import user_line
 from .tracing.recorder import Recorder
 from .tracing.steps import Invoke
@@ -38,7 +40,7 @@ class Editor:
         self.recorder.__enter__()
         if self.inplace:
             return self
-        self.host._unpacks = (self.line, self)
+        self.host._unpacks = self
         return self.host
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
@@ -50,6 +52,15 @@ class Editor:
         if error is None or type(error) is Stopping:
             self.host._edits = [*self.host._edits, self.tape]
         return type(error) is Stopping
+
+    @property
+    def iter(self) -> Turns:
+        """Chosen occurrences: `for step in tracer.iter[1:3]`, over the forwards of a generation."""
+        return Turns(self)
+
+    def all(self) -> Turns:
+        """Every occurrence: `tracer.iter[:]`."""
+        return Turns(self)
 
     @own_error
     def result(self) -> Any:
@@ -148,6 +159,58 @@ class Edits:
             tape.invoke = Invoke(n)
             edit.replay(tape)
         tape.invoke = Invoke(len(self._edits))
+
+
+class Turns(Iterations):
+    """`tracer.iter[...]` in an edit: for which occurrences of its sites the body holds, in every later trace and generation.
+
+    An end that is known makes a body for each number. Without one the body is recorded once, for all, and has no number.
+    """
+
+    def __getitem__(self, chosen: int | slice | list[int]) -> Turns:
+        return Turns(self.tracer, super().__getitem__(chosen).chosen)
+
+    def __iter__(self) -> Iterator[Any]:
+        tape = self.tracer.tape
+        try:
+            if self._endless:
+                tape.turn = Turn(self.chosen.start or 0, None, self.chosen.step or 1)
+                yield Unnumbered()
+            else:
+                for index in self._indices():
+                    tape.turn = Turn(index, index + 1, 1)
+                    yield index
+        finally:
+            tape.turn = None
+
+    def __enter__(self) -> Any:
+        self.open = iter(self)
+        first = next(self.open, None)
+        if not isinstance(self.chosen, int) or first is None:
+            self.open.close()  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{user_line()}: in an edit `with tracer.iter[...]` is for one occurrence. Write `for step in tracer.iter[...]:`."
+            )
+        return first
+
+    def __exit__(self, *_: Any) -> bool:
+        self.open.close()  # type: ignore[attr-defined]
+        return False
+
+
+class Unnumbered:
+    """The number of an occurrence, in a body that is for all of them."""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise NotRecordableError(
+            f"{user_line()}: an edit's `for step in tracer.iter[...]` without an end is recorded once, for all occurrences, so `step` is "
+            "no number. Give an end (`tracer.iter[0:8]`), or do this in the traces."
+        )
+
+    __index__ = __int__ = __float__ = __bool__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __lt__ = __le__ = __gt__ = __ge__ = __mod__ = __pow__ = __rpow__ = __eq__ = (
+        __hash__
+    ) = _refuse  # type: ignore[assignment]
 
 
 class Every:

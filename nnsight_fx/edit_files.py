@@ -10,7 +10,7 @@ import torch
 from .errors import PlanError
 from .stored import Stored, arguments, line_of, undamaged
 from .tracing import files
-from .tracing.draft import FIRST, Draft
+from .tracing.draft import FIRST, Draft, Turn
 from .tracing.encode import Identity
 from .tracing.forms import ambient_of
 from .tracing.lazy import user_line
@@ -73,7 +73,7 @@ def _draft(stored: Stored) -> Draft:
         extra: Any = None
         effect = {CALL: "", MODULE: "random", READ: ""}.get(kind, "inplace")
         if kind == CALL:
-            effect = "inplace" if target == "setattr" else effect_of(target.rpartition(".")[2], kwargs)
+            effect = "inplace" if target == "setattr" else effect_of(target.rpartition(".")[2], kwargs, tuple(args))
             target = Identity(stored.functions[target])
         elif kind in (READ, WRITE):
             target, extra = tuple(target), FIRST if op["first"] else None
@@ -81,6 +81,7 @@ def _draft(stored: Stored) -> Draft:
             target = tuple(target)
         elif kind == MODULE and op["hook"]:
             extra = Identity(stored.model._module.get_submodule(target))
+        draft.turn = Turn(*op["turn"]) if "turn" in op else None
         values.append(draft.add(kind, target, tuple(args), kwargs, effect=effect, extra=extra))
         draft.ops[-1] = draft.ops[-1]._replace(ambient=ambient_of(op.get("ambient")))
         draft.lines[-1] = line_of(op)

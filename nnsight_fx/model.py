@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -132,7 +134,7 @@ class NNsight(Edits, Envoy):
         self._compiled: Capture | None = None
         self._edits: list[Any] = []
         self._latest: Notes | None = None
-        self._unpacks: tuple | None = None  # of an edit that is open: its line, and itself
+        self._unpacks: Any = None  # the edit that has just been opened
         self._module_changed()
 
     def _module_changed(self) -> None:
@@ -253,16 +255,22 @@ class NNsight(Edits, Envoy):
         return made
 
     def __iter__(self) -> Iterator[Any]:
-        if self._unpacks is not None and self._unpacks[0] == user_line():  # `as (tracer, edited)`
-            return iter((self._unpacks[1], self))
+        opened, self._unpacks = self._unpacks, None
+        if opened is not None and not opened.tape.ops and _binds_two(sys._getframe(1)):  # `as (tracer, edited)`
+            return iter((opened, self))
         return super().__iter__()
 
     def session(self) -> Session:
         """Several traces whose values flow from one to the next without `.save()`; see `Session`."""
         return Session()
 
-    def sweep(self, fn: Callable[..., Any], inputs: Any, over: Mapping[str, Iterable], **options: Any) -> Results:
+    def sweep(self, fn: Callable[..., Any], inputs: Any, /, over: Mapping[str, Iterable], **options: Any) -> Results:
         """Run `fn(tracer, *cell)` as a body for every cell of the grid `over`; see `nnsight_fx.sweep.sweep`."""
+        for name in options.keys() & {"fn", "inputs"}:
+            raise TypeError(
+                f"{user_line()}: `{name}=` is ambiguous: a sweep takes its body and its inputs by position. Where the model takes a `{name}` "
+                f'of its own, put it among the inputs: `model.sweep(body, {{"input_ids": ids, "{name}": ...}}, over=...)`.'
+            )
         return sweep(self, fn, inputs, over, **options)
 
     def harvest(self, dataset: Iterable, sites: Any, out: Any, **options: Any) -> Activations:
@@ -547,3 +555,14 @@ class NNsight(Edits, Envoy):
             StoreError: the folder is of something else, of another torch or kind of machine, or damaged.
         """
         compiled.load(path)
+
+
+def _binds_two(frame: Any) -> bool:
+    """Does a frame unpack, into two names, what a `with` or a call has just given, and no variable?"""
+    before = None
+    for instruction in dis.get_instructions(frame.f_code):
+        if instruction.offset == frame.f_lasti:
+            two = instruction.opname == "UNPACK_SEQUENCE" and instruction.arg == 2
+            return two and before is not None and not before.opname.startswith("LOAD_")
+        before = instruction
+    return False

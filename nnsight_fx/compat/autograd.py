@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import gc
 import inspect
 import sys
 from collections.abc import Iterator
@@ -143,17 +142,14 @@ def _locals(frame: FrameType) -> tuple[tuple, dict]:
 
 def _given(frame: FrameType) -> tuple[tuple, dict]:
     """What a running call was given: its parameters, unless it has assigned to one of them."""
-    args, kwargs = _locals(frame)
     named, star, stars, keywords = _parameters(frame.f_code)
     assigned = _assigned(frame).intersection(filter(None, (*named, star, stars, *keywords)))
-    if not assigned:
-        return args, kwargs
-    kept = {i: a for i, a in enumerate(args[: len(named)]) if named[i] not in assigned}
-    for generation in range(3):  # `apply` holds what it was given in a tuple of its own, without the defaults
-        found = [t for t in gc.get_objects(generation) if type(t) is tuple and _starts(t, kept, len(args))]
-        if found:
-            return max(found, key=len), kwargs
-    raise Untold(f"assigns to its argument `{min(assigned)}` before its first operation")
+    if assigned:
+        raise Untold(
+            f"assigns to its argument `{min(assigned)}` before its first operation (give the new value a name of its own: torch "
+            f"{torch.__version__} does not tell what the argument was)"
+        )
+    return _locals(frame)
 
 
 def _assigned(frame: FrameType) -> set[str]:
@@ -162,8 +158,3 @@ def _assigned(frame: FrameType) -> set[str]:
     stores = ("STORE_FAST", "STORE_DEREF", "DELETE_FAST", "DELETE_DEREF")
     values = [s.argval for s in steps if s.offset < frame.f_lasti and s.opname.startswith(stores)]
     return {name for value in values for name in (value if isinstance(value, tuple) else (value,))}
-
-
-def _starts(held: tuple, kept: dict[int, Any], most: int) -> bool:
-    """Is `held` a tuple of arguments of which `kept` are some?"""
-    return 0 < len(held) <= most and 0 in kept and all(held[i] is a for i, a in kept.items() if i < len(held))

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from .modes import dispatch_modes
 from .probe import Name, needed
 
 FakeTensorMode, FakeTensor = (
     needed(f"torch._subclasses.fake_tensor.{name}") for name in ("FakeTensorMode", "FakeTensor")
 )
 FakeCopyMode = needed("torch._subclasses.fake_tensor.FakeCopyMode")
-_DETECT = Name("torch._guards.detect_fake_mode", "the mode of fakes is their own")
+_DETECT = Name("torch._guards.detect_fake_mode", "the mode of fakes is their own, or the one that runs")
+_CONTEXT = Name("torch._guards.TracingContext", "variants are compiled without Dynamo's context")
 _DISPATCHER = Name(
     "torch._dispatch.python.enable_python_dispatcher", "operations on sizes that are symbols take torch's own way"
 )
@@ -63,11 +65,14 @@ __all__ = [
 
 
 def detect_fake_mode(values: Any = None) -> Any:
-    """The mode that fakes among some values belong to."""
+    """The mode that fakes among some values belong to, or else the one that runs."""
     found = _DETECT()
     if found is not None:
         return found(values)
-    return next((x.fake_mode for x in pytree.tree_leaves(values) if isinstance(x, FakeTensor)), None)
+    context = _CONTEXT() and _CONTEXT().try_get()
+    given = (x.fake_mode for x in pytree.tree_leaves(values) if isinstance(x, FakeTensor))
+    running = (mode for mode in reversed(dispatch_modes()) if isinstance(mode, FakeTensorMode))
+    return next(given, None) or (context and context.fake_mode) or next(running, None)
 
 
 def enable_python_dispatcher() -> contextlib.AbstractContextManager:

@@ -12,7 +12,6 @@ from .probe import Name, needed
 
 _ALIAS = Name("torch._C._is_alias_of", "whether tensors share memory is told by their storages")
 _CDATA = Name("torch._C.StorageBase._cdata", "a storage is known by its Python object")
-_SWAP = Name("torch._C._swap_tensor_impl", "saved values are delivered by `torch.utils.swap_tensors`")
 _USES = Name(
     "torch.Tensor._use_count", "a saved value is an alias, so `torch.autograd.grad` after the trace does not find it"
 )
@@ -21,6 +20,7 @@ _WRAPS = Name(
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
     "tensors made of tensors are told by `__tensor_flatten__`",
 )
+_swap = needed("torch._C._swap_tensor_impl")  # `torch.utils.swap_tensors` takes no tensor with weak references
 _version = needed("torch.Tensor._version").__get__
 
 
@@ -48,11 +48,7 @@ def wrapper(cls: type, size: tuple = ()) -> Any:
 
 def swap(lazy: torch.Tensor, real: torch.Tensor) -> None:
     """Make `lazy` the tensor that `real` is, wherever it is held. `real` must be held by nobody else."""
-    exchange = _SWAP()
-    if exchange is None:
-        torch.utils.swap_tensors(lazy, real)
-        return
-    exchange(lazy, real)
+    _swap(lazy, real)
     lazy.__class__ = torch.Tensor
 
 

@@ -12,6 +12,7 @@ in front of the loop of an encoder-decoder model, and the inner model's where a 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,7 @@ class Generation:
         self.path = ""  # the module whose call the forward is that is to run
         self.inputs: tuple[tuple, dict] = ((), {})  # of that call
         self.edits = [Repeated(edit) for edit in host._edits]
+        self.passed: Counter[tuple[str, str]] = Counter()  # sites of the forwards so far, counted for the edits
         self.held: dict[str, set[str]] = {}  # `parts` of the modules that were called
         self.run: Run | None = None  # the one of the forward that is running, or has just run
         self.given: list[Any] = []  # what the streamer got: the prompt, and the tokens of each forward
@@ -201,8 +203,10 @@ class Forward(Wave):
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
         for n, edit in enumerate(generation.edits):
             self.tape.invoke = Invoke(n)
-            edit.replay(self.tape, lambda site: self.calls(*site[:2]) > site[2])
+            edit.replay(self.tape, self._passes)
         self.tape.invoke = Invoke(self.edits)
+        if generation.edits:
+            generation.passed.update({s: n for s, n in signature.scan.counts.items() if self._holds(s[0])})
         for cache in generation.caches:
             cache.record(self)
 
@@ -218,6 +222,10 @@ class Forward(Wave):
         if path == STREAMER:
             return 1
         return super().calls(path, kind) if self._holds(path) else 0
+
+    def _passes(self, path: str, kind: str) -> tuple[int, int]:
+        """How often the forwards before this one have passed a site, and how often it does."""
+        return self.generation.passed[path, kind], self.calls(path, kind)
 
     def _holds(self, path: str) -> bool:
         """Is a module, or an operation in one, a part of the module that is called?"""

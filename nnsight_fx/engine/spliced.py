@@ -701,8 +701,10 @@ class FakeCapture:
     def __init__(self, run: SplicedRun):
         self.run = run
         self.states: dict[Any, DynamoInterleaver] = {}
+        self.mode: Any = None  # of Dynamo's latest fakes: not every torch tells it where there is none
 
     def _state(self, mode: Any) -> DynamoInterleaver:
+        mode = self.mode = mode or self.mode
         if mode not in self.states:
             self.states[mode] = DynamoInterleaver(self.run, mode)
         return self.states[mode]

@@ -6,9 +6,10 @@ tensor, a tuple, a size). `Draft.replay` does the same operations again on the v
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -25,6 +26,8 @@ from .recorder import Recorder
 from .steps import Missing, SiteMeta, Step
 from .tape import Tape
 
+SITES = (READ, WRITE, SKIP)
+Passes = Callable[[str, str], tuple[int, int]]  # of a site: how often it was passed before this forward, and is in it
 FIRST = "first"  # of a read or write: the first argument alone
 
 
@@ -72,6 +75,8 @@ class Draft(Tape):
 
     def __init__(self):
         super().__init__(Step(), None, None, _no_run)  # type: ignore[arg-type]
+        self.turn: Turn | None = None  # of `tracer.iter`, where one is open
+        self.turns: list[Turn | None] = []  # of each operation
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         self.check_open(args, kwargs)
@@ -97,6 +102,7 @@ class Draft(Tape):
         op = Op(kind, 0, target, self.encode(args), self.encode(kwargs), self.modes(), effect, extra)
         line = user_line()
         self.ops.append(op)
+        self.turns.append(self.turn)
         self.lines.append(line)
         self.specs.append(None)
         return DraftTensor(self, ("v", len(self.ops) - 1, -1), line)
@@ -131,17 +137,36 @@ class Draft(Tape):
     def replay(self, tape: Tape) -> None:
         """Do what is recorded here, on the values of a recording with an input, in the invoke that is open."""
         results: dict[int, Any] = {}
-        for n in range(len(self.ops)):
-            results[n] = self.do(n, tape, results)
+        for numbers in self.runs():
+            for call in self.calls(numbers, lambda path, kind: (0, tape.sites.calls(path, kind))):
+                for n in numbers:
+                    results[n] = self.do(n, tape, results, call)
         tape.settle()
 
-    def do(self, n: int, tape: Tape, results: dict[int, Any]) -> Any:
-        """Do one operation, with what those before it gave."""
+    def runs(self) -> Iterator[list[int]]:
+        """The operations, those of one body of a `tracer.iter` together."""
+        for turn, group in itertools.groupby(range(len(self.ops)), lambda n: self.turns[n]):
+            numbers = list(group)
+            yield from [numbers] if turn is not None else [[n] for n in numbers]
+
+    def calls(self, numbers: list[int], passes: Passes) -> Iterable[int | None]:
+        """For which calls of its first site, in this forward, a body of a `tracer.iter` is; `None`: it says no call."""
+        turn = self.turns[numbers[0]]
+        target = next((self.ops[n].target for n in numbers if self.ops[n].kind in SITES), None)
+        if turn is None or target is None:
+            return (None,)
+        before, count = passes(target[0], "input" if self.ops[numbers[0]].kind == SKIP else target[1])
+        return [call for call in range(count) if turn.holds(before + call)]
+
+    def do(self, n: int, tape: Tape, results: dict[int, Any], call: int | None = None) -> Any:
+        """Do one operation, with what those before it gave; `call` is that of its site which is meant."""
 
         def lookup(key: Key) -> Any:
             return results[key[1]] if key[0] == "v" else self.constants[key[1]]
 
         op, line, mark = self.ops[n], self.lines[n], len(tape.ops)
+        if call is not None and op.kind in SITES:
+            op = op._replace(target=(*op.target[:2], call))
         try:
             with under(op.ambient), Recorder(tape):
                 result = _again(tape, op, decode(op.args, lookup), decode(op.kwargs, lookup))
@@ -163,6 +188,18 @@ class Draft(Tape):
         _refuse("a number")
 
 
+class Turn(NamedTuple):
+    """The occurrences that a body of an edit's `tracer.iter` is for."""
+
+    start: int
+    stop: int | None
+    step: int
+
+    def holds(self, occurrence: int) -> bool:
+        inside = occurrence >= self.start and (self.stop is None or occurrence < self.stop)
+        return inside and (occurrence - self.start) % self.step == 0
+
+
 class Repeated:
     """An edit over the forwards of a generation: each does what belongs to the sites that it passes.
 
@@ -173,31 +210,43 @@ class Repeated:
     def __init__(self, draft: Any):
         self.draft = draft
         self.results: dict[int, Any] = {}
+        self.old: dict[int, Any] = {}  # of the forward before
+        self.fresh: set[int] = set()  # what this forward has done
+        self.met: set[int] = set()  # what is for some occurrences, which need not come
 
-    def replay(self, tape: Tape, here: Callable[[Site], bool]) -> None:
-        """Do what can be done in a forward; `here` tells which sites it passes."""
-        draft, old = self.draft, self.results
-        self.results, fresh = {}, set()
-        for n, op in enumerate(draft.ops):
-            needs = {v for v, _ in op.needs}
-            if op.kind in (READ, WRITE, SKIP):
-                again = here(op.target)
-            elif op.kind == STOP:
-                again = len(self.results) == n
-            else:
-                again = bool(needs & fresh) or n not in old
-            if again and needs <= self.results.keys():
-                self.results[n] = draft.do(n, tape, self.results)
-                fresh.add(n)
-            elif n in old:
-                self.results[n] = old[n]
+    def replay(self, tape: Tape, passes: Passes) -> None:
+        """Do what can be done in a forward; `passes` tells how often those before it have passed a site, and how often it does."""
+        draft, self.old, self.results, self.fresh = self.draft, self.results, {}, set()
+        for numbers in draft.runs():
+            for call in draft.calls(numbers, passes):
+                for n in numbers:
+                    self._do(n, tape, passes, call)
+            for n in numbers:
+                if n not in self.results and n in self.old:
+                    self.results[n] = self.old[n]
+            if draft.turns[numbers[0]] is not None:
+                self.met.update(numbers)
         tape.settle()
+
+    def _do(self, n: int, tape: Tape, passes: Passes, call: int | None) -> None:
+        op: Op = self.draft.ops[n]
+        needs = {v for v, _ in op.needs}
+        if op.kind in SITES:
+            path, kind, own = op.target
+            again = passes(path, "input" if op.kind == SKIP else kind)[1] > (own if call is None else call)
+        elif op.kind == STOP:
+            again = len(self.results) == n
+        else:
+            again = bool(needs & self.fresh) or n not in self.old
+        if again and needs <= self.results.keys():
+            self.results[n] = self.draft.do(n, tape, self.results, call)
+            self.fresh.add(n)
 
     @property
     def waiting(self) -> list[tuple[Op, Line]]:
         """What no forward has done yet."""
         found = zip(self.draft.ops, self.draft.lines, strict=True)
-        return [each for n, each in enumerate(found) if n not in self.results]
+        return [each for n, each in enumerate(found) if n not in self.results and n not in self.met]
 
 
 def _bounds(op: Op) -> int | None:

@@ -287,6 +287,8 @@ class EditWriter(Writer):
 
     def operation(self, n: int, op: Op) -> dict:
         made = super().operation(n, op)
+        if self.draft.turns[n] is not None:
+            made["turn"] = list(self.draft.turns[n])
         if op.kind == MODULE:
             made["hook"] = op.extra is not None
         elif op.kind in (READ, WRITE):
