@@ -121,8 +121,8 @@ class Scan:
         self.called: dict[str, Any] = {}  # what each operation inside a module called first
 
     def decided(self, path: str) -> bool:
-        """Do values decide how often a module is called?"""
-        return any(path.startswith(f"{d}.") if d else path for d in self.deciders)
+        """Do values decide how often a module is called? Of the root: is there any such module?"""
+        return any(path.startswith(f"{d}.") if d and path else True for d in self.deciders)
 
     def lookup(self, site: Site) -> SiteMeta | Missing:
         if site in self.sites:

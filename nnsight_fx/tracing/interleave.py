@@ -109,7 +109,7 @@ class Interleaver:
         self.work(firing)
         for n in self.plan.touches.get(firing.site, ()):
             # behind an operation that waits for a later site: what needs nothing of it is served now
-            if n not in self.done and self.ready(n) and self.plan.ops[n].kind in (READ, WRITE, OBJECT):
+            if n not in self.done and self.ready(n) and self.plan.ops[n].kind in (READ, WRITE, OBJECT, REACH):
                 self.perform(n, firing)
         for n in (*self.plan.touches.get(firing.site, ()), *self.plan.followed.get(firing.site[:2], ())):
             if self.plan.ops[n].kind == OBSERVE:  # when everybody is done with the site

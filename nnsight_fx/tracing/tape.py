@@ -38,6 +38,7 @@ from .names import (
     LIVE_CALLS,
     NEEDS_DATA,
     NEEDS_MEMORY,
+    draws,
     effect_of,
     needs_data,
 )
@@ -137,6 +138,9 @@ class Tape:
         self.busy = False  # is the model running? Then nothing is recorded
         self.invoke = Invoke(0)
         self.passed: tuple[Site, Line] | None = None  # how far a sync point has run the model
+        self.over: tuple[Site, Line] | None = (
+            None  # the site that never came, and the line that ran the model to its end for it
+        )
         self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
         self.refusal: Exception | None = None  # what an operation below the Python API was told
         self.gradients = Gradients(self)
@@ -195,6 +199,8 @@ class Tape:
         if name in LIVE_CALLS:
             n = self.number(APPLY, Identity(func), args, kwargs, effect="inplace")
             return None if self.ops[n].retains else self.objects.returned(n, RemovableHandle)
+        if kwargs.get("generator") is not None and draws(name, args, kwargs):
+            return self._drawn(func, name, args, kwargs)
         effect = effect_of(name, kwargs, args)
         if effect == "inplace" and args:
             args = (held(args[0]), *args[1:])  # what is changed must be there
@@ -211,6 +217,16 @@ class Tape:
             if isinstance(e, NNsightFXError) or not needs_data(e):
                 raise
         return func(*self.real_args(args), **self.real_args(kwargs))
+
+    def _drawn(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        """A draw from a generator of the user's: made now, since the model has no part in it."""
+        if name not in RANDOM_IN_PLACE:
+            return func(*self.real_args(args), **self.real_args(kwargs))
+        fake = self.fake(args[0])
+        with NoTorchFunction():
+            made = torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+            made = func(made, *self.real_args(args[1:]), **self.real_args(kwargs))
+        return self.call(torch.Tensor.copy_, (args[0], made), {})
 
     def _written(self, func: Any, args: tuple) -> tuple | None:
         """A call by what the user wrote, where that is this recording's values, positions and slices."""
@@ -630,8 +646,11 @@ class Tape:
 
     def reaches(self, site: Site) -> bool:
         """Does the run come by a site? A sync point: the model runs up to there, or to its end."""
-        n = self.number(REACH, site, (), {}, result=lambda: None)
-        return self.values_of([("v", n, 0)])[0]
+        n, line = self.number(REACH, site, (), {}, result=lambda: None), user_line()
+        found = self.values_of([("v", n, 0)])[0]
+        if not found:
+            self.over = (site, line)
+        return found
 
     def observe(self, site: Site, how: Observed) -> tuple[int, Any]:
         """A saved read of a site as everybody leaves it; the operation's number and the value."""
@@ -988,6 +1007,12 @@ class Tape:
                 self.write(site, value)
 
     def _check_passed(self, site: Site, done: str) -> None:
+        if self.over is not None:
+            asked, line = self.over
+            raise OutOfOrderError(
+                f"{user_line()}: `{_name(site)}` was passed when {line} ran the model to its end: values decide how often `{_name(asked[:2] + (0,))}` "
+                f"comes, and the loop asks for one more. It can only be {done} before the loop, or with an end that is known (`tracer.iter[:3]`)."
+            )
         if self.passed is None:
             return
         at, line = self.passed
