@@ -113,7 +113,7 @@ class Emitter(Interleaver):
 
     # -- operations ----------------------------------------------------------------------------------------------
 
-    def check(self, n: int, leaves: list, expected: tuple) -> None:
+    def check(self, n: int, leaves: list, expected: tuple, spec: Any) -> None:
         for leaf, want in zip(leaves, expected, strict=False):
             leaf = leaf.args[0] if isinstance(leaf, fx.Node) and leaf.target is rows else leaf
             fake = leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else None
