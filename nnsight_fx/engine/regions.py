@@ -122,7 +122,9 @@ class _Regions:
                 self.known.pop(next(iter(self.known)))
         compat.symbols.add_guards(context, guards)
         node.op, node.target = "call_function", found.call
-        return found.gives if found.taken.symbols == symbols else _Checked(graph, inputs).gives(context)
+        if found.taken.symbols != symbols:
+            return _Checked(graph, inputs).gives(context)
+        return compat.symbols.of_now(context, found.gives)
 
     def _compile(self, graph: fx.GraphModule, inputs: list, symbols: tuple) -> Region:
         context = self.segment.context

@@ -14,7 +14,7 @@ from ..errors import UnsavedValueError
 from . import tree
 from .encode import Identity, Keep, Key
 from .lazy import LazyTensor, user_line
-from .plan import APPLY, OBJECT, READ, SAVE, Site
+from .plan import APPLY, OBJECT, OBSERVE, READ, SAVE, Site
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -155,7 +155,7 @@ class Objects:
     def stand_in(self, key: Key | None, kind: type) -> LazyObject:
         """What stands for the object at a leaf of a read, `key`."""
         made = LazyObject(self.tape, key, kind)
-        if self.tape.ops[key[1]].kind == READ:  # a cache keeps no objects
+        if key is None or self.tape.ops[key[1]].kind != OBSERVE:  # a cache keeps no objects
             self._made.append(weakref.ref(made))
         return made
 
