@@ -12,7 +12,8 @@ import sys
 from typing import NamedTuple
 
 import torch.nn as nn
-from transformers import PreTrainedModel
+
+from .compat.transformers import is_transformers
 
 # Model types in which a pad token changes its neighbours: a state that no mask resets, a mixing that no mask stops.
 RECURRENT = frozenset({"rwkv", "recurrent_gemma", "xlstm"})
@@ -55,7 +56,7 @@ def padding_of(module: nn.Module) -> Padding:
 def innermost(module: nn.Module) -> tuple[nn.Module, bool]:
     """The language model inside wrappers, and whether keywords that the wrappers do not name reach it."""
     reached = True
-    while not isinstance(module, PreTrainedModel) and "position_ids" not in _parameters(module):
+    while not is_transformers(module) and "position_ids" not in _parameters(module):
         inner = next((m for m in module.modules() if m is not module and "input_ids" in _parameters(m)), None)
         if inner is None:
             break

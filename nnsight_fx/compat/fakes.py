@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -12,10 +12,12 @@ import torch.utils._pytree as pytree
 from .modes import dispatch_modes
 from .probe import Name, needed
 
-FakeTensorMode, FakeTensor = (
-    needed(f"torch._subclasses.fake_tensor.{name}") for name in ("FakeTensorMode", "FakeTensor")
-)
-FakeCopyMode = needed("torch._subclasses.fake_tensor.FakeCopyMode")
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+else:
+    FakeTensor = needed("torch._subclasses.fake_tensor.FakeTensor")
+    FakeTensorMode = needed("torch._subclasses.fake_tensor.FakeTensorMode")
+    FakeCopyMode = needed("torch._subclasses.fake_tensor.FakeCopyMode")
 _DETECT = Name("torch._guards.detect_fake_mode", "the mode of fakes is their own, or the one that runs")
 _CONTEXT = Name("torch._guards.TracingContext", "variants are compiled without Dynamo's context")
 _DISPATCHER = Name(

@@ -73,7 +73,7 @@ def _within(context: Any) -> contextlib.AbstractContextManager:
 @contextlib.contextmanager
 def tracing(context: Any) -> Iterator[None]:
     """Compile under a captured graph's context. Integers may be read from tensors there: that is how positions are lifted."""
-    env = context.fake_mode.shape_env
+    env: Any = context.fake_mode.shape_env
     old: Any = None if env is None else _SETTINGS.of(env)
     if old is not None:
         env.settings = dataclasses.replace(old, allow_scalar_outputs=True)

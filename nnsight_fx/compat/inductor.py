@@ -37,7 +37,8 @@ def kernel_folder() -> Path:
 
 def kernels() -> dict[str, Path]:
     """The libraries of C++ kernels that this process has built or loaded, by their names in Inductor's folder."""
-    built, place, found = _KERNELS(), _PLACE(), {}
+    built, place = _KERNELS(), _PLACE()
+    found: dict[str, Path] = {}
     families = [] if built is None or place is None or _FOLDER() is None else [built]
     for family in families:
         families += family.__subclasses__()

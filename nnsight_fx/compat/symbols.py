@@ -49,7 +49,9 @@ def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iter
     `fakes` of the inputs with these.
     """
     env = context.fake_mode.shape_env
-    tables = () if env is None else (_hints(env), *(name.of(env) for name in (_RANGES, _DIVISIBLE, _COUNTER, _MADE)))
+    tables: tuple[Any, ...] = (
+        () if env is None else (_hints(env), *(name.of(env) for name in (_RANGES, _DIVISIBLE, _COUNTER, _MADE)))
+    )
     if env is None or any(table is None for table in tables):
         yield list(fakes)
         return

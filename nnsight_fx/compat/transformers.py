@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch.nn as nn
@@ -37,6 +38,12 @@ CACHE = ("cache", "past_key_values")  # what a forward calls its cache, from tra
 def cache_among(kwargs: dict) -> Any:
     """The cache among a forward's arguments, under either name."""
     return next((kwargs[name] for name in CACHE if kwargs.get(name) is not None), None)
+
+
+def is_transformers(module: nn.Module) -> bool:
+    """Is it one of transformers' models? Importing their class would load Dynamo."""
+    loaded = sys.modules.get("transformers.modeling_utils")
+    return loaded is not None and isinstance(module, loaded.PreTrainedModel)
 
 
 def restored(thing: object) -> bool:

@@ -137,8 +137,9 @@ PAGE = """# Versions of torch
 
 <!-- written by `make test-torch` (tests/torchs); not by hand -->
 
-Every line is one run of `make test-torch TORCH=<version> PYTHON=<version>`, which makes an environment of its own under `.torch/`, on a CPU.
-The declared floor is torch 2.11 and Python 3.11. There is no ceiling: on a torch that is not in this table nnsight_fx imports, runs,
+A line holds the latest run of each suite under `make test-torch TORCH=<version> PYTHON=<version>`, in an environment of its own, on a CPU.
+The declared floors are torch 2.11, transformers 5.3 (before it, a block of GPT-2 gives a tuple, and README's example does not run) and
+Python 3.11. There is no ceiling: on a torch that is not in this table nnsight_fx imports, runs,
 and `model.explain()` names what that torch lacks and what is done instead (`nnsight_fx/compat`). CI runs the newest line
 (`.ci/newest.txt`).
 
