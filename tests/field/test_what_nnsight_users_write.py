@@ -1,0 +1,250 @@
+"""Texts of nnsight's users: `.output` beside a child of that name, edits that iterate, constants as wide as the batch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    EsmConfig,
+    EsmModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTModel,
+)
+
+import nnsight_fx
+from nnsight_fx import LanguageModel, NestedTraceError, NNsight, NotRecordableError
+
+ENGINES = ["hooks", "eager", "aot_eager"]
+SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+pytestmark = pytest.mark.xdist_group("nnsight users")
+
+
+def wrap(module: nn.Module, engine: str, kind: Any = LanguageModel, **options: Any) -> Any:
+    model = kind(module.eval().requires_grad_(False))
+    if engine != "hooks":
+        model.compile(backend=engine, **options)
+    return model
+
+
+def gpt2(layers: int = 2) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=16, n_head=2, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0))  # fmt: skip
+
+
+# -- `.output` --------------------------------------------------------------------------------------------------------
+
+NAMED = {
+    "BERT": (lambda: BertModel(BertConfig(vocab_size=50, **SIZES)), "encoder.layer.0", torch.tensor([[5, 6, 7]])),
+    "ESM": (
+        lambda: EsmModel(EsmConfig(vocab_size=50, pad_token_id=1, mask_token_id=2, position_embedding_type="rotary", **SIZES)),
+        "encoder.layer.0",
+        torch.tensor([[5, 6, 7]]),
+    ),
+    "ViT": (lambda: ViTModel(ViTConfig(image_size=8, patch_size=4, **SIZES)), "", torch.ones(1, 3, 8, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", list(NAMED))
+def test_a_child_called_output(name: str, engine: str) -> None:
+    torch.manual_seed(0)
+    make, path, given = NAMED[name]
+    module = make()
+    path = path or next(p for p, m in module.named_modules() if "output" in m._modules and "attention" in m._modules)
+    model = wrap(module, engine, NNsight)
+    seen: dict[str, torch.Tensor] = {}
+    layer = module.get_submodule(path)
+    handles = [m.register_forward_hook(lambda m, a, o, n=n: seen.update({n: o})) for n, m in (("layer", layer), ("child", layer.output))]  # fmt: skip
+    with torch.no_grad():
+        module(given)
+    for handle in handles:
+        handle.remove()
+    with warnings.catch_warnings(), model.trace(given):
+        warnings.simplefilter("error")
+        layer = model.get(path)
+        value, child = nnsight_fx.save(layer.output), nnsight_fx.save(layer.E_output.output)
+        assert layer["output"] is layer.E_output is model.get(f"{path}.output")
+    first = [x[0] if isinstance(x, tuple) else x for x in (value, seen["layer"], child, seen["child"])]
+    assert torch.equal(first[0], first[1]) and torch.equal(first[2], first[3])
+
+
+def test_the_old_name_warns() -> None:
+    model = wrap(NAMED["BERT"][0](), "hooks", NNsight)
+    with pytest.warns(FutureWarning, match=r"`.nns_output` goes in the next release; `.output` is the same now"):
+        with model.trace(torch.tensor([[5, 6]])):
+            old = model.encoder.layer[0].nns_output
+            assert old is model.encoder.layer[0].output
+    with pytest.warns(FutureWarning), model.trace(torch.tensor([[5, 6]])):
+        model.encoder.layer[0].nns_output = old * 0 if False else model.encoder.layer[0].output * 0
+        out = model.encoder.layer[0].output.save()
+    assert not out.any()
+
+
+# -- edits that iterate -----------------------------------------------------------------------------------------------
+
+VECTOR = torch.randn(16, generator=torch.Generator().manual_seed(1)) * 5
+IDS = torch.tensor([[3, 4, 5, 6]])
+OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+CHOSEN: dict[str, tuple[Any, Any]] = {
+    "all": (slice(None), lambda k: True),
+    "from the third": (slice(2, None), lambda k: k >= 2),
+    "every other": (slice(0, None, 2), lambda k: k % 2 == 0),
+    "two of them": (slice(1, 3), lambda k: 1 <= k < 3),
+    "a list": ([0, 3], lambda k: k in (0, 3)),
+}
+
+
+@pytest.mark.parametrize("engine", ["hooks", "eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", list(CHOSEN))
+def test_an_edit_that_iterates(name: str, engine: str, tmp_path: Any) -> None:
+    chosen, holds = CHOSEN[name]
+    module = gpt2()
+    model, n = wrap(module, engine), [0]
+
+    def hook(m: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
+        n[0] += 1
+        return out + VECTOR if holds(n[0] - 1) else out
+
+    handle = module.transformer.h[0].register_forward_hook(hook)
+    want = module.generate(IDS, attention_mask=torch.ones_like(IDS), **OPTIONS)
+    handle.remove()
+    with model.edit() as (tracer, edited):
+        for _ in tracer.iter[chosen]:
+            edited.transformer.h[0].output += VECTOR
+    edited.export_edits("steered", tmp_path)
+    model.import_edits("steered", tmp_path)
+    for each in (edited, model):
+        with each.generate(IDS, **OPTIONS) as tracer:
+            ids = tracer.result.save()
+        assert torch.equal(ids, want)
+    with edited.trace(IDS):
+        first = edited.transformer.h[0].output.save()
+    with torch.no_grad():
+        clean = module.transformer(IDS, output_hidden_states=True).hidden_states[1]
+    assert torch.equal(first, clean + VECTOR if holds(0) else clean)
+
+
+def test_a_number_that_an_edit_does_not_have() -> None:
+    model = wrap(gpt2(), "hooks")
+    with pytest.raises(NotRecordableError, match="is recorded once, for all occurrences, so `step` is"):
+        with model.edit() as (tracer, edited):
+            for step in tracer.all():
+                edited.transformer.h[0].output *= 1 + step
+    with model.edit() as (tracer, edited):
+        for step in tracer.iter[:2]:
+            edited.transformer.h[0].output *= 1 + step
+        with tracer.iter[3]:
+            edited.transformer.h[0].output += VECTOR
+        with pytest.raises(ValueError, match="is for one occurrence"):
+            with tracer.iter[:]:
+                pass
+    with edited.generate(IDS, **OPTIONS) as tracer:
+        tracer.result.save()
+
+
+def test_what_an_edit_binds() -> None:
+    model = wrap(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "hooks", NNsight)
+    with model.edit() as edited:
+        a, b = edited
+        a.output[:] = 0
+    assert type(a).__name__ == "Envoy" and edited is not model
+    with contextlib.ExitStack() as stack:
+        tracer, copy = stack.enter_context(model.edit())
+        copy[0].output[:] = 0
+    with model.edit() as (
+        tracer,
+        copy,
+    ):
+        first, second = copy
+        copy[1].output[:] = 0
+    assert type(tracer).__name__ == "Editor" and type(first).__name__ == "Envoy" and second is copy[1]
+    with model.edit() as edited:
+        assert [type(child).__name__ for child in edited] == ["Envoy", "Envoy"]
+
+
+# -- other texts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.inductor])])
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "tokens"])
+@pytest.mark.parametrize("written", ["in place", "assigned", "by a slice"])
+def test_a_constant_as_wide_as_the_batch(written: str, dim: int, engine: str) -> None:
+    """Steering with a tensor of the batch's rows, or of the prompt's tokens, over three shapes, block by block."""
+    module = gpt2(6)
+    model = wrap(module, engine, regional=True)
+    for n in (1, 3, 5) if dim == 0 else (4, 6, 9):
+        ids = torch.randint(1, 50, (n, 4) if dim == 0 else (2, n), generator=torch.Generator().manual_seed(n))
+        steer = torch.randn((n, 1, 16) if dim == 0 else (1, n, 16), generator=torch.Generator().manual_seed(n + 1))
+        with torch.no_grad(), model.trace(ids):
+            block = model.transformer.h[2]
+            if written == "in place":
+                h = block.output
+                h += steer
+            elif written == "assigned":
+                block.output = block.output + steer
+            else:
+                block.output[:] = block.output + steer
+            logits = model.lm_head.output.save()
+        handle = module.transformer.h[2].register_forward_hook(lambda m, a, o, steer=steer: o + steer)
+        with torch.no_grad():
+            want = module(ids).logits
+        handle.remove()
+        torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_bodies_that_await_one_another() -> None:
+    model = wrap(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "hooks", NNsight)
+    x, told = torch.randn(2, 4), []
+
+    async def one() -> None:
+        try:
+            with model.trace(x):
+                h = model[0].output.save()
+                await asyncio.sleep(0)
+                model[1].output.save()
+            assert torch.equal(h, model._module[0](x))
+        except NestedTraceError as error:
+            told.append(str(error))
+
+    async def both() -> None:
+        await asyncio.gather(one(), one())
+
+    asyncio.run(both())
+    assert len(told) == 1 and "this model already has an open trace, from" in told[0]
+    with model.trace(x):
+        out = model[1].output.save()
+    assert torch.equal(out, model._module(x))
+
+
+def test_options_of_a_sweep_and_keywords_of_the_model() -> None:
+    model = wrap(gpt2(), "hooks")
+    with pytest.raises(TypeError, match=r"`fn=` is ambiguous: a sweep takes its body and its inputs by position"):
+        model.sweep(lambda tracer, a: model.lm_head.output.mean() * a, IDS, over={"a": [1.0, 2.0]}, fn="other")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_draw_from_a_generator_of_the_users(engine: str) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4)).requires_grad_(False)
+    model = wrap(module, engine, NNsight)
+    x = torch.randn(2, 4)
+    with model.trace(x):
+        g = torch.Generator().manual_seed(5)
+        noise = torch.randn(2, 4, generator=g)
+        h = model[0].output
+        like = torch.empty_like(h).normal_(generator=g)
+        model[0].output = h + noise + like
+        out = model[2].output.save()
+    g = torch.Generator().manual_seed(5)
+    want = module[0](x) + torch.randn(2, 4, generator=g) + torch.empty(2, 4).normal_(generator=g)
+    assert torch.equal(out, module[2](module[1](want)))
