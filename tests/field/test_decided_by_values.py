@@ -150,7 +150,7 @@ def test_as_many_occurrences_as_happen(counted: bool, engine: str) -> None:
     model = wrap(module, engine)
     for scale in (50.0, 5.0):
         calls: list[torch.Tensor] = []
-        with hooked(module.lin, lambda o: calls.append(o.clone())):
+        with hooked(module.lin, lambda o, calls=calls: calls.append(o.clone())):
             want = module(x(scale))
         assert len(calls) > 1
         for stop in (None, 2, len(calls) + 3):

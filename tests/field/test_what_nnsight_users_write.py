@@ -13,12 +13,12 @@ import torch.nn as nn
 from transformers import (
     BertConfig,
     BertModel,
+    ElectraConfig,
+    ElectraModel,
     EsmConfig,
     EsmModel,
     GPT2Config,
     GPT2LMHeadModel,
-    ViTConfig,
-    ViTModel,
 )
 
 import nnsight_fx
@@ -50,7 +50,7 @@ NAMED = {
         "encoder.layer.0",
         torch.tensor([[5, 6, 7]]),
     ),
-    "ViT": (lambda: ViTModel(ViTConfig(image_size=8, patch_size=4, **SIZES)), "", torch.ones(1, 3, 8, 8)),
+    "ELECTRA": (lambda: ElectraModel(ElectraConfig(vocab_size=50, embedding_size=16, **SIZES)), "encoder.layer.1", torch.tensor([[5, 6, 7]])),
 }  # fmt: skip
 
 
@@ -60,7 +60,6 @@ def test_a_child_called_output(name: str, engine: str) -> None:
     torch.manual_seed(0)
     make, path, given = NAMED[name]
     module = make()
-    path = path or next(p for p, m in module.named_modules() if "output" in m._modules and "attention" in m._modules)
     model = wrap(module, engine, NNsight)
     seen: dict[str, torch.Tensor] = {}
     layer = module.get_submodule(path)
