@@ -167,11 +167,14 @@ class Turns(Iterations):
     An end that is known makes a body for each number. Without one the body is recorded once, for all, and has no number.
     """
 
+    def __init__(self, editor: Any, chosen: Any = None):
+        super().__init__(editor, chosen)
+
     def __getitem__(self, chosen: int | slice | list[int]) -> Turns:
         return Turns(self.tracer, super().__getitem__(chosen).chosen)
 
     def __iter__(self) -> Iterator[Any]:
-        tape = self.tracer.tape
+        tape: Any = self.tracer.tape
         try:
             if self._endless:
                 tape.turn = Turn(self.chosen.start or 0, None, self.chosen.step or 1)

@@ -65,13 +65,6 @@ def innermost(module: nn.Module) -> tuple[nn.Module, bool]:
     return module, reached
 
 
-def _pretrained(module: nn.Module) -> bool:
-    """Is it a model of transformers' own? By name: importing the class imports Dynamo."""
-    return any(
-        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
-    )
-
-
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(module.forward).parameters)

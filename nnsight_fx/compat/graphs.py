@@ -75,13 +75,13 @@ def tracing(context: Any) -> Iterator[None]:
     """Compile under a captured graph's context. Integers may be read from tensors there: that is how positions are lifted."""
     env: Any = context.fake_mode.shape_env
     old: Any = None if env is None else _SETTINGS.of(env)
-    if old is not None:
+    if env is not None and old is not None:
         env.settings = dataclasses.replace(old, allow_scalar_outputs=True)
     try:
         with _within(context):
             yield
     finally:
-        if old is not None:
+        if env is not None and old is not None:
             env.settings = old
 
 

@@ -39,7 +39,9 @@ def kernels() -> dict[str, Path]:
     """The libraries of C++ kernels that this process has built or loaded, by their names in Inductor's folder."""
     built, place = _KERNELS(), _PLACE()
     found: dict[str, Path] = {}
-    families = [] if built is None or place is None or _FOLDER() is None else [built]
+    if built is None or place is None or _FOLDER() is None:
+        return found
+    families = [built]
     for family in families:
         families += family.__subclasses__()
         for key in _CACHE.of(family, ()):

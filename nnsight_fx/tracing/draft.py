@@ -137,8 +137,9 @@ class Draft(Tape):
     def replay(self, tape: Tape) -> None:
         """Do what is recorded here, on the values of a recording with an input, in the invoke that is open."""
         results: dict[int, Any] = {}
+        sites: Any = tape.sites
         for numbers in self.runs():
-            for call in self.calls(numbers, lambda path, kind: (0, tape.sites.calls(path, kind))):
+            for call in self.calls(numbers, lambda path, kind: (0, sites.calls(path, kind))):
                 for n in numbers:
                     results[n] = self.do(n, tape, results, call)
         tape.settle()

@@ -825,7 +825,7 @@ class Tape:
             x = leaves[i]
             if isinstance(x, Keep):
                 return "kept", meta.same[x.index]
-            key = x._key if isinstance(x, LazyTensor) and x._tape is self else ("", 0)
+            key: tuple = x._key if isinstance(x, LazyTensor) and x._tape is self else ("", 0)
             own = key[0] == "v" and self.ops[key[1]].kind == READ and self.ops[key[1]].target == site
             return ("kept", meta.same[key[2]]) if own else id(x)
 

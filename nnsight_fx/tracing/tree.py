@@ -33,10 +33,9 @@ def children(value: Any) -> tuple[str, tuple, list] | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         keys = tuple(f.name for f in dataclasses.fields(value) if hasattr(value, f.name))
         return "dataclass", keys, [getattr(value, k) for k in keys]
-    if issubclass(cls, dict) and all(
-        dict.get(value, k) is v or isinstance(v, _STATE) for k, v in _state(value).items()
-    ):
-        return "mapping", tuple(dict.keys(value)), list(dict.values(value))
+    held: Any = value
+    if issubclass(cls, dict) and all(dict.get(held, k) is v or isinstance(v, _STATE) for k, v in _state(value).items()):
+        return "mapping", tuple(dict.keys(held)), list(dict.values(held))
     return None
 
 
@@ -135,7 +134,8 @@ def put(container: Any, kind: str, key: Any, value: Any) -> None:
     if kind == "dataclass" or (key in _state(container) and _state(container)[key] is dict.get(container, key)):
         object.__setattr__(container, key, value)
     if kind == "mapping" or (is_dict and (value is not None or key in container)):
-        (OrderedDict if isinstance(container, OrderedDict) else dict).__setitem__(container, key, value)
+        put: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+        put.__setitem__(container, key, value)
 
 
 def leaf_count(spec: Spec) -> int:
