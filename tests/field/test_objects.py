@@ -261,7 +261,11 @@ def test_an_object_is_written_back(engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("do", [len, copy.copy, copy.deepcopy, pickle.dumps, lambda s: s.h], ids=str)
+@pytest.mark.parametrize(
+    "do",
+    [len, copy.copy, copy.deepcopy, pickle.dumps, lambda s: s.h],
+    ids=["len", "copy", "deepcopy", "pickle", "attribute"],
+)
 def test_what_was_not_saved_says_so(do, engine):
     model = built(lambda: Holder(Plain), engine)
     with model.trace(torch.randn(2, 3)):
