@@ -86,6 +86,7 @@ class Session:
                 vars(lazy).pop("_held", None)
         for tape in [*self.tapes, *(p.tape for p in self.waiting)]:
             tape.bridged, tape.pending = False, None
+            tape.given.over()
         self.waiting, self.copies = [], Copies()
 
     def stop(self) -> None:

@@ -150,6 +150,7 @@ class Tracer:
         finally:
             for wave in self.waves:
                 wave.tape.open = False
+                wave.tape.given.over()
                 saving.closed(wave.tape)
             saving.closed(self.early)
             self.host.tracer = None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
@@ -164,6 +166,49 @@ class LazyTensor(torch.Tensor):
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return self._real().__dlpack__(*args, **kwargs)
+
+
+class _Save:
+    """`save` of one real tensor, which keeps itself. A copy of the tensor has none that works."""
+
+    def __init__(self, tensor: torch.Tensor | None = None):
+        self.tensor = None if tensor is None else weakref.ref(tensor)
+
+    def __call__(self) -> torch.Tensor:
+        found = None if self.tensor is None else self.tensor()
+        if found is None:
+            raise AttributeError(
+                f"{user_line()}: this tensor is a copy, which has no `.save()`; `nnsight_fx.save(tensor)` takes any."
+            )
+        return found
+
+    def __reduce__(self) -> tuple:
+        return _Save, ()
+
+
+class Given:
+    """Real tensors that a body made (`h[h > 0]`, what comes of a value that was looked at): they have a `save` until it is over."""
+
+    def __init__(self):
+        self.all: list[weakref.ref[torch.Tensor]] = []
+        self.latest: deque[torch.Tensor] = deque(maxlen=8)  # a `h[h > 0].save()` has no other name for it
+
+    def saveable(self, value: Any) -> Any:
+        """`value`, the tensors in it with a `save`."""
+        for x in (value,) if type(value) is torch.Tensor else value if isinstance(value, tuple | list) else ():
+            if type(x) is torch.Tensor and "save" not in x.__dict__:
+                x.__dict__["save"] = _Save(x)
+                self.all.append(weakref.ref(x))
+                self.latest.append(x)
+        return value
+
+    def over(self) -> None:
+        """The body is over."""
+        for x in [ref() for ref in self.all]:
+            if x is not None:
+                x.__dict__.pop("save", None)
+        self.all.clear()
+        self.latest.clear()
 
 
 def _first(args: Any, kwargs: dict) -> LazyTensor | None:

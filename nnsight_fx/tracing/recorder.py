@@ -45,7 +45,8 @@ class Recorder(TorchFunctionMode):
             or self._concerns(tape, func, args, kwargs)
         ):
             return tape.call(func, args, kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return tape.given.saveable(result) if tape.begun else result  # behind a look
 
     def _concerns(self, tape: Tape, func: Any, args: tuple, kwargs: dict) -> bool:
         name = name_of(func)

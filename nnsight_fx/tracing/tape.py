@@ -31,7 +31,7 @@ from .encode import Identity, Keep, Key, Lifted, decode, encode, facts
 from .functions import INSIDE, custom_function
 from .gradients import LATE, Gradients
 from .interleave import observed
-from .lazy import LazyTensor, Line, user_line
+from .lazy import Given, LazyTensor, Line, user_line
 from .lifting import lift, name_of
 from .names import (
     ASKS_NOTHING,
@@ -141,6 +141,7 @@ class Tape:
         self.over: tuple[Site, Line] | None = (
             None  # the site that never came, and the line that ran the model to its end for it
         )
+        self.given = Given()
         self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
         self.refusal: Exception | None = None  # what an operation below the Python API was told
         self.gradients = Gradients(self)
@@ -155,7 +156,7 @@ class Tape:
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Record `func(*args, **kwargs)`, or answer it where it needs no data, or sync where it needs Python numbers."""
         if self.bridged:
-            return func(*held(args), **held(kwargs))
+            return self.given.saveable(func(*held(args), **held(kwargs)))
         self.check_open(args, kwargs)
         if transforms() != self.transforms:
             raise NotRecordableError(
@@ -216,12 +217,12 @@ class Tape:
         except RuntimeError as e:  # the parent of all that fakes refuse
             if isinstance(e, NNsightFXError) or not needs_data(e):
                 raise
-        return func(*self.real_args(args), **self.real_args(kwargs))
+        return self.given.saveable(func(*self.real_args(args), **self.real_args(kwargs)))
 
     def _drawn(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         """A draw from a generator of the user's: made now, since the model has no part in it."""
         if name not in RANDOM_IN_PLACE:
-            return func(*self.real_args(args), **self.real_args(kwargs))
+            return self.given.saveable(func(*self.real_args(args), **self.real_args(kwargs)))
         fake = self.fake(args[0])
         with NoTorchFunction():
             made = torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)

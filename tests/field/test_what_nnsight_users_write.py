@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle
 import warnings
 from typing import Any
 
@@ -169,6 +170,49 @@ def test_what_an_edit_binds() -> None:
     assert type(tracer).__name__ == "Editor" and type(first).__name__ == "Envoy" and second is copy[1]
     with model.edit() as edited:
         assert [type(child).__name__ for child in edited] == ["Envoy", "Envoy"]
+
+
+# -- `.save()` on whatever a body made ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_values_behind_a_look_have_a_save(engine: str) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model, x = wrap(module, engine, NNsight), torch.randn(2, 4)
+    first = module[0](x)
+    with model.trace(x):
+        h = model[0].output
+        positive = h[h > 0].save()
+        places = h.nonzero().save()
+        twice = (positive * 2).save()
+        split = [part.save() for part in positive.sort()]
+        assert pickle.loads(pickle.dumps(twice)).equal(twice)
+        count = nnsight_fx.save(torch.tensor(h.argmax().item()))
+        out = model[1].output.save()
+    assert torch.equal(positive, first[first > 0]) and torch.equal(places, first.nonzero())
+    assert torch.equal(twice, positive * 2) and torch.equal(split[0], positive.sort()[0]) and count == first.argmax()
+    assert torch.equal(out, module(x))
+    for each in (positive, places, twice, *split):
+        assert type(each) is torch.Tensor and not hasattr(each, "save")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_values_between_the_traces_of_a_session_have_a_save(engine: str) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model, x = wrap(module, engine, NNsight), torch.randn(2, 4)
+    with model.session():
+        with model.trace(x):
+            h = model[0].output
+        twice, positive = (h * 2).save(), h[h > 0].save()
+        with model.trace(x):
+            model[0].output += twice
+            out = model[1].output.save()
+    first = module[0](x)
+    assert torch.equal(twice, first * 2) and torch.equal(positive, first[first > 0])
+    assert torch.equal(out, module[1](first + first * 2))
+    assert not hasattr(twice, "save") and not hasattr(positive, "save")
 
 
 # -- other texts ------------------------------------------------------------------------------------------------------
