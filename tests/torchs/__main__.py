@@ -122,7 +122,7 @@ def page(rows: list[dict]) -> str:
         for suite in r["suites"].values()
         for test in suite["tests"]
     ]
-    return PAGE.format(table="\n".join(lines), notes="\n".join(notes) or "Nothing to say of any of them.")
+    return PAGE.format(table="\n".join(lines), notes="\n".join(notes) or "Nothing to say of what was run.")
 
 
 def _cell(found: dict) -> str:
@@ -137,7 +137,8 @@ PAGE = """# Versions of torch
 
 <!-- written by `make test-torch` (tests/torchs); not by hand -->
 
-A line holds the latest run of each suite under `make test-torch TORCH=<version> PYTHON=<version>`, in an environment of its own, on a CPU.
+A line holds the latest run of each suite by `python -m tests.torchs`, which `make test-torch TORCH=<version> PYTHON=<version>` calls, in an
+environment of its own, on a CPU. Runs of one line may be of different days and commits; "not run" is not passed.
 The declared floors are torch 2.11, transformers 5.3 (before it, a block of GPT-2 gives a tuple, and README's example does not run) and
 Python 3.11. There is no ceiling: on a torch that is not in this table nnsight_fx imports, runs,
 and `model.explain()` names what that torch lacks and what is done instead (`nnsight_fx/compat`). CI runs the newest line
