@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,7 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
         del real
         made, same = own(held)
         compat.tensors.swap(lazy, made)
+        tape.delivered[id(lazy)] = weakref.ref(lazy)
         del made
         if kept is not None:
             kept.give(lazy, same)

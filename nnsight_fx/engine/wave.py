@@ -133,7 +133,9 @@ class Wave:
             fn=tracer.fn,
             pad_to=tracer.pad_to,
             sites=tape.found(),
-            slots=dict(tape.kept),
+            slots={
+                i: key for i, key in tape.kept.items() if i not in tape.delivered or tape.delivered[i]() is not None
+            },
             changed=set(tape.changed),
             waves=len(tracer.waves),
             generates=tracer.generation is not None,

@@ -52,9 +52,10 @@ class Recorder(TorchFunctionMode):
         name = name_of(func)
         if name == "__get__" and not tape.changed and not tape.gradients.backwards:
             return False
-        if (self.inside and kwargs.get("generator") is None and draws(name, args, kwargs)) or (
-            tape.gradients.backwards and func == _GET_GRAD
-        ):
+        now = kwargs.get("generator") is not None and tape.fakes is not None  # an edit draws in each trace
+        if self.inside and not now and draws(name, args, kwargs):
+            return True
+        if tape.gradients.backwards and func == _GET_GRAD:
             return True
         leaves: list | None = None
         if tape.changed or _hidden(args) or _hidden(kwargs.values()):

@@ -14,6 +14,7 @@ import logging
 import operator
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -115,6 +116,7 @@ class Tape:
             set()
         )  # invokes that need another forward: they use early what an earlier invoke has late
         self.saved: dict[int, LazyTensor] = {}
+        self.delivered: dict[int, weakref.ref[torch.Tensor]] = {}  # by id: an id may be another tensor's later
         self.kept: dict[int, Key] = {}  # id of a saved value -> its key, which it loses when it becomes real
         self.objects = Objects(self)
         self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got

@@ -30,7 +30,7 @@ STYLES: dict[str, Style] = {
     dialect.SYNC: {"shape": "diamond", "style": "filled", "fillcolor": "#fff3c4"},
     dialect.BARRIER: {"shape": "box", "style": "filled", "fillcolor": "#bbbbbb", "height": "0.1"},
     dialect.OBJECT: _BOX | {"fillcolor": "#d5e8f7", "style": "rounded,filled,dotted"},
-    dialect.REACH: _BOX | {"fillcolor": "#d5e8f7", "style": "rounded,filled,dotted"},
+    dialect.REACH: _BOX | {"fillcolor": "#e3f1f9", "style": "rounded,filled,dotted"},
     dialect.OBSERVE: _BOX | {"fillcolor": "#d5e8f7", "style": "rounded,filled,dashed"},
     dialect.VISIT: {"shape": "component", "style": "filled,dashed", "fillcolor": "#efe3f7"},
     dialect.GRAD: _BOX | {"fillcolor": "#f7d5ea"},
