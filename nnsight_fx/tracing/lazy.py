@@ -197,7 +197,7 @@ class Given:
         """`value`, the tensors in it with a `save`."""
         for x in (value,) if type(value) is torch.Tensor else value if isinstance(value, tuple | list) else ():
             if type(x) is torch.Tensor and "save" not in x.__dict__:
-                x.__dict__["save"] = _Save(x)
+                vars(x)["save"] = _Save(x)
                 self.all.append(weakref.ref(x))
                 self.latest.append(x)
         return value
@@ -206,7 +206,7 @@ class Given:
         """The body is over."""
         for x in [ref() for ref in self.all]:
             if x is not None:
-                x.__dict__.pop("save", None)
+                vars(x).pop("save", None)
         self.all.clear()
         self.latest.clear()
 
