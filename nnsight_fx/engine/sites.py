@@ -176,10 +176,8 @@ class Scanner:
 
     def collects(self) -> bool:
         """Do forwards of this model collect outputs with transformers' hooks? Where no scan can tell, they may."""
-        try:
-            return collects(self.skeleton())
-        except Exception:
-            return True
+        copied = self._copy[1] if self._copy is not None else None
+        return collects(copied) if isinstance(copied, nn.Module) else True
 
     def signature(self, batch: Any, fn: str | None, unknown: tuple | None) -> Signature:
         """The signature of an input. `unknown` gives the dims of each tensor leaf that hold rows and length."""

@@ -154,7 +154,10 @@ class Capture:
         ):
             compat.frames.never_compile(function)
 
+    settled = False  # has the model transformers' hooks that collect outputs
+
     def reset(self) -> None:
+        self.settled = False
         self.entries.clear()
         self.rowwise.clear()
         self.steady.clear()
@@ -169,10 +172,12 @@ class Capture:
     ) -> Entry:
         """The captured function that runs a plan: one for all plans that leave the model's Python alone and look into the
         same modules, else one a plan."""
-        key = (fn, plan, frames, self.markers.own())
-        if key not in self.entries and collects():
+        if (
+            not self.settled and collects()
+        ):  # also where an entry is there: the hooks that come meanwhile ask for another
             settle(module)
-            key = (fn, plan, frames, self.markers.own())
+            self.settled = True
+        key = (fn, plan, frames, self.markers.own())
         if key not in self.entries and self.options.capture == "symbolic":
             self.entries[key] = Entry(Symbolic(module, fn, self.markers, self.add, self.drop))
         elif key not in self.entries:
