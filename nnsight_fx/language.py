@@ -16,7 +16,7 @@ from .generator import Generator
 from .loading import ModelNotFoundError as ModelNotFoundError
 from .loading import Source
 from .model import Batch, NNsight
-from .padding import padding_of
+from .padding import Padding, padding_of
 from .tokens import PromptError
 from .tracing import tree
 
@@ -203,14 +203,22 @@ class LanguageModel(NNsight):
         """Does padding come in front of a prompt?"""
         if self._tokenizer is not None:
             return getattr(self._tokenizer, "padding_side", "left") == "left"
-        can = padding_of(self._module)
+        can = self._padding
         return not can.left or can.reads_last or bool(can.right)
+
+    @property
+    def _padding(self) -> Padding:
+        """On which side the model takes padding: looked at once for a module tree."""
+        known = self.__dict__.get("_padding_known")
+        if known is None or known[0] is not self._markers:
+            known = self.__dict__["_padding_known"] = (self._markers, padding_of(self._module))
+        return known[1]
 
     def _check_padding(self, lengths: list[int]) -> None:
         """Prompts of these lengths are to be padded."""
         if len(set(lengths)) < 2:
             return
-        can, side = padding_of(self._module), "left" if self._left else "right"
+        can, side = self._padding, "left" if self._left else "right"
         why = can.left if side == "left" else can.right
         if why:
             other = (
@@ -273,7 +281,7 @@ class LanguageModel(NNsight):
             return kwargs
         length = kwargs[_source(kwargs) or ""].shape[1]
         positions = tokens.positions(mask, length)
-        if positions is None or not padding_of(self._module).positions:
+        if positions is None or not self._padding.positions:
             return kwargs
         return kwargs | {"position_ids": positions}
 

@@ -221,6 +221,8 @@ class Recording:
         self.keys, self.spec = [x._key for x in leaves], spec
         if tracer.tape.begun:
             self.why = "it looks at values"
+        elif tracer.tape.drew:
+            self.why = "it draws from a generator of its own"
         elif tracer.tape.containers:
             self.why = "it saves containers of its own"
 

@@ -116,13 +116,14 @@ class Scan:
         self.counts: dict[tuple[str, str], int] = {}  # how often each site was passed
         self.ended: BaseException | None = None  # why it could not go on
         self.stop_site: Site | None = None
-        self.inside: list[str] = []  # the modules that are running
         self.deciders: set[str] = set()  # the modules whose Python looks at values, which the scan guesses
         self.called: dict[str, Any] = {}  # what each operation inside a module called first
 
-    def decided(self, path: str) -> bool:
-        """Do values decide how often a module is called? Of the root: is there any such module?"""
-        return any(path.startswith(f"{d}.") if d and path else True for d in self.deciders)
+    def decided(self, path: str | None) -> bool:
+        """Do values decide how often a module is called? `None`: any module."""
+        if path is None:
+            return bool(self.deciders)
+        return path != "" and any(path.startswith(f"{d}." if d else "") for d in self.deciders)
 
     def lookup(self, site: Site) -> SiteMeta | Missing:
         if site in self.sites:
@@ -142,16 +143,15 @@ def scan(
     batched: Callable[[torch.Tensor], bool] = lambda t: False,
     unsure: Callable[[], bool] = lambda: False,
     frames: Collection[str] = (),
-    guesses: list[Callable[[], None]] | None = None,
+    inside: list[str] | None = None,
     real: Callable[[nn.Module], Any] = lambda m: None,
 ) -> Scan:
     """Run `call(copied)` on fakes and note every site; with `plan`, its interventions take effect on the way.
 
-    The operations in `frames` have sites too. `real` gives the module that one of the copy stands for.
+    `inside` is kept as the list of the modules that are running. The operations in `frames` have sites too. `real` gives the module that one of the copy stands for.
     """
     found = Scan()
-    if guesses is not None:
-        guesses[:] = [lambda: found.deciders.add(found.inside[-1] if found.inside else "")]
+    running = [] if inside is None else inside
     counts, clock = found.counts, Clock()
 
     def known(x: Any) -> Any:
@@ -171,9 +171,9 @@ def scan(
         n = counts.get((path, kind), 0)
         counts[(path, kind)] = n + 1
         if depth == 0 and kind == "input":
-            found.inside.append(path)
-        elif depth == 0 and kind == "output" and path in found.inside:
-            del found.inside[found.inside.index(path) :]
+            running.append(path)
+        elif depth == 0 and kind == "output" and path in running:
+            del running[running.index(path) :]
         site = (path, kind, n)
         leaves, spec = tree.flatten(value)
         if plan is not None:

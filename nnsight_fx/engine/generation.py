@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..capture.markers import active, override
+from ..capture.markers import active
 from ..capture.scan import Scan
 from ..errors import MissedSiteError
 from ..tracing import tree
@@ -49,6 +49,8 @@ class Generation:
         self.inputs: tuple[tuple, dict] = ((), {})  # of that call
         self.edits = [Repeated(edit) for edit in host._edits]
         self.passed: Counter[tuple[str, str]] = Counter()  # sites of the forwards so far, counted for the edits
+        # What stands in for each module's call, by the module's attributes.
+        self.stops = [(m.__dict__, functools.partial(self._called, path)) for m, path in host._markers.paths.items()]
         self.held: dict[str, set[str]] = {}  # `parts` of the modules that were called
         self.run: Run | None = None  # the one of the forward that is running, or has just run
         self.given: list[Any] = []  # what the streamer got: the prompt, and the tokens of each forward
@@ -80,15 +82,20 @@ class Generation:
             self.restore()
 
     def _watch(self) -> None:
-        """Stop at the next call of any module."""
-        undo = [
-            override(module, functools.partial(self._called, path), "_compiled_call_impl")
-            for module, path in self.host._markers.paths.items()
-        ]
+        """Stop at the next call of any module. This is done at each step, so it is only writes to dicts."""
+        name, users = "_compiled_call_impl", []
+        for state, call in self.stops:
+            if name in state:
+                users.append((state, state[name]))
+            state[name] = call
 
         def restore() -> None:
-            while undo:
-                undo.pop()()
+            for state, call in self.stops:
+                if state.get(name) is call:
+                    del state[name]
+            for state, own in users:
+                state[name] = own
+            users.clear()
 
         self.restore = restore
 
@@ -295,7 +302,7 @@ class Following(Wave):
     def most_calls(self) -> int:
         return 0
 
-    def open_ended(self, path: str) -> bool:
+    def open_ended(self, path: str | None) -> bool:
         return False
 
     def forget(self) -> None:

@@ -331,7 +331,7 @@ class Run(TensorInterleaver):
                     f"{self.lines[n]}: `{site}` has shape {got[0]} and dtype {got[1]}, but the body was recorded for {want[0]} and "
                     f"{want[1]}: the model takes another way on this input. {advice}"
                 )
-            if want is not ANY and (isinstance(got, tuple) is not isinstance(want, tuple) or (got != want)):
+            if want is not ANY and (type(got) is not type(want) or got != want):
                 raise PlanMismatchError(
                     f"{self.lines[n]}: `{site}` holds {_shown(leaf)}, but the body was recorded for {_shown(want)}: the model takes another "
                     f"way on this input. {advice}"

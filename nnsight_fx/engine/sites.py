@@ -63,7 +63,8 @@ class Shapes(ShapeEnv):
 
     def __init__(self):
         super().__init__()
-        self.guesses: list[Callable[[], None]] = []  # told of each
+        self.inside: list[str] = []  # the modules that are running in a scan
+        self.deciders: set[str] = set()  # those whose Python has looked at values
         self.turns: dict[tuple, int] = {}  # how often each line of a running frame has been decided
 
     def _first_turns(self) -> bool:
@@ -92,8 +93,7 @@ class Shapes(ShapeEnv):
             if not self.guessing:
                 raise
             self.guessed = True
-            for told in self.guesses:
-                told()
+            self.deciders.add(self.inside[-1] if self.inside else "")
             guess = orig_expr.xreplace({s: sympy.Integer(1) for s in free_unbacked_symbols(orig_expr)})
             return guess if guess not in (sympy.true, sympy.false) or self._first_turns() else sympy.Not(guess)
 
@@ -148,6 +148,7 @@ class Scanner:
             torch._check(symbol <= 2**24)
         self.signatures: OrderedDict[tuple, Signature] = OrderedDict()
         self._copy: tuple[tuple, nn.Module | Exception] | None = None
+        self.collecting = False  # did the latest scan find them
 
     def forget_failed(self) -> None:
         """Forget the scans that ended: a trace failed, maybe by the same fault, which may be gone when the next one scans."""
@@ -176,8 +177,7 @@ class Scanner:
 
     def collects(self) -> bool:
         """Do forwards of this model collect outputs with transformers' hooks? Where no scan can tell, they may."""
-        copied = self._copy[1] if self._copy is not None else None
-        return collects(copied) if isinstance(copied, nn.Module) else True
+        return self.collecting or self._copy is None or isinstance(self._copy[1], Exception)
 
     def signature(self, batch: Any, fn: str | None, unknown: tuple | None) -> Signature:
         """The signature of an input. `unknown` gives the dims of each tensor leaf that hold rows and length."""
@@ -259,6 +259,7 @@ class Scanner:
                 return callee(m, fn)(*args, **kwargs)
 
         self.shapes.guessing, self.shapes.guessed, self.shapes.turns = True, False, {}
+        self.shapes.inside, self.shapes.deciders = [], set()
         try:
             done = scan(
                 copied,
@@ -268,11 +269,13 @@ class Scanner:
                 batched=batched,
                 unsure=lambda: self.shapes.guessed,
                 frames=of.frames,
-                guesses=self.shapes.guesses,
+                inside=self.shapes.inside,
                 real=dict(zip(copied.modules(), self.modules, strict=True)).get,
             )
         finally:
-            self.shapes.guessing, self.shapes.guesses = False, []
+            self.shapes.guessing = False
+        done.deciders = self.shapes.deciders
+        self.collecting = collects(copied)
         replaced = self.shapes.replacements
         if any(s is not None and s in replaced for s in of.symbols):
             done = Scan()
@@ -411,8 +414,8 @@ class WaveSites:
         found = scan.counts.get((path, kind), 0)
         return found if scan.ended is None else max(found, 1)
 
-    def open_ended(self, path: str) -> bool:
-        """Do values decide how often the forward calls a module?"""
+    def open_ended(self, path: str | None) -> bool:
+        """Do values decide how often the forward calls a module? `None`: any module."""
         return self.signature.scan.decided(path)
 
     def called(self, path: str) -> Any:

@@ -119,6 +119,7 @@ class Capture:
     nodes: int = 0  # of the segment that was compiled last, before its passes
     refused: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # plan -> why
     steady: OrderedDict[tuple, Steady] = field(default_factory=OrderedDict)  # (signature, plan) -> the plan as a call
+    settled: bool = False  # has the model transformers' hooks that collect outputs
     unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
 
     def __post_init__(self):
@@ -154,8 +155,6 @@ class Capture:
         ):
             compat.frames.never_compile(function)
 
-    settled = False  # has the model transformers' hooks that collect outputs
-
     def reset(self) -> None:
         self.settled = False
         self.entries.clear()
@@ -172,9 +171,7 @@ class Capture:
     ) -> Entry:
         """The captured function that runs a plan: one for all plans that leave the model's Python alone and look into the
         same modules, else one a plan."""
-        if (
-            not self.settled and collects()
-        ):  # also where an entry is there: the hooks that come meanwhile ask for another
+        if not self.settled and collects():  # before the key is made, which has the hooks in it
             settle(module)
             self.settled = True
         key = (fn, plan, frames, self.markers.own())

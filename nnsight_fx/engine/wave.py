@@ -159,8 +159,14 @@ class Wave:
         """How often the forward passes a site, as its scan saw it."""
         return self.tape.sites.calls(path, kind)  # type: ignore[attr-defined]
 
-    def open_ended(self, path: str) -> bool:
-        """Do values decide how often the forward calls a module?"""
+    def came(self, path: str, kind: str) -> int:
+        """How often the forward has passed a site, when it has run: what values decide is the run's to say."""
+        scanned = self.calls(path, kind)
+        decided = scanned != 1 and self.run is not None and self.open_ended(path)
+        return self.run.counts.get((path, kind), 0) if decided else scanned  # type: ignore[union-attr]
+
+    def open_ended(self, path: str | None) -> bool:
+        """Do values decide how often the forward calls a module? `None`: any module."""
         return self.tape.sites.open_ended(path)  # type: ignore[attr-defined]
 
     def most_calls(self) -> int:

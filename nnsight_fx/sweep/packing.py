@@ -23,7 +23,7 @@ except ImportError:
     cloudpickle = None
 
 # Made by `NNsight.__init__`, or of this process alone.
-_OWN = {"_shared", "_envoys", "_compiled", "_edits", "_latest", "_unpacks", "_names", "_module", "_root", "_path", "_caller"}  # fmt: skip
+_OWN = {"_shared", "_envoys", "_compiled", "_edits", "_latest", "_unpacks", "_names", "_module", "_root", "_path", "_caller", "_padding_known"}  # fmt: skip
 
 
 def pack(job: Any) -> bytes:

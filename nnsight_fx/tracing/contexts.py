@@ -31,7 +31,9 @@ class Wave(Protocol):
 
     def calls(self, path: str, kind: str) -> int: ...
 
-    def open_ended(self, path: str) -> bool: ...
+    def came(self, path: str, kind: str) -> int: ...
+
+    def open_ended(self, path: str | None) -> bool: ...
 
     def finish(self) -> None: ...
 
@@ -293,14 +295,20 @@ class Tracer:
         at, total = self.counted.get((path, kind), (0, 0))
         if at > step:
             at, total = 0, 0
-        total += sum(self.calls(path, kind, i) for i in range(at, step))
+        total += sum(self.waves[self.start + i].came(path, kind) for i in range(at, step))
         self.counted[(path, kind)] = (step, total)
         return total
 
     def open_ended(self, path: str, kind: str, step: int) -> bool:
         """Is it only known from the run how often a forward passes a site? In a generation one call is taken for the only one."""
-        wave = self.waves[step if self.generation is not None else -1]
-        return wave.open_ended(path) and (self.generation is None or wave.calls(path, kind) != 1)
+        if self.generation is None:
+            return self.waves[-1].open_ended(path)
+        wave = self.waves[self.start + step]
+        return wave.open_ended(path) and wave.calls(path, kind) != 1
+
+    def decides(self) -> bool:
+        """Do values decide how often any module is called, in the one forward of a trace?"""
+        return self.generation is None and self.waves[-1].open_ended(None)
 
     def most_calls(self, step: int) -> int:
         """How often a forward passes the site that it passes most."""

@@ -153,10 +153,10 @@ class Draft(Tape):
     def calls(self, numbers: list[int], passes: Passes) -> Iterable[int | None]:
         """For which calls of its first site, in this forward, a body of a `tracer.iter` is; `None`: it says no call."""
         turn = self.turns[numbers[0]]
-        target = next((self.ops[n].target for n in numbers if self.ops[n].kind in SITES), None)
-        if turn is None or target is None:
+        first = next((self.ops[n] for n in numbers if self.ops[n].kind in SITES), None)
+        if turn is None or first is None:
             return (None,)
-        before, count = passes(target[0], "input" if self.ops[numbers[0]].kind == SKIP else target[1])
+        before, count = passes(*_passed(first))
         return [call for call in range(count) if turn.holds(before + call)]
 
     def do(self, n: int, tape: Tape, results: dict[int, Any], call: int | None = None) -> Any:
@@ -213,11 +213,16 @@ class Repeated:
         self.results: dict[int, Any] = {}
         self.old: dict[int, Any] = {}  # of the forward before
         self.fresh: set[int] = set()  # what this forward has done
+        self.kept: set[int] = set()  # what this forward still uses of the one before
         self.met: set[int] = set()  # what is for some occurrences, which need not come
 
     def replay(self, tape: Tape, passes: Passes) -> None:
         """Do what can be done in a forward; `passes` tells how often those before it have passed a site, and how often it does."""
         draft, self.old, self.results, self.fresh = self.draft, self.results, {}, set()
+        # What needs no site (a random draw) is made anew in each forward, unless something that uses it has waited for this one.
+        self.kept = {
+            v for n, op in enumerate(draft.ops) if n not in self.old and n not in self.met for v, _ in op.needs
+        }
         for numbers in draft.runs():
             for call in draft.calls(numbers, passes):
                 for n in numbers:
@@ -233,12 +238,11 @@ class Repeated:
         op: Op = self.draft.ops[n]
         needs = {v for v, _ in op.needs}
         if op.kind in SITES:
-            path, kind, own = op.target
-            again = passes(path, "input" if op.kind == SKIP else kind)[1] > (own if call is None else call)
+            again = passes(*_passed(op))[1] > (op.target[2] if call is None else call)
         elif op.kind == STOP:
             again = len(self.results) == n
         else:
-            again = bool(needs & self.fresh) or n not in self.old
+            again = n not in self.old or (bool(needs & self.fresh) if needs else n not in self.kept)
         if again and needs <= self.results.keys():
             self.results[n] = self.draft.do(n, tape, self.results, call)
             self.fresh.add(n)
@@ -248,6 +252,12 @@ class Repeated:
         """What no forward has done yet."""
         found = zip(self.draft.ops, self.draft.lines, strict=True)
         return [each for n, each in enumerate(found) if n not in self.results and n not in self.met]
+
+
+def _passed(op: Op) -> tuple[str, str]:
+    """The site whose passings tell when an operation takes place."""
+    path, kind, _ = op.target
+    return path, "input" if op.kind == SKIP else kind
 
 
 def _bounds(op: Op) -> int | None:

@@ -52,9 +52,10 @@ class Recorder(TorchFunctionMode):
         name = name_of(func)
         if name == "__get__" and not tape.changed and not tape.gradients.backwards:
             return False
-        now = kwargs.get("generator") is not None and tape.fakes is not None  # an edit draws in each trace
-        if self.inside and not now and draws(name, args, kwargs):
-            return True
+        if self.inside and draws(name, args, kwargs):
+            if kwargs.get("generator") is None or tape.fakes is None:  # an edit draws in each trace
+                return True
+            tape.drew = True
         if tape.gradients.backwards and func == _GET_GRAD:
             return True
         leaves: list | None = None

@@ -48,11 +48,7 @@ class SiteMeta(NamedTuple):
         return any(type(x) is Opaque for x in self.leaves)
 
 
-class Any_:
-    """Stands, in what a read expects, for a leaf that is not compared."""
-
-
-ANY = Any_()
+ANY = object()  # stands, in what a read expects, for a leaf that is not compared
 
 
 class Opaque:

@@ -144,6 +144,7 @@ class Tape:
             None  # the site that never came, and the line that ran the model to its end for it
         )
         self.given = Given()
+        self.drew = False  # has the body drawn from a generator of the user's
         self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
         self.refusal: Exception | None = None  # what an operation below the Python API was told
         self.gradients = Gradients(self)
@@ -223,6 +224,7 @@ class Tape:
 
     def _drawn(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         """A draw from a generator of the user's: made now, since the model has no part in it."""
+        self.drew = True
         if name not in RANDOM_IN_PLACE:
             return self.given.saveable(func(*self.real_args(args), **self.real_args(kwargs)))
         fake = self.fake(args[0])

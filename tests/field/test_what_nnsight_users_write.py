@@ -85,7 +85,7 @@ def test_the_old_name_warns() -> None:
             old = model.encoder.layer[0].nns_output
             assert old is model.encoder.layer[0].output
     with pytest.warns(FutureWarning), model.trace(torch.tensor([[5, 6]])):
-        model.encoder.layer[0].nns_output = old * 0 if False else model.encoder.layer[0].output * 0
+        model.encoder.layer[0].nns_output = model.encoder.layer[0].output * 0
         out = model.encoder.layer[0].output.save()
     assert not out.any()
 
@@ -132,6 +132,40 @@ def test_an_edit_that_iterates(name: str, engine: str, tmp_path: Any) -> None:
     with torch.no_grad():
         clean = module.transformer(IDS, output_hidden_states=True).hidden_states[1]
     assert torch.equal(first, clean + VECTOR if holds(0) else clean)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "eager"])
+def test_an_edit_that_draws_draws_in_every_forward(engine: str) -> None:
+    module = gpt2()
+    model = wrap(module, engine)
+    handle = module.transformer.h[0].register_forward_hook(lambda m, a, o: o + 5 * torch.randn(16))
+    torch.manual_seed(7)
+    want = module.generate(IDS, attention_mask=torch.ones_like(IDS), **OPTIONS)
+    handle.remove()
+    with model.edit() as edited:
+        edited.transformer.h[0].output += 5 * torch.randn(16)
+    torch.manual_seed(7)
+    with edited.generate(IDS, **OPTIONS) as tracer:
+        seen = nnsight_fx.save([])
+        for _ in tracer.iter[:]:
+            seen.append(edited.transformer.h[0].output[0, -1])
+        ids = tracer.result.save()
+    assert torch.equal(ids, want) and len(seen) == OPTIONS["max_new_tokens"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_edit_that_iterates_and_skips(engine: str) -> None:
+    """The body's first operation is a skip: its occurrences are those of the module's calls."""
+    torch.manual_seed(0)
+    block = nn.Linear(4, 4)
+    module = nn.Sequential(block, block, block).requires_grad_(False)
+    model, x = wrap(module, engine, NNsight), torch.randn(2, 4)
+    with model.edit() as (tracer, edited):
+        for step in tracer.iter[1:3]:
+            edited[0].skip(torch.full((2, 4), float(step)))
+    with edited.trace(x):
+        out = edited.output.save()
+    assert torch.equal(out, torch.full((2, 4), 2.0))
 
 
 def test_a_number_that_an_edit_does_not_have() -> None:
@@ -187,11 +221,18 @@ def test_values_behind_a_look_have_a_save(engine: str) -> None:
         places = h.nonzero().save()
         twice = (positive * 2).save()
         split = [part.save() for part in positive.sort()]
-        assert pickle.loads(pickle.dumps(twice)).equal(twice)
+        copied = pickle.loads(pickle.dumps(twice))
+        with pytest.raises(AttributeError, match=r"this tensor is a copy, which has no `.save\(\)`; `nnsight_fx.save"):
+            copied.save()
         count = nnsight_fx.save(torch.tensor(h.argmax().item()))
         out = model[1].output.save()
     assert torch.equal(positive, first[first > 0]) and torch.equal(places, first.nonzero())
-    assert torch.equal(twice, positive * 2) and torch.equal(split[0], positive.sort()[0]) and count == first.argmax()
+    assert (
+        copied.equal(twice)
+        and torch.equal(twice, positive * 2)
+        and torch.equal(split[0], positive.sort()[0])
+        and count == first.argmax()
+    )
     assert torch.equal(out, module(x))
     for each in (positive, places, twice, *split):
         assert type(each) is torch.Tensor and not hasattr(each, "save")
@@ -291,3 +332,18 @@ def test_a_draw_from_a_generator_of_the_users(engine: str) -> None:
     g = torch.Generator().manual_seed(5)
     want = module[0](x) + torch.randn(2, 4, generator=g) + torch.empty(2, 4).normal_(generator=g)
     assert torch.equal(out, module[2](module[1](want)))
+
+
+def test_a_program_that_draws_from_a_generator_draws_each_time() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model, x, g = wrap(module, "eager", NNsight), torch.randn(2, 4), torch.Generator().manual_seed(5)
+
+    def body(tracer: Any) -> Any:
+        return model[1].output + torch.rand(4, generator=g)
+
+    program = model.program(body)
+    got = [program(x) for _ in range(3)]
+    g = torch.Generator().manual_seed(5)
+    assert all(torch.equal(y, module(x) + torch.rand(4, generator=g)) for y in got)
+    assert "it draws from a generator of its own" in program.explain()
