@@ -90,7 +90,7 @@ clean:
 # Everything else as constraints.txt has it, but for what torch and transformers ask for themselves, and tools.
 .torch/%/.stamp: pyproject.toml constraints.txt
 	mkdir -p .torch
-	test -x .torch/$*/bin/python || $(if $(NUMBERED),python$(NUMBERED),$(PYTHON)) -m venv .torch/$*
+	test -x .torch/$*/bin/python || $(if $(NUMBERED),PYENV_VERSION=$$(pyenv latest $(NUMBERED) 2>/dev/null) python$(NUMBERED),$(PYTHON)) -m venv .torch/$*
 	grep -vE '^(torch|transformers|tokenizers|huggingface_hub|setuptools|sympy)==' constraints.txt > .torch/$*/constraints.txt
 	.torch/$*/bin/python -m pip install --quiet --disable-pip-version-check -c .torch/$*/constraints.txt \
 		torch==$(TORCH) transformers==$(TRANSFORMERS) -e '.[test,viz,sweep,bench]'

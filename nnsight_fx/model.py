@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import operator
 import sys
 import weakref
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from . import bug_report, compat, compiled
+from . import bug_report, compat, compiled, keywords
 from .aliasing import Names, Rename
 from .cache import CacheView, cache, observed
 from .capture.markers import Markers
@@ -203,6 +204,7 @@ class NNsight(Edits, Envoy):
         """
         self._check_fn(fn)
         self.dispatch()
+        self._check_keywords(fn, kwargs, "trace", NNsight.trace)
         if not trace and self._edits:
             with self.trace(*args, compile=compile, fn=fn, pad_to=pad_to, **kwargs) as tracer:
                 result = save(tracer.result)
@@ -242,6 +244,18 @@ class NNsight(Edits, Envoy):
                 f"{user_line()}: `{fn}` is no method of the model; {nearest(fn, known)}"
             ) from error
 
+    def _check_options(self, verb: str, function: Callable, options: dict) -> None:
+        """Keywords of a verb that makes traces: its own, those of a trace, and the model's."""
+        own = {"compile", "fn", "pad_to"} | inspect.signature(function).parameters.keys()
+        self._check_fn(options.get("fn"))
+        self.dispatch()
+        self._check_keywords(options.get("fn"), options.keys() - own, verb, function)
+
+    def _check_keywords(
+        self, fn: str | None, names: Iterable[str], verb: str, function: Callable | None = None
+    ) -> None:
+        keywords.check(self._module, fn, names, verb, function)
+
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if self.tracer is None and self._caller is not None:
             return self._caller(*args, **kwargs)
@@ -264,17 +278,19 @@ class NNsight(Edits, Envoy):
         """Several traces whose values flow from one to the next without `.save()`; see `Session`."""
         return Session()
 
+    @keywords.verb(sweep)
     def sweep(self, fn: Callable[..., Any], inputs: Any, /, over: Mapping[str, Iterable], **options: Any) -> Results:
-        """Run `fn(tracer, *cell)` as a body for every cell of the grid `over`; see `nnsight_fx.sweep.sweep`."""
         for name in options.keys() & {"fn", "inputs"}:
             raise TypeError(
                 f"{user_line()}: `{name}=` is ambiguous: a sweep takes its body and its inputs by position. Where the model takes a `{name}` "
                 f'of its own, put it among the inputs: `model.sweep(body, {{"input_ids": ids, "{name}": ...}}, over=...)`.'
             )
+        self._check_options("sweep", sweep, options)
         return sweep(self, fn, inputs, over, **options)
 
+    @keywords.verb(harvest)
     def harvest(self, dataset: Iterable, sites: Any, out: Any, **options: Any) -> Activations:
-        """Write the activations of a data set to the folder `out`; see `nnsight_fx.harvest.harvest`."""
+        self._check_options("harvest", harvest, options)
         return harvest(self, dataset, sites, out, **options)
 
     def program(self, fn: Callable[..., Any], *, stop: bool = False, **options: Any) -> Program:
@@ -291,6 +307,7 @@ class NNsight(Edits, Envoy):
         logits = program(prompt, torch.tensor(2.0), vector)
         ```
         """
+        self._check_options("program", NNsight.program, options)
         return Program(self, fn, stop, options)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:

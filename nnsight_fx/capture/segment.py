@@ -32,6 +32,7 @@ class Segment:
         self.ended: Break | None = None
         self.plan: Any = None  # whose capture half it was captured for
         self.variants: OrderedDict[tuple, list[Any]] = OrderedDict()  # the latest used last
+        self.following: OrderedDict[tuple, list[Any]] = OrderedDict()  # those that serve constants of other sizes, too
         self.regions: dict[Any, list[Any]] = {}  # compiled blocks, by structure
         self.tails: dict[tuple[int, int], tuple[Segment, list[int], list[int]]] = {}
 

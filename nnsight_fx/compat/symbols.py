@@ -103,6 +103,17 @@ def sizes_of(fakes: Sequence, values: Sequence) -> dict[Any, sympy.Integer]:
     return found
 
 
+def input_of_size(fakes: Sequence, size: int, dim: int) -> int | None:
+    """The place of an input that is a symbol and `size` in this call: of several rather one that is dimension `dim` of a tensor."""
+    found = {}
+    for i, fake in enumerate(fakes):
+        if isinstance(fake, torch.SymInt) and fake.node.expr.is_symbol and fake.node.hint == size > 1:
+            found[fake.node.expr] = i
+    sizes = [fake.shape[dim] for fake in fakes if isinstance(fake, torch.Tensor) and fake.dim() > dim]
+    there = [n.node.expr for n in sizes if isinstance(n, torch.SymInt)]
+    return found.get(next((expr for expr in (*there, *found) if expr in found), None))
+
+
 def _hinted(context: Any, env: Any, fake: Any, sizes: dict) -> Any:
     """A fake input with the sizes of this call as its hints."""
 

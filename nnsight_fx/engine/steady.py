@@ -81,7 +81,7 @@ class Call:
 
     def run_segment(self, segment: Segment, args: tuple) -> Any:
         found = self.steady.variant
-        if segment is not self.steady.segment or not found.guards(list(args)):
+        if segment is not self.steady.segment or not found.guards(self, args):
             raise compat.dynamo.NotCaptured
         outputs = self.steady.call(*args, *extras(cast(Any, self), found))
         self.env = dict(zip(found.gives, outputs[found.own :], strict=True))

@@ -17,6 +17,7 @@ from ..capture.segment import Segment
 from ..errors import PlanMismatchError
 from ..passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
 from ..tracing import ambient
+from . import following
 from .gradients import differentiable
 from .regions import Whole, regional
 from .removal import check
@@ -30,7 +31,7 @@ class Variant:
     """A compiled segment: what it takes and gives beside its own inputs and outputs, and where the plan stands after it."""
 
     call: Callable[..., Any]
-    guards: Callable[[list], bool]
+    sizes: Callable[[list], bool]  # the guards on the sizes of its inputs
     takes: list[tuple]
     gives: list[tuple[int, int]]
     own: int
@@ -47,6 +48,11 @@ class Variant:
     ends: bool = False  # does the run end with it: the plan stops the model here
     unread: bool = False  # was what the model returns not computed, since nobody takes it
     fresh: bool = False  # is it of a plan that is known to its end, and of which nothing had happened
+    constants: list[following.Constant] = field(default_factory=list)  # where one is as wide as an input
+
+    def guards(self, run: Any, args: tuple) -> bool:
+        """Does it serve these inputs, with the constants of this run?"""
+        return self.sizes(list(args)) and all(each.fits(run, args) for each in self.constants)
 
 
 VARIANTS = 512  # compiled plans kept a segment
@@ -62,8 +68,9 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     key = (run.entry_key(), _unread(segment, run), tuple(aliases.items()))
     found = segment.variants.setdefault(key, [])
     segment.variants.move_to_end(key)
-    for each in found:
-        if each.guards(list(args)):
+    others = segment.following.get(following.kin(key), ()) if segment.following else ()
+    for each in (*found, *others):
+        if each.guards(run, args):
             run.capture.hits += 1
             run.hits += 1
             return each
@@ -72,6 +79,10 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
         fakes = [compat.fakes.unchanged(segment.context, *each) for each in zip(fakes, args, strict=True)]
         made = _compile(segment, run, fakes, args, aliases)
     found.append(made)
+    if made.constants:
+        segment.following.setdefault(following.kin(key), []).append(made)
+        if len(segment.following) > VARIANTS:
+            segment.following.popitem(last=False)
     if len(segment.variants) > VARIANTS:
         segment.variants.popitem(last=False)
     return made
@@ -134,7 +145,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
     )
 
     def inputs() -> list:
-        return [*fakes, *(_fake(segment, run, take) for take in job.takes)]
+        return [*fakes, *(_fake(segment, run, fakes, take) for take in job.takes)]
 
     job.inputs = lambda: [compat.fakes.as_leaf(segment.context, x) for x in inputs()]
     job.differentiates = differentiable(run, args)
@@ -153,12 +164,12 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None),
     ):
         call = _built(segment, run, gm, job, fakes, args, inputs)
-    guards = compat.symbols.added_guards(segment.context, segment.guards, fakes)
+    sizes = compat.symbols.added_guards(segment.context, segment.guards, fakes)
     run.capture.note_compile(segment, job)
     run.compiles += 1
     return Variant(
         call,
-        guards,
+        sizes,
         job.takes,
         job.gives,
         job.own,
@@ -173,6 +184,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         fresh=run.closed and not (run.counts or run.env or run.done or aliases),
         requires=job.requires,
         accumulates=job.accumulates,
+        constants=following.following(run, fakes, job.takes),
     )
 
 
@@ -250,7 +262,7 @@ def _group(pristine: list[fx.Node], cut: Cut) -> dict[fx.Node, int]:
     return {**found, **supplied}  # type: ignore[dict-item]
 
 
-def _fake(segment: Segment, run: SplicedRun, take: tuple) -> Any:
+def _fake(segment: Segment, run: SplicedRun, fakes: list, take: tuple) -> Any:
     """The fake of an extra input."""
     value = source(run, take)
     if take[0] == "constant" and take[2] != "tensor":
@@ -259,7 +271,7 @@ def _fake(segment: Segment, run: SplicedRun, take: tuple) -> Any:
         value = number(take, value)
     if not isinstance(value, torch.Tensor):
         return value
-    facts = (tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
+    facts = following.facts(value, fakes if take[0] == "constant" else [])
     return compat.fakes.fake_like(segment.context, facts)
 
 

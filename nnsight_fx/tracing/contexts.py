@@ -6,7 +6,7 @@ import contextlib
 import functools
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -54,6 +54,8 @@ class Host(Protocol):
     def _wave(self, tracer: Tracer, first: Any, alone: bool) -> Any: ...
 
     def _suspend(self) -> Callable[[], None]: ...
+
+    def _check_keywords(self, fn: str | None, names: Iterable[str], verb: str) -> None: ...
 
 
 class Tracer:
@@ -562,6 +564,7 @@ class Invoker:
                 f"{user_line()}: cannot open an invoke with one already open. Leave the other `with` block first."
             )
         self.args, self.kwargs = held(self.args), held(self.kwargs)
+        tracer.host._check_keywords(tracer.fn, self.kwargs, "invoke")
         if self.batch is None and (self.args or self.kwargs):
             with unrecorded():
                 self.batch = tracer.host._prepare(self.args, {**tracer.kwargs, **self.kwargs})

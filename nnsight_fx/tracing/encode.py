@@ -164,6 +164,25 @@ def references(key: Any) -> set[tuple[int, int]]:
     return found
 
 
+def sizeless(key: Any) -> Any:
+    """A key in which contiguous constants have no sizes, but as many dimensions."""
+    if not isinstance(key, tuple) or not key or key[0] in ("v", "n", "l", "s", "o"):
+        return key
+    if key[0] == "c":
+        shape, stride, *rest = key[2]
+        return (*key[:2], (len(shape), None, *rest)) if _contiguous(shape, stride) else key
+    return tuple(map(sizeless, key))
+
+
+def _contiguous(shape: tuple, stride: tuple | None) -> bool:
+    step = 1
+    for size, between in zip(reversed(shape), reversed(stride or ()), strict=False):
+        if size != 1 and between != step:
+            return False
+        step *= size
+    return stride is not None
+
+
 def objects(key: Any) -> list[Any]:
     """The objects in a key that are compared by identity."""
     if not isinstance(key, tuple) or not key or key[0] in ("v", "c", "n", "l", "s"):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import tree
-from .encode import Key, objects, references
+from .encode import Key, objects, references, sizeless
 
 Site = tuple[str, str, int]  # module path, "input" | "output" | "result", call index
 
@@ -98,6 +98,14 @@ class InterventionGraph:
         if plan is None:
             plan = cls._interned[key] = cls(*key)
         return plan
+
+    @cached_property
+    def kin(self) -> InterventionGraph:
+        """What all plans are alike in that differ from this one by the sizes of constants alone."""
+        ops = tuple(
+            op._replace(args=sizeless(op.args), kwargs=sizeless(op.kwargs), when=sizeless(op.when)) for op in self.ops
+        )
+        return InterventionGraph.of(ops, self.groups, self.recapture, self.specs)
 
     @cached_property
     def workers(self) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import pickle
 import warnings
 from typing import Any
@@ -90,6 +91,12 @@ def test_the_old_name_warns() -> None:
     assert not out.any()
 
 
+@functools.cache
+def generator(engine: str) -> Any:
+    """One model for the tests of generation, with what was captured of it."""
+    return wrap(gpt2(), engine)
+
+
 # -- edits that iterate -----------------------------------------------------------------------------------------------
 
 VECTOR = torch.randn(16, generator=torch.Generator().manual_seed(1)) * 5
@@ -108,8 +115,8 @@ CHOSEN: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("name", list(CHOSEN))
 def test_an_edit_that_iterates(name: str, engine: str, tmp_path: Any) -> None:
     chosen, holds = CHOSEN[name]
-    module = gpt2()
-    model, n = wrap(module, engine), [0]
+    model, n = generator(engine), [0]
+    module = model._module
 
     def hook(m: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
         n[0] += 1
@@ -127,6 +134,7 @@ def test_an_edit_that_iterates(name: str, engine: str, tmp_path: Any) -> None:
         with each.generate(IDS, **OPTIONS) as tracer:
             ids = tracer.result.save()
         assert torch.equal(ids, want)
+    model.clear_edits()
     with edited.trace(IDS):
         first = edited.transformer.h[0].output.save()
     with torch.no_grad():
@@ -136,8 +144,8 @@ def test_an_edit_that_iterates(name: str, engine: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("engine", ["hooks", "eager"])
 def test_an_edit_that_draws_draws_in_every_forward(engine: str) -> None:
-    module = gpt2()
-    model = wrap(module, engine)
+    model = generator(engine)
+    module = model._module
     handle = module.transformer.h[0].register_forward_hook(lambda m, a, o: o + 5 * torch.randn(16))
     torch.manual_seed(7)
     want = module.generate(IDS, attention_mask=torch.ones_like(IDS), **OPTIONS)
@@ -259,31 +267,107 @@ def test_values_between_the_traces_of_a_session_have_a_save(engine: str) -> None
 # -- other texts ------------------------------------------------------------------------------------------------------
 
 
+def in_place(block: Any, steer: torch.Tensor) -> None:
+    h = block.output
+    h += steer
+
+
+def assigned(block: Any, steer: torch.Tensor) -> None:
+    block.output = block.output + steer
+
+
+def by_a_slice(block: Any, steer: torch.Tensor) -> None:
+    block.output[:] = block.output + steer
+
+
 @pytest.mark.parametrize("engine", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.inductor])])
 @pytest.mark.parametrize("dim", [0, 1], ids=["rows", "tokens"])
-@pytest.mark.parametrize("written", ["in place", "assigned", "by a slice"])
-def test_a_constant_as_wide_as_the_batch(written: str, dim: int, engine: str) -> None:
-    """Steering with a tensor of the batch's rows, or of the prompt's tokens, over three shapes, block by block."""
-    module = gpt2(6)
+def test_a_constant_as_wide_as_the_batch(dim: int, engine: str) -> None:
+    """Steering with a tensor of the batch's rows, or of the prompt's tokens, block by block: its size follows the batch's."""
+    module = gpt2(3)
     model = wrap(module, engine, regional=True)
-    for n in (1, 3, 5) if dim == 0 else (4, 6, 9):
-        ids = torch.randint(1, 50, (n, 4) if dim == 0 else (2, n), generator=torch.Generator().manual_seed(n))
-        steer = torch.randn((n, 1, 16) if dim == 0 else (1, n, 16), generator=torch.Generator().manual_seed(n + 1))
-        with torch.no_grad(), model.trace(ids):
-            block = model.transformer.h[2]
-            if written == "in place":
-                h = block.output
-                h += steer
-            elif written == "assigned":
-                block.output = block.output + steer
-            else:
-                block.output[:] = block.output + steer
-            logits = model.lm_head.output.save()
-        handle = module.transformer.h[2].register_forward_hook(lambda m, a, o, steer=steer: o + steer)
+    for write in (in_place, assigned, by_a_slice):
+        for n in (2, 3, 5, 7):
+            ids = torch.randint(1, 50, (n, 4) if dim == 0 else (3, n), generator=torch.Generator().manual_seed(n))
+            steer = torch.randn((n, 1, 16) if dim == 0 else (1, n, 16), generator=torch.Generator().manual_seed(n + 1))
+            known = contextlib.nullcontext() if n in (2, 3) else nnsight_fx.assert_max_compiles(0)
+            with known, torch.no_grad(), model.trace(ids):
+                write(model.transformer.h[1], steer)
+                logits = model.lm_head.output.save()
+            handle = module.transformer.h[1].register_forward_hook(lambda m, a, o, steer=steer: o + steer)
+            with torch.no_grad():
+                want = module(ids).logits
+            handle.remove()
+            torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+FOLLOWED = {  # `(h, n) -> h`, for a batch (n, 4, 6) and for a prompt (2, n, 6)
+    "a mask": lambda h, n, dim: h * (torch.arange(n) % 2).reshape((n, 1, 1) if dim == 0 else (n, 1)),
+    "a table": lambda h, n, dim: h + torch.linspace(0, 1, n * 6).reshape((n, 1, 6) if dim == 0 else (n, 6)),
+    "chosen": lambda h, n, dim: torch.where(torch.arange(n).reshape((n, 1, 1) if dim == 0 else (n, 1)) > 1, h, -h),
+    "a product": lambda h, n, dim: torch.eye(n) @ h if dim else torch.einsum("nm,mtd->ntd", torch.eye(n) * 2, h),
+    "a row of each": lambda h, n, dim: torch.cat([h, torch.ones((n, 1, 6) if dim == 0 else (2, n, 6))], 1).narrow(1, 0, 4 if dim == 0 else 2),
+    "transposed": lambda h, n, dim: h + torch.arange(6.0 * n).reshape(6, n).T.reshape((n, 1, 6) if dim == 0 else (n, 6)),
+    "as wide as the model, too": lambda h, n, dim: h @ torch.eye(6) + torch.arange(6.0),
+}  # fmt: skip
+
+
+@functools.cache
+def table(engine: str) -> Any:
+    torch.manual_seed(0)
+    return wrap(Table(), engine, NNsight, dynamic=True)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "tokens"])
+@pytest.mark.parametrize("name", list(FOLLOWED))
+def test_constants_whose_sizes_change(name: str, dim: int, engine: str) -> None:
+    model, change = table(engine), FOLLOWED[name]
+    module = model._module
+    for n in (4, 6, 9, 2, 1):  # 4 is as wide as the other dimension, 6 as the model
+        x = torch.randn((n, 4, 6) if dim == 0 else (2, n, 6))
+        with torch.no_grad(), model.trace(x):
+            model.up.output = change(model.up.output, n, dim)
+            out = model.output.save()
+        handle = module.up.register_forward_hook(lambda m, a, o, n=n: change(o, n, dim))
         with torch.no_grad():
-            want = module(ids).logits
+            want = module(x)
         handle.remove()
-        torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out, want, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_constants_of_one_size_and_other_strides() -> None:
+    model = wrap(Table(), "inductor", NNsight, dynamic=True)
+    with torch.no_grad():
+        for n in (4, 6, 9, 5):
+            x, flat = torch.randn(n, 3, 6), torch.randn(6 * n)
+            for steer in (flat.reshape(n, 1, 6), flat.reshape(6, n).T.reshape(n, 1, 6), flat.reshape(6, n).T[:, None]):
+                with model.trace(x):
+                    model.up.output += steer
+                    out = model.output.save()
+                want = model._module.down(torch.tanh(model._module.up(x) + steer))
+                torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_constant_that_does_not_fit_is_told_where_it_is_written() -> None:
+    model = wrap(Table(), "eager", NNsight, dynamic=True)
+    for n, wide in ((3, 3), (5, 5), (7, 5), (7, 7)):
+        told = contextlib.nullcontext() if n == wide else pytest.raises(RuntimeError, match="size of tensor|broadcast")
+        with told, torch.no_grad(), model.trace(torch.randn(n, 4, 6)):
+            model.up.output += torch.ones(wide, 1, 6)
+            out = model.output.save()
+    assert out.shape == (7, 4, 6)
 
 
 def test_bodies_that_await_one_another() -> None:
