@@ -1,0 +1,45 @@
+"""Programs that users posted in public trackers, written anew: each on every engine against plain hooks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree
+
+from . import PROGRAMS
+from .models import net, wrapped
+from .program import Program
+
+ENGINES = ["hooks", "eager", "aot_eager"]
+pytestmark = pytest.mark.xdist_group("public programs")  # they share models, and what was captured of them
+
+
+@functools.cache
+def wanted(program: Program) -> Any:
+    return program.plain(net(program.model))
+
+
+def same(got: Any, want: Any, exact: bool) -> None:
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-5}
+    ours, form = _pytree.tree_flatten(got)
+    plain, plain_form = _pytree.tree_flatten(want)
+    assert form == plain_form, f"{form} is not {plain_form}"
+    for i, (a, b) in enumerate(zip(ours, plain, strict=True)):
+        if isinstance(b, torch.Tensor):
+            assert type(a) is type(b), type(a)
+            torch.testing.assert_close(a, b, **tolerance, msg=lambda m, i=i: f"value {i}: {m}")
+        else:
+            assert a == b, f"value {i}"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("number", range(1, len(PROGRAMS) + 1))
+def test_it_equals_plain_hooks(number: int, engine: str, request: pytest.FixtureRequest) -> None:
+    program = PROGRAMS[number - 1]
+    if program.fails:
+        request.applymarker(pytest.mark.xfail(strict=True, reason=program.fails))
+    got = program.ours(wrapped(program.model, engine))
+    same(got, wanted(program), program.exact and engine != "aot_eager")
