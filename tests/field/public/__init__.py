@@ -1,5 +1,5 @@
 """What users of interpretability tools posted, as programs of ours: a table of them, in order."""
 
-from . import programs_patching
+from . import programs_generation, programs_patching, programs_steering
 
-PROGRAMS = [*programs_patching.PROGRAMS]
+PROGRAMS = [*programs_patching.PROGRAMS, *programs_steering.PROGRAMS, *programs_generation.PROGRAMS]

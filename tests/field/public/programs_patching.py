@@ -185,7 +185,7 @@ def query_heads_ours(model):
     with model.trace(IDS):
         heads = heads_of(q.output, 4).permute(0, 2, 1, 3)
         q.output = heads[:, [1, 0, 3, 2]].permute(0, 2, 1, 3).flatten(2)
-        logits = model.lm_head.output.save()
+        logits = model.output.logits.save()  # capped, behind the unembedding
     return logits
 
 

@@ -37,7 +37,7 @@ def same(got: Any, want: Any, exact: bool) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("number", range(1, len(PROGRAMS) + 1))
-def test_it_equals_plain_hooks(number: int, engine: str, request: pytest.FixtureRequest) -> None:
+def test_it_is_what_plain_torch_gives(number: int, engine: str, request: pytest.FixtureRequest) -> None:
     program = PROGRAMS[number - 1]
     if program.fails:
         request.applymarker(pytest.mark.xfail(strict=True, reason=program.fails))
