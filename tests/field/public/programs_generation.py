@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-import nnsight_fx
 from nnsight_fx import save
 
-from .models import GREEDY, IDS, OTHER, SAE, every, fixed, hooks
+from .models import GREEDY, IDS, SAE, every, fixed, hooks
 from .program import Program
 
 V = fixed(32)
-ONES = torch.ones_like(IDS)
 
 
 def generated(net, prompt=IDS, **options):
@@ -198,7 +196,7 @@ def all_hidden_ours(model):
     layers = list(model.gpt_neox.layers)
     with model.generate(IDS, **GREEDY) as tracer:
         cache = tracer.cache(modules=layers)
-    return [[entry.output for entry in cache[layer.path]] for layer in layers]
+    return [cache[layer.path].output for layer in layers]
 
 
 def all_hidden_plain(net):
@@ -364,7 +362,7 @@ def collected_ours(model):
     asked = {"output_hidden_states": True, "return_dict_in_generate": True}
     with model.generate(IDS, **GREEDY, **asked) as tracer:
         model.model.layers[0].output[:, -1] += V
-        result = tracer.result.save()
+        result = save(tracer.result)
     return result.sequences, result.hidden_states
 
 
@@ -385,7 +383,7 @@ def collected_plain(net):
 def goes_on_ours(model):
     with model.generate(IDS, return_dict_in_generate=True, **GREEDY) as tracer:
         model.model.layers[0].output += V
-        first = tracer.result.save()
+        first = save(tracer.result)
     with model.generate(first.sequences, past_key_values=first.past_key_values, **GREEDY) as tracer:
         tokens = tracer.result.save()
     return tokens
@@ -438,4 +436,3 @@ PROGRAMS = [
     Program("go on generating from the keys and values of a steered generation", "https://github.com/huggingface/transformers/issues/24841", "Llama", goes_on_ours, goes_on_plain),
     Program("generate for padded prompts, each with a vector of its own", f"{NNSIGHT}/issues/369", "GPT-2", own_vectors_ours, own_vectors_plain, exact=False),
 ]  # fmt: skip
-_ = (nnsight_fx, OTHER, ONES)
