@@ -70,7 +70,7 @@ def cached_plain(net):
 
 # -- sizes first, values up to the last of some modules then ----------------------------------------------------------
 
-NAMES = ["transformer.h.0.ln_1", "transformer.h.0.mlp.fc_out", "transformer.h.1"]
+NAMES = ["transformer.h.0.ln_1", "transformer.h.0.mlp.fc_out", "transformer.h.1.mlp"]
 
 
 def sizes_ours(model):
@@ -150,7 +150,7 @@ SIGHT = {"input_ids": torch.cat([IDS[:, :2], torch.full((2, 16), 99), IDS[:, 2:]
 def sight_ours(model):
     with model.trace(**SIGHT, attention_mask=torch.ones(2, 22, dtype=torch.long)):
         model.model.multi_modal_projector.output[:, 3] = 0
-        patches = model.model.vision_tower.vision_model.encoder.layers[0].output[:, 1:].mean(1).save()
+        patches = model.model.vision_tower.encoder.layers[0].output[:, 1:].mean(1).save()
         text = model.model.language_model.layers[1].output[:, -1].save()
         best = model.output.logits[:, -1].topk(3).indices.save()
     return patches, text, best
@@ -162,7 +162,7 @@ def sight_plain(net):
         out[:, 3] = 0
         return out
 
-    paths = ["model.vision_tower.vision_model.encoder.layers.0", "model.language_model.layers.1", "lm_head"]
+    paths = ["model.vision_tower.encoder.layers.0", "model.language_model.layers.1", "lm_head"]
     with hooks(net, {"model.multi_modal_projector": blind}):
         vision, text, logits = seen(net, paths, **SIGHT, attention_mask=torch.ones(2, 22, dtype=torch.long))
     return vision[:, 1:].mean(1), text[:, -1], logits[:, -1].topk(3).indices
@@ -231,7 +231,7 @@ def middle_plain(net):
 
 
 def renamed_ours(model):
-    other = LanguageModel(model._module, rename={"transformer": "model", "h": "layers", "mlp.act": "neurons"})
+    other = LanguageModel(model._module, rename={"transformer": "model", "h": "layers", "act": "neurons"})
     with other.trace(IDS):
         stack = torch.stack([layer.mlp.neurons.output for layer in other.model.layers], dim=0).save()
     return stack
@@ -268,9 +268,9 @@ def experts_plain(net):
 def shared_expert_ours(model):
     mlp = model.model.layers[0].mlp
     with model.trace(IDS):
-        gate = torch.sigmoid(mlp.shared_expert_gate.output).view(2, 6).save()
         shared = mlp.shared_expert.output.save()
-        mlp.shared_expert.output = torch.zeros_like(mlp.shared_expert.output)
+        mlp.shared_expert.output = torch.zeros_like(shared)
+        gate = torch.sigmoid(mlp.shared_expert_gate.output).view(2, 6).save()
         routed, logits = mlp.output.save(), model.lm_head.output.save()
     return gate, shared, routed, logits
 
@@ -290,7 +290,7 @@ def ssm_ours(model):
     with model.trace(IDS):
         mixers = [layer.mixer for layer in model.backbone.layers]
         scans = [m.out_proj.input.save() for m in mixers]
-        steps = F.softplus(mixers[0].dt_proj.output).mean().save()
+        steps = F.softplus(mixers[0].x_proj.output[..., :2] @ mixers[0].dt_proj.weight.T).mean().save()
         mixers[1].x_proj.output[..., :2] = 0
         logits = model.lm_head.output[:, -1].save()
     return scans, steps, logits
@@ -302,10 +302,11 @@ def ssm_plain(net):
     def still(out):
         return torch.cat([torch.zeros_like(out[..., :2]), out[..., 2:]], -1)
 
-    paths = [layer.format(0, "out_proj:in"), layer.format(1, "out_proj:in"), layer.format(0, "dt_proj"), "lm_head"]
+    paths = [layer.format(0, "out_proj:in"), layer.format(1, "out_proj:in"), layer.format(0, "x_proj"), "lm_head"]
     with hooks(net, {layer.format(1, "x_proj"): still}):
-        a, b, dt, logits = seen(net, paths, IDS)
-    return [a, b], F.softplus(dt).mean(), logits[:, -1]
+        a, b, x, logits = seen(net, paths, IDS)
+    steps = x[..., :2] @ net.backbone.layers[0].mixer.dt_proj.weight.T
+    return [a, b], F.softplus(steps).mean(), logits[:, -1]
 
 
 # -- speech -----------------------------------------------------------------------------------------------------------
@@ -382,7 +383,7 @@ def windows_ours(model):
     with model.trace(IMAGE):
         stages = [stage.output for stage in model.encoder.layers]
         stages = save([s[0] if isinstance(s, tuple) else s for s in stages])
-        model.encoder.layers[0].blocks[0].intermediate.output[..., 0] = 0
+        model.encoder.layers[0].blocks[0].mlp.output[..., 0] = 0
         pooled = model.output.pooler_output.save()
     return stages, pooled
 
@@ -393,7 +394,7 @@ def windows_plain(net):
         out[..., 0] = 0
         return out
 
-    with hooks(net, {"encoder.layers.0.blocks.0.intermediate": without}):
+    with hooks(net, {"encoder.layers.0.blocks.0.mlp": without}):
         kept, out = [], None
         found = every(net, ["encoder.layers.0", "encoder.layers.1"], lambda: kept.append(net(IMAGE)))
         out = kept[0].pooler_output
