@@ -408,6 +408,33 @@ def knockout_plain(net):
     return kept[0], logits
 
 
+# -- attention ablated, with the MLP read before and behind ----------------------------------------------------------
+
+
+def access_order_ours(model):
+    results, errors = [], []
+    for order in ("attention, mlp", "mlp, attention"):
+        try:
+            with model.trace(IDS):
+                for layer in model.model.layers:
+                    if order == "mlp, attention":
+                        layer.mlp.output.save()
+                    layer.self_attn.output[0][:, -1, :] = 0
+                    layer.mlp.output.save()
+                results.append(model.lm_head.output.save())
+        except nnsight_fx.OutOfOrderError as error:
+            errors.append("is changed in place behind `model.layers.0.mlp.output`" in str(error))
+    return results, errors
+
+
+def access_order_plain(net):
+    def ablate(out):
+        out[0][:, -1, :] = 0
+
+    with hooks(net, {f"model.layers.{i}.self_attn": ablate for i in range(2)}):
+        return [net(IDS).logits], [True]
+
+
 NNSIGHT, TL = "https://github.com/ndif-team/nnsight/issues", "https://github.com/TransformerLensOrg/TransformerLens"
 PYVENE = "https://github.com/stanfordnlp/pyvene/issues"
 PROGRAMS = [
@@ -425,5 +452,6 @@ PROGRAMS = [
     Program("set neurons from a table of layers, neurons and values", f"{NNSIGHT}/115", "Mistral", neurons_ours, neurons_plain),
     Program("bias a router's logits before it chooses the experts", "https://github.com/p-e-w/heretic/issues/322", "Mixtral", router_bias_ours, router_bias_plain, exact=False),
     Program("put a transcoder in an MLP's place, its features zero at the first token", "https://github.com/decoderesearch/circuit-tracer/pull/88", "OLMo 2", transcoder_ours, transcoder_plain),
+    Program("ablate attention before and behind a read of the MLP: too late is an error", f"{NNSIGHT}/398", "Qwen2", access_order_ours, access_order_plain),
     Program("knock out attention edges from the last position at one layer", "https://github.com/matanbt/interp-jailbreak/issues/2", "Llama, eager", knockout_ours, knockout_plain),
 ]  # fmt: skip

@@ -289,9 +289,9 @@ def shared_expert_plain(net):
 def ssm_ours(model):
     with model.trace(IDS):
         mixers = [layer.mixer for layer in model.backbone.layers]
-        scans = [m.out_proj.input.save() for m in mixers]
         steps = F.softplus(mixers[0].x_proj.output[..., :2] @ mixers[0].dt_proj.weight.T).mean().save()
         mixers[1].x_proj.output[..., :2] = 0
+        scans = [m.out_proj.input.save() for m in mixers]
         logits = model.lm_head.output[:, -1].save()
     return scans, steps, logits
 
@@ -381,9 +381,9 @@ def by_class_plain(net):
 
 def windows_ours(model):
     with model.trace(IMAGE):
+        model.encoder.layers[0].blocks[0].mlp.output[..., 0] = 0
         stages = [stage.output for stage in model.encoder.layers]
         stages = save([s[0] if isinstance(s, tuple) else s for s in stages])
-        model.encoder.layers[0].blocks[0].mlp.output[..., 0] = 0
         pooled = model.output.pooler_output.save()
     return stages, pooled
 
