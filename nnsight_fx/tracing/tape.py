@@ -991,7 +991,9 @@ class Tape:
         if meta.order > invoke.order:
             invoke.order, invoke.latest = meta.order, site
         elif 0 <= meta.order < invoke.order and invoke.latest is not None:  # asked for behind a later one
-            invoke.late |= dict.fromkeys(_memory(invoke.values.get(site)) - _memory(invoke.values.get(invoke.latest)), site)
+            invoke.late |= dict.fromkeys(
+                _memory(invoke.values.get(site)) - _memory(invoke.values.get(invoke.latest)), site
+            )
 
     def _check_late(self, changed: Any) -> None:
         """A value that was asked for behind a later site cannot be changed in place: the model may have used it by then."""

@@ -129,7 +129,9 @@ def peft_llama() -> nn.Module:
 def llava() -> nn.Module:
     vision = hf.CLIPVisionConfig(**VISION | TWO)
     text = hf.LlamaConfig(**LLAMA | TWO)
-    return hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=99))
+    return hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=99)
+    )
 
 
 def clip() -> nn.Module:

@@ -250,7 +250,8 @@ def experts_ours(model):
         counts = torch.bincount(chosen.flatten(), minlength=4).save()
         per_token = logits.unflatten(0, IDS.shape).save()
         model.model.layers[1].mlp.gate.output = [
-            torch.stack([x[..., 0]] * 2, -1) if i == 2 else x for i, x in enumerate(model.model.layers[1].mlp.gate.output)
+            torch.stack([x[..., 0]] * 2, -1) if i == 2 else x
+            for i, x in enumerate(model.model.layers[1].mlp.gate.output)
         ]
         out = model.lm_head.output.save()
     return counts, per_token, out

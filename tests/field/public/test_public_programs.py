@@ -1,16 +1,20 @@
-"""Programs that users posted in public trackers, written anew: each on every engine against plain hooks."""
+"""Programs that users posted in public trackers, written anew: each on every engine against plain hooks.
+
+`python -m tests.field.public` writes docs/field.md.
+"""
 
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch.utils import _pytree
 
-from . import PROGRAMS
-from .models import net, wrapped
+from . import PAGE, PROGRAMS, page
+from .models import LANGUAGE, MODULES, net, wrapped
 from .program import Program
 
 ENGINES = ["hooks", "eager", "aot_eager"]
@@ -43,3 +47,16 @@ def test_it_is_what_plain_torch_gives(number: int, engine: str, request: pytest.
         request.applymarker(pytest.mark.xfail(strict=True, reason=program.fails))
     got = program.ours(wrapped(program.model, engine))
     same(got, wanted(program), program.exact and engine != "aot_eager")
+
+
+def test_the_page_is_the_table() -> None:
+    assert PAGE.read_text() == page(), "run `python -m tests.field.public`"
+
+
+def test_the_table_is_wide() -> None:
+    sources = [p.source for p in PROGRAMS]
+    assert len(PROGRAMS) >= 60 and len(set(sources)) == len(sources) == len({p.what for p in PROGRAMS})
+    assert all(re.fullmatch(r"https://[\w./-]+", s) for s in sources)
+    trackers = {tuple(s.split("/")[2:5]) for s in sources}
+    assert len(trackers) >= 12 and {p.model for p in PROGRAMS} <= LANGUAGE.keys() | MODULES.keys()
+    assert len({p.model for p in PROGRAMS}) >= 15
