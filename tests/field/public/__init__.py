@@ -2,14 +2,26 @@
 
 from pathlib import Path
 
-from . import programs_generation, programs_gradients, programs_patching, programs_reading, programs_steering
+from . import (
+    programs_continued,
+    programs_features,
+    programs_generation,
+    programs_gradients,
+    programs_knockouts,
+    programs_patching,
+    programs_reading,
+    programs_steering,
+)
 
 PROGRAMS = [
     *programs_patching.PROGRAMS,
+    *programs_knockouts.PROGRAMS,
     *programs_steering.PROGRAMS,
     *programs_generation.PROGRAMS,
+    *programs_continued.PROGRAMS,
     *programs_gradients.PROGRAMS,
     *programs_reading.PROGRAMS,
+    *programs_features.PROGRAMS,
 ]
 PAGE = Path(__file__).parents[3] / "docs" / "field.md"
 HEAD = """# Programs of users
