@@ -11,6 +11,7 @@ from . import (
     programs_patching,
     programs_reading,
     programs_steering,
+    programs_torch,
 )
 
 PROGRAMS = [
@@ -22,6 +23,7 @@ PROGRAMS = [
     *programs_gradients.PROGRAMS,
     *programs_reading.PROGRAMS,
     *programs_features.PROGRAMS,
+    *programs_torch.PROGRAMS,
 ]
 PAGE = Path(__file__).parents[3] / "docs" / "field.md"
 HEAD = """# Programs of users

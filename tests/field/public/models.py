@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -122,8 +123,10 @@ def peft_llama() -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     base = decoder("Llama", **LLAMA | TWO)()
-    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    return tuned
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
+        return get_peft_model(base, config)
 
 
 def llava() -> nn.Module:

@@ -39,8 +39,16 @@ def same(got: Any, want: Any, exact: bool) -> None:
             assert a == b, f"value {i}"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("number", range(1, len(PROGRAMS) + 1))
+def cells() -> list[Any]:
+    """Each program on each engine; captures take seconds, so most of them are for `make test-slow`."""
+    quick = [
+        (n, e) for n in range(1, len(PROGRAMS) + 1) for e in ENGINES if e == "hooks" or (e == "eager" and n % 8 == 3)
+    ]
+    every = [(n, e) for n in range(1, len(PROGRAMS) + 1) for e in ENGINES]
+    return [pytest.param(*c, marks=() if c in quick else pytest.mark.slow, id=f"{c[0]}-{c[1]}") for c in every]
+
+
+@pytest.mark.parametrize(("number", "engine"), cells())
 def test_it_is_what_plain_torch_gives(number: int, engine: str, request: pytest.FixtureRequest) -> None:
     program = PROGRAMS[number - 1]
     if program.fails:
