@@ -1000,8 +1000,8 @@ class Tape:
         if not self.invoke.late or not isinstance(changed, LazyTensor):
             return
         site = next((self.invoke.late[m] for m in _memory(changed) if m in self.invoke.late), None)
-        if site is not None:
-            latest = self.invoke.latest
+        latest = self.invoke.latest
+        if site is not None and latest is not None:
             n = next((n for n, op in enumerate(self.ops) if op.kind in (READ, WRITE) and op.target == latest), None)
             raise OutOfOrderError(
                 f"{user_line()}: `{_name(site)}` is changed in place behind `{_name(latest)}`"
