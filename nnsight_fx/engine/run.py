@@ -360,7 +360,9 @@ class Run(TensorInterleaver):
                 inside = path not in self.owner.operations.modules
                 seen = self.counts.get((path, "input" if op.kind == SKIP else kind), 0)
                 why = (
-                    f"its {'operation ran' if inside else 'module was called'} {seen} time(s)"
+                    "its value is computed behind a later site that the body has asked for. Compute it before that line"
+                    if op.kind == WRITE and seen > call
+                    else f"its {'operation ran' if inside else 'module was called'} {seen} time(s)"
                     if seen
                     else "that line was not run (its module was skipped, stopped before, or took another branch), or its `forward` had "
                     "begun when it was first asked for"
@@ -369,7 +371,7 @@ class Run(TensorInterleaver):
                     "or its parent uses its weight or `forward` directly: try the parent's `.source`)"
                 )
                 return MissedSiteError(
-                    f"{self.lines[n]}: `{path}.{kind}` (call {call}) was {what}, but the run never reached it: {why}. "
+                    f"{self.lines[n]}: `{path}.{kind}` (call {call}) was {what}, but {'it came too late' if op.kind == WRITE and seen > call else 'the run never reached it'}: {why}. "
                     "Everything else that was saved has been delivered."
                 )
         return MissedSiteError(f"{self.lines[missed[0]]}: the run ended before this operation had what it needs.")

@@ -136,6 +136,10 @@ class Tracer:
                 refusal = self.waves[-1].tape.refusal if self.waves else None
                 if refusal is not None and "TorchScript" in str(error):
                     raise refusal from error
+                if isinstance(error, AttributeError) and error.name == "save" and tree.children(error.obj) is not None:
+                    error.add_note(
+                        "nnsight_fx: `.save()` is a method of tensors; a container is saved with `nnsight_fx.save(value)`."
+                    )
                 return False
             if not self.waves and not self.given:
                 raise InvokeError(

@@ -161,3 +161,4 @@ class Invoke:
         self.containers: dict[Site, tuple[Any, list, tree.Spec]] = {}
         self.order: float = -1  # the latest site touched, in model order
         self.latest: Site | None = None
+        self.late: dict[int, Site] = {}  # storages of sites that were asked for behind a later one

@@ -207,6 +207,7 @@ class Tape:
             return self._drawn(func, name, args, kwargs)
         effect = effect_of(name, kwargs, args)
         if effect == "inplace" and args:
+            self._check_late(args[0])
             args = (held(args[0]), *args[1:])  # what is changed must be there
         args, kwargs = lift(name, args, kwargs, lambda t: (self.fake(t).shape, self.fake(t).dtype))
         try:
@@ -608,8 +609,8 @@ class Tape:
             )
             if not opaque:
                 self._beat(before, (site, self.invoke.index), meta)
-        self._touch(site)
         self.invoke.values[site] = value
+        self._touch(site)
         self._watch(site, value)
         return value
 
@@ -619,8 +620,7 @@ class Tape:
         assert meta is not None
         invoke.metas[site] = meta
         value = invoke.values[site] = self._advance(again.step, again.op)
-        if meta.order > invoke.order:
-            invoke.order, invoke.latest = meta.order, site
+        self._touch(site)
         if again.step.spec is not None:
             self._watch(site, value)
         return value
@@ -985,9 +985,29 @@ class Tape:
         return tree.unflatten(leaves, spec, got)
 
     def _touch(self, site: Site) -> None:
-        meta = self.invoke.metas.get(site)
-        if meta is not None and meta.order > self.invoke.order:
-            self.invoke.order, self.invoke.latest = meta.order, site
+        meta, invoke = self.invoke.metas.get(site), self.invoke
+        if meta is None:
+            return
+        if meta.order > invoke.order:
+            invoke.order, invoke.latest = meta.order, site
+        elif 0 <= meta.order < invoke.order and invoke.latest is not None:  # asked for behind a later one
+            invoke.late |= dict.fromkeys(
+                _memory(invoke.values.get(site)) - _memory(invoke.values.get(invoke.latest)), site
+            )
+
+    def _check_late(self, changed: Any) -> None:
+        """A value that was asked for behind a later site cannot be changed in place: the model may have used it by then."""
+        if not self.invoke.late or not isinstance(changed, LazyTensor):
+            return
+        site = next((self.invoke.late[m] for m in _memory(changed) if m in self.invoke.late), None)
+        latest = self.invoke.latest
+        if site is not None and latest is not None:
+            n = next((n for n, op in enumerate(self.ops) if op.kind in (READ, WRITE) and op.target == latest), None)
+            raise OutOfOrderError(
+                f"{user_line()}: `{_name(site)}` is changed in place behind `{_name(latest)}`"
+                f"{f', which {self.lines[n]} has asked for,' if n is not None else ''} and the model computes it later: the change "
+                f"would come too late. Change `{_name(site)}` before that line."
+            )
 
     def _watch(self, site: Site, value: Any) -> None:
         """Remember a container that the user can change in place."""
@@ -1211,6 +1231,12 @@ def _own(fake: torch.Tensor) -> torch.Tensor:
 
 def _aliases(x: torch.Tensor, others: Iterable) -> bool:
     return any(isinstance(t, torch.Tensor) and type(t) is not LazyTensor and shares_memory(x, t) for t in others)
+
+
+def _memory(value: Any) -> set[int]:
+    """The storages that the recorded tensors in a value lie in."""
+    with NoTorchFunction():
+        return {x._fake.untyped_storage()._cdata for x in tree.flatten(value)[0] if type(x) is LazyTensor}
 
 
 def _changed_key(op: Op) -> Key | None:

@@ -1,0 +1,5 @@
+"""Writes docs/field.md."""
+
+from . import PAGE, page
+
+PAGE.write_text(page())
