@@ -133,7 +133,7 @@ class Capture:
         if self.options.backend == "inductor":
             from . import products  # which imports Inductor
 
-            options = products.chosen(options)
+            options = products.chosen({"fallback_random": True, **options})  # draws as eager's
             self.few_rows = products.FewRows in map(type, options.values())
         self.compiler = compat.dynamo.backend(
             self.options.backend, self.options.mode, options or None, self.options.dynamic
