@@ -869,15 +869,16 @@ class Tape:
         self.add(BARRIER, None, (), {}, effect="inplace", result=lambda: None)
 
     def module(self, path: str, args: tuple, kwargs: dict) -> Any:
-        """Call a module of the model on values, unobserved."""
+        """Call a module of the model on values, unobserved; one that values decide about looks at them."""
 
         def result() -> Any:
             return self.sites.module(path)(*_fake_args(self, args), **_fake_args(self, kwargs))
 
         try:
             return self.add(MODULE, path, args, kwargs, effect="random", result=result)
-        except Exception:
-            if not self.sites.odd(path):
+        except Exception as refusal:
+            looks = needs_data(refusal) and not isinstance(refusal, NNsightFXError)
+            if not self.sites.odd(path) and not looks:
                 raise
         got = self.apply(self.sites.real(path).forward, args, kwargs)
         return tree.tree_map(

@@ -98,7 +98,9 @@ def _delivered(value: Any) -> Any:
 def _entries(cache: Any) -> dict:
     """What a cache holds; of objects it keeps nothing."""
     return {
-        key: tree_map(lambda x: "object" if isinstance(x, Memory) else x, (cache[key].output, cache[key].inputs))
+        key: tree_map(
+            lambda x: "object" if isinstance(x, Memory | DynamicCache) else x, (cache[key].output, cache[key].inputs)
+        )
         for key in cache
     }
 
@@ -130,6 +132,7 @@ def same(got: Any, want: Any, path: str, bits: dict[str, float] = BITS) -> None:
     elif isinstance(want, LazyObject | LazyTensor):
         raise AssertionError(f"{path}: what was recorded has come out")
     else:
+        assert not isinstance(got, torch.SymInt | torch.SymFloat | torch.SymBool), f"{path}: {got} is no number"
         assert got == want or got != got and want != want, f"{path}: {got} is not {want}"
 
 
@@ -224,6 +227,9 @@ GRAPH_ON_INPUT = "an input was changed in place, and requires grad since"
 TAKEN_BACK = "Dynamo could not trace the model with what was written"
 
 
+INSIDES = ("torch._subclasses", "torch._dynamo", "torch.fx", "torch._inductor", "torch.utils")  # no errors of a user's
+
+
 def repeats(program: Program, rounds: tuple[Given, ...], i: int) -> bool:
     """Has a batch of these sizes run before? A second forward with other rows is captured anew, for any number of them, which
     the first one then takes."""
@@ -252,7 +258,7 @@ def _round(
         *((TAKEN_BACK,) if {"Apply", "If", "Item"} & verbs else ()),
         *(() if program.alone else AMONG_INVOKES),
         *((FAKE_STRIDES,) if "norm" in net.layers else ()),
-        *((NUMBERS,) if unsure and {"record", *KINDS} & set(net.layers) else ()),
+        *((NUMBERS,) if net.holds_objects or (unsure and {"record", *KINDS} & set(net.layers)) else ()),
     )
     fell = [why for why in watch.since(before) if not any(reason in why for reason in expected)]
     assert told or not fine or not fell, f"{what}: {fell}"
@@ -267,6 +273,9 @@ def _round(
         raise AssertionError(f"{what}: spliced {got['error']!r}, hooks {want['error']!r}") from (
             got["error"] or want["error"]
         )
+    for out in (got, want):
+        error = out["error"]
+        assert not type(error).__module__.startswith(INSIDES), f"{what}: torch's own insides: {error!r}"
     if not fine and not isinstance(want["error"], MissedSiteError):
         return want["error"], False
     assert sharing(got) == sharing(want), f"{what}: other values share memory: {sharing(got)}, {sharing(want)}"

@@ -120,6 +120,7 @@ NUMBERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "length": lambda h: h.shape[1],
     "counted": lambda h: int((h > 0).sum()) % 3 + 1,
     "measured": lambda h: h.mean().item(),
+    "item": lambda h: (h > 0).sum().item(),
     "flag": lambda h: bool(h.sum() > 0),
 }
 
@@ -356,7 +357,11 @@ SIZED: dict[str, Callable[[], Stage]] = {"table": Table, "causal": Causal, "long
 KEPT: dict[str, Callable[[], Stage]] = {"keys": Keys}
 KINDS: dict[str, Callable[[], Stage]] = {**CONTAINED, **LOOPS, **SIZED, **KEPT}
 # What follows depends on the values: a graph break.
-BREAKS = {"branch", *LOOPS, *(name for name in CONTAINED if name.split(", ")[1] in ("counted", "measured", "flag"))}
+BREAKS = {
+    "branch",
+    *LOOPS,
+    *(name for name in CONTAINED if name.split(", ")[1] in ("counted", "measured", "item", "flag")),
+}
 
 
 def parts(value: Any, steps: tuple = ()) -> list[tuple[tuple, Any]]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from transformers import DynamicCache
 
-from .kinds import BREAKS, KINDS, PACKINGS, ROOTS, WIDTH, Attr, Keeping, Stage, parts
+from .kinds import BREAKS, KINDS, OBJECTS, PACKINGS, ROOTS, WIDTH, Attr, Keeping, Stage, parts
 
 
 class Linear(Stage):
@@ -238,7 +238,6 @@ LAYERS = {
     "branch": Branch,
     "caching": Caching,
 }
-MOVES_STATE = {"dropout", "norm", "caching", "keys"}  # a second forward in one trace is refused
 AGAIN = "again"  # the layer before it, called once more
 
 
@@ -292,8 +291,9 @@ class Net:
     root: str = ""  # what is around the model
 
     @property
-    def moves_state(self) -> bool:
-        return bool(MOVES_STATE & set(self.layers))
+    def holds_objects(self) -> bool:
+        """Is there an object at a site? Hooks do what looks at it, and say so."""
+        return self.root == "keeping" or any(name.split(", ")[0] in OBJECTS for name in self.layers)
 
     @property
     def breaks(self) -> bool:

@@ -163,7 +163,7 @@ SIZED_IN_PLACE = {
     "set rows": lambda a, s, c: a.__setitem__(s.row_mask, c.number),
     "set tokens": lambda a, s, c: a.__setitem__(s.grid_mask, c.vector[: a.shape[-1]]),
     "set position of each row": lambda a, s, c: a.__setitem__((torch.arange(a.shape[0]), s.positions), c.number),
-    "scatter": lambda a, s, c: a.scatter_(1, s.columns.expand(-1, 1, a.shape[2]), c.number),
+    "scatter": lambda a, s, c: a.scatter_(1, s.columns.expand(-1, 1, a.shape[2]), 0.5),
     "index_add_": lambda a, s, c: a.index_add_(0, s.order, s.grid),
     "imul": lambda a, s, c: a.__imul__(s.tokens),
     "last": lambda a, s, c: a.__setitem__((slice(None), -1), s.rows[:, 0]),
