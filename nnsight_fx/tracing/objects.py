@@ -217,6 +217,8 @@ class Objects:
     def written(self, leaf: Any, site: Site) -> Any:
         """A leaf that is written to a site: an object of the site itself stays where it is, one that the body has made gets its
         real values when the model comes by."""
+        if isinstance(leaf, LazyObject) and "_real" in leaf.__dict__:
+            return leaf._look()
         values = {name: x for name, x in getattr(leaf, "__dict__", {}).items() if isinstance(x, LazyTensor)}
         if values and not isinstance(leaf, torch.Tensor | LazyObject):
             n = self.tape.number(APPLY, Identity(_filled), (leaf, values), {}, effect="inplace")

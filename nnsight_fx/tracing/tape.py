@@ -685,7 +685,10 @@ class Tape:
         _check_plain(site, leaves)
         fakes = [self.fakes.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in leaves]
         line = user_line()
-        values = [self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else x for j, x in enumerate(fakes)]
+        values = [
+            self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else self.objects.given(x)
+            for j, x in enumerate(fakes)
+        ]
         self.invoke.metas[site] = SiteMeta(spec, tuple(fakes), (False,) * len(fakes), -1)
         return tree.unflatten(values, spec, real)
 
@@ -1127,7 +1130,9 @@ class Tape:
             self.busy = False
 
     def real_args(self, args: Any) -> Any:
-        """Arguments with every recorded value replaced by the real one."""
+        """Arguments with every recorded value, and what stands for an object, replaced by the real one."""
+        if any(isinstance(x, LazyObject) for x in tree.flatten(args)[0]):
+            args = tree.tree_map(lambda x: x._look() if isinstance(x, LazyObject) else x, args)
         lazies = [x for x in tree.flatten(args)[0] if self.unsettled(x)]
         if not lazies:
             return args
