@@ -1076,7 +1076,7 @@ class Tape:
             if id(lazy) not in self.saved and lazy._key[1] != INSIDE:
                 self.add(SAVE, None, (lazy,), {}, result=lambda: None)
         for stand_in in self.objects.held:
-            self.objects.keep(stand_in)
+            self.objects.keep(stand_in, asked=False)
         self.closed = True
 
     def sync(self, lazies: list[LazyTensor]) -> list[torch.Tensor]:
@@ -1098,6 +1098,7 @@ class Tape:
                 "Look at it in the body itself, and hand the number over."
             )
         self.settle()
+        self.objects.keep_saved()
         if not self.deciding:
             self.deciding = True
             try:

@@ -160,7 +160,13 @@ class Walk:
         if verb == "save":
             return Save(self.value())
         if verb == "call":
-            paths = sorted({p.path for p in self.places if p.kind == "output" and p.leaf is None and p.path})
+            paths = sorted(
+                {
+                    p.path
+                    for p in self.places
+                    if p.kind == "output" and p.leaf is None and p.path and not p.path.endswith(".take")
+                }
+            )
             return Call(draw(st.sampled_from(paths)), self.value())
         if verb == "skip":
             return self.skip()
