@@ -594,7 +594,7 @@ class Tape:
         self._check_passed(site, "read")
         meta = self.meta(site)
         opaque = isinstance(meta, SiteMeta) and meta.opaque
-        if not isinstance(meta, SiteMeta) or meta.guesses_numbers:
+        if not isinstance(meta, SiteMeta) or meta.guesses_numbers(site[1]):
             value = self._read_live(site)
         else:
 

@@ -205,7 +205,8 @@ class Walk:
             return place and WriteNumber(place, draw(slot), draw(st.booleans()))
         if verb == "hand":
             place = self.place(lambda p: p.leaf is None, CONTAINER)
-            to = place and self.place(lambda p: p.leaf is None, CONTAINER)
+            kinds = {p: type(value) for p, value in self.parts if p.leaf is None}
+            to = place and self.place(lambda p: kinds.get(p) is kinds[place], CONTAINER)
             return to and Hand(place, to)
         if verb == "loop":
             return self.loop(depth)

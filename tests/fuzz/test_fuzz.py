@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from . import figures
 from .compare import Figures, check
 from .draw import PER_CASE, THEMES, cases
-from .found import FOUND
+from .found import FOUND as FIRST
+from .found_kinds import FOUND_KINDS
 
+FOUND = {**FIRST, **FOUND_KINDS}
 FULL = os.environ.get("NNSIGHT_FX_FUZZ") == "full"
 PROGRAMS = int(os.environ.get("NNSIGHT_FX_FUZZ_PROGRAMS", "2000" if FULL else "120"))
 
