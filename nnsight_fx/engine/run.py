@@ -339,6 +339,12 @@ class Run(TensorInterleaver):
 
     # -- errors --------------------------------------------------------------------------------------------------
 
+    # The call took place, and the operation did not.
+    _passed = (
+        ", but the run had passed it by then: an earlier line of the body has looked at a later site (at a number or an object "
+        "in it, or at a value), or what is written comes from one. Touch sites in the model's order"
+    )
+
     def missed_error(self, missed: list[int]) -> MissedSiteError:
         for n in missed:
             op = self.plan.ops[n]
@@ -361,6 +367,7 @@ class Run(TensorInterleaver):
                 seen = self.counts.get((path, "input" if op.kind == SKIP else kind), 0)
                 why = (
                     f"its {'operation ran' if inside else 'module was called'} {seen} time(s)"
+                    + (self._passed if seen > call else "")
                     if seen
                     else "that line was not run (its module was skipped, stopped before, or took another branch), or its `forward` had "
                     "begun when it was first asked for"

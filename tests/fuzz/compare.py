@@ -99,7 +99,7 @@ def _entries(cache: Any) -> dict:
     """What a cache holds; of objects it keeps nothing."""
     return {
         key: tree_map(
-            lambda x: "object" if isinstance(x, Memory | DynamicCache) else x, (cache[key].output, cache[key].inputs)
+            lambda x: "object" if isinstance(x, LazyObject | Slots | HELD) else x, (cache[key].output, cache[key].inputs)
         )
         for key in cache
     }
@@ -234,7 +234,7 @@ def repeats(program: Program, rounds: tuple[Given, ...], i: int) -> bool:
     """Has a batch of these sizes run before? A second forward with other rows is captured anew, for any number of them, which
     the first one then takes."""
     sizes = [(given.more_rows, given.length) for given in rounds]
-    return sizes[i] in sizes[:i] and (program.alone or len(set(sizes[: i + 1])) == len(set(sizes)))
+    return sizes[i] in sizes[:i] and (program.alone or i > len(set(sizes)))
 
 
 def _round(
