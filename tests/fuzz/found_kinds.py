@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .compare import Case
+from .compare import ROUNDS, Case
 from .kinds import Attr
 from .nets import Net, Place
-from .verbs import Body, Call, Program, Read, Result, Save, SaveWhole, Write
+from .verbs import Body, Call, Program, Read, Result, Save, SaveWhole, View, Write
 from .wider import IfNumber, Look, SavePart, SizedInPlace
 
 VALUES = (Attr("layers"), 0, Attr("values"))
+TWO = ROUNDS[:2]
 
 
 def once(*ops) -> Program:
@@ -24,6 +25,7 @@ FOUND_KINDS = {
             once(Read(Place("layers.0", "output")), Call("layers.2", 1), Save(1), Result()),
             once(Read(Place("layers.0", "output")), Call("layers.3", 1), Save(1), Result()),
         ),
+        TWO,
     ),
     # The body got the scan's `SymFloat`, whose name no graph knows.
     "a number that data decides, and no branch": Case(
@@ -32,6 +34,7 @@ FOUND_KINDS = {
             once(Read(Place("layers.0", "input")), Look(Place("layers.0.give", "output", 0, "n"), 1), Save(1)),
             once(Read(Place("layers.0", "input")), Look(Place("layers.1.take", "input", 0, (Attr("n"),)), 1), Result()),
         ),
+        TWO,
     ),
     # A flag that a module returns was the scan's guess: an error where the run had the other one.
     "a flag that data decides": Case(
@@ -43,11 +46,17 @@ FOUND_KINDS = {
                 IfNumber(Place("layers.1.give", "output", 0, (Attr("n"),)), (Save(1),)),
             ),
         ),
+        TWO,
     ),
     # As an input of a graph the number was a float64 tensor, and `index_put_` wants the dtype of what it changes.
     "a number written to places that tensors choose": Case(
         Net(("linear",), dynamic=True, lifted=True),
         (once(Read(Place("layers.0", "output")), SizedInPlace("set position of each row", 1), Save(1), Result()),),
+        TWO,
+    ),
+    # A position that is an input of the graph was read as a copy.
+    "a row of the user's input, saved": Case(
+        Net(("linear",), dynamic=True, lifted=True), (once(Read(Place("", "input")), View("row", 1), Save(1)),), TWO
     ),
     # It was asked for when the body was done, and the run had passed it.
     "a saved object, and a look behind it": Case(
@@ -62,6 +71,7 @@ FOUND_KINDS = {
                 SavePart(Place("layers.1.give", "output")), SavePart(Place("layers.1.take", "input", 0, (Attr("h"),)))
             ),
         ),
+        TWO,
     ),
     # What stood for a layer of the cache was put into the model's own list of layers.
     "a part of an object, written back": Case(
@@ -74,6 +84,7 @@ FOUND_KINDS = {
                 Result(),
             ),
         ),
+        TWO,
     ),
     # Behind a guess the body had the real object, into which recorded values went.
     "a recorded value, written into an object behind a guess": Case(
@@ -86,5 +97,6 @@ FOUND_KINDS = {
                 Result(),
             ),
         ),
+        TWO,
     ),
 }

@@ -484,6 +484,7 @@ class Program:
         position goes past a sync point, what comes behind is compiled for where it lies."""
         verbs = set(self.verbs())
         looks = {"If", "Apply", "Look", "IfNumber", "WriteNumber", "Loop"}  # a number of the model's is another plan
+        looks |= {"Sized chosen rows", "Sized chosen tokens"}  # as many as the mask says
         return not looks & verbs and not ("Item" in verbs and {"View", "Augment", "InPlace"} & verbs)
 
     def run(self, model: Any, given: Given, kwargs: dict, out: dict) -> None:
