@@ -99,7 +99,7 @@ def _entries(cache: Any) -> dict:
     """What a cache holds; of objects it keeps nothing."""
     return {
         key: tree_map(
-            lambda x: "object" if isinstance(x, LazyObject | Slots | HELD) else x,
+            lambda x: "object" if isinstance(x, (LazyObject, Slots, *HELD)) else x,
             (cache[key].output, cache[key].inputs),
         )
         for key in cache
