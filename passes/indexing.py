@@ -109,6 +109,7 @@ def _written_back(read: fx.Node, effects: list[fx.Node], kept: set[Any], over: b
     from shares its memory.
     """
     alone = not any(_may_share(other, read.args[0]) for other in kept if other is not read)
+    alone = alone and not _given(read.args[0])
     views, same, ahead, used = {read}, {read}, [read], read
     while ahead:
         node = ahead.pop()
@@ -132,6 +133,13 @@ def _written_back(read: fx.Node, effects: list[fx.Node], kept: set[Any], over: b
         elif _changed(node) in views or (node < used and _may_share(_changed(node), read.args[0])):
             return None
     return found
+
+
+def _given(x: Any) -> bool:
+    """Does a value lie in the memory of what the graph is given (the user's input)?"""
+    root = _root(x)
+    given = [n for n in root.graph.nodes if n.op == "placeholder"]
+    return root in given or (_storage(root) is not None and _storage(root) in map(_storage, given))
 
 
 def _changed(node: fx.Node) -> Any:

@@ -339,6 +339,12 @@ class Run(TensorInterleaver):
 
     # -- errors --------------------------------------------------------------------------------------------------
 
+    # The call took place, and the operation did not.
+    _passed = (
+        ", but the run had passed it by then: an earlier line of the body has looked at a later site (at a number or an object "
+        "in it, or at a value), or what is written comes from one. Touch sites in the model's order"
+    )
+
     def missed_error(self, missed: list[int]) -> MissedSiteError:
         for n in missed:
             op = self.plan.ops[n]
@@ -359,19 +365,25 @@ class Run(TensorInterleaver):
                 what = {READ: "read", WRITE: "written", SKIP: "skipped"}[op.kind]
                 inside = path not in self.owner.operations.modules
                 seen = self.counts.get((path, "input" if op.kind == SKIP else kind), 0)
-                why = (
-                    "its value is computed behind a later site that the body has asked for. Compute it before that line"
-                    if op.kind == WRITE and seen > call
-                    else f"its {'operation ran' if inside else 'module was called'} {seen} time(s)"
-                    if seen
-                    else "that line was not run (its module was skipped, stopped before, or took another branch), or its `forward` had "
-                    "begun when it was first asked for"
-                    if inside
-                    else "its module was not called as a module in this run (it was skipped, stopped before, on a branch not taken, "
-                    "or its parent uses its weight or `forward` directly: try the parent's `.source`)"
-                )
+                missed_it = "the run never reached it"
+                if op.kind == WRITE and seen > call:
+                    missed_it = "it came too late"
+                    why = "its value is computed behind a later site that the body has asked for. Compute it before that line"
+                elif seen:
+                    why = f"its {'operation ran' if inside else 'module was called'} {seen} time(s)"
+                    why += self._passed if seen > call else ""
+                elif inside:
+                    why = (
+                        "that line was not run (its module was skipped, stopped before, or took another branch), or its `forward` had "
+                        "begun when it was first asked for"
+                    )
+                else:
+                    why = (
+                        "its module was not called as a module in this run (it was skipped, stopped before, on a branch not taken, "
+                        "or its parent uses its weight or `forward` directly: try the parent's `.source`)"
+                    )
                 return MissedSiteError(
-                    f"{self.lines[n]}: `{path}.{kind}` (call {call}) was {what}, but {'it came too late' if op.kind == WRITE and seen > call else 'the run never reached it'}: {why}. "
+                    f"{self.lines[n]}: `{path}.{kind}` (call {call}) was {what}, but {missed_it}: {why}. "
                     "Everything else that was saved has been delivered."
                 )
         return MissedSiteError(f"{self.lines[missed[0]]}: the run ended before this operation had what it needs.")

@@ -526,15 +526,18 @@ def _computed(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _known(meta: SiteMeta | Missing, *symbols: Any) -> SiteMeta | Missing:
-    """`meta`, unless a size in it depends on data: such a site must be looked at."""
+    """`meta`, unless a size or a number in it depends on data: such a site must be looked at."""
     if isinstance(meta, Missing):
         return meta
     sizes = [
         n for leaf in meta.leaves if isinstance(leaf, torch.Tensor) for n in leaf.shape if isinstance(n, torch.SymInt)
     ]
+    numbers = [leaf for leaf in meta.leaves if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool)]
     known = {s.node.expr for s in symbols if isinstance(s, torch.SymInt)}
     if any(free_unbacked_symbols(n) - known for n in sizes):
         return Missing("its size depends on data")
+    if any(free_unbacked_symbols(n) - known for n in numbers):
+        return Missing("a number in it depends on data")
     return meta
 
 

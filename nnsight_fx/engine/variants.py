@@ -17,6 +17,7 @@ from ..capture.segment import Segment
 from ..errors import PlanMismatchError
 from ..passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
 from ..tracing import ambient
+from ..tracing.lifting import EXACT
 from . import following
 from .gradients import differentiable
 from .regions import Whole, regional
@@ -286,7 +287,7 @@ def source(run: SplicedRun, take: tuple) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
-NUMBERS = {"int": torch.int64, "float": torch.float64, "float32": torch.float32, "float64": torch.float64}
+NUMBERS = {"int": torch.int64, "float": torch.float64} | {name: dtype for dtype, name in EXACT.items()}
 
 
 def raw_numbers(run: SplicedRun) -> bool:

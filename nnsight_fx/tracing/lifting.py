@@ -22,6 +22,15 @@ FLOAT_OPERANDS = {
 }
 
 
+# A 0-d tensor that is written to chosen places must have the dtype of what it is written to; a number need not.
+EXACT = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def _gathers(index: Any) -> bool:
+    """Does an index choose places by a tensor or a list?"""
+    return any(isinstance(i, torch.Tensor | list) for i in (index if type(index) is tuple else (index,)))
+
+
 _PLAIN = frozenset({int, slice})  # entries of an index that each take one dimension
 
 
@@ -63,7 +72,8 @@ def lift(name: str, args: tuple, kwargs: dict, shape_of: Any) -> tuple[tuple, di
         shape, dtype = shape_of(args[0])
         rest = args[2:]
         if rest and type(rest[0]) is float and dtype.is_floating_point:
-            rest = (Lifted("float", rest[0]),)
+            kind = EXACT.get(dtype) if _gathers(args[1]) else "float"
+            rest = (Lifted(kind, rest[0]),) if kind is not None else rest
         return (args[0], _lift_index(args[1], shape), *rest), kwargs
     if base in SELECTS and len(args) == 3 and type(args[1]) is int and type(args[2]) is int:
         shape, _ = shape_of(args[0])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UnsavedValueError
+from ..errors import OutOfOrderError, UnsavedValueError
 from . import tree
 from .encode import Identity, Keep, Key
 from .lazy import LazyTensor, user_line
@@ -142,6 +142,27 @@ def _filled(made: Any, values: dict) -> Any:
     return made
 
 
+def lazies(value: Any) -> list:
+    """The recorded values in a container, nested ones too."""
+    found, seen, left = [], set(), [value]
+    while left:
+        v = left.pop()
+        if id(v) in seen:
+            continue
+        seen.add(id(v))
+        if type(v) is LazyTensor or isinstance(v, LazyObject):
+            found.append(v)
+            continue
+        parts = tree.children(v)
+        if parts is not None:
+            left += reversed(parts[2])
+        elif isinstance(v, dict):
+            left += reversed(v.values())
+        elif isinstance(v, set | frozenset):
+            left += v
+    return found
+
+
 class Objects:
     """Those of one recording."""
 
@@ -194,12 +215,27 @@ class Objects:
         self.tape.containers.append(lazy)
         return lazy
 
-    def keep(self, lazy: LazyObject) -> None:
-        """The run shall give an object: somebody has saved it, or an operation uses it."""
+    def keep_saved(self) -> None:
+        """The model is about to run past them: what the saved containers hold so far."""
+        if self._made:
+            for container in self.tape.containers:
+                for lazy in lazies(container):
+                    if isinstance(lazy, LazyObject) and lazy.__dict__.get("_tape") is self.tape:
+                        self.keep(lazy)
+
+    def keep(self, lazy: LazyObject, asked: bool = True) -> None:
+        """The run shall give an object: somebody has saved it, or an operation uses it; not `asked`, if it can."""
         tape = self.tape
         if not tape.open or tape.closed or "_real" in lazy.__dict__ or id(lazy) in self.kept:
             return
         read = tape.ops[lazy._key[1]]
+        if read.invoke == tape.invoke.index and tape.passed is not None:
+            try:
+                tape._check_passed(read.target, "saved, or used as an object,")
+            except OutOfOrderError:
+                if not asked:
+                    return
+                raise
         with tape.within(read.invoke):
             n = tape.number(OBJECT, read.target, (), {}, extra=lazy._key[2], result=lambda: None)
         self.kept[id(lazy)] = (lazy, ("v", n, 0))
@@ -217,6 +253,8 @@ class Objects:
     def written(self, leaf: Any, site: Site) -> Any:
         """A leaf that is written to a site: an object of the site itself stays where it is, one that the body has made gets its
         real values when the model comes by."""
+        if isinstance(leaf, LazyObject) and "_real" in leaf.__dict__:
+            return leaf._look()
         values = {name: x for name, x in getattr(leaf, "__dict__", {}).items() if isinstance(x, LazyTensor)}
         if values and not isinstance(leaf, torch.Tensor | LazyObject):
             n = self.tape.number(APPLY, Identity(_filled), (leaf, values), {}, effect="inplace")

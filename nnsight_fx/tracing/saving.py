@@ -9,7 +9,7 @@ from ..errors import OutsideTraceError
 from . import tree
 from .functions import INSIDE
 from .lazy import LazyTensor, user_line
-from .objects import LazyObject
+from .objects import LazyObject, lazies
 from .tape import Tape
 
 T = TypeVar("T")
@@ -84,27 +84,6 @@ def save(value: T) -> T:
     return value
 
 
-def lazies(value: Any) -> list:
-    """The recorded values in a container, nested ones too."""
-    found, seen, left = [], set(), [value]
-    while left:
-        v = left.pop()
-        if id(v) in seen:
-            continue
-        seen.add(id(v))
-        if type(v) is LazyTensor or isinstance(v, LazyObject):
-            found.append(v)
-            continue
-        parts = tree.children(v)
-        if parts is not None:
-            left += reversed(parts[2])
-        elif isinstance(v, dict):
-            left += reversed(v.values())
-        elif isinstance(v, set | frozenset):
-            left += v
-    return found
-
-
 def collect(tape: Tape, held: bool = True) -> None:
     """The body is done: save what the saved containers hold now, in a session all that anybody still holds (`held`)."""
     for container in tape.containers:
@@ -119,7 +98,7 @@ def collect(tape: Tape, held: bool = True) -> None:
             if id(lazy) not in tape.saved and lazy._key[1] != INSIDE:
                 tape.keep(lazy)
         for stand_in in tape.objects.held:
-            tape.objects.keep(stand_in)
+            tape.objects.keep(stand_in, asked=False)
 
 
 def put_objects(container: Any) -> None:

@@ -36,11 +36,12 @@ class SiteMeta(NamedTuple):
     same: tuple[int, ...] = ()  # leaf by leaf, the first that is the same tensor; empty where no two are one
     sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
 
-    @property
-    def guesses_numbers(self) -> bool:
-        """Is a Python number among the leaves that data decides, so that only the run has it?"""
+    def guesses_numbers(self, kind: str) -> bool:
+        """Is a Python number among the leaves that data decides, so that only the run has it? A flag that a module is given
+        (`use_cache`) is a setting; one that it returns may be what it has found."""
         return self.unsure and any(
-            isinstance(x, (int, float, complex, torch.SymInt)) and not isinstance(x, bool) for x in self.leaves
+            isinstance(x, (int, float, complex, torch.SymInt)) and (kind == "output" or not isinstance(x, bool))
+            for x in self.leaves
         )
 
     @property

@@ -595,7 +595,7 @@ class Tape:
         self._check_passed(site, "read")
         meta = self.meta(site)
         opaque = isinstance(meta, SiteMeta) and meta.opaque
-        if not isinstance(meta, SiteMeta) or meta.guesses_numbers:
+        if not isinstance(meta, SiteMeta) or meta.guesses_numbers(site[1]):
             value = self._read_live(site)
         else:
 
@@ -685,7 +685,10 @@ class Tape:
         _check_plain(site, leaves)
         fakes = [self.fakes.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in leaves]
         line = user_line()
-        values = [self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else x for j, x in enumerate(fakes)]
+        values = [
+            self._lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else self.objects.given(x)
+            for j, x in enumerate(fakes)
+        ]
         self.invoke.metas[site] = SiteMeta(spec, tuple(fakes), (False,) * len(fakes), -1)
         return tree.unflatten(values, spec, real)
 
@@ -869,15 +872,16 @@ class Tape:
         self.add(BARRIER, None, (), {}, effect="inplace", result=lambda: None)
 
     def module(self, path: str, args: tuple, kwargs: dict) -> Any:
-        """Call a module of the model on values, unobserved."""
+        """Call a module of the model on values, unobserved; one that values decide about looks at them."""
 
         def result() -> Any:
             return self.sites.module(path)(*_fake_args(self, args), **_fake_args(self, kwargs))
 
         try:
             return self.add(MODULE, path, args, kwargs, effect="random", result=result)
-        except Exception:
-            if not self.sites.odd(path):
+        except Exception as refusal:
+            looks = needs_data(refusal) and not isinstance(refusal, NNsightFXError)
+            if not self.sites.odd(path) and not looks:
                 raise
         got = self.apply(self.sites.real(path).forward, args, kwargs)
         return tree.tree_map(
@@ -1092,7 +1096,7 @@ class Tape:
             if id(lazy) not in self.saved and lazy._key[1] != INSIDE:
                 self.add(SAVE, None, (lazy,), {}, result=lambda: None)
         for stand_in in self.objects.held:
-            self.objects.keep(stand_in)
+            self.objects.keep(stand_in, asked=False)
         self.closed = True
 
     def sync(self, lazies: list[LazyTensor]) -> list[torch.Tensor]:
@@ -1114,6 +1118,7 @@ class Tape:
                 "Look at it in the body itself, and hand the number over."
             )
         self.settle()
+        self.objects.keep_saved()
         if not self.deciding:
             self.deciding = True
             try:
@@ -1146,7 +1151,9 @@ class Tape:
             self.busy = False
 
     def real_args(self, args: Any) -> Any:
-        """Arguments with every recorded value replaced by the real one."""
+        """Arguments with every recorded value, and what stands for an object, replaced by the real one."""
+        if any(isinstance(x, LazyObject) for x in tree.flatten(args)[0]):
+            args = tree.tree_map(lambda x: x._look() if isinstance(x, LazyObject) else x, args)
         lazies = [x for x in tree.flatten(args)[0] if self.unsettled(x)]
         if not lazies:
             return args

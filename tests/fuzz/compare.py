@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn as nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from nnsight_fx import NNsight, assert_max_compiles
 from nnsight_fx.engine.spliced import watch
@@ -19,10 +21,16 @@ from nnsight_fx.tracing.lazy import LazyTensor
 from nnsight_fx.tracing.objects import LazyObject
 from nnsight_fx.tracing.tree import tree_map
 
+from .kinds import KINDS, Slots, State
 from .nets import Memory, Net
 from .verbs import Given, Program
 
 ROUNDS = (Given(0), Given(1), Given(2, 1, 5), Given(3, 1, 5))
+# A batch that is another one each time: 1, 3 and 5 rows of 4, 6 and 9 tokens, each twice.
+SIZES = (Given(0, 0, 4), Given(1, 2, 6), Given(2, 4, 9), Given(3, 0, 4), Given(4, 4, 9), Given(5, 2, 6))
+
+
+HELD = (Memory, State, DynamicCache, DynamicLayer)  # objects that are compared by what they hold
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Case:
 
     net: Net
     programs: tuple[Program, ...]
+    rounds: tuple[Given, ...] = ROUNDS
 
 
 @dataclass
@@ -56,21 +65,29 @@ class Figures:
             own.update(value) if isinstance(own, Counter) else setattr(self, name, own + value)
 
 
-def attempt(program: Program, model: NNsight, given: Given, memory: Memory | None) -> dict[str, Any]:
+def attempt(program: Program, model: NNsight, given: Given, net: Net) -> dict[str, Any]:
     """What a run of a program leaves."""
-    out: dict[str, Any] = {"error": None}
+    memory = net.memory()
+    out: dict[str, Any] = {"error": None, "takes": ["memory"] * (net.root == "keeping")}
     torch.manual_seed(given.seed)
     try:
-        program.run(model, given, {} if memory is None else {"memory": memory}, out)
+        program.run(model, given, net.entry | ({} if memory is None else {"memory": memory}), out)
     except Exception as error:
         out["error"] = error
     out["kept"] = [_delivered(value) for value in out["kept"]]
     out["caches"] = [_entries(cache) for cache in out["caches"]] if out["error"] is None else []
-    out["memory"] = memory and memory.kept
+    out["memory"] = _held(memory)
     out["state"] = {k: v.clone() for k, v in model._module.state_dict().items()}
     out["gradients"] = [p.grad for p in model._module.parameters()]
     out["rng"] = torch.get_rng_state()
     return out
+
+
+def _held(memory: Any) -> list[torch.Tensor]:
+    """The tensors in a cache."""
+    if memory is None or isinstance(memory, Memory):
+        return memory.kept if memory else []
+    return [t for layer in memory.layers for t in (layer.keys, layer.values)]
 
 
 def _delivered(value: Any) -> Any:
@@ -81,7 +98,10 @@ def _delivered(value: Any) -> Any:
 def _entries(cache: Any) -> dict:
     """What a cache holds; of objects it keeps nothing."""
     return {
-        key: tree_map(lambda x: "object" if isinstance(x, Memory) else x, (cache[key].output, cache[key].inputs))
+        key: tree_map(
+            lambda x: "object" if isinstance(x, (LazyObject, Slots, *HELD)) else x,
+            (cache[key].output, cache[key].inputs),
+        )
         for key in cache
     }
 
@@ -100,14 +120,21 @@ def same(got: Any, want: Any, path: str, bits: dict[str, float] = BITS) -> None:
         assert list(got) == list(want), f"{path}: {list(got)} is not {list(want)}"
         for key in want:
             same(got[key], want[key], f"{path}[{key!r}]", bits)
+        if type(want) is not dict:
+            same(vars(got), vars(want), f"{path}, beside its items", bits)
     elif isinstance(want, list | tuple):
         assert len(got) == len(want), f"{path}: {len(got)} values, not {len(want)}"
         for i, pair in enumerate(zip(got, want, strict=True)):
             same(*pair, f"{path}[{i}]", bits)
-    elif dataclasses.is_dataclass(want):
+    elif isinstance(want, Slots):
+        same([got.h, got.n, got.skip], [want.h, want.n, want.skip], path, bits)
+    elif dataclasses.is_dataclass(want) or isinstance(want, HELD):
         same(vars(got), vars(want), path, bits)
+    elif isinstance(want, LazyObject | LazyTensor):
+        raise AssertionError(f"{path}: what was recorded has come out")
     else:
-        assert got == want, f"{path}: {got} is not {want}"
+        assert not isinstance(got, torch.SymInt | torch.SymFloat | torch.SymBool), f"{path}: {got} is no number"
+        assert got == want or got != got and want != want, f"{path}: {got} is not {want}"
 
 
 def sharing(out: dict[str, Any]) -> list[int]:
@@ -120,7 +147,9 @@ def sharing(out: dict[str, Any]) -> list[int]:
 def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    if dataclasses.is_dataclass(value):
+    if isinstance(value, Slots):
+        value = [value.h, value.skip]
+    if (dataclasses.is_dataclass(value) and not isinstance(value, dict)) or isinstance(value, HELD):
         value = vars(value)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [t for part in parts for t in _tensors(part)]
@@ -155,8 +184,9 @@ def check(case: Case) -> Figures:
         figures.layers.update(set(case.net.layers))
         outcomes: list[Any] = []
         rounded = False
-        for given in ROUNDS:
-            error, last = _round(program, hooks, spliced, given, case.net, f"program {n}, {given}")
+        for i, given in enumerate(case.rounds):
+            again = repeats(program, case.rounds, i)
+            error, last = _round(program, hooks, spliced, given, case.net, again, f"program {n}, {given}")
             outcomes.append(error)
             rounded |= last
             if isinstance(error, PlanMismatchError):
@@ -177,11 +207,10 @@ def check(case: Case) -> Figures:
 
 def _afterwards(net: Net, modules: tuple[nn.Module, nn.Module]) -> None:
     """Nothing stays behind: the models themselves give what they gave."""
-    x, memories = ROUNDS[0].x(0, 2), (net.memory(), net.memory())
-    plain = []
-    for module, memory in zip(modules, memories, strict=True):
+    x, plain = ROUNDS[0].x(0, 2), []
+    for module in modules:
         torch.manual_seed(0)
-        plain.append(module(x.clone()) if memory is None else module(x.clone(), memory))
+        plain.append(net.run(module, x))
     same(*plain, "the model itself, afterwards")
 
 
@@ -199,21 +228,29 @@ GRAPH_ON_INPUT = "an input was changed in place, and requires grad since"
 TAKEN_BACK = "Dynamo could not trace the model with what was written"
 
 
+INSIDES = ("torch._subclasses", "torch._dynamo", "torch.fx", "torch._inductor", "torch.utils")  # no errors of a user's
+
+
+def repeats(program: Program, rounds: tuple[Given, ...], i: int) -> bool:
+    """Has a batch of these sizes run before? A second forward with other rows is captured anew, for any number of them, which
+    the first one then takes."""
+    sizes = [(given.more_rows, given.length) for given in rounds]
+    return sizes[i] in sizes[:i] and (program.alone or i > len(set(sizes)))
+
+
 def _round(
-    program: Program, hooks: NNsight, spliced: NNsight, given: Given, net: Net, what: str
+    program: Program, hooks: NNsight, spliced: NNsight, given: Given, net: Net, again: bool, what: str
 ) -> tuple[Exception | None, bool]:
     """One run on both engines; the error on which they agree, if any, or the refusal of the spliced one; were values rounded
     otherwise?"""
-    want = attempt(program, hooks, given, net.memory())
-    fine, unsure, verbs = want["error"] is None, "branch" in net.layers, set(program.verbs())
+    want = attempt(program, hooks, given, net)
+    fine, unsure, verbs = want["error"] is None, net.breaks, set(program.verbs())
     told = unsure and {"cache", "Backward"} & verbs  # behind a graph break hooks do these, and say so
     before = watch.fell
-    # A second forward with other rows is captured anew, for any number of them, which the first one then takes.
-    again = (1, 3) if program.alone else (3,)
-    steady = given.seed in again and fine and not unsure and program.steady
+    steady = again and fine and not unsure and program.steady
     try:
         with assert_max_compiles(0) if steady else contextlib.nullcontext():
-            got = attempt(program, spliced, given, net.memory())
+            got = attempt(program, spliced, given, net)
     except AssertionError as error:
         error.add_note(f"in {what}")
         raise
@@ -222,7 +259,7 @@ def _round(
         *((TAKEN_BACK,) if {"Apply", "If", "Item"} & verbs else ()),
         *(() if program.alone else AMONG_INVOKES),
         *((FAKE_STRIDES,) if "norm" in net.layers else ()),
-        *((NUMBERS,) if unsure and "record" in net.layers else ()),
+        *((NUMBERS,) if net.holds_objects or (unsure and {"record", *KINDS} & set(net.layers)) else ()),
     )
     fell = [why for why in watch.since(before) if not any(reason in why for reason in expected)]
     assert told or not fine or not fell, f"{what}: {fell}"
@@ -237,6 +274,9 @@ def _round(
         raise AssertionError(f"{what}: spliced {got['error']!r}, hooks {want['error']!r}") from (
             got["error"] or want["error"]
         )
+    for out in (got, want):
+        error = out["error"]
+        assert not type(error).__module__.startswith(INSIDES), f"{what}: torch's own insides: {error!r}"
     if not fine and not isinstance(want["error"], MissedSiteError):
         return want["error"], False
     assert sharing(got) == sharing(want), f"{what}: other values share memory: {sharing(got)}, {sharing(want)}"

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
 
-from .compare import ROUNDS, Case
-from .nets import AGAIN, LAYERS, PACKS, Net, Place
+from .compare import ROUNDS, SIZES, Case
+from .kinds import CONTAINED, KEPT, LOOPS, OBJECTS, ROOTS, SIZED
+from .nets import AGAIN, LAYERS, Net, Place
 from .verbs import (
     IN_PLACE,
     PURE,
@@ -37,6 +39,25 @@ from .verbs import (
     View,
     Write,
 )
+from .wider import (
+    SIZED as SIZED_PURE,
+)
+from .wider import (
+    SIZED_IN_PLACE,
+    Again,
+    Hand,
+    IfNumber,
+    Look,
+    Loop,
+    NextCall,
+    SavePart,
+    SizedInPlace,
+    SizedWrite,
+    WriteNumber,
+)
+from .wider import (
+    Sized as SizedOp,
+)
 
 BASE = {"read": 6, "write": 3, "augment": 2, "pure": 5, "view": 3, "in place": 4, "save": 4, "whole": 1, "call": 1}
 THEMES: dict[str, dict[str, int]] = {
@@ -45,6 +66,19 @@ THEMES: dict[str, dict[str, int]] = {
     "looks": BASE | {"if": 3, "item": 2, "apply": 2},
     "invokes": BASE | {"barrier": 1, "if": 1, "stop": 1},
     "gradients": BASE | {"in place": 2, "grad": 5, "view": 1},
+    "containers": BASE | {"whole": 3, "part": 4, "look": 3, "if number": 1, "write number": 2, "hand": 1, "item": 1},
+    "loops": BASE | {"loop": 6, "next": 1, "if": 1, "stop": 1},
+    "sizes": BASE | {"sized": 6, "sized in place": 4, "sized write": 3, "write": 1},
+    "objects": BASE | {"whole": 2, "part": 5, "look": 2, "write number": 1, "hand": 1, "again": 2},
+    "roots": BASE | {"loop": 1, "stop": 1, "if": 1},
+}
+# What the layers of a theme are: its own, every other time.
+OWN: dict[str, list[str]] = {
+    "containers": [name for name in CONTAINED if name.split(", ")[0] not in OBJECTS],
+    "objects": [*(name for name in CONTAINED if name.split(", ")[0] in OBJECTS), *KEPT, *KEPT, *KEPT],
+    "loops": [*LOOPS],
+    "sizes": [*SIZED],
+    "roots": [*KEPT, "caching"],
 }
 
 PER_CASE = 4  # programs that run on one model, one after the other
@@ -57,29 +91,47 @@ slot = st.integers(0, 2)
 @st.composite
 def nets(draw: Any, theme: str) -> Net:
     layers = draw(st.lists(layer, min_size=1, max_size=3))
+    if theme in OWN and (theme != "roots" or draw(st.integers(0, 3)) == 3):
+        layers = [draw(st.sampled_from(OWN[theme])) if draw(st.booleans()) else name for name in layers]
+        layers[-1] = layers[-1] if theme == "roots" else draw(st.sampled_from(OWN[theme]))
+    if "keys" in layers:  # one cache a model
+        layers = ["linear" if name == "caching" else name for name in layers]
     if layers[0] == AGAIN:
         layers[0] = "linear"
+    root = draw(st.sampled_from([*ROOTS])) if theme == "roots" else ""
+    if theme == "objects" and draw(st.booleans()):
+        root = "keeping"
     grad = theme == "gradients" or draw(st.integers(0, 3)) == 3
     dynamic = draw(st.sampled_from([True, True, True, None]))  # one capture for all shapes is half of the time
-    return Net(tuple(layers), draw(st.booleans()), grad, dynamic, draw(st.booleans()))
+    return Net(tuple(layers), draw(st.booleans()), grad, dynamic, draw(st.booleans()), root)
+
+
+LEAF, NUMBER = (bool, int, float, str, type(None)), (bool, int, float)
+CONTAINER = None
+
+
+def _is(value: Any, what: Any) -> bool:
+    return isinstance(value, what) if what is not None else not isinstance(value, (torch.Tensor, *LEAF))
 
 
 class Walk:
     """Where a body stands among the sites."""
 
-    def __init__(self, draw: Any, theme: str, net: Net, places: list[Place]):
-        self.draw, self.theme, self.net, self.places, self.at = draw, theme, net, places, 0
+    def __init__(self, draw: Any, theme: str, net: Net, parts: list[tuple[Place, Any]]):
+        self.draw, self.theme, self.net, self.parts, self.at = draw, theme, net, parts, 0
+        self.places = [place for place, value in parts if isinstance(value, torch.Tensor)]
         self.values = 0
 
-    def place(self, where: Any = lambda place: True) -> Place | None:
+    def place(self, where: Any = lambda place: True, what: Any = torch.Tensor) -> Place | None:
         """A site from here on; seldom one before."""
         back = self.draw(st.integers(0, 12)) == 12
-        ahead = [i for i, p in enumerate(self.places) if where(p) and (back or i >= self.at)]
+        found = [i for i, (p, value) in enumerate(self.parts) if where(p) and _is(value, what)]
+        ahead = [i for i in found if back or i >= self.at]
         if not ahead:
             return None
         i = ahead[self.draw(st.integers(0, min(len(ahead) - 1, len(ahead) if back else 4)))]
         self.at = max(self.at, i)
-        return self.places[i]
+        return self.parts[i][0]
 
     def value(self) -> int:
         return self.draw(age)
@@ -108,7 +160,13 @@ class Walk:
         if verb == "save":
             return Save(self.value())
         if verb == "call":
-            paths = sorted({p.path for p in self.places if p.kind == "output" and p.leaf is None and p.path})
+            paths = sorted(
+                {
+                    p.path
+                    for p in self.places
+                    if p.kind == "output" and p.leaf is None and p.path and not p.path.endswith(".take")
+                }
+            )
             return Call(draw(st.sampled_from(paths)), self.value())
         if verb == "skip":
             return self.skip()
@@ -128,19 +186,69 @@ class Walk:
             return Barrier()
         if verb == "grad":
             return Grad(self.value() if depth else 1, draw(st.one_of(st.none(), slot)))
+        return self.wider(verb, depth)
+
+    def wider(self, verb: str, depth: int) -> Any:
+        draw = self.draw
+        if verb == "part":
+            place = self.place(lambda p: p.leaf is not None, object)
+            return place and SavePart(place)
+        if verb == "look":
+            a, place = self.value(), self.place(lambda p: p.leaf is not None, LEAF)
+            return place and Look(place, a)
+        if verb == "if number":
+            place = self.place(lambda p: p.leaf is not None, LEAF)
+            inner = [v for v in THEMES["values"] if v != "whole"]
+            return place and IfNumber(place, self.ops(inner, 1, 3, depth + 1), self.ops(inner, 0, 2, depth + 1))
+        if verb == "write number":
+            place = self.place(lambda p: p.leaf is not None, NUMBER)
+            return place and WriteNumber(place, draw(slot), draw(st.booleans()))
+        if verb == "hand":
+            place = self.place(lambda p: p.leaf is None, CONTAINER)
+            kinds = {p: type(value) for p, value in self.parts if p.leaf is None}
+            to = place and self.place(lambda p: kinds.get(p) is kinds[place], CONTAINER)
+            return to and Hand(place, to)
+        if verb == "loop":
+            return self.loop(depth)
+        if verb == "next":
+            place = self.place()
+            return place and NextCall(place, draw(st.integers(0, 2)), draw(st.integers(0, 3)) == 3)
+        if verb == "sized":
+            return SizedOp(draw(st.sampled_from(list(SIZED_PURE))), self.value(), draw(slot))
+        if verb == "sized in place":
+            return SizedInPlace(draw(st.sampled_from(list(SIZED_IN_PLACE))), self.value(), draw(slot))
+        if verb == "sized write":
+            place = self.place()
+            return place and SizedWrite(place, draw(st.sampled_from(["set", "blend", "add"])))
+        if verb == "again":
+            to = self.place(lambda p: p.leaf is None, CONTAINER) if draw(st.integers(0, 3)) == 3 else None
+            return Again(draw(slot), self.value(), to)
         raise AssertionError(verb)
 
-    def skip(self) -> Skip | None:
-        a, place = self.value(), self.place(lambda p: p.kind == "input" and p.path)
+    def loop(self, depth: int) -> Loop | None:
+        draw = self.draw
+        calls = {p.path for p, _ in self.parts if p.call}
+        inside = draw(st.integers(0, 3)) > 0
+        place = self.place(lambda p: p.call == 0 and (not inside or p.path in calls or p.path.endswith(".fc")))
         if place is None:
             return None
-        name = self.net.layers[int(place.path.split(".")[1])] if place.path.endswith(".part") else None
+        start, stop = draw(st.sampled_from([0, 0, 0, 1])), draw(st.sampled_from([1, 2, 2, 3, 6, None]))
+        on = draw(st.one_of(st.none(), st.integers(0, 2)))
+        inner = self.ops(["pure", "in place", "save", "view"], 0, 2, depth + 1)
+        if stop is None:  # the model has run to its end
+            self.at = len(self.parts) - 1
+        return Loop(place, start, stop, on, draw(slot), inner)
+
+    def skip(self) -> Skip | None:
+        a, place = self.value(), self.place(lambda p: p.kind == "input" and p.leaf is None and p.path)
+        if place is None:
+            return None
         self.at = max(self.at, self.behind(place))
-        return Skip(place, a, name if name in PACKS else None)
+        return Skip(place, a, self.net.pack(place.path))
 
     def behind(self, place: Place) -> int:
         """Where the module has returned."""
-        return next(i for i, p in enumerate(self.places) if p[:3] == (place.path, "output", place.call))
+        return next(i for i, (p, _) in enumerate(self.parts) if p[:3] == (place.path, "output", place.call))
 
     def ops(self, verbs: list[str], least: int, most: int, depth: int = 0) -> tuple:
         made = []
@@ -175,22 +283,31 @@ class Walk:
         return (*ops, Backward(1)) if twice else ops
 
 
+BATCHES = {"invokes": 1, "containers": 4, "objects": 4, "roots": 4, "sizes": 4}  # one of so many programs has invokes
+
+
 @st.composite
-def programs(draw: Any, theme: str, net: Net, places: list[Place]) -> Program:
-    if theme != "invokes":
-        return Program((Walk(draw, theme, net, places).body(2),))
+def programs(draw: Any, theme: str, net: Net, parts: list[tuple[Place, Any]]) -> Program:
+    most = 1 if theme == "sizes" else 2
+    if theme not in BATCHES or draw(st.integers(1, BATCHES[theme])) < BATCHES[theme]:
+        walk = Walk(draw, theme, net, parts)
+        body, then = walk.body(most), None
+        if theme == "objects" and draw(st.booleans()):
+            walk.at, walk.values = 0, 0
+            then = walk.body(most, (Read(walk.places[0]), Again(draw(slot), 1)))
+        return Program((body,), then=then)
     rows = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(1, 3)))]
     together = draw(st.booleans())
-    walk, bodies, skips = Walk(draw, theme, net, places), [], draw(st.integers(0, 3)) == 3
+    walk, bodies, skips = Walk(draw, theme, net, parts), [], draw(st.integers(0, 3)) == 3
     for n in rows:
         walk.at, first = 0, ()
         if skips:  # all invokes or none
             skip = bodies[0].ops[1] if bodies else walk.skip()
             first, walk.at = (Read(skip.place), skip), walk.behind(skip.place)
         bodies.append(walk.body(n, first, fresh=draw(st.integers(0, 2)) < 2))
-    looks = any(type(op) in (If, Item, Apply) for body in bodies for op in body.ops)
+    looks = {"If", "Item", "Apply", "Look", "IfNumber", "WriteNumber", "Loop"} & set(Program(tuple(bodies)).verbs())
     if not looks and draw(st.integers(0, 3)) == 3:
-        walk.at = len(places) // 2  # what it uses of the others is there by then
+        walk.at = len(parts) // 2  # what it uses of the others is there by then
         bodies.append(walk.body(0))
     return Program(tuple(bodies), alone=False, together=together)
 
@@ -198,5 +315,6 @@ def programs(draw: Any, theme: str, net: Net, places: list[Place]) -> Program:
 @st.composite
 def cases(draw: Any, theme: str) -> Case:
     net = draw(nets(theme))
-    places = net.places(ROUNDS[0].x(0, 2))
-    return Case(net, tuple(draw(programs(theme, net, places)) for _ in range(PER_CASE)))
+    parts = net.all_parts(ROUNDS[0].x(0, 2))
+    rounds = SIZES if theme == "sizes" else ROUNDS
+    return Case(net, tuple(draw(programs(theme, net, parts)) for _ in range(PER_CASE)), rounds)

@@ -18,22 +18,24 @@ TEXT = """# Equivalence: the figures of the last `make fuzz`
 
 <!-- Written by tests/fuzz/figures.py. -->
 
-Random programs on random small models (`tests/fuzz/`). Each program runs four times (two input shapes, each with two sets
-of values, numbers and tensors) on the hook engine and on the spliced graph (`backend="eager"`). Compared to the bit: what
+Random programs on random small models (`tests/fuzz/`): containers with numbers in them, loops that values decide, batches of
+changing sizes (1, 3 and 5 rows of 4, 6 and 9 tokens), objects in outputs, and models around a model are themes of their own. Each
+program runs four times (two input shapes, each with two sets of values, numbers and tensors; three shapes for *sizes*) on the
+hook engine and on the spliced graph (`backend="eager"`). Compared to the bit: what
 was saved and which of it shares memory, gradients taken of it afterwards, caches, the inputs, parameters' gradients,
-buffers, a cache object that the user gave, the state of the random generator, and the class of an error. With new numbers
+buffers, a cache object that the user gave, the state of the random generator, and the class of an error, which is never one of torch's insides. With new numbers
 and tensors nothing may compile, and nothing may fall back where the program does not say so.
 
 {table}
 
-*ran*: at least one of its four runs went through. *agreed*: at least one raised, the same class on both engines. *refused*:
+*ran*: at least one of its runs went through. *agreed*: at least one raised, the same class on both engines. *refused*:
 the spliced engine said that it cannot (`PlanMismatchError`: after a sync point has begun the captured run, what the model's
 Python sees cannot be changed any more). *rounded*: a program
 with a backward, whose values agree but for their last bits (autograd adds gradients up in place, a graph does not, and some
 kernels choose their order by the strides of what they get; `aot_eager` of the plain model does the same). *failed*: the engines
 differed. *fallbacks*: runs on which the spliced engine said
 that hooks did the work (behind a graph break: a cache of all sites, a backward; in invokes: sites behind a write
-or a skip of another shape, type or `requires_grad`).
+or a skip of another shape, type or `requires_grad`; a look at an object, or at a number that data decides).
 
 torch {torch}, Python {python}.
 

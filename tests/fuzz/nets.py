@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+from transformers import DynamicCache
 
-WIDTH = 4
-
-
-class Stage(nn.Module):
-    """A layer: takes `(rows, length, WIDTH)`, gives the same."""
-
-    caches = False
+from .kinds import BREAKS, KINDS, OBJECTS, PACKINGS, ROOTS, WIDTH, Attr, Keeping, Stage, parts
 
 
 class Linear(Stage):
@@ -244,14 +238,13 @@ LAYERS = {
     "branch": Branch,
     "caching": Caching,
 }
-MOVES_STATE = {"dropout", "norm", "caching"}  # a second forward in one trace is refused
 AGAIN = "again"  # the layer before it, called once more
 
 
 class Model(nn.Module):
     def __init__(self, layers: tuple[str, ...]):
         super().__init__()
-        self.layers = nn.ModuleList(LAYERS[name]() for name in layers if name != AGAIN)
+        self.layers = nn.ModuleList((LAYERS | KINDS)[name]() for name in layers if name != AGAIN)
         self.order, at = [], -1
         for name in layers:
             at += name != AGAIN
@@ -264,13 +257,28 @@ class Model(nn.Module):
         return x
 
 
+class Optimized(nn.Module):
+    """Where `torch.compile` has its modules, without it."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self._orig_mod = inner
+
+    def forward(self, x, memory=None):
+        return self._orig_mod(x) if memory is None else self._orig_mod(x, memory=memory)
+
+
 class Place(NamedTuple):
-    """A site that a forward passes; `leaf` leads to one tensor in a container."""
+    """A site that a forward passes; `leaf` leads to one part of a container: an item's key, or a tuple of steps."""
 
     path: str
     kind: str
     call: int = 0
     leaf: Any = None
+
+    @property
+    def steps(self) -> tuple:
+        return () if self.leaf is None else self.leaf if isinstance(self.leaf, tuple) else (self.leaf,)
 
 
 @dataclass(frozen=True)
@@ -280,45 +288,93 @@ class Net:
     grad: bool = False  # do parameters require grad
     dynamic: bool | None = None  # as `model.compile` has it
     lifted: bool = False  # are numbers of the bodies inputs of the graphs, as any compiler but `eager` gets them
+    root: str = ""  # what is around the model
 
     @property
-    def moves_state(self) -> bool:
-        return bool(MOVES_STATE & set(self.layers))
+    def holds_objects(self) -> bool:
+        """Is there an object at a site? Hooks do what looks at it, and say so."""
+        return self.root == "keeping" or any(name.split(", ")[0] in OBJECTS for name in self.layers)
 
-    def build(self) -> nn.Module:
+    @property
+    def breaks(self) -> bool:
+        """Does what follows depend on values somewhere?"""
+        return bool(BREAKS & set(self.layers))
+
+    @property
+    def entry(self) -> dict[str, str]:
+        """What of the model a trace runs."""
+        return {"fn": "generate"} if self.root == "looping" else {}
+
+    def build(self, plain: bool = False) -> nn.Module:
+        """`plain`: with the same modules, but none that `torch.compile` made."""
         torch.manual_seed(len(self.layers))
-        return Model(self.layers).requires_grad_(self.grad).train(self.train)
+        module: nn.Module = Model(self.layers)
+        if self.root == "keeping":
+            module = Keeping(module, self.cache)
+        elif plain and self.root.startswith("compiled"):
+            module = Optimized(ROOTS["shell"](module) if self.root.endswith("shell") else module)
+        elif self.root:
+            module = ROOTS[self.root](module)
+        return module.requires_grad_(self.grad).train(self.train)
 
-    def memory(self) -> Memory | None:
-        return Memory() if "caching" in self.layers else None
+    def cache(self) -> Any:
+        return Memory() if "caching" in self.layers else DynamicCache()
 
-    def places(self, x: torch.Tensor) -> list[Place]:
-        """All tensors at all sites, in the order in which a forward passes them, by plain hooks."""
-        module, found, counts = self.build(), [], {}
+    def memory(self) -> Any:
+        """The cache that the user gives, if any."""
+        return self.cache() if {"caching", "keys"} & set(self.layers) and self.root != "keeping" else None
+
+    def pack(self, path: str) -> str | None:
+        """The container that a module gives."""
+        name = path.rpartition(".")[2]
+        if name not in ("part", "give"):
+            return None
+        return self.layers_by_number[int(path.split(".")[-2])]
+
+    @property
+    def layers_by_number(self) -> list[str]:
+        return [name for name in self.layers if name != AGAIN]
+
+    def run(self, module: nn.Module, x: torch.Tensor) -> Any:
+        """The model by itself."""
+        memory = self.memory()
+        fn = module.generate if self.entry else module
+        return fn(x.clone()) if memory is None else fn(x.clone(), memory=memory)  # type: ignore[operator]
+
+    def all_parts(self, x: torch.Tensor) -> list[tuple[Place, Any]]:
+        """All that is at all sites, in the order in which a forward passes them, by plain hooks."""
+        module, found, counts = self.build(plain=True), [], {}
 
         def passed(path: str, kind: str, value: Any) -> None:
             call = counts[(path, kind)] = counts.get((path, kind), -1) + 1
-            found.extend(Place(path, kind, call, leaf) for leaf in _leaves(value))
+            found.extend((Place(path, kind, call, _leaf(steps)), each) for steps, each in parts(value))
 
         branches = [path for path, m in module.named_modules() if isinstance(m, Branch)]  # not every forward goes there
-        for path, m in module.named_modules():
+        for path, m in module.named_modules(remove_duplicate=self.root != "renamed"):
             if isinstance(m, nn.ModuleList) or any(path.startswith(f"{b}.") for b in branches):
                 continue
             m.register_forward_pre_hook(
                 lambda m, args, kw, p=path: passed(p, "input", [*args, *kw.values()][0]), with_kwargs=True
             )
             m.register_forward_hook(lambda m, args, out, p=path: passed(p, "output", out))
-        memory = self.memory()
         with torch.no_grad(), torch.random.fork_rng():
-            module(x.clone(), memory) if memory is not None else module(x.clone())
+            self.run(module, x)
         return found
 
+    def places(self, x: torch.Tensor) -> list[Place]:
+        """All tensors at all sites."""
+        return [place for place, value in self.all_parts(x) if isinstance(value, torch.Tensor)]
 
-def _leaves(value: Any) -> list:
-    """The ways to the tensors in a site's value."""
-    if isinstance(value, torch.Tensor):
-        return [None]
-    if dataclasses.is_dataclass(value):
-        return [k for k, v in vars(value).items() if isinstance(v, torch.Tensor)]
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return [k for k, v in items if isinstance(v, torch.Tensor)]
+
+def _leaf(steps: tuple) -> Any:
+    if not steps:
+        return None
+    return steps[0] if len(steps) == 1 and not isinstance(steps[0], Attr) else steps
+
+
+def packed(name: str, value: torch.Tensor, own: torch.Tensor) -> Any:
+    """The container that a layer's module gives, with `value` in it."""
+    if name in PACKS:
+        return PACKS[name](value, own)
+    pack, number = name.split(", ")
+    return PACKINGS[pack].make(value, own, {"fixed": 3, "flag": True, "measured": 0.5}.get(number, 2))

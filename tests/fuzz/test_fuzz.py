@@ -1,7 +1,7 @@
 """Random programs on random models: the spliced graph gives what the hook engine gives, to the bit.
 
-`make test` runs `PROGRAMS` of them, always the same; `make fuzz` runs ten times as many, others each time, and writes what it
-found to docs/equivalence.md. What it ever found is a row of `FOUND`.
+`make test` runs `PROGRAMS` of them, always the same; `make fuzz` runs 2,000, others each time, and writes what it found to
+docs/equivalence.md. What it ever found is a row of `FOUND`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from . import figures
 from .compare import Figures, check
 from .draw import PER_CASE, THEMES, cases
-from .found import FOUND
+from .found import FOUND as FIRST
+from .found_kinds import FOUND_KINDS
 
+FOUND = {**FIRST, **FOUND_KINDS}
 FULL = os.environ.get("NNSIGHT_FX_FUZZ") == "full"
-PROGRAMS = int(os.environ.get("NNSIGHT_FX_FUZZ_PROGRAMS", "2000" if FULL else "120"))
+PROGRAMS = int(os.environ.get("NNSIGHT_FX_FUZZ_PROGRAMS", "2000" if FULL else "80"))
 
 settings.register_profile(
     "fuzz",

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from nnsight_fx import save
 
-from .nets import PACKS, WIDTH, Place
+from .kinds import WIDTH, Attr
+from .nets import Place, packed
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,22 @@ class Given:
         draw = torch.Generator().manual_seed(10 * self.seed + invoke)
         return torch.randn(rows + self.more_rows, self.length, WIDTH, generator=draw)
 
+    def sized(self, rows: int) -> Sizes:
+        """Constants that have the batch's own sizes."""
+        draw, rows = torch.Generator().manual_seed(self.seed + 200), rows + self.more_rows
+        return Sizes(
+            torch.randn(rows, 1, WIDTH, generator=draw),
+            torch.randn(1, self.length, WIDTH, generator=draw),
+            torch.randn(rows, self.length, WIDTH, generator=draw),
+            torch.rand(rows, generator=draw) > 0.4,
+            torch.rand(rows, self.length, generator=draw) > 0.4,
+            torch.randperm(rows, generator=draw),
+            torch.randint(-1, self.length, (rows,), generator=draw),
+            torch.randint(0, self.length, (rows, 1, 1), generator=draw),
+            torch.randn(5, WIDTH, generator=draw),
+            torch.randint(0, 5, (rows, self.length), generator=draw),
+        )
+
     def constants(self) -> list[Constants]:
         """Drawn before the trace, in which a draw would be recorded."""
         draw = torch.Generator().manual_seed(self.seed + 100)
@@ -38,6 +56,21 @@ class Given:
         positions = torch.randint(-2, 2, (3,), generator=draw).tolist()
         vectors = torch.randn(3, 64, generator=draw).unbind()
         return [Constants(*each) for each in zip(numbers, positions, vectors, strict=True)]
+
+
+class Sizes(NamedTuple):
+    """Constants of `rows` rows and `length` tokens."""
+
+    rows: torch.Tensor
+    tokens: torch.Tensor
+    grid: torch.Tensor
+    row_mask: torch.Tensor
+    grid_mask: torch.Tensor
+    order: torch.Tensor
+    positions: torch.Tensor
+    columns: torch.Tensor
+    table: torch.Tensor
+    ids: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +93,8 @@ class Machine:
         self.model, self.tracer, self.constants, self.detaches = model, tracer, constants, detaches
         self.values: list[torch.Tensor] = []
         self.kept: list[Any] = []
+        self.before: list[Any] = []  # what an earlier trace of the program has kept
+        self.sized: Any = None
 
     def do(self, ops: tuple) -> None:
         for op in ops:
@@ -91,23 +126,38 @@ def fit(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return b if tuple(b.shape) == tuple(a.shape) else b.mean()
 
 
-def read(envoy: Any, place: Place) -> torch.Tensor:
-    whole = getattr(envoy, place.kind)
-    if place.leaf is None:
-        return whole
-    return getattr(whole, place.leaf) if dataclasses.is_dataclass(whole) else whole[place.leaf]
+def step_into(value: Any, step: Any) -> Any:
+    if isinstance(step, Attr) or (dataclasses.is_dataclass(value) and not isinstance(value, dict)):
+        return getattr(value, step)
+    return value[step]
 
 
-def write(envoy: Any, place: Place, value: torch.Tensor) -> None:
-    whole = getattr(envoy, place.kind) if place.leaf is not None else None
-    if place.leaf is None:
-        setattr(envoy, place.kind, value)
-    elif dataclasses.is_dataclass(whole):
-        setattr(whole, place.leaf, value)
-    elif isinstance(whole, tuple):
-        envoy.output = (*whole[: place.leaf], value, *whole[place.leaf + 1 :])
+def read(envoy: Any, place: Place) -> Any:
+    return functools.reduce(step_into, place.steps, getattr(envoy, place.kind))
+
+
+def replaced(whole: Any, steps: tuple, value: Any) -> Any:
+    """`whole` with `value` in it: itself where it can be changed."""
+    if not steps:
+        return value
+    step, *rest = steps
+    value = replaced(step_into(whole, step), tuple(rest), value) if rest else value
+    if isinstance(whole, tuple):
+        at = whole._fields.index(step) if isinstance(step, Attr) else step  # type: ignore[attr-defined]
+        parts = (*whole[:at], value, *whole[at + 1 :])
+        return type(whole)(*parts) if hasattr(whole, "_fields") else parts
+    if isinstance(step, Attr) or (dataclasses.is_dataclass(whole) and not isinstance(whole, dict)):
+        setattr(whole, step, value)
     else:
-        whole[place.leaf] = value
+        whole[step] = value
+    return whole
+
+
+def write(envoy: Any, place: Place, value: Any) -> None:
+    whole = getattr(envoy, place.kind) if place.steps else None
+    new = replaced(whole, place.steps, value)
+    if new is not whole:
+        setattr(envoy, place.kind, new)
 
 
 def _along(a: torch.Tensor) -> int:
@@ -310,7 +360,7 @@ class Skip:
         with m.at(self.place) as envoy:
             own = envoy.input
             value = fit(m.value(self.a), own).to(own.dtype) + 0 * own
-            envoy.skip(value if self.pack is None else PACKS[self.pack](value, own))
+            envoy.skip(value if self.pack is None else packed(self.pack, value, own))
 
 
 @dataclass(frozen=True)
@@ -417,12 +467,15 @@ class Program:
     bodies: tuple[Body, ...]
     alone: bool = True  # the one input is the trace's own
     together: bool = False  # `tracer.batch`: all inputs are given first
+    then: Body | None = None  # in a trace of its own, behind the first
 
     def verbs(self) -> list[str]:
         """The names of all verbs in it."""
-        found = [name for body in self.bodies for op in body.ops for name in _verbs(op)]
+        bodies = (*self.bodies, *((self.then,) if self.then else ()))
+        found = [name for body in bodies for op in body.ops for name in _verbs(op)]
         found += ["invokes"] * (len(self.bodies) > 1) + ["cache"] * any(b.cache for b in self.bodies)
         found += ["value of another invoke"] * any(not b.fresh for b in self.bodies[1:])
+        found += ["a second trace"] * (self.then is not None)
         return found + ["together"] * self.together + ["whole batch"] * any(not b.rows for b in self.bodies)
 
     @property
@@ -430,7 +483,9 @@ class Program:
         """Is its plan the same in each run? Python that looks at values may take another way, and where a view of a lifted
         position goes past a sync point, what comes behind is compiled for where it lies."""
         verbs = set(self.verbs())
-        return not {"If", "Apply"} & verbs and not ("Item" in verbs and {"View", "Augment", "InPlace"} & verbs)
+        looks = {"If", "Apply", "Look", "IfNumber", "WriteNumber", "Loop"}  # a number of the model's is another plan
+        looks |= {"Sized chosen rows", "Sized chosen tokens"}  # as many as the mask says
+        return not looks & verbs and not ("Item" in verbs and {"View", "Augment", "InPlace"} & verbs)
 
     def run(self, model: Any, given: Given, kwargs: dict, out: dict) -> None:
         """Trace the model with it; `out` gets what it leaves."""
@@ -438,19 +493,31 @@ class Program:
         inputs = [given.x(i, body.rows) if body.rows else None for i, body in enumerate(self.bodies)]
         out["inputs"], out["kept"], out["caches"] = inputs, [], []
         args, constants = (inputs[0],) if self.alone else (), given.constants()
-        with model.trace(*args, **(kwargs if self.alone else {})) as tracer:
+        entry = {k: v for k, v in kwargs.items() if k == "fn"}
+        sized = [given.sized(body.rows) for body in self.bodies]
+        with model.trace(*args, **(kwargs if self.alone else entry)) as tracer:
             m = Machine(model, tracer, constants, detaches)
             out["kept"] = m.kept
             opened = tracer.batch(*(x for x in inputs if x is not None)) if self.together else None
-            for body, x in zip(self.bodies, inputs, strict=True):
+            for body, x, sizes in zip(self.bodies, inputs, sized, strict=True):
                 invoke = contextlib.nullcontext()
                 if not self.alone:
                     invoke = opened.pop(0) if opened else tracer.invoke() if x is None else tracer.invoke(x)
                 with invoke:
                     if body.cache:
                         out["caches"].append(tracer.cache(include_inputs=True))
-                    m.values = [] if body.fresh else m.values
+                    m.values, m.sized = [] if body.fresh else m.values, sizes
                     m.do(body.ops)
+        if self.then is not None:
+            x, kept = given.x(9, self.then.rows), [*m.kept]
+            memory = next((v[0] for v in kept if isinstance(v, list) and v and hasattr(v[0], "update")), None)
+            memory = None if isinstance(memory, dict) or "memory" not in out["takes"] else memory
+            inputs.append(x)
+            sizes = given.sized(self.then.rows)
+            with model.trace(x, **entry, **({} if memory is None else {"memory": memory})) as tracer:
+                m = Machine(model, tracer, constants, detaches)
+                m.before, m.sized, m.kept = kept, sizes, out["kept"]
+                m.do(self.then.ops)
 
 
 def _verbs(op: Any) -> list[str]:
