@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -218,13 +220,16 @@ class CacheView:
                     f"{user_line()}: {self._here()} was visited {len(self.visits)} times; there is no [{key}]"
                 )
             return self.visits[key]
-        view: Any = self
         try:
-            for part in key.split("."):
-                view = view._child(part)
+            return self._below(key)
         except KeyError as error:
+            if self._path is None:  # a path of the module's own, without the `model` in front
+                with contextlib.suppress(KeyError):
+                    return self._below(f"model.{key}")
             raise KeyError(f"{user_line()}: {error.args[0]}") from None
-        return view
+
+    def _below(self, path: str) -> CacheView:
+        return functools.reduce(lambda view, part: view._child(part), path.split("."), self)
 
     def _child(self, name: str) -> CacheView:
         """The view one component further down."""

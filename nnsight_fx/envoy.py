@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -234,7 +235,17 @@ class Envoy(Observed):
         return True
 
     def get(self, path: str) -> Any:
-        """What a dotted path leads to, from here: `model.get("transformer.h.3.output")`."""
+        """What a dotted path leads to, from here: `model.get("transformer.h.3.output")`, or `"model.transformer.h.3.output"`."""
+        try:
+            return self._get(path)
+        except (AttributeError, KeyError):
+            if self._path or path.partition(".")[0] != "model":
+                raise
+            with contextlib.suppress(AttributeError, KeyError):
+                return self._get(path.partition(".")[2])
+            raise
+
+    def _get(self, path: str) -> Any:
         here: Any = self
         for part in path.split(".") if path else ():
             try:

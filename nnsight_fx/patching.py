@@ -19,6 +19,7 @@ Activation patching: Vig et al. 2020, arXiv:2004.12265; Meng et al. 2022, arXiv:
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -28,7 +29,6 @@ from .parts import Parts
 from .places import HEADED, Site, Values
 from .sweep.job import is_dataset
 from .sweep.results import Results
-from .sweep.sweep import sweep
 from .tracing.lazy import user_line
 from .tracing.saving import save
 
@@ -71,7 +71,7 @@ def patch(
     """
     site = Site(model, part, parts)
     source = Values(site, _several(model, clean))
-    _paired(source.items, _several(model, corrupted))
+    _paired(site, source.items, _several(model, corrupted), "patch")
     return _write(site, corrupted, metric, over, layers, positions, lambda h, *at: source(*at), source.prepare, options)
 
 
@@ -108,7 +108,7 @@ def ablate(
     elif by == "zero":
         other = lambda h, layer, prompt: torch.zeros_like(h)  # noqa: E731
     else:
-        _paired(source.items, items)
+        _paired(site, source.items, items, 'ablate(by="resample")')
         other, prepare = lambda h, *at: source(*at), source.prepare
     return _write(site, inputs, metric, over, layers, positions, other, prepare, options)
 
@@ -137,7 +137,7 @@ def steering(
         return measure(prompt)
 
     chosen = list(range(site.layers) if layers is None else layers)
-    return sweep(model, body, inputs, {"layer": chosen, "scale": list(scales)}, **options)
+    return model.sweep(body, inputs, {"layer": chosen, "scale": list(scales)}, **options)
 
 
 def attribution(
@@ -158,8 +158,9 @@ def attribution(
     get no gradients.
     """
     site = Site(model, part, parts)
+    _paired(site, [clean], [corrupted], "attribution")
     there, here = activations(model, clean, part, parts), activations(model, corrupted, part, parts)
-    _same_length(there, here)
+    _same_shape(there, here)
     ends = [activations(model, x, "residual_pre", parts)[0] for x in (corrupted, clean)]
     total = [torch.zeros_like(h) for h in here]
     start = Site(model, "residual_pre", parts)
@@ -228,16 +229,11 @@ def _write(
     def body(tracer: Any, prompt: int = 0, **cell: int) -> torch.Tensor:
         here = site.value(cell["layer"])
         there = source(here, cell["layer"], prompt)
-        if here.shape[1] != there.shape[1]:
-            raise ValueError(
-                f"{user_line()}: the prompts differ in length: {there.shape[1]} tokens and {here.shape[1]}. Patching `{site.part}` goes "
-                "position by position."
-            )
         index = site.index(here.shape[-1], cell.get("position"), cell.get("head"))
         here[index] = there[index]
         return measure(prompt)
 
-    return sweep(model, body, inputs, {name: every[name] for name in chosen}, prepare=prepare, **options)
+    return model.sweep(body, inputs, {name: every[name] for name in chosen}, prepare=prepare, **options)
 
 
 def _measure(model: Any, site: Site, metric: Metric) -> Callable[[int], torch.Tensor]:
@@ -252,11 +248,21 @@ def _several(model: Any, inputs: Any) -> list:
     return list(inputs) if is_dataset(model, inputs) else [inputs]
 
 
-def _paired(ours: list, theirs: list) -> None:
+def _paired(site: Site, ours: list, theirs: list, verb: str) -> None:
+    """Raise a `ValueError`, before anything runs, where prompts are no pairs of the same length."""
     if len(ours) != len(theirs):
         raise ValueError(
             f"{user_line()}: {len(ours)} prompts to take values from, and {len(theirs)} to run; give pairs."
         )
+    for n, pair in enumerate(zip(ours, theirs, strict=True)):
+        a, b = map(site.length, pair)
+        if a != b:
+            which = f"pair {n} of prompts differs" if len(ours) > 1 else "the prompts differ"
+            shown = " and ".join(reprlib.repr(item) if isinstance(item, str) else "token ids" for item in pair)
+            raise ValueError(
+                f"{user_line()}: {which} in length, {a} tokens and {b}: {shown}. `{verb}` goes position by position: give "
+                "prompts of the same number of tokens."
+            )
 
 
 def _length(site: Site, items: list) -> int:
@@ -269,9 +275,9 @@ def _length(site: Site, items: list) -> int:
     return lengths[0]
 
 
-def _same_length(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+def _same_shape(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
     if a[0].shape != b[0].shape:
         raise ValueError(
-            f"{user_line()}: the prompts differ in shape: {tuple(a[0].shape[:2])} and {tuple(b[0].shape[:2])} (batch, tokens). Patching "
-            "goes position by position."
+            f"{user_line()}: the prompts differ in shape: {tuple(a[0].shape[:2])} and {tuple(b[0].shape[:2])} (batch, tokens). "
+            "`attribution` goes row by row and position by position."
         )

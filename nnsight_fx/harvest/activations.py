@@ -50,6 +50,8 @@ class Activations(Dataset):
             sorted(self.manifest.get("columns", {}), key=lambda n: WHERE.index(n) if n in WHERE else -1)
         )
         self.sites = tuple(name for name in self.columns if name not in WHERE)
+        if only is not None and only not in self.columns and only.removeprefix("model.") in self.columns:
+            self.only = only = only.removeprefix("model.")  # as an envoy's path has it
         if only is not None and only not in self.columns:
             raise KeyError(f"{user_line()}: there is no column `{only}`; {nearest(only, self.columns)}")
         self.starts = [0, *itertools.accumulate(shard["rows"] for shard in self.manifest["shards"])]

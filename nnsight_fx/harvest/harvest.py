@@ -128,13 +128,22 @@ def named_sites(model: Any, sites: Any) -> dict[str, Site]:
     """The sites by name."""
     if not isinstance(sites, Mapping):
         several = list(sites) if isinstance(sites, list | tuple) else [sites]
-        sites = {(s.path.removeprefix("model.") if isinstance(s, Envoy) else s): s for s in several}
+        sites = {_bare(model, s.path if isinstance(s, Envoy) else s): s for s in several}
     found = {name: _site(model, what) for name, what in sites.items()}
     if not found or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{user_line()}: `sites` are paths, envoys, or a dict of names to these or to functions.")
     if taken := sorted(found.keys() & set(WHERE)):
         raise ValueError(f"{user_line()}: `{taken[0]}` says where a row is from; give the site another name.")
     return found
+
+
+def _bare(model: Any, path: Any) -> Any:
+    """A path as the module itself has it: without the `model` that an envoy's begins with."""
+    if not isinstance(path, str):
+        return path
+    module = path.removesuffix(".output").removesuffix(".input")
+    own = dict(model._module.named_modules(remove_duplicate=False))
+    return path if module in own else path.removeprefix("model.")
 
 
 def _site(model: Any, what: Any) -> Site:

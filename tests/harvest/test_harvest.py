@@ -150,6 +150,16 @@ def test_what_a_data_set_may_hold(tmp_path, items):
     torch.testing.assert_close(found[SITES[0]][:], torch.cat(want))
 
 
+def test_a_path_with_and_without_the_model_in_front(tmp_path):
+    model = wrap()
+    paths = ["model.transformer.h.1", "transformer.h.2.mlp.input", model.transformer.h[0], "model.lm_head.output"]
+    found = model.harvest(prompts(), paths, tmp_path / "a", **quiet)
+    assert found.sites == ("transformer.h.1", "transformer.h.2.mlp.input", "transformer.h.0", "lm_head.output")
+    assert torch.equal(found["model.transformer.h.1"][:], found["transformer.h.1"][:])
+    with pytest.raises(KeyError, match="there is no column `model.transformer.h.3`"):
+        found["model.transformer.h.3"]
+
+
 def test_dtype_names_and_functions(tmp_path):
     model = wrap()
     sites = {"z": lambda: model.transformer.h[0].attn.c_proj.input, "mlp": model.transformer.h[2].mlp}

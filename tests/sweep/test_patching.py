@@ -225,9 +225,20 @@ def test_bad_input():
     model = wrap("gpt2")
     with pytest.raises(ValueError, match=r"test_patching\.py:\d+: `part` is one of residual"):
         patching.patch(model, CLEAN, CORRUPTED, metric, part="neurons")
-    with pytest.raises(ValueError, match="prompts differ in length: 3 tokens and 4") as error:
-        patching.patch(model, CLEAN[:, :3], CORRUPTED, metric, progress=False)
-    assert model.tracer is None and "cell layer=0" in "".join(error.value.__notes__)
+    short, ran = CLEAN[:, :3], []
+    handle = model._module.register_forward_pre_hook(lambda *_: ran.append(True))
+    for verb, run in {
+        "`patch` goes": lambda: patching.patch(model, short, CORRUPTED, metric),
+        '`ablate(by="resample")` goes': lambda: patching.ablate(model, CLEAN, metric, by="resample", reference=short),
+        "`attribution` goes": lambda: patching.attribution(model, short, CORRUPTED, metric),
+        "pair 1 of prompts differs": lambda: patching.patch(model, [CLEAN, short], [CLEAN, CLEAN], metric),
+    }.items():
+        with pytest.raises(ValueError, match=r"test_patching\.py:\d+: .* in length, 3 tokens and 4") as error:
+            run()
+        assert verb in str(error.value) and model.tracer is None and not ran
+    handle.remove()
+    with pytest.raises(TypeError, match="`strore=` is no keyword of `sweep` .* did you mean `store`"):
+        patching.patch(model, CLEAN, CORRUPTED, metric, strore="runs")
     with pytest.raises(ValueError, match="`over` is `layer`, with"):
         patching.patch(model, CLEAN, CORRUPTED, metric, over=("layer", "head"))
     with pytest.raises(ValueError, match="give `reference=`"):

@@ -301,3 +301,28 @@ def test_objects_are_not_kept():
         breaks = wrap("eager", build("breaks"))
         with breaks.trace(inputs("breaks")) as tracer:
             tracer.cache()
+
+
+class Holder(nn.Module):
+    """Has a child called `model`, as Llama has."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+    def forward(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize("make, path", [(Holder, "model.1"), (lambda: Holder().model, "1")])
+def test_a_path_with_and_without_the_model_in_front(make, path):
+    model = NNsight(make())
+    with model.trace(torch.ones(1, 3)) as tracer:
+        cache = tracer.cache(modules=[path])
+    assert list(cache.keys()) == [f"model.{path}"]
+    assert cache[path].output is cache[f"model.{path}"].output and path in cache and f"model.{path}" in cache
+    assert model.get(path) is model.get(f"model.{path}")
+    with pytest.raises(KeyError, match="has no module `nothing`"):
+        cache["nothing"]
+    with pytest.raises((AttributeError, KeyError), match="has no module `nothing`|no module `model`"):
+        model.get("model.nothing")
