@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 
 
 def write(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file by a neighbour and a rename: what was there stays until the new one is complete."""
+    """Write a file by a neighbour and a rename: what was there stays until the new one is complete.
+
+    Who may read it is what the process's umask says.
+    """
     folder = os.path.dirname(os.path.abspath(os.fspath(path)))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".nnsight_fx-")
+    temporary = os.path.join(folder, f".nnsight_fx-{secrets.token_hex(8)}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

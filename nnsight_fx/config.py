@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import torch
+
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
+BELOW = (_PACKAGE + os.sep, os.path.dirname(torch.__file__) + os.sep)
 OURS = (_PACKAGE + os.sep, os.path.realpath(os.path.join(_PACKAGE, "passes")) + os.sep)
 
 
@@ -44,8 +47,19 @@ def own_frames_out(trace: TracebackType | None) -> TracebackType | None:
     return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
 
 
+def _to_the_user(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback that ends at the user's line, where torch's own frames below it say nothing."""
+    rest = _to_the_user(trace.tb_next) if trace is not None else None
+    if trace is None or (rest is None and trace.tb_frame.f_code.co_filename.startswith(BELOW)):
+        return None
+    return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
+
+
 def quiet(leave: Callable[..., bool]) -> Callable[..., bool]:
-    """For `__exit__`: errors that pass through it or arise in it lose this package's frames."""
+    """For `__exit__`: errors that pass through it or arise in it lose this package's frames.
+
+    Those of a recorded operation, on values without numbers, lose torch's frames, too: `of_the_body` marks them.
+    """
 
     @functools.wraps(leave)
     def wrapped(self: Any, kind: Any, error: BaseException | None, trace: Any) -> bool:
@@ -55,6 +69,12 @@ def quiet(leave: Callable[..., bool]) -> Callable[..., bool]:
             raise arisen.with_traceback(own_frames_out(arisen.__traceback__)) from arisen.__cause__
         if error is not None and not swallowed:
             error.__traceback__ = own_frames_out(error.__traceback__)
+            if getattr(error, "of_the_body", False) and not CONFIG.APP.DEBUG:
+                error.__traceback__, error.__cause__, error.__suppress_context__ = (
+                    _to_the_user(error.__traceback__),
+                    None,
+                    True,
+                )
         return swallowed
 
     return wrapped

@@ -183,20 +183,23 @@ def attribution(
     return Results(axes, {"result": scores.cpu()}, {"program": f"attribution of {part}"})
 
 
-def logit_lens(model: Any, inputs: Any, *, position: int | None = -1, parts: Parts | None = None) -> torch.Tensor:
-    """The logits that each layer's output would give through the final norm and the unembedding.
+def logit_lens(model: Any, inputs: Any, *, position: int | None = -1, parts: Parts | None = None) -> Results:
+    """The logits that the embeddings and each layer's output would give through the final norm and the unembedding.
 
-    Returns (layer, batch, vocabulary) at one position, (layer, batch, length, vocabulary) for `position=None`.
+    Results (nostalgebraist 2020, "interpreting GPT: the logit lens"): an axis `layer`, of "embedding" and the layers' numbers,
+    then (batch, vocabulary) at one position, (batch, length, vocabulary) for `position=None`.
     """
     site = Site(model, "residual", parts)
     norm, unembed = model.get(site.table.norm), model.get(site.table.unembed)
     with torch.no_grad(), model.trace(inputs):
         found = []
-        for layer in range(site.layers):
-            h = site.value(layer)
+        for h in (Site(model, "residual_pre", parts).value(0), *(site.value(layer) for layer in range(site.layers))):
             h = h if position is None else h[:, position]
             found.append(save(unembed(norm(h))))
-    return torch.stack([f.detach() for f in found])
+    layers = ["embedding", *range(site.layers)]
+    return Results(
+        {"layer": layers}, {"result": torch.stack([f.detach().cpu() for f in found])}, {"program": "logit lens"}
+    )
 
 
 def _write(
@@ -238,10 +241,14 @@ def _write(
 
 def _measure(model: Any, site: Site, metric: Metric) -> Callable[[int], torch.Tensor]:
     """The metric of the logits; it gets the prompt's number where it has a parameter `prompt`."""
-    logits = lambda: model.get(site.table.unembed).output  # noqa: E731
-    if "prompt" in inspect.signature(metric).parameters:
-        return lambda prompt: metric(logits(), prompt=prompt)
-    return lambda prompt: metric(logits())
+    takes = "prompt" in inspect.signature(metric).parameters
+
+    def measured(prompt: int) -> torch.Tensor:
+        logits = model.get(site.table.unembed).output
+        found = metric(logits, prompt=prompt) if takes else metric(logits)
+        return found.squeeze() if isinstance(found, torch.Tensor) and found.shape == (1,) else found
+
+    return measured
 
 
 def _several(model: Any, inputs: Any) -> list:

@@ -299,14 +299,25 @@ class Tape:
         if step is None:
             try:
                 step = self._evaluate(op, result)
-            except BaseException:
+            except BaseException as error:
                 self._forget(marks)
+                if kind in (CALL, MODULE) and not isinstance(error, NNsightFXError) and not needs_data(error):
+                    self._say_where(
+                        error, f"`{name_of(target.obj)}`" if kind == CALL else f"module `{target}`", args, kwargs
+                    )
                 raise
             if kind == CALL and not effect and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves):
                 self._forget(marks)
                 return tree.unflatten(step.leaves, step.spec)
             self.step.children[key] = step
         return self._advance(step, op)
+
+    def _say_where(self, error: BaseException, name: str, args: tuple, kwargs: dict) -> None:
+        """A recorded operation does not fit its values: the user's line and the shapes are what helps."""
+        shapes = [tuple(self.fake(x).shape) for x in tree.flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        of = f" of shapes {', '.join(map(str, shapes))}" if shapes else ""
+        error.add_note(f"nnsight_fx: at {user_line()}: {name}{of}.")
+        error.of_the_body = True  # type: ignore[attr-defined]
 
     def number(self, *args: Any, **kwargs: Any) -> int:
         """Record one operation, and return its number: changed containers and objects among its arguments are recorded before it."""

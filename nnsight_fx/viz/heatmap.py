@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 from functools import cache
@@ -37,7 +38,8 @@ def heatmap(
         figure.savefig("scores.png")
 
     `values` is (len(y), len(x)); cells that are not finite stay grey. `bar` names the colour bar. The figure
-    belongs to the caller: `matplotlib.pyplot` is not touched, and no display is needed.
+    belongs to the caller: `matplotlib.pyplot` is not touched, and no display is needed. A notebook shows it where it is a
+    cell's last value.
     """
     figure_class = load_matplotlib()
     data = values.detach().to("cpu", torch.float64)
@@ -63,14 +65,28 @@ def heatmap(
 
 
 def load_matplotlib() -> type[Figure]:
-    """Return matplotlib's Figure class, or say which extra has it."""
+    """Return matplotlib's Figure class, as a notebook shows it without magic, or say which extra has it."""
     try:
-        from matplotlib.figure import Figure
+        return _shown_class()
     except ImportError as error:
         raise MissingExtraError(
             'heat maps are drawn with matplotlib, which is not installed. Run: pip install "nnsight-fx[viz]"'
         ) from error
-    return Figure
+
+
+@cache
+def _shown_class() -> type[Figure]:
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        """A figure that IPython draws, also where `%matplotlib inline` was not said."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+    return Picture
 
 
 def _size(columns: int, rows: int) -> tuple[float, float]:

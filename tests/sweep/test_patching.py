@@ -200,8 +200,11 @@ def test_the_lens_and_steering():
     model, module = wrap("llama"), raw("llama")
     lens = patching.logit_lens(model, CLEAN, position=None)
     with torch.no_grad():
-        torch.testing.assert_close(lens[-1], module(CLEAN).logits)
-    assert patching.logit_lens(model, CLEAN).shape == (2, 2, 50)
+        torch.testing.assert_close(lens["result"][-1], module(CLEAN).logits)
+        embedded = module.lm_head(module.model.norm(module.model.embed_tokens(CLEAN)))
+        torch.testing.assert_close(lens["result"][0], embedded)
+    lens = patching.logit_lens(model, CLEAN)
+    assert lens["result"].shape == (3, 2, 50) and lens.array.sel(layer="embedding").shape == (2, 50)
     vector = torch.randn(16)
     found = patching.steering(model, CLEAN, metric, vector, [0.0, 2.0], positions=-1, progress=False)
     torch.testing.assert_close(found["result"][:, 0], run(module, CLEAN).expand(2, 2))
@@ -219,6 +222,17 @@ def test_the_table_fits_the_models():
         FAMILIES[name].check(wrap(name))
     with pytest.raises(UnknownModuleError, match="has no module `h`, where this table has its `layers`|`h.0.attn`"):
         Parts("h", "attn", "mlp", None, "norm", "head").check(wrap("gpt2"))
+
+
+def test_a_metric_of_one_element_adds_no_axis():
+    model = wrap("gpt2")
+    for measure in (metric, lambda logits: metric(logits).sum(), lambda logits: metric(logits)[:1]):
+        found = patching.patch(model, CLEAN[:1], CORRUPTED[:1], measure, progress=False)
+        assert found["result"].shape == (2, 4) and found.heatmap()._repr_png_()[:4] == b"\x89PNG"
+    found = patching.patch(model, CLEAN, CORRUPTED, metric, progress=False)
+    with pytest.raises(ValueError, match=r"`results\.dataset\['result'\]\.mean\('result_0'\)"):
+        found.heatmap()
+    found.dataset["result"].mean("result_0")
 
 
 def test_bad_input():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import traceback
 
 import pytest
 import torch
@@ -447,6 +448,43 @@ def test_a_folder_without_a_model(engine, tmp_path):
 
 
 # -- what our errors are besides ---------------------------------------------------------------------------------------
+
+WRONG_SHAPES = {  # what is written, and what is said of it
+    "matmul": (lambda h: h @ torch.ones(7, 7), r"`matmul` of shapes \(2, \d+\), \(7, 7\)"),
+    "add": (lambda h: h + torch.ones(7), r"`add` of shapes \(2, \d+\), \(7,\)"),
+    "cat": (lambda h: torch.cat([h, torch.ones(1, 99)]), r"`cat` of shapes \(2, \d+\), \(1, 99\)"),
+    "index": (lambda h: h[:, 99], r"`__getitem__` of shapes"),
+    "view": (lambda h: h.view(3, 99), r"`view` of shapes"),
+    "write": (lambda h: h.__setitem__((slice(None), slice(3)), torch.ones(9)), r"`__setitem__` of shapes"),
+    "function": (lambda h: torch.nn.functional.linear(h, torch.ones(9, 9)), r"`linear` of shapes"),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG_SHAPES))
+def test_values_that_do_not_fit_are_told_at_the_line_without_torchs_insides(name, engine):
+    write, told = WRONG_SHAPES[name]
+    model = wrap_for_shapes(engine)
+    with pytest.raises((RuntimeError, IndexError)) as error:
+        with model.trace(torch.ones(2, 4)):
+            write(model[0].output)
+    (note,) = error.value.__notes__
+    assert re.fullmatch(rf"nnsight_fx: at .*test_errors\.py:\d+: {told}.*\.", note)
+    frames = traceback.extract_tb(error.value.__traceback__)
+    assert all(
+        "torch/" not in f.filename and "nnsight_fx/tracing" not in f.filename.replace("tests/tracing", "")
+        for f in frames
+    )
+    with model.trace(torch.ones(2, 4)):
+        out = model.output.save()
+    assert out.shape == (2, 4)
+
+
+def wrap_for_shapes(engine):
+    model = NNsight(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    if engine != "hooks":
+        model.compile(backend="eager")
+    return model
+
 
 PARENTS = {
     "OutOfOrderError": (),
