@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import typing
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn as nn
 
@@ -19,33 +20,38 @@ SWALLOWED = frozenset(
     {"cache_position", "labels", "logits_to_keep", "output_attentions", "output_hidden_states", "past_key_values"}
     | {"return_dict", "use_cache", "cache"}
 )
-_known: weakref.WeakKeyDictionary[nn.Module, dict[str | None, frozenset[str] | None]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, dict[str | None, Taken | None]] = weakref.WeakKeyDictionary()
 
 
 def check(module: nn.Module, fn: str | None, kwargs: Iterable[str], verb: str, own: Callable | None = None) -> None:
     """Raise a `TypeError` at the user's line for a keyword that neither `verb` nor the traced function takes.
 
-    A function that takes `**kwargs` hands them on: then every name counts that the `forward` of a module inside takes, or
-    that the annotation of its `**kwargs` has.
+    A model of transformers hands its `**kwargs` on: there every name counts that the `forward` of a module inside takes, or
+    that an annotation of `**kwargs` has. Any other function may do with `**kwargs` what it likes: there only what is nearly
+    a keyword of the verb is an error.
     """
     names = [*kwargs]
     if not names:
         return
     taken = known(module, fn)
-    wrong = next((name for name in names if taken is not None and name not in taken), None)
-    if wrong is None or taken is None:
+    if taken is None:
         return
     ours = (
         [] if own is None else [p.name for p in inspect.signature(own).parameters.values() if p.kind == p.KEYWORD_ONLY]
     )
+    wrong = [name for name in names if name not in taken.names]
+    if taken.open:
+        wrong = [name for name in wrong if difflib.get_close_matches(name, ours, cutoff=0.8)]
+    if not wrong:
+        return
     where = f"`{fn}`" if fn else "forward"
-    hint = nearest(wrong, [*ours, *sorted(taken)])
-    if hasattr(getattr(module, "generation_config", None), wrong):
-        hint = f"it is `generate`'s: `with model.generate(..., {wrong}=...)`"
+    hint = nearest(wrong[0], [*ours, *sorted(taken.names, key=len)])
+    if hasattr(getattr(module, "generation_config", None), wrong[0]):
+        hint = f"it is `generate`'s: `with model.generate(..., {wrong[0]}=...)`"
     raise TypeError(
-        f"{user_line()}: `{wrong}=` is no keyword of `{verb}` and none of the model's {where}; {hint.removesuffix('?')}"
+        f"{user_line()}: `{wrong[0]}=` is no keyword of `{verb}` and none of the model's {where}; {hint.removesuffix('?')}"
         f"{'?' if hint.endswith('?') else '.'} A keyword that only a module inside knows goes among the inputs: "
-        f'`{{"input_ids": ids, "{wrong}": ...}}`.'
+        f'`{{"input_ids": ids, "{wrong[0]}": ...}}`.'
     )
 
 
@@ -61,33 +67,38 @@ def verb(function: Callable) -> Callable[[Callable], Callable]:
     return shown
 
 
-def known(module: nn.Module, fn: str | None = None) -> frozenset[str] | None:
+class Taken(NamedTuple):
+    """The keywords that a function takes; is it open: may others be meant for it, too."""
+
+    names: frozenset[str]
+    open: bool
+
+
+def known(module: nn.Module, fn: str | None = None) -> Taken | None:
     """The keywords that a traced function takes; `None` where that cannot be told."""
     held = _known.setdefault(module, {})
     if fn not in held:
-        held[fn] = _names(module, fn)
+        held[fn] = _taken(module, fn)
     return held[fn]
 
 
-def _names(module: nn.Module, fn: str | None) -> frozenset[str] | None:
+def _taken(module: nn.Module, fn: str | None) -> Taken | None:
     called = callee(module, fn)
     parameters = _parameters(called.forward if isinstance(called, nn.Module) else called)
     if parameters is None:
         return None
-    if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-        return frozenset(p.name for p in parameters)
-    if not isinstance(called, nn.Module):
-        return None  # transformers' `generate` has a check of its own
-    found = set(SWALLOWED)
+    rest = [p for p in parameters if p.kind == p.VAR_KEYWORD]
+    names = {p.name for p in parameters if p not in rest}
+    if not rest:
+        return Taken(frozenset(names), False)
+    of_transformers = type(called).__module__.startswith("transformers.") and isinstance(called, nn.Module)
+    if not of_transformers:  # and `generate` has a check of its own
+        return Taken(frozenset(names), True)
     for forward in {type(m).forward: m.forward for m in called.modules()}.values():
-        inside = _parameters(forward)
-        if inside is None:
-            return None
-        found |= {p.name for p in inside}
-        for parameter in inside:
-            if parameter.kind == parameter.VAR_KEYWORD:
-                found |= _annotated(parameter.annotation)
-    return frozenset(found)
+        for parameter in _parameters(forward) or ():
+            names |= _annotated(parameter.annotation) if parameter.kind == parameter.VAR_KEYWORD else {parameter.name}
+    names |= SWALLOWED
+    return Taken(frozenset(names | {f"{part}_{name}" for part in ("encoder", "decoder") for name in names}), False)
 
 
 def _parameters(function: Any) -> list[inspect.Parameter] | None:

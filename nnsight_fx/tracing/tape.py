@@ -301,7 +301,8 @@ class Tape:
                 step = self._evaluate(op, result)
             except BaseException as error:
                 self._forget(marks)
-                if kind in (CALL, MODULE) and not isinstance(error, NNsightFXError) and not needs_data(error):
+                fits = isinstance(error, NNsightFXError) or not isinstance(error, Exception) or needs_data(error)
+                if kind in (CALL, MODULE) and not fits:
                     self._say_where(
                         error, f"`{name_of(target.obj)}`" if kind == CALL else f"module `{target}`", args, kwargs
                     )

@@ -290,7 +290,7 @@ def an_invoke_behind_the_trace(m):
         pass
 
 
-@row(TypeError, "unexpected keyword argument 'scales'")
+@row(TypeError, "`scales=` is no keyword of `trace` and none of the model's forward; did you mean `scale`")
 def a_wrong_keyword(m):
     with m.trace(X, scales=2):
         m.first.output.save()

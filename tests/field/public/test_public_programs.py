@@ -42,7 +42,7 @@ def same(got: Any, want: Any, exact: bool) -> None:
 def cells() -> list[Any]:
     """Each program on each engine; captures take seconds, so most of them are for `make test-slow`."""
     quick = [
-        (n, e) for n in range(1, len(PROGRAMS) + 1) for e in ENGINES if e == "hooks" or (e == "eager" and n % 8 == 3)
+        (n, e) for n in range(1, len(PROGRAMS) + 1) for e in ENGINES if e == "hooks" or (e == "eager" and n % 30 == 3)
     ]
     every = [(n, e) for n in range(1, len(PROGRAMS) + 1) for e in ENGINES]
     return [pytest.param(*c, marks=() if c in quick else pytest.mark.slow, id=f"{c[0]}-{c[1]}") for c in every]
