@@ -67,18 +67,17 @@ def heatmap(
 def load_matplotlib() -> type[Figure]:
     """Return matplotlib's Figure class, as a notebook shows it without magic, or say which extra has it."""
     try:
-        return _shown_class()
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(
             'heat maps are drawn with matplotlib, which is not installed. Run: pip install "nnsight-fx[viz]"'
         ) from error
+    return _shown(Figure)
 
 
 @cache
-def _shown_class() -> type[Figure]:
-    from matplotlib.figure import Figure
-
-    class Picture(Figure):
+def _shown(figure_class: type[Figure]) -> type[Figure]:
+    class Picture(figure_class):
         """A figure that IPython draws, also where `%matplotlib inline` was not said."""
 
         def _repr_png_(self) -> bytes:
