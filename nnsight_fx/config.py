@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
-BELOW = (_PACKAGE + os.sep, os.path.dirname(torch.__file__) + os.sep)
 OURS = (_PACKAGE + os.sep, os.path.realpath(os.path.join(_PACKAGE, "passes")) + os.sep)
+BELOW = (*OURS, os.path.dirname(torch.__file__) + os.sep)  # what lies below the user's line in a traceback
 
 
 @dataclass

@@ -36,10 +36,12 @@ def check(module: nn.Module, fn: str | None, kwargs: Iterable[str], verb: str, o
     taken = known(module, fn)
     if taken is None:
         return
+    wrong = [name for name in names if name not in taken.names]
+    if not wrong:
+        return
     ours = (
         [] if own is None else [p.name for p in inspect.signature(own).parameters.values() if p.kind == p.KEYWORD_ONLY]
     )
-    wrong = [name for name in names if name not in taken.names]
     if taken.open:
         wrong = [name for name in wrong if difflib.get_close_matches(name, ours, cutoff=0.8)]
     if not wrong:
@@ -55,7 +57,7 @@ def check(module: nn.Module, fn: str | None, kwargs: Iterable[str], verb: str, o
     )
 
 
-def verb(function: Callable) -> Callable[[Callable], Callable]:
+def shows(function: Callable) -> Callable[[Callable], Callable]:
     """A method that hands its keywords to `function`: `help()` shows those, and what is said of them there."""
 
     def shown(method: Callable) -> Callable:

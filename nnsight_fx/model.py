@@ -278,7 +278,7 @@ class NNsight(Edits, Envoy):
         """Several traces whose values flow from one to the next without `.save()`; see `Session`."""
         return Session()
 
-    @keywords.verb(sweep)
+    @keywords.shows(sweep)
     def sweep(self, fn: Callable[..., Any], inputs: Any, /, over: Mapping[str, Iterable], **options: Any) -> Results:
         for name in options.keys() & {"fn", "inputs"}:
             raise TypeError(
@@ -288,7 +288,7 @@ class NNsight(Edits, Envoy):
         self._check_options("sweep", sweep, options)
         return sweep(self, fn, inputs, over, **options)
 
-    @keywords.verb(harvest)
+    @keywords.shows(harvest)
     def harvest(self, dataset: Iterable, sites: Any, out: Any, **options: Any) -> Activations:
         self._check_options("harvest", harvest, options)
         return harvest(self, dataset, sites, out, **options)

@@ -87,7 +87,10 @@ def backend(name: Any, mode: str | None, options: dict | None, dynamic: bool | N
 
 
 def _compiled(gm: torch.fx.GraphModule, inputs: list, **options: Any) -> Callable:
-    """A graph compiled as a model is: `torch.compile` captures it once more."""
+    """A graph compiled as a model is: `torch.compile` captures it once more. It takes a mode or options, not both."""
+    if options.get("mode") and options.get("options"):
+        chosen = torch._inductor.list_mode_options(options.pop("mode"))
+        options["options"] = {**chosen, **options["options"]}
     return torch.compile(gm, **options)
 
 

@@ -69,24 +69,32 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     key = (run.entry_key(), _unread(segment, run), tuple(aliases.items()))
     found = segment.variants.setdefault(key, [])
     segment.variants.move_to_end(key)
-    others = segment.following.get(following.kin(key), ()) if segment.following else ()
-    for each in (*found, *others):
+    for each in found:
         if each.guards(run, args):
-            run.capture.hits += 1
-            run.hits += 1
-            return each
+            return _hit(run, each)
+    lifted = any(isinstance(c, torch.Tensor) for c in run.constants)
+    kin = following.kin(key) if lifted else key  # looked for only where the plan itself has none
+    for each in segment.following.get(kin, ()):
+        if each.guards(run, args):
+            return _hit(run, each)
     _check_written(segment, run, args)
     with compat.symbols.own_sizes(segment.context, segment.fakes, args) as fakes:
         fakes = [compat.fakes.unchanged(segment.context, *each) for each in zip(fakes, args, strict=True)]
         made = _compile(segment, run, fakes, args, aliases)
     found.append(made)
     if made.constants:
-        segment.following.setdefault(following.kin(key), []).append(made)
+        segment.following.setdefault(kin, []).append(made)
         if len(segment.following) > VARIANTS:
             segment.following.popitem(last=False)
     if len(segment.variants) > VARIANTS:
         segment.variants.popitem(last=False)
     return made
+
+
+def _hit(run: SplicedRun, found: Variant) -> Variant:
+    run.capture.hits += 1
+    run.hits += 1
+    return found
 
 
 def _unread(segment: Segment, run: SplicedRun) -> bool:

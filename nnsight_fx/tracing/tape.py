@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..compat.fakes import FakeTensor, FakeTensorMode
 from ..compat.modes import NoTorchFunction, transforms
-from ..compat.tensors import shares_memory, wraps_tensors
+from ..compat.tensors import memory, shares_memory, wraps_tensors
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
 from . import ambient, tree
 from .conditions import Conditions
@@ -300,12 +300,12 @@ class Tape:
             try:
                 step = self._evaluate(op, result)
             except BaseException as error:
-                self._forget(marks)
-                fits = isinstance(error, NNsightFXError) or not isinstance(error, Exception) or needs_data(error)
-                if kind in (CALL, MODULE) and not fits:
+                ours = isinstance(error, NNsightFXError) or not isinstance(error, Exception) or needs_data(error)
+                if kind in (CALL, MODULE) and not ours:
                     self._say_where(
                         error, f"`{name_of(target.obj)}`" if kind == CALL else f"module `{target}`", args, kwargs
                     )
+                self._forget(marks)
                 raise
             if kind == CALL and not effect and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves):
                 self._forget(marks)
@@ -1255,7 +1255,7 @@ def _aliases(x: torch.Tensor, others: Iterable) -> bool:
 def _memory(value: Any) -> set[int]:
     """The storages that the recorded tensors in a value lie in."""
     with NoTorchFunction():
-        return {x._fake.untyped_storage()._cdata for x in tree.flatten(value)[0] if type(x) is LazyTensor}
+        return {memory(x._fake) for x in tree.flatten(value)[0] if type(x) is LazyTensor}
 
 
 def _changed_key(op: Op) -> Key | None:

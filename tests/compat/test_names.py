@@ -257,6 +257,17 @@ def test_what_is_inductors_is_gone(without, tmp_path):
     assert "built C++ kernels are not saved" in str(model.explain())
 
 
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_a_mode_without_inductors_wrapper(without):
+    without("torch._TorchCompileInductorWrapper")
+    model = NNsight(Net().eval())
+    model.compile(backend="inductor", mode="max-autotune-no-cudagraphs")
+    want = reads_and_writes(NNsight(model._module))
+    for got, each in zip(reads_and_writes(model), want, strict=True):
+        torch.testing.assert_close(got, each, rtol=1e-4, atol=1e-4)
+
+
 NEEDED = [
     ("fakes", "torch._subclasses.fake_tensor.FakeTensorMode"),
     ("modes", "torch._C.DisableTorchFunction"),
