@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
 
-.PHONY: demo test test-torch test-inductor test-slow test-ray test-peer semantics fuzz coverage lint bench bench-figures bench-gpu bench-check clean
+.PHONY: demo test test-torch test-inductor test-slow heavy test-ray test-peer semantics fuzz coverage lint bench bench-figures bench-gpu bench-check clean
 
 demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
@@ -33,6 +33,11 @@ test-inductor: .venv/.stamp .peer/.stamp
 
 test-slow: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest -n 2 --dist loadgroup tests -m "slow and not inductor and not gpu" $(ARGS)
+
+# Measures every row anew, and names in tests/heavy.txt those that `make test` leaves to `make test-slow`.
+heavy: .venv/.stamp .peer/.stamp
+	$(BIN)/pytest -n 2 --dist loadgroup tests -m "not inductor and not gpu" --junitxml=.cache/heavy.xml $(ARGS)
+	$(BIN)/python tests/plugins/heavy.py .cache/heavy.xml
 
 # The same texts on nnsight 0.8.1, in its own environment, and on ours.
 test-peer: .venv/.stamp .peer/.stamp
