@@ -47,6 +47,11 @@ STEPS = 100_000  # recorded operations kept a scan
 
 
 class _Unknown(PaddedLengthUnknown, GuardOnDataDependentSymNode):
+    """Torch takes it for an error of its own; the user sees the public class, at the line of the body."""
+
+    __module__, __qualname__ = PaddedLengthUnknown.__module__, PaddedLengthUnknown.__qualname__
+    of_the_body = True
+
     def __init__(self, message: str):
         Exception.__init__(self, message)
         self.cond: Any = None
@@ -100,7 +105,8 @@ class Shapes(ShapeEnv):
     def _make_data_dependent_error(self, *args: Any, **kwargs: Any) -> Any:
         return _Unknown(
             f"{user_line()}: the padded length of this batch is not known before all its prompts are. Index from the right "
-            "(`h[:, -1]`), give the prompts first (`a, b = tracer.batch(p1, p2)`), or fix the length (`model.trace(pad_to=32)`)."
+            "(`h[:, -1]`), give the prompts first (`a, b = tracer.batch(p1, p2)`, then `with a:` and `with b:`), or fix the length "
+            "(`model.trace(pad_to=32)`)."
         )
 
 

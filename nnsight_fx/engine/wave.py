@@ -185,7 +185,22 @@ class Wave:
         """The model is about to run: what it is called with, and the values of earlier traces that the body used."""
         if not self.alone:
             self.batch = self.host._collate(self.batches, pad_to=self.tracer.pad_to)
+            self._check_lengths()
         self.tape.resolve()
+
+    def _check_lengths(self) -> None:
+        """A value that was written whole before the padded length was known must have it."""
+        known = self.symbols
+        for told, written, site in self.tape.assumed:
+            sizes = tuple(n if isinstance(n, int) else n.node.expr.xreplace(known) for n in site)
+            if any(
+                isinstance(n, int) and getattr(m, "is_number", True) and n != m
+                for n, m in zip(written, sizes, strict=True)
+            ):
+                raise RuntimeError(
+                    f"{told} of shape {written}, where this batch has {sizes}: its longest prompt decides. "
+                    "Give the prompts first (`a, b = tracer.batch(p1, p2)`, then `with a:` and `with b:`) and write what fits."
+                )
 
     def _call(self, plan: InterventionGraph) -> bool:
         """Run as a call, where an earlier run of the plan has shown to be no more."""

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from ..compat.fakes import FakeTensor, FakeTensorMode
 from ..compat.modes import NoTorchFunction, transforms
 from ..compat.tensors import memory, shares_memory, wraps_tensors
-from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, UnsavedValueError
+from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, PaddedLengthUnknown, UnsavedValueError
 from . import ambient, tree
 from .conditions import Conditions
 from .encode import Identity, Keep, Key, Lifted, decode, encode, facts
@@ -108,6 +108,7 @@ class Tape:
         self.slots: dict[int, Key] = {}  # id of a real tensor -> its key
         self.const_fakes: dict[int, torch.Tensor] = {}
         self.changed: dict[int, torch.Tensor] = {}  # real tensors that a recorded operation changes in place
+        self.assumed: list[tuple[str, tuple, tuple]] = []  # writes that fit if the padded length is theirs
         self.values = Living()
         self.order: dict[
             int, tuple[float, Site, int]
@@ -827,13 +828,16 @@ class Tape:
                 if not isinstance(new, LazyTensor):
                     self._tensor_key(new)
                 fake = self.fake(new)
-                if meta.batched[i] and fake.shape[1:] != old.shape[1:]:
+                if meta.batched[i] and not _alike(fake.shape[1:], old.shape[1:]):
                     raise RuntimeError(
                         f"{user_line()}: `{_name(site)}` holds the rows of several invokes: the written rows have shape "
                         f"{tuple(fake.shape)}, the site {tuple(old.shape)}. Only dimension 0 may differ."
                     )
-                if _meta_of(fake) != _meta_of(old):
+                if not _alike(_meta_of(fake), _meta_of(old)):
                     return False
+                if any(isinstance(n, torch.SymInt) for n in old.shape):
+                    told = f"{user_line()}: `{_name(site)}` is written with a value"
+                    self.assumed.append((told, tuple(fake.shape), tuple(old.shape)))
             elif type(new) is not type(old) or (new is not old and new != old):
                 return False
         return True
@@ -1268,6 +1272,16 @@ def _changed_key(op: Op) -> Key | None:
 
 def _meta_of(t: torch.Tensor) -> tuple:
     return (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad)
+
+
+def _alike(new: Any, old: Any) -> bool:
+    """Are they equal? A padded length that is not known yet is taken to be the one that was written; the run compares."""
+    if isinstance(new, tuple) and isinstance(old, tuple):
+        return len(new) == len(old) and all(map(_alike, new, old))
+    try:
+        return bool(new == old)
+    except PaddedLengthUnknown:
+        return True
 
 
 def _expected(meta: SiteMeta) -> tuple | None:
