@@ -52,9 +52,11 @@ class Job:
     emitted: set[fx.Node] = field(default_factory=set)
     takes: list[tuple] = field(
         default_factory=list
-    )  # extra inputs: ("constant", slot) | ("fetch", value) | ("parameter", path, name)
+    )  # extra inputs: ("constant", slot, kind) | ("fetch", value) | ("parameter", path, name) | ("memory", slot)
     gives: list[Value] = field(default_factory=list)  # extra outputs
-    aliases: dict[tuple, tuple[int, tuple | None]] = field(default_factory=dict)  # what lies in an input's memory
+    aliases: dict[tuple, tuple[int | tuple, tuple | None]] = field(
+        default_factory=dict
+    )  # what lies in an input's memory
     exports: dict[Value, fx.Node] = field(default_factory=dict)
     exit: Any = None  # the interleaver after the segment
     cut: Cut | None = None

@@ -21,18 +21,22 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
     v = fetch(3, 0)                  ->  %v : placeholder
     ```
 
+    Constants in one memory, of which one is changed in place, are views of one placeholder (`job.aliases`): a compiler takes
+    its inputs for apart.
+
     Numbers are 0-d tensors on the CPU: an integer read from one is unbacked, so neither its value nor 0 or 1 are
     special; as a position it stays a tensor (`indexing`). `job.takes` lists what to give, in order.
 
     Does not fire when: the segment needs nothing from outside. With `job.raw_numbers` numbers stay Python numbers.
     """
-    made, lifted = 0, set()
+    made, lifted, shared = 0, set(), {}
     sources = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in (constant, fetch, parameter)]
     last = next((n for n in reversed(gm.graph.nodes) if n.op == "placeholder"), None)
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node in sources:
-        if node.args in job.aliases:
-            _share(gm, job, node, inputs)
+        lies_in, view = job.aliases.get(node.args, (None, None))  # type: ignore[call-overload]
+        if isinstance(lies_in, int) or lies_in in shared:
+            _share(gm, job, node, inputs[lies_in] if isinstance(lies_in, int) else shared[lies_in], view)
             made += 1
             continue
         where = (
@@ -51,24 +55,22 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
                 gm.graph.call_function(torch._check, (check,))
             lifted.add(value)
         args = (node.args,) if node.target is fetch else node.args
-        job.takes.append((node.target.__name__, *args))
-        node.replace_all_uses_with(value)
-        job.exports.update({v: value for v, n in job.exports.items() if n is node})
-        if job.cut is not None:
-            job.cut.leaves[:] = [value if leaf is node else leaf for leaf in job.cut.leaves]
-        gm.graph.erase_node(node)
+        job.takes.append(lies_in or (node.target.__name__, *args))
         made += 1
+        if lies_in is not None:  # the memory that several constants lie in
+            shared[lies_in] = value
+        _share(gm, job, node, value, view)
     index(gm, job, lifted)
     return made
 
 
-def _share(gm: fx.GraphModule, job: Job, node: fx.Node, inputs: list[fx.Node]) -> None:
-    """A value that lies in an input's memory is taken from that input, so that a write to one is seen in the other."""
-    index, view = job.aliases[node.args]  # type: ignore[index]
-    value = inputs[index]
+def _share(gm: fx.GraphModule, job: Job, node: fx.Node, value: fx.Node, view: tuple | None) -> None:
+    """Take a value from an input, where it lies in that one's memory as a view of it: a write to one is seen in the other."""
     if view is not None:
+        *strided, dtype = view
         with gm.graph.inserting_before(node):
-            value = gm.graph.call_function(torch.as_strided, (value, *view))
+            value = value if dtype is None else gm.graph.call_method("view", (value, dtype))
+            value = gm.graph.call_function(torch.as_strided, (value, *strided))
     node.replace_all_uses_with(value)
     job.exports.update({v: value for v, n in job.exports.items() if n is node})
     if job.cut is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .modes import NoTorchFunction
 from .probe import Name, needed
 
 _ALIAS = Name("torch._C._is_alias_of", "whether tensors share memory is told by their storages")
@@ -33,6 +34,12 @@ def memory(x: torch.Tensor) -> int:
     """Which memory a tensor lies in: the same number for all views of it, for as long as one of them lives."""
     storage = x.untyped_storage()
     return storage._cdata if _CDATA() is not None else id(storage)  # torch keeps the object as long as the storage
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """All of the memory that a tensor lies in, on one dimension: `x` is a view of it, and so is what shares it."""
+    with NoTorchFunction(), torch.no_grad():
+        return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())  # type: ignore[call-overload]
 
 
 def version(x: torch.Tensor) -> int:

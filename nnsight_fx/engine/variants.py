@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch.fx as fx
 from .. import compat, passes
 from ..capture.markers import supply
 from ..capture.segment import Segment
+from ..compat.tensors import memory, whole
 from ..errors import PlanMismatchError
 from ..passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
 from ..tracing import ambient
@@ -66,6 +68,8 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
         own = {id(arg): i for i, arg in enumerate(args)}
         constants = ((slot, own.get(id(c))) for slot, c in enumerate(run.constants) if isinstance(c, torch.Tensor))
         aliases.update({(slot, "tensor"): (i, None) for slot, i in constants if i is not None})
+    if run.plan.changes_constants:
+        aliases.update(_shared(run, args))
     key = (run.entry_key(), _unread(segment, run), tuple(aliases.items()))
     found = segment.variants.setdefault(key, [])
     segment.variants.move_to_end(key)
@@ -117,21 +121,53 @@ def _check_written(segment: Segment, run: SplicedRun, args: tuple) -> None:
 
 
 def _aliases(run: SplicedRun, args: tuple) -> dict[tuple[int, int], tuple[int, tuple | None]]:
-    """Which values of earlier segments lie in the memory of an input: it itself, or a view `(size, stride, offset)` of it."""
-    stored = {}
-    for i, arg in enumerate(args):
-        if isinstance(arg, torch.Tensor) and arg.layout is torch.strided:
-            stored.setdefault(arg.untyped_storage().data_ptr(), i)
+    """Which values of earlier segments lie in the memory of an input: it itself, or a view of it."""
+    stored = _stored(args)
     found: dict[tuple[int, int], tuple[int, tuple | None]] = {}
     for value, real in run.env.items():
         if value[1] < 0 or not isinstance(real, torch.Tensor) or real.layout is not torch.strided:
             continue
         same = next((i for i, arg in enumerate(args) if arg is real), None)
-        i = stored.get(real.untyped_storage().data_ptr())
+        i = stored.get(memory(real))
         if same is not None:
             found[value] = (same, None)
         elif i is not None and real.numel():
-            found[value] = (i, (tuple(real.shape), real.stride(), real.storage_offset()))
+            found[value] = (i, _view(real, args[i]))
+    return found
+
+
+def _view(x: torch.Tensor, base: torch.Tensor) -> tuple:
+    """How a tensor is a view of one in the same memory: size, stride, offset, and its dtype where that is another."""
+    return tuple(x.shape), x.stride(), x.storage_offset(), None if x.dtype == base.dtype else x.dtype
+
+
+def _stored(args: tuple) -> dict[int, int]:
+    """Which input has a memory first."""
+    stored: dict[int, int] = {}
+    for i, arg in enumerate(args):
+        if isinstance(arg, torch.Tensor) and arg.layout is torch.strided:
+            stored.setdefault(memory(arg), i)
+    return stored
+
+
+def _shared(run: SplicedRun, args: tuple) -> dict:
+    """Constants that lie in one memory, or in an input's, where the plan changes constants in place.
+
+    A compiler takes its inputs for apart. So these are views of the input, or of one input that is all of the memory.
+    """
+    stored, found = _stored(args), {}
+    strided = {
+        slot: c for slot, c in enumerate(run.constants) if isinstance(c, torch.Tensor) and c.layout is torch.strided
+    }
+    wheres = {slot: memory(c) for slot, c in strided.items()}
+    often = Counter(wheres.values())
+    for slot, c in strided.items():
+        i = stored.get(wheres[slot])
+        if i is not None:
+            found[slot, "tensor"] = (i, None if args[i] is c else _view(c, args[i]))
+        elif often[wheres[slot]] > 1:
+            first = next(other for other, where in wheres.items() if where == wheres[slot])
+            found[slot, "tensor"] = (("memory", first), _view(c, strided[first]))
     return found
 
 
@@ -290,6 +326,8 @@ def source(run: SplicedRun, take: tuple) -> Any:
         return run.constants[take[1]]
     if take[0] == "fetch":
         return run.env[take[1]]
+    if take[0] == "memory":
+        return whole(run.constants[take[1]])
     module = run.modules(take[1])
     owner, _, name = take[2].rpartition(".")
     return getattr(module.get_submodule(owner), name)

@@ -61,6 +61,7 @@ class Wave:
         self.signature = signature
         sites = WaveSites(scanner, signature, self.rows_of, length, self._signature_of)
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
+        self.tape.handed.apart = getattr(saving.session(), "apart", False)
         host._replay_edits(self.tape)
 
     # -- members -------------------------------------------------------------------------------------------------

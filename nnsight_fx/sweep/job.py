@@ -70,7 +70,8 @@ class Job:
         with own_draws(self.model), torch.no_grad():
             if self.prepare is not None:
                 self.prepare(sorted({self.prompt(cell) for cell in chunk}))
-            with self.model.session():
+            with self.model.session() as session:
+                session.apart = True
                 for n, cell in enumerate(chunk):
                     args, kwargs = tree.tree_map(_own, given(self.model, self.inputs[self.prompt(cell)]))
                     draw_for(self.seed, cell)

@@ -54,6 +54,7 @@ class Session:
         self.settings: dict[Setting, Setting] = {}
         self.copies = Copies()
         self.report = Report()
+        self.apart = False  # are its traces cells of a sweep, which see nothing of one another
 
     def __enter__(self) -> Session:
         self.line = user_line()

@@ -234,6 +234,12 @@ class InterventionGraph:
         return frozenset(key[1:3] for key in calls if key[0] == "v")
 
     @cached_property
+    def changes_constants(self) -> bool:
+        """Does a recorded call change a real tensor in place?"""
+        calls = (op.args[2] for op in self.ops if op.kind == CALL and op.effect == "inplace")
+        return any(args and args[0][0] == "c" for args in calls)
+
+    @cached_property
     def users(self) -> dict[tuple[int, int], set[int]]:
         """The operations that use each value."""
         found: dict[tuple[int, int], set[int]] = {}

@@ -46,6 +46,7 @@ class Recorder(TorchFunctionMode):
         ):
             return tape.call(func, args, kwargs)
         result = func(*args, **kwargs)
+        tape.handed.note(result)
         return tape.given.saveable(result) if tape.begun else result  # behind a look
 
     def _concerns(self, tape: Tape, func: Any, args: tuple, kwargs: dict) -> bool:

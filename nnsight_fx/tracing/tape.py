@@ -31,6 +31,7 @@ from .conditions import Conditions
 from .encode import Identity, Keep, Key, Lifted, decode, encode, facts
 from .functions import INSIDE, custom_function
 from .gradients import LATE, Gradients
+from .handed import Handed
 from .interleave import observed
 from .lazy import Given, LazyTensor, Line, user_line
 from .lifting import lift, name_of
@@ -108,6 +109,7 @@ class Tape:
         self.slots: dict[int, Key] = {}  # id of a real tensor -> its key
         self.const_fakes: dict[int, torch.Tensor] = {}
         self.changed: dict[int, torch.Tensor] = {}  # real tensors that a recorded operation changes in place
+        self.handed = Handed(self.constants, self.slots, self.watch)
         self.assumed: list[tuple[str, tuple, tuple]] = []  # writes that fit if the padded length is theirs
         self.values = Living()
         self.order: dict[
@@ -209,6 +211,7 @@ class Tape:
         effect = effect_of(name, kwargs, args)
         if effect == "inplace" and args:
             self._check_late(args[0])
+            self.handed.changes(args[0], self._read_at(args[0]))
             args = (held(args[0]), *args[1:])  # what is changed must be there
         args, kwargs = lift(name, args, kwargs, lambda t: (self.fake(t).shape, self.fake(t).dtype))
         try:
@@ -449,7 +452,7 @@ class Tape:
         key = self.slots.get(id(tensor))
         if key is None:
             key = self.slots[id(tensor)] = ("c", len(self.constants), facts(tensor))
-            self.constants.append(tensor)
+            self.constants.append(self.handed.own(tensor, len(self.constants)) if self.handed.copies else tensor)
         return key
 
     def lend(self, tensor: torch.Tensor) -> LazyTensor:
@@ -752,6 +755,7 @@ class Tape:
             result=lambda: None,
         )
         self._touch(site)
+        self.handed.take(site, _name(site), leaves)
         tree_value = tree.unflatten(leaves, spec, value)
         self.invoke.values.pop(site, None)
         self.invoke.containers.pop(site, None)
@@ -801,6 +805,11 @@ class Tape:
         else:
             raise ValueError(f"{user_line()}: `{site[0]}` is called without arguments: there is no input to write")
         self.write(site, (args, kwargs))
+
+    def _read_at(self, x: Any) -> Site | None:
+        """The site that a recorded value was read at."""
+        own = isinstance(x, LazyTensor) and x._tape is self and x._key[0] == "v" and x._key[1] != INSIDE
+        return self.ops[x._key[1]].target if own and self.ops[x._key[1]].kind == READ else None
 
     def _written_order(self, leaves: list) -> tuple[float, Site, int] | None:
         own = [x._key[1] for x in leaves if isinstance(x, LazyTensor) and x._tape is self and x._key[0] == "v"]
@@ -877,6 +886,7 @@ class Tape:
             result=lambda: None,
         )
         self._touch(site)
+        self.handed.take((path, "output", call), f"{path}.output", leaves)
         if self.reshaped:
             self.invoke.metas = {s: m for s, m in self.invoke.metas.items() if m.order <= self.invoke.order}
 

@@ -1,0 +1,84 @@
+"""Real tensors that a body writes to sites: from then on the model's value and the user's own tensor are one.
+
+A change in place of the site changes the user's tensor, as in eager code. In a trace that is told once, with both lines; a
+cell of a sweep changes a copy, so that no cell sees what another has done.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..compat.modes import NoTorchFunction
+from ..compat.tensors import memory, whole
+from .encode import facts
+from .lazy import Line, user_line
+from .plan import Site
+
+
+class Handed:
+    """What one recording has written to sites, by its memory."""
+
+    def __init__(self, constants: list, slots: dict[int, Any], watch: Callable[[torch.Tensor], Any]):
+        self.constants, self.slots, self.watch = constants, slots, watch
+        self.apart = False  # is it of a cell of a sweep
+        self.lines: dict[Any, tuple[str, Line, torch.Tensor]] = {}  # by memory, and by site
+        self.made: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()  # by the body itself
+        self.copies: dict[int, torch.Tensor] = {}  # memory of the cell's own
+        self.told = False
+
+    def take(self, site: Site, name: str, leaves: list) -> None:
+        """Note the real tensors that are written to a site."""
+        self.lines.pop(site, None)
+        for x in leaves:
+            if type(x) is torch.Tensor and x.layout is torch.strided and not x.requires_grad:
+                entry = self.lines.setdefault(memory(x), (name, user_line(), x))
+                self.lines.setdefault(site, entry)
+
+    def note(self, result: Any) -> None:
+        """Note what the body made of real tensors: nobody else has it."""
+        if type(result) is torch.Tensor and not result._is_view():
+            self.made[id(result)] = result
+
+    def changes(self, x: Any, site: Site | None) -> None:
+        """A value is about to be changed in place; `site` is where a recorded one was read."""
+        if not self.lines:
+            return
+        where = memory(x) if type(x) is torch.Tensor and x.layout is torch.strided else site
+        if self.apart:
+            for slot, constant in enumerate(self.constants):
+                self.constants[slot] = self.own(constant, slot)
+                if constant is not self.constants[slot] and memory(constant) == where:
+                    self.watch(constant)
+        elif where in self.lines and not self.told:
+            self._tell(*self.lines[where])
+
+    def own(self, x: Any, slot: int) -> Any:
+        """The cell's copy of a tensor, or of a view of one, that was written to a site; anything else as it is."""
+        if type(x) is not torch.Tensor or x.layout is not torch.strided or x.requires_grad:
+            return x
+        where = memory(x)
+        if where not in self.lines:
+            return x
+        with NoTorchFunction(), torch.no_grad():
+            if where not in self.copies:
+                self.copies[where] = whole(x).clone()  # other views of it are to come
+            copy = self.copies[where].view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+        self.slots[id(copy)] = self.slots.get(id(x), ("c", slot, facts(x)))
+        return copy
+
+    def _tell(self, name: str, line: Line, first: torch.Tensor) -> None:
+        if id(first) in self.made:
+            return
+        self.told = True
+        here = user_line()
+        warnings.warn_explicit(
+            f"nnsight_fx: {here}: `{name}` was written with a tensor of yours at {line}, and this line changes it in place: "
+            f"your tensor changes too, as in eager code. Write a copy: `{name} = x.clone()`.",
+            UserWarning,
+            *here,
+        )
