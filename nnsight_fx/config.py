@@ -21,7 +21,8 @@ class App:
     """How the library behaves.
 
     `DEBUG` keeps this package's own frames in the tracebacks of errors that leave a trace; it is read when an error
-    leaves. The environment variable `NNSIGHT_FX_DEBUG=1` sets it.
+    leaves. It also warns of a `[0]` on a module's output that is a tensor: the first prompt alone, where tutorials for
+    transformers 4 meant a tuple's first value. The environment variable `NNSIGHT_FX_DEBUG=1` sets it.
     """
 
     DEBUG: bool = field(default_factory=lambda: os.environ.get("NNSIGHT_FX_DEBUG", "0") not in ("", "0"))

@@ -14,6 +14,7 @@ import logging
 import operator
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ..compat.fakes import FakeTensor, FakeTensorMode
 from ..compat.modes import NoTorchFunction, transforms
 from ..compat.tensors import memory, shares_memory, wraps_tensors
+from ..config import CONFIG
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, PaddedLengthUnknown, UnsavedValueError
 from . import ambient, tree
 from .conditions import Conditions
@@ -169,6 +171,8 @@ class Tape:
                 f"{user_line()}: `{name_of(func)}` on a recorded value inside a torch.func transform (grad, vmap, ...) cannot be "
                 "recorded. Call the transformed function on real values: `tracer.apply(fn, value)`."
             )
+        if CONFIG.APP.DEBUG:
+            self._note_first_row(func, args)
         inside = custom_function(self, func, args, kwargs)
         if inside is not None:
             return inside.value
@@ -810,6 +814,23 @@ class Tape:
         """The site that a recorded value was read at."""
         own = isinstance(x, LazyTensor) and x._tape is self and x._key[0] == "v" and x._key[1] != INSIDE
         return self.ops[x._key[1]].target if own and self.ops[x._key[1]].kind == READ else None
+
+    def _note_first_row(self, func: Any, args: tuple) -> None:
+        """`output[0]` was a block's tensor while a block gave a tuple; of a tensor it is the first prompt alone."""
+        if func not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) or type(args[1]) is not int or args[1] != 0:
+            return
+        site = self._read_at(args[0])
+        if site is None or site[1] != "output" or self.fake(args[0]).dim() < 3:
+            return
+        if getattr(self.meta(site), "spec", None) is not None:  # it is one of a tuple
+            return
+        here = user_line()
+        warnings.warn_explicit(
+            f"nnsight_fx: {here}: `{_name(site)}` is a tensor, so its `[0]` is the first prompt alone. Tutorials for transformers 4 "
+            "write it where a block gave a tuple; the whole value is `.output`. (A note of `CONFIG.APP.DEBUG`.)",
+            UserWarning,
+            *here,
+        )
 
     def _written_order(self, leaves: list) -> tuple[float, Site, int] | None:
         own = [x._key[1] for x in leaves if isinstance(x, LazyTensor) and x._tape is self and x._key[0] == "v"]
