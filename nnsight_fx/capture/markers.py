@@ -41,10 +41,14 @@ class Passing(Protocol):
     def skip(self, path: str, forward: Callable, args: tuple, kwargs: dict) -> Any: ...
 
 
+WHOLE = 2  # the marker of a tensor that is the value itself: the last, and the only one
+
+
 def site(x: torch.Tensor, path: str, kind: str, leaf: int, left: int) -> torch.Tensor:
     """Tensor leaf `leaf` of a site; how many tensors of the value are left, with this one. A graph node; identity.
 
-    Where nobody has counted them `left` is 0, -1, -2, ...; in the graph of a segment `close` has made it `last`, a bool.
+    Where nobody has counted them `left` is 0, -1, -2, ...; of a tensor that is the value itself it is True. In the graph of a
+    segment `close` has made it `last`: False, True, or `WHOLE`.
     """
     capture = getattr(active, "capture", None)
     return x if capture is None else capture.fake_site(x, path, kind, leaf, left)
@@ -158,7 +162,7 @@ def mark(value: Any, path: str, kind: str, counted: bool = False) -> Any:
     """`value` with markers, while Dynamo traces: one at least, also where it has no tensor. Its tensors are counted for a
     capture half, which wants to know of the last one when it comes by; else `close` does it."""
     if isinstance(value, Tensor):
-        return site(value, path, kind, 0, 1)
+        return site(value, path, kind, 0, True)
     left = sum([isinstance(x, Tensor) for x in _leaves(value)]) if counted else 0
     value, _, now = _mark(value, path, kind, 0, left)
     if now == left:
@@ -172,13 +176,14 @@ def close(graph: fx.Graph) -> None:
     ```
     site(a, "l", "input", 0, 0)           site(a, "l", "input", 0, False)
     site(b, "l", "input", 2, -1)    ->    site(b, "l", "input", 2, True)
-    site(c, "l", "output", 0, 1)          site(c, "l", "output", 0, True)
+    site(c, "m", "input", 0, 1)           site(c, "m", "input", 0, True)
+    site(d, "m", "output", 0, True)       site(d, "m", "output", 0, WHOLE)
     ```
     """
     begins = True  # does the marker behind this one begin a value
     for node in reversed(graph.find_nodes(op="call_function", target=site)):
         left: Any = node.args[4]
-        node.args = (*node.args[:4], left == 1 if left > 0 else begins)
+        node.args = (*node.args[:4], WHOLE if left is True else left == 1 if left > 0 else begins)
         begins = left >= 0
 
 

@@ -32,6 +32,9 @@ def among(tx: Any, path: Any, counted: Any, collectors: Any, module: Any, /, *ar
 
 def _marked(tx: Any, values: list, path: str, kind: str, counted: bool) -> list:
     """`mark`, of what is in a container."""
+    first = compat.variables.looked_at(values[0]) if values else None
+    if kind == "output" and compat.variables.is_tensor(first):  # the value itself
+        return [compat.variables.node(tx, site, first, path, kind, 0, True)]
     count = _count(values) if counted else 0
     if count is None:
         return compat.variables.items(

@@ -550,7 +550,7 @@ class SplicedRun(Run):
             if found.cut is None:
                 return outputs[: found.own] if len(outputs) != found.own else outputs
             leaves = [outputs[i] if i is not None else None for i in found.leaves]
-            self.fire(Firing(found.cut.site, leaves, None))
+            self.fire(Firing(found.cut.site, leaves, None, whole=found.whole))
             if self.stopping:
                 self._end_in(segment)
             args = tuple(leaves[r[1]] if isinstance(r, tuple) else outputs[r] for r in found.resumed)
@@ -585,7 +585,8 @@ class SplicedRun(Run):
 
     def perform(self, n: int, firing: Firing | None) -> None:
         op = self.plan.ops[n]
-        if op.kind == READ and firing is not None and firing.spec is None and (n, -1) in self.plan.users:
+        unknown = firing is not None and firing.spec is None and not firing.whole
+        if op.kind == READ and unknown and (n, -1) in self.plan.users:
             raise PlanMismatchError(
                 f"{self.lines[n]}: `{'.'.join(p for p in op.target[:2] if p)}` holds objects that captured code does not have, and "
                 "an earlier sync point has begun the captured run. Trace with `compile=False`."

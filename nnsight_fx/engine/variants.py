@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 
 from .. import compat, passes
-from ..capture.markers import supply
+from ..capture.markers import WHOLE, supply
 from ..capture.segment import Segment
 from ..compat.tensors import memory, whole
 from ..errors import PlanMismatchError
@@ -49,6 +49,7 @@ class Variant:
     requires: list[bool] | None = None  # of a graph with its own backward: the outputs that require grad in eager
     accumulates: list[int] = field(default_factory=list)  # the inputs whose gradients are further outputs
     ends: bool = False  # does the run end with it: the plan stops the model here
+    whole: bool = False  # is the one leaf of the cut site its value
     unread: bool = False  # was what the model returns not computed, since nobody takes it
     fresh: bool = False  # is it of a plan that is known to its end, and of which nothing had happened
     constants: list[following.Constant] = field(default_factory=list)  # where one is as wide as an input
@@ -225,6 +226,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         state["resumed"],
         job.report,
         ends=None in job.removed,
+        whole=job.cut is not None and pristine[job.cut.last].args[4:] == (WHOLE,),
         unread=job.unread and job.cut is None,
         fresh=run.closed and not (run.counts or run.env or run.done or aliases),
         requires=job.requires,

@@ -57,6 +57,7 @@ class Firing(NamedTuple):
     leaves: list
     spec: tree.Spec
     own: bool = False  # are the leaves one invoke's rows, of a call that it makes itself
+    whole: bool = False  # is its one leaf the value itself, where no spec is known
 
     def batched(self, leaf: int, batched: tuple | None) -> bool | None:
         """Does a leaf hold the rows of all invokes? `None`: its size tells."""
