@@ -22,7 +22,6 @@ from .capture.markers import Markers
 from .capture.scan import PLAIN, callee
 from .edit import Edits
 from .engine.generation import Generation
-from .engine.notes import Notes
 from .engine.removal import removable
 from .engine.run import Run
 from .engine.sites import Scanner
@@ -86,6 +85,7 @@ class Shared:
     def __init__(self, model: NNsight):
         self.tracer: Any = None
         self.captures: dict[Options, Capture] = {}
+        self.verb: Any = None  # what gathers the notes of several traces that are one verb's
         self.family = weakref.WeakSet([model])
 
     def renew(self, module: nn.Module) -> None:
@@ -134,7 +134,9 @@ class NNsight(Edits, Envoy):
         super().__init__(module, "", self)
         self._compiled: Capture | None = None
         self._edits: list[Any] = []
-        self._latest: Notes | None = None
+        self._latest: Any = (
+            None  # what ran last: `Notes`, a session's or sweep's `Report`, or what gives notes when it is asked
+        )
         self._unpacks: Any = None  # the edit that has just been opened
         self._module_changed()
 
@@ -318,7 +320,8 @@ class NNsight(Edits, Envoy):
         if args or kwargs:
             with self.trace(*args, **kwargs):
                 pass
-        return Explanation(self._module, list(self._captures.values()), self._compiled, self._latest)
+        latest = self._latest.told() if hasattr(self._latest, "told") else self._latest
+        return Explanation(self._module, list(self._captures.values()), self._compiled, latest)
 
     def _bug_report(self, tracer: Tracer, path: Any, inputs: bool) -> None:
         bug_report.write(tracer, path, inputs)
@@ -326,7 +329,10 @@ class NNsight(Edits, Envoy):
     def _note(self, tracer: Tracer) -> None:
         """A trace has run."""
         notes = tracer.notes
-        self._latest = functools.reduce(operator.add, notes) if notes else self._latest
+        if notes and tracer.session is None:
+            self._latest = functools.reduce(operator.add, notes)
+            if self._shared.verb is not None:
+                self._shared.verb.alone(tracer.line, notes)
 
     def _has_input(self, kwargs: dict) -> bool:
         """Do keywords alone make an input of this model?"""
@@ -488,6 +494,7 @@ class NNsight(Edits, Envoy):
             def entry(half: Any) -> Any:
                 return capture.entry(self._module, fn, half, frames, self._scanner.collects)
 
+            run.opened = wave.tracer.line
             unread = wave.tracer.generation is None  # which goes on with what the model returns
             run.start(capture, stop_at, sites, entry, (batch.args, batch.kwargs), removes, unread)
         return run

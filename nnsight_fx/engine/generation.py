@@ -28,6 +28,7 @@ from ..tracing.lazy import user_line
 from ..tracing.plan import AT_SITE, Groups, Site
 from ..tracing.steps import Invoke, SiteMeta, Step
 from ..tracing.tape import Tape
+from .notes import Notes, of_run
 from .run import Run
 from .sites import Signature, WaveSites
 from .switch import Coroutine
@@ -56,6 +57,7 @@ class Generation:
         self.given: list[Any] = []  # what the streamer got: the prompt, and the tokens of each forward
         self.caches: list[Any] = []  # what observes every forward
         self.free = False  # is the body done? Then nothing stops any more
+        self.freed: Notes | None = None  # what the forwards behind the body did
         self.result: Any = None
         self.restore: Callable[[], None] = lambda: None
         self.coroutine = Coroutine(self._generate, tracer.state)
@@ -104,12 +106,16 @@ class Generation:
         self.restore()
         self.path, self.inputs, self.run = path, (args, kwargs), None
         self.calls += 1
-        if self.free:
+        behind = self.free
+        if behind:
             self.run = self.wave()._start()
         else:
             self.coroutine.pause()
         assert self.run is not None
         self.run.forward()
+        if behind:  # no wave of the trace tells of it
+            told = of_run(self.run)
+            self.freed = told if self.freed is None else self.freed + told
         if self.run.stopping:
             raise Stopped
         self._watch()
@@ -294,6 +300,7 @@ class Following(Wave):
             modules = self.host._module.get_submodule
             self.run = Run(plan, tape.constants, tape.lines, self.host._markers, lambda: None, modules, {})
             self.run.coroutine = Ended()  # type: ignore[assignment]
+            self.run.forwards = 0
         return self.run
 
     def calls(self, path: str, kind: str) -> int:

@@ -54,9 +54,10 @@ class Session:
         self.settings: dict[Setting, Setting] = {}
         self.copies = Copies()
         self.report = Report()
+        self.hosts: dict[int, Any] = {}  # the models that it ran
 
     def __enter__(self) -> Session:
-        self.line = user_line()
+        self.line = self.report.line = user_line()
         saving.opened(self)
         return self
 
@@ -77,6 +78,10 @@ class Session:
             error.add_note(f"nnsight_fx: and what the session had put off failed: {type(failed).__name__}: {failed}")
         finally:
             self._close()
+            for host in self.hosts.values():
+                host._latest = self.report
+                if host._shared.verb is not None:
+                    host._shared.verb.take(self.report)
         return isinstance(error, Leaving) and error.scope is self
 
     def _close(self) -> None:
@@ -103,6 +108,9 @@ class Session:
 
     def run(self, tracer: Tracer) -> None:
         """A trace is recorded: put it off, or run it now, after everything that waits."""
+        tracer.session = self
+        tracer.host._latest = self.report
+        self.hosts[id(tracer.host)] = tracer.host
         why = why_now(tracer)
         if why is None:
             return self._put_off(tracer)
@@ -115,7 +123,7 @@ class Session:
         except Exception as error:
             planner.note(error, tracer.line, self.line)
             raise
-        self.report.at_once(tracer.line, why)
+        self.report.at_once(tracer.line, why, tracer.notes)
 
     def catch_up(self) -> None:
         """Run everything that waits."""
