@@ -51,6 +51,7 @@ class Batch:
     args: tuple
     kwargs: dict
     rows: int
+    text: bool = False  # was it text, whose length is another one in the next
 
     @functools.cached_property
     def flat(self) -> tuple[list, tree.Spec]:
@@ -356,9 +357,9 @@ class NNsight(Edits, Envoy):
         batch.__dict__["flat"] = (leaves, spec)
         return batch
 
-    def _given(self, args: tuple, kwargs: dict, rows: int) -> Batch:
+    def _given(self, args: tuple, kwargs: dict, rows: int, text: bool) -> Batch:
         """What a generation calls the model with: as it is."""
-        return Batch(args, kwargs, rows)
+        return Batch(args, kwargs, rows, text)
 
     def _collate(self, batches: list[Batch], pad_to: int | None = None) -> Batch:
         """Several inputs as one: tensors are concatenated on dimension 0."""
@@ -374,7 +375,7 @@ class NNsight(Edits, Envoy):
             self._join(i, list(column)) for i, column in enumerate(zip(*(leaves for leaves, _ in flat), strict=True))
         ]
         args, kwargs = tree.unflatten(joined, flat[0][1])
-        return Batch(args, kwargs, sum(b.rows for b in batches))
+        return Batch(args, kwargs, sum(b.rows for b in batches), any(b.text for b in batches))
 
     @staticmethod
     def _join(index: int, column: list) -> Any:
@@ -393,6 +394,9 @@ class NNsight(Edits, Envoy):
                 "value for all rows. Use several traces."
             )
         return first
+
+    def _let_vary(self, batch: Batch, generates: bool) -> None:
+        """Tell Dynamo beforehand which sizes of an input will be others in the next."""
 
     def _unknown_dims(self, batch: Batch) -> tuple:
         """For each leaf of an input, the dims that hold the rows and the (padded) length, or `None`."""
@@ -440,7 +444,7 @@ class NNsight(Edits, Envoy):
         if tracer.fn != "generate" or tracer.scan_only:
             return None
         batch = self._arguments(tracer.fn, [first], tracer.pad_to)
-        return Generation(self, tracer, batch.args, batch.kwargs)
+        return Generation(self, tracer, batch.args, batch.kwargs, batch.text)
 
     def _results(self, generations: list[Generation]) -> Any:
         """What several generations gave, as one batch."""
@@ -495,6 +499,8 @@ class NNsight(Edits, Envoy):
                 return capture.entry(self._module, fn, half, frames, self._scanner.collects)
 
             run.opened = wave.tracer.line
+            if capture.options.dynamic is None and capture.options.capture == "dynamo":
+                self._let_vary(batch, wave.tracer.generation is not None)
             unread = wave.tracer.generation is None  # which goes on with what the model returns
             run.start(capture, stop_at, sites, entry, (batch.args, batch.kwargs), removes, unread)
         return run

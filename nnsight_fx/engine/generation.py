@@ -40,11 +40,12 @@ STREAMER = "generator.streamer"  # the path of what is given to a streamer
 class Generation:
     """One call of `generate`, from forward to forward."""
 
-    def __init__(self, host: Any, tracer: Any, args: tuple, kwargs: dict):
+    def __init__(self, host: Any, tracer: Any, args: tuple, kwargs: dict, text: bool = False):
         self.host, self.tracer, self.module = host, tracer, host._module
         self.args, self.kwargs = args, {"disable_compile": True, **kwargs}  # captured by us, or not at all
         if _beams(self.module, kwargs) == 1:
             self.kwargs["streamer"] = Streamer(self, kwargs.get("streamer"))
+        self.text = text  # was it called with text
         self.calls = 0  # forwards begun
         self.path = ""  # the module whose call the forward is that is to run
         self.inputs: tuple[tuple, dict] = ((), {})  # of that call
@@ -205,7 +206,7 @@ class Forward(Wave):
         args, kwargs = generation.inputs
         leaves = tree.flatten((args, kwargs))[0]
         rows = next((x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()), 1)
-        batch = generation.host._given(args, kwargs, rows)
+        batch = generation.host._given(args, kwargs, rows, generation.text)
         self.host, self.tracer, self.alone, self.fn = generation.host, generation.tracer, True, generation.path or None
         self.generation, self.batch, self.batches, self.edits = generation, batch, [batch], len(self.host._edits)
         self.members, self.run, self.done, self.fixed = [None] * (self.edits + 1), None, [], None

@@ -338,7 +338,7 @@ def _collated(host: Any, batches: list) -> Any:
     args, kwargs = tree.tree_map(
         lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (joined.args, joined.kwargs)
     )
-    return type(joined)(args, kwargs, joined.rows)
+    return type(joined)(args, kwargs, joined.rows, joined.text)
 
 
 def _changes_inputs(region: fx.GraphModule) -> bool:

@@ -62,7 +62,8 @@ def test_segments_breaks_passes_and_the_latest_trace():
     for part in (
         "graph break at",
         f"{__file__}:{BREAK}",
-        "pass 1 skip",
+        "pass 2 splice",
+        "passes with nothing to rewrite: 1 skip",
         "sync point: test_explain.py:",
         "saved: 1 tensors, 32 B",
     ):
