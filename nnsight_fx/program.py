@@ -275,12 +275,8 @@ class Recording:
     def told(self) -> Notes:
         """Its latest run, for `model.explain()`; a call is a hit of one segment."""
         made = self.ran or Notes(engine="spliced", forwards=1, segments=1, hits=1, operations=len(self.plan.ops))
-        made.what, made.line, made.saved, made.bytes = (
-            "program, recorded",
-            short(self.tracer.line),
-            len(self.keys),
-            self.bytes,
-        )
+        made.what, made.line = "program, recorded", short(self.tracer.line)
+        made.saved, made.bytes = len(self.keys), self.bytes or 0
         return made
 
     def run(self, program: Program, batch: Any, leaves: list) -> Any:
