@@ -1,8 +1,9 @@
 """Which engine runs a sweep of a compiled model: hooks, while compiling would take longer than it saves.
 
 The first cells run on hooks, by a watch. What is left of the grid at that pace stands against what compiling is likely to
-take: by the model's modules, each distinct one compiled once, and by what earlier compiles in this process took. What sweeps
-of the model have cost on hooks before counts, too: whoever runs one after another pays at most about twice what either takes.
+take: by the model's modules, each distinct one compiled once, by how fast this machine runs Python now, and by what earlier
+compiles in this process took. What sweeps of the model have cost on hooks before counts, too: whoever runs one after
+another pays at most about twice what either takes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from .report import Report
 ENGINES = ("auto", "hooks", "compiled")
 WARM, TIMED = 2, 8  # cells on hooks before the choice: those that learn the model, and those by the watch
 FASTER = 4  # a cell on hooks takes at least that many compiled ones: `python -m bench.sweep`
-CAPTURE_S, COMPILE_S = 0.025, 1.2  # a module, and a distinct one: SmolLM2 of 30 layers on two cores
+# Seconds on two quiet cores, of SmolLM2: the first compile of a process, a module read, a distinct one compiled.
+BEGIN_S, CAPTURE_S, COMPILE_S = 3.0, 0.025, 1.2
+TURNS, TURNS_S = 100_000, 0.03  # of Python, there
 HOOKS, COMPILED, AFTER = "hooks", "compiled", f"compiled, after {WARM + TIMED} cells on hooks"
 
 _learnt = [0.0, 0.0]  # seconds that compiling sweeps took in this process, and what was estimated
@@ -132,11 +135,18 @@ class Choice:
         self.capture.swept |= self.shapes
         if new and waited and self.capture.options.backend not in EXACT:
             _learnt[0] += waited
-            _learnt[1] += new * estimate(self.job.model._module, learnt=False)
+            _learnt[1] += new * work(self.job.model._module)
 
 
-def estimate(module: nn.Module, learnt: bool = True) -> float:
+def estimate(module: nn.Module) -> float:
     """Seconds that capturing and compiling a model are likely to take, for one shape of its inputs."""
+    if _learnt[1]:
+        return work(module) * _learnt[0] / _learnt[1]
+    return (BEGIN_S + work(module)) * max(1.0, _turns() / TURNS_S)
+
+
+def work(module: nn.Module) -> float:
+    """Seconds for it on two quiet cores, in a process that has compiled before."""
     known: dict[tuple, int] = {}
 
     def kind(m: nn.Module) -> int:
@@ -144,5 +154,12 @@ def estimate(module: nn.Module, learnt: bool = True) -> float:
         return known.setdefault((type(m), own, tuple(map(kind, m.children()))), len(known))
 
     kind(module)
-    found = CAPTURE_S * sum(1 for _ in module.modules()) + COMPILE_S * len(known)
-    return found * (_learnt[0] / _learnt[1] if learnt and _learnt[1] else 1.0)
+    return CAPTURE_S * sum(1 for _ in module.modules()) + COMPILE_S * len(known)
+
+
+def _turns() -> float:
+    """Seconds for some turns of Python: reading a model and generating code is that, and a busy machine is slow at it."""
+    begun, held = time.perf_counter(), {}
+    for i in range(TURNS):
+        held[i % 97] = i, str(i)
+    return time.perf_counter() - begun

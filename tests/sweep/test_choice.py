@@ -23,7 +23,7 @@ def estimated(monkeypatch):
 
     def says(cost):
         monkeypatch.setattr(choice, "EXACT", ())
-        monkeypatch.setattr(choice, "estimate", lambda module, learnt=True: cost)
+        monkeypatch.setattr(choice, "estimate", lambda module: cost)
 
     monkeypatch.setattr(choice, "_learnt", [0.0, 0.0])
     return says
@@ -166,13 +166,13 @@ def test_workers_compile(estimated, wanted):
     assert ways(model) == [("forked", 24)]
 
 
-def test_the_estimate():
+def test_the_estimate(monkeypatch):
     """By the modules, each distinct one once, and by what compiling took in this process."""
-    small, large = (choice.estimate(mlp(blocks=n)) for n in (3, 30))
+    small, large = (choice.work(mlp(blocks=n)) for n in (3, 30))
     assert small < large < 1.5 * small  # 30 equal blocks are read, and compiled once
-    choice._learnt[:] = 10.0, 5.0
-    try:
-        assert choice.estimate(mlp(blocks=3)) == pytest.approx(2 * small)
-        assert choice.estimate(mlp(blocks=3), learnt=False) == pytest.approx(small)
-    finally:
-        choice._learnt[:] = 0.0, 0.0
+    monkeypatch.setattr(choice, "_learnt", [0.0, 0.0])
+    for turns, slower in ((choice.TURNS_S, 1), (4 * choice.TURNS_S, 4)):  # a busy machine
+        monkeypatch.setattr(choice, "_turns", lambda turns=turns: turns)
+        assert choice.estimate(mlp(blocks=3)) == pytest.approx(slower * (choice.BEGIN_S + small))
+    monkeypatch.setattr(choice, "_learnt", [10.0, 5.0])
+    assert choice.estimate(mlp(blocks=3)) == pytest.approx(2 * small)
