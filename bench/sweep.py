@@ -5,6 +5,8 @@
 A model of SmolLM2-135M's shape with random weights; a cell puts one position of one layer's output of a clean run into a
 corrupted one and reads the difference of two logits at the last position. Recording is part of every time, compiling is
 told apart. `cells` has the seconds of smaller grids, compiled; the loops are timed on `--sample` cells, spread over the grid.
+`hooks, a session` is the same session, all cells, on a model that is not compiled (what `patching.patch` does there): by turns
+with the compiled one, `spread` has the fastest and the slowest of both.
 """
 
 from __future__ import annotations
@@ -143,12 +145,16 @@ def measure(layers: int, tokens: int, runs: int, sample: int, with_peer: bool, b
     model.compile(backend=backend)
     (_, scores), first = timed(lambda: grid(model, clean, corrupt, cells, True))
     times, cpu, scope = [], [], None
+    hooks, together, together_cpu = NNsight(module), [], []
+    grid(hooks, clean, corrupt, some, True)
     for _ in range(runs):
         before = time.process_time()
         (scope, scores), seconds = timed(lambda: grid(model, clean, corrupt, cells, True))
         times.append(seconds / len(cells))
         cpu.append((time.process_time() - before) / len(cells))
-    hooks = NNsight(module)
+        before = time.process_time()
+        together.append(timed(lambda: grid(hooks, clean, corrupt, cells, True))[1] / len(cells))
+        together_cpu.append((time.process_time() - before) / len(cells))
     grid(hooks, clean, corrupt, some[:1], False)
     before = time.process_time()
     (_, one), alone = timed(lambda: grid(hooks, clean, corrupt, some, False))
@@ -159,9 +165,19 @@ def measure(layers: int, tokens: int, runs: int, sample: int, with_peer: bool, b
         "workload": f"{layers} x {tokens} cells, {layers} layers of SmolLM2's shape, 1 x {tokens} tokens",
         "backend": backend,
         "first_s": first,
-        "ms_a_cell": {"session": ours * 1e3, "hooks, one by one": alone / (len(some) + 1) * 1e3},
+        "ms_a_cell": {
+            "session": ours * 1e3,
+            "hooks, a session": statistics.median(together) * 1e3,
+            "hooks, one by one": alone / (len(some) + 1) * 1e3,
+        },
+        "spread": {  # ms a cell: the fastest and the slowest run
+            "session": [min(times) * 1e3, max(times) * 1e3],
+            "hooks, a session": [min(together) * 1e3, max(together) * 1e3],
+        },
+        "over_own_hooks": statistics.median(together) / ours,
         "cpu_ms_a_cell": {  # of all threads: what other processes do to the clock is not in it
             "session": statistics.median(cpu) * 1e3,
+            "hooks, a session": statistics.median(together_cpu) * 1e3,
             "hooks, one by one": alone_cpu / (len(some) + 1) * 1e3,
         },
         "largest_difference": max(abs(by_cell[c] - s) for c, s in zip(some, one, strict=True)),
@@ -192,6 +208,8 @@ def measure(layers: int, tokens: int, runs: int, sample: int, with_peer: bool, b
         found["largest_difference_to_peer"] = max(
             abs(by_cell[c] - s) for c, s in zip(some, theirs["loop"], strict=True)
         )
+    if found["explain"] is not None:
+        found["explain"]["line"] = found["explain"]["line"].rpartition("/")[2]
     for group in (found["explain"] or {"groups": []})["groups"]:
         group["lines"] = [line.rpartition("/")[2] for line in group["lines"]]
     found |= setting()

@@ -56,11 +56,15 @@ def sweep() -> list[str]:
         ]
         for name, each in found["steps"].items()
     ]
+    own = ""
+    if "over_own_hooks" in found:
+        (a, b), (c, d) = found["spread"]["session"], found["spread"]["hooks, a session"]
+        own = f" {found['over_own_hooks']:.1f} times our own session on hooks: {a:.1f} to {b:.1f} ms a cell against {c:.1f} to {d:.1f}."
     return [
         f"## Patching grid: {found['workload']}",
         f"`python -m bench.sweep`. {machine(found)} Recording is part of the times; the first run, with {found['compiles']} "
         f"compiles, takes {found['first_s']:.0f} s. {ratio['loop']:.1f} times nnsight's loop, {ratio['batch']:.1f} times its batches; "
-        f"largest difference {found['largest_difference_to_peer']:.0e}.",
+        f"largest difference {found['largest_difference_to_peer']:.0e}.{own}",
         table(["", "ms a cell", "over ours"], rows),
         *(["![Cost against cells](figures/cells.svg)"] if "cells" in found else []),
         "What each step of the forked strategy adds, timed in turn in the same process:",
@@ -229,6 +233,16 @@ def short() -> str:
     rows = []
     if (grid := kept("sweep")) is not None:
         ours = f"a session: {grid['ms_a_cell']['session']:.1f} ms a cell"
+        if "over_own_hooks" in grid:
+            low, high = grid["spread"]["hooks, a session"]
+            rows.append(
+                [
+                    f"patching grid: {grid['workload']}",
+                    f"ours, not compiled: {grid['ms_a_cell']['hooks, a session']:.1f} ms a cell ({low:.1f} to {high:.1f})",
+                    ours,
+                    f"{grid['over_own_hooks']:.1f} times as fast",
+                ]
+            )
         for name, ratio in grid["ratio"].items():
             who = next(w for w in grid["ms_a_cell"] if w.startswith("nnsight") and ("loop" in w) == (name == "loop"))
             rows.append(

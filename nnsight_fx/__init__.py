@@ -6,6 +6,7 @@ from .engine.spliced import assert_max_compiles, assert_no_fallback
 from .envoy import Envoy
 from .errors import (
     FallbackError,
+    FallbackWarning,
     InvokeError,
     MissedProviderError,
     MissedSiteError,
@@ -41,6 +42,7 @@ __all__ = [
     "CONFIG",
     "Envoy",
     "FallbackError",
+    "FallbackWarning",
     "InvokeError",
     "LanguageModel",
     "MissedProviderError",

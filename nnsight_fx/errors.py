@@ -90,6 +90,10 @@ class FallbackError(NNsightFXError, AssertionError):
     """Something ran outside captured code under `assert_no_fallback()`."""
 
 
+class FallbackWarning(UserWarning):
+    """The model is compiled, and ran on hooks, or by a lesser compiler. Told once for each reason, at the line of the trace."""
+
+
 class RecompileError(NNsightFXError, AssertionError):
     """More compiles than `assert_max_compiles(n)` allows."""
 

@@ -9,9 +9,12 @@ import torch
 import torch.nn as nn
 
 from . import compat
+from .engine.clock import seconds
 from .engine.notes import Notes
 from .engine.spliced import Capture
+from .sweep.report import Report
 
+SHAPES = 16  # rows of what capturing and compiling took: the latest
 NEAR = 4  # captures left before the recompile limit, from which on it is said
 
 
@@ -21,12 +24,15 @@ class Explanation:
     For each set of compile options: the captured segments with their sites, why each ended and at which line of the model,
     what runs live between them, the passes of the latest compile with what each rewrote, compiles and cache hits, everything
     that ran outside captured code and why, and the recompile limit when it is near. In front of all that: private names that
-    this torch lacks, and what is done instead. Then the latest trace: its sync points
-    with their lines, what it saved, and what keeps a forward alive for a backward.
+    this torch lacks, and what is done instead. Then what ran last. A trace, generation or program: its sync points with their
+    lines, what it saved, and what keeps a forward alive for a backward. A session, sweep, harvest or ready-made experiment: how
+    many traces ran on which engine, together or one by one and why, and what was compiled for them.
     """
 
-    def __init__(self, module: nn.Module, captures: list[Capture], current: Capture | None, trace: Notes | None = None):
-        self.module, self.captures, self.current, self.trace = module, captures, current, trace
+    def __init__(
+        self, module: nn.Module, captures: list[Capture], current: Capture | None, latest: Notes | Report | None = None
+    ):
+        self.module, self.captures, self.current, self.latest = module, captures, current, latest
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts as plain data."""
@@ -35,7 +41,8 @@ class Explanation:
             "engine": "hooks" if self.current is None else f"spliced, backend={self.current.options.backend}",
             "captures": [_of(c) for c in self.captures],
             "missing": compat.missing(),
-            "trace": None if self.trace is None else asdict(self.trace),
+            "trace": asdict(self.latest) if isinstance(self.latest, Notes) else None,
+            "run": self.latest.to_dict() if isinstance(self.latest, Report) else None,
         }
 
     def __str__(self) -> str:
@@ -44,8 +51,8 @@ class Explanation:
         lines += [f"  torch {torch.__version__}: {what}" for what in facts["missing"]]
         for each in facts["captures"]:
             lines += _text(each)
-        if self.trace is not None:
-            lines += [f"  {line}" for line in str(self.trace).split("\n")]
+        if self.latest is not None:
+            lines += [f"  {line}" for line in str(self.latest).split("\n")]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -72,8 +79,11 @@ def _of(capture: Capture) -> dict[str, Any]:
             }
             for s in capture.segments
         ],
+        "row_graphs": [{"sites": len(s.sites), "shape": shape} for s, shape in capture.row_graphs.items()],
         "captures": capture.captures,
         "compiles": capture.compiles,
+        "seconds": {what: round(s, 3) for what, s in capture.ledger.seconds.items()},
+        "spent": capture.ledger.by_shape(),
         "regions": sum(len(made) for s in capture.segments for made in s.regions.values()),
         "hits": capture.hits,
         "recompiles": {"most": entries, "limit": limit},
@@ -88,7 +98,18 @@ def _of(capture: Capture) -> dict[str, Any]:
 
 def _text(facts: dict[str, Any]) -> list[str]:
     lines = [f"  {', '.join(f'{k}={v}' for k, v in facts['options'].items())}"]
-    lines.append(f"    {facts['captures']} segments captured, {facts['compiles']} compiles, {facts['hits']} cache hits")
+    spent = facts["seconds"]
+    lines.append(
+        f"    {facts['captures']} segments captured{_took(spent['capture'])}, {facts['compiles']} compiles"
+        f"{_took(spent['compile'])}, {facts['hits']} cache hits"
+    )
+    for row in facts["spent"][-SHAPES:]:
+        done = [
+            f"{row[f'{what}s']} {what}{'s' * (row[f'{what}s'] != 1)} in {seconds(row[f'{what}_s'])}"
+            for what in ("capture", "compile")
+            if row[f"{what}s"]
+        ]
+        lines.append(f"      for {row['shape']}, at {row['plan']}: {', '.join(done)}")
     if facts["regions"]:
         lines.append(f"    equal blocks share {facts['regions']} compiled regions")
     for i, segment in enumerate(facts["segments"]):
@@ -96,11 +117,18 @@ def _text(facts: dict[str, Any]) -> list[str]:
         lines.append(f"    segment {i}: {segment['sites']} sites{span}, {segment['variants']} variants")
         if segment["break"]:
             lines.append(f"      graph break at {segment['break']['line']}: {segment['break']['reason']}")
+    lines += [
+        f"    graph for any number of rows ({graph['shape']}): {graph['sites']} sites" for graph in facts["row_graphs"]
+    ]
     lines += [f"    live, between segments: {name}" for name in facts["live"]]
+    idle = [f"{n} {step['pass']}" for n, step in enumerate(facts["passes"], 1) if not step["rewrites"]]
     for n, step in enumerate(facts["passes"], 1):
-        lines.append(
-            f"    pass {n} {step['pass']}: {step['rewrites']} rewrites, {step['nodes']} nodes ({step['change']:+d})"
-        )
+        if step["rewrites"]:
+            lines.append(
+                f"    pass {n} {step['pass']}: {step['rewrites']} rewrites, {step['nodes']} nodes ({step['change']:+d})"
+            )
+    if idle:
+        lines.append(f"    passes with nothing to rewrite: {', '.join(idle)}")
     if facts["few_rows"]:
         lines.append(
             "    products of few rows with a large weight are done in blocks or by oneDNN (`options={'post_grad_custom_post_pass': None}`: by MKL)"
@@ -115,3 +143,7 @@ def _text(facts: dict[str, Any]) -> list[str]:
             f"    one entry was captured {most} times, and at {limit} Dynamo gives up: let sizes be dynamic (`dynamic=True`), or pad them"
         )
     return lines
+
+
+def _took(s: float) -> str:
+    return f" in {seconds(s)}" if s >= 0.05 else ""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
-from . import tokens
+from . import compat, tokens
 from .aliasing import Rename
 from .compat.transformers import cache_among
+from .engine.past import growing
 from .generator import Generator
 from .loading import ModelNotFoundError as ModelNotFoundError
 from .loading import Source
@@ -139,6 +140,7 @@ class LanguageModel(NNsight):
         if source is None:  # images, say
             return super()._prepare((), given)
         value = given.pop(source)
+        text = tokens.is_text(value)
         if source == "input_ids":
             main, lengths = tokens.token_ids(self._ids_of(value), self._pad_id, self._left)
             self._check_padding(lengths)
@@ -150,7 +152,7 @@ class LanguageModel(NNsight):
             ones = [torch.ones(n, dtype=torch.long, device=main.device) for n in lengths]
             given["attention_mask"] = tokens.sequences("attention_mask", ones, 0, self._left)[0]
         batch = super()._prepare((), {source: main, "attention_mask": None} | given)
-        return dataclasses.replace(batch, rows=len(lengths))
+        return dataclasses.replace(batch, rows=len(lengths), text=text)
 
     def _collate(self, batches: list[Batch], pad_to: int | None = None) -> Batch:
         lengths = [n for b in batches if (n := self._length(b)) is not None]
@@ -167,11 +169,25 @@ class LanguageModel(NNsight):
         if len(padded) > 1:
             names = dict.fromkeys(name for each in padded for name in each)
             kwargs = {n: tokens.merge(n, [each[n] for each in padded if n in each], rows) for n in names}
-        return Batch((), self._positioned(kwargs), sum(rows))
+        return Batch((), self._positioned(kwargs), sum(rows), any(b.text for b in batches))
 
     def _length(self, batch: Batch) -> int | None:
         source = _source(batch.kwargs)
         return None if source is None else batch.kwargs[source].shape[1]
+
+    def _let_vary(self, batch: Batch, generates: bool) -> None:
+        """Text: its length, and several rows'. A generation: what it has cached, which grows with every step."""
+        if batch.text:
+            for x in self._along_tokens(batch).values():
+                compat.dynamo.may_vary(x, 0, 1)
+        past = growing(batch) if generates else None
+        if past is not None:
+            rows = (0,) if batch.text else ()
+            for layer in past.cache.layers:
+                compat.dynamo.may_vary(layer.keys, *rows, 2)
+                compat.dynamo.may_vary(layer.values, *rows, 2)
+            if past.mask is not None:
+                compat.dynamo.may_vary(past.mask, *rows, 1)
 
     def _unknown_dims(self, batch: Batch) -> tuple:
         along = {id(value) for value in self._along_tokens(batch).values()}

@@ -22,7 +22,6 @@ from .capture.markers import Markers
 from .capture.scan import PLAIN, callee
 from .edit import Edits
 from .engine.generation import Generation
-from .engine.notes import Notes
 from .engine.removal import removable
 from .engine.run import Run
 from .engine.sites import Scanner
@@ -52,6 +51,7 @@ class Batch:
     args: tuple
     kwargs: dict
     rows: int
+    text: bool = False  # was it text, whose length is another one in the next
 
     @functools.cached_property
     def flat(self) -> tuple[list, tree.Spec]:
@@ -86,6 +86,7 @@ class Shared:
     def __init__(self, model: NNsight):
         self.tracer: Any = None
         self.captures: dict[Options, Capture] = {}
+        self.verb: Any = None  # what gathers the notes of several traces that are one verb's
         self.family = weakref.WeakSet([model])
 
     def renew(self, module: nn.Module) -> None:
@@ -134,7 +135,9 @@ class NNsight(Edits, Envoy):
         super().__init__(module, "", self)
         self._compiled: Capture | None = None
         self._edits: list[Any] = []
-        self._latest: Notes | None = None
+        self._latest: Any = (
+            None  # what ran last: `Notes`, a session's or sweep's `Report`, or what gives notes when it is asked
+        )
         self._unpacks: Any = None  # the edit that has just been opened
         self._module_changed()
 
@@ -318,7 +321,8 @@ class NNsight(Edits, Envoy):
         if args or kwargs:
             with self.trace(*args, **kwargs):
                 pass
-        return Explanation(self._module, list(self._captures.values()), self._compiled, self._latest)
+        latest = self._latest.told() if hasattr(self._latest, "told") else self._latest
+        return Explanation(self._module, list(self._captures.values()), self._compiled, latest)
 
     def _bug_report(self, tracer: Tracer, path: Any, inputs: bool) -> None:
         bug_report.write(tracer, path, inputs)
@@ -326,7 +330,10 @@ class NNsight(Edits, Envoy):
     def _note(self, tracer: Tracer) -> None:
         """A trace has run."""
         notes = tracer.notes
-        self._latest = functools.reduce(operator.add, notes) if notes else self._latest
+        if notes and tracer.session is None:
+            self._latest = functools.reduce(operator.add, notes)
+            if self._shared.verb is not None:
+                self._shared.verb.alone(tracer.line, notes)
 
     def _has_input(self, kwargs: dict) -> bool:
         """Do keywords alone make an input of this model?"""
@@ -350,9 +357,9 @@ class NNsight(Edits, Envoy):
         batch.__dict__["flat"] = (leaves, spec)
         return batch
 
-    def _given(self, args: tuple, kwargs: dict, rows: int) -> Batch:
+    def _given(self, args: tuple, kwargs: dict, rows: int, text: bool) -> Batch:
         """What a generation calls the model with: as it is."""
-        return Batch(args, kwargs, rows)
+        return Batch(args, kwargs, rows, text)
 
     def _collate(self, batches: list[Batch], pad_to: int | None = None) -> Batch:
         """Several inputs as one: tensors are concatenated on dimension 0."""
@@ -368,7 +375,7 @@ class NNsight(Edits, Envoy):
             self._join(i, list(column)) for i, column in enumerate(zip(*(leaves for leaves, _ in flat), strict=True))
         ]
         args, kwargs = tree.unflatten(joined, flat[0][1])
-        return Batch(args, kwargs, sum(b.rows for b in batches))
+        return Batch(args, kwargs, sum(b.rows for b in batches), any(b.text for b in batches))
 
     @staticmethod
     def _join(index: int, column: list) -> Any:
@@ -387,6 +394,9 @@ class NNsight(Edits, Envoy):
                 "value for all rows. Use several traces."
             )
         return first
+
+    def _let_vary(self, batch: Batch, generates: bool) -> None:
+        """Tell Dynamo beforehand which sizes of an input will be others in the next."""
 
     def _unknown_dims(self, batch: Batch) -> tuple:
         """For each leaf of an input, the dims that hold the rows and the (padded) length, or `None`."""
@@ -434,7 +444,7 @@ class NNsight(Edits, Envoy):
         if tracer.fn != "generate" or tracer.scan_only:
             return None
         batch = self._arguments(tracer.fn, [first], tracer.pad_to)
-        return Generation(self, tracer, batch.args, batch.kwargs)
+        return Generation(self, tracer, batch.args, batch.kwargs, batch.text)
 
     def _results(self, generations: list[Generation]) -> Any:
         """What several generations gave, as one batch."""
@@ -488,6 +498,9 @@ class NNsight(Edits, Envoy):
             def entry(half: Any) -> Any:
                 return capture.entry(self._module, fn, half, frames, self._scanner.collects)
 
+            run.opened = wave.tracer.line
+            if capture.options.dynamic is None and capture.options.capture == "dynamo":
+                self._let_vary(batch, wave.tracer.generation is not None)
             unread = wave.tracer.generation is None  # which goes on with what the model returns
             run.start(capture, stop_at, sites, entry, (batch.args, batch.kwargs), removes, unread)
         return run

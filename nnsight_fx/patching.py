@@ -28,6 +28,7 @@ import torch
 from .parts import Parts
 from .places import HEADED, Site, Values
 from .sweep.job import is_dataset
+from .sweep.report import one_run
 from .sweep.results import Results
 from .tracing.lazy import user_line
 from .tracing.saving import save
@@ -35,6 +36,7 @@ from .tracing.saving import save
 Metric = Callable[..., torch.Tensor]
 
 
+@one_run
 def activations(model: Any, inputs: Any, part: str = "residual", parts: Parts | None = None) -> list[torch.Tensor]:
     """A part of every layer on a prompt: tensors (batch, length, width)."""
     found = Values(Site(model, part, parts), [inputs])
@@ -42,6 +44,7 @@ def activations(model: Any, inputs: Any, part: str = "residual", parts: Parts | 
     return found.held[0]
 
 
+@one_run
 def patch(
     model: Any,
     clean: Any,
@@ -75,6 +78,7 @@ def patch(
     return _write(site, corrupted, metric, over, layers, positions, lambda h, *at: source(*at), source.prepare, options)
 
 
+@one_run
 def ablate(
     model: Any,
     inputs: Any,
@@ -113,6 +117,7 @@ def ablate(
     return _write(site, inputs, metric, over, layers, positions, other, prepare, options)
 
 
+@one_run
 def steering(
     model: Any,
     inputs: Any,
@@ -140,6 +145,7 @@ def steering(
     return model.sweep(body, inputs, {"layer": chosen, "scale": list(scales)}, **options)
 
 
+@one_run
 def attribution(
     model: Any,
     clean: Any,
@@ -183,6 +189,7 @@ def attribution(
     return Results(axes, {"result": scores.cpu()}, {"program": f"attribution of {part}"})
 
 
+@one_run
 def logit_lens(model: Any, inputs: Any, *, position: int | None = -1, parts: Parts | None = None) -> Results:
     """The logits that the embeddings and each layer's output would give through the final norm and the unembedding.
 

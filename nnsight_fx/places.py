@@ -85,14 +85,17 @@ class Values:
         self.held: dict[int, list[torch.Tensor]] = {}
 
     def prepare(self, wanted: list[int]) -> None:
-        """Have those of some inputs, and no others; inputs of one length share a forward."""
+        """Have those of some inputs, and no others; inputs of one length share a forward.
+
+        On hooks: a forward or two are no reason to compile, and a sweep has many more of them.
+        """
         model = self.site.model
         self.held = {i: self.held[i] for i in wanted if i in self.held}
         with torch.no_grad(), model.session():
             for i in wanted:
                 if i not in self.held:
                     args, kwargs = given(model, self.items[i])
-                    with model.trace(*args, **kwargs):
+                    with model.trace(*args, compile=False, **kwargs):
                         self.held[i] = [save(self.site.value(layer).clone()) for layer in range(self.site.layers)]
 
     def __call__(self, layer: int, prompt: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from .capture.scan import PLAIN
 from .compat.dynamo import NotCaptured
 from .engine.deliver import own
+from .engine.notes import Notes, of_run
 from .engine.steady import Steady
 from .errors import NotRecordableError
 from .sweep.job import given
@@ -21,6 +22,7 @@ from .tracing.contexts import Tracer
 from .tracing.encode import Key, facts
 from .tracing.lazy import LazyTensor, user_line
 from .tracing.plan import CALL, MODULE, READ, SAVE, SKIP, STOP, WRITE, InterventionGraph
+from .tracing.printing import short
 
 _PLAIN = (torch.Tensor, *PLAIN)
 ENTRIES = 64  # recordings that a program keeps
@@ -67,11 +69,13 @@ class Program:
         call = self._call(batch, kind)
         if call in self.calls:
             try:
-                result = self.calls[call].again(self, batch, leaves)
+                known = self.calls[call]
+                result = known.again(self, batch, leaves)
             except NotCaptured:
                 del self.calls[call]
             else:
                 self.runs["recorded"] += 1
+                model._latest = known
                 return result
         key = (model._scanner.signature(batch, self._of("fn"), None), *kind)
         known = self.recordings.get(key)
@@ -79,6 +83,7 @@ class Program:
             self.runs["recorded"] += 1
             self.recordings.move_to_end(key)
             result = known.run(self, batch, leaves)
+            model._latest = known
             if known.steady is not None and call is not None:
                 self.calls[call] = known
                 if len(self.calls) > ENTRIES:
@@ -195,6 +200,8 @@ class Recording:
 
     plan: InterventionGraph
     steady: Steady | None = None  # how it runs, once a run has shown that a call is all of it
+    ran: Notes | None = None  # its latest run by itself
+    bytes: int | None = None  # of what it gives
 
     def __init__(self, program: Program, leaves: list):
         self.program = program
@@ -262,7 +269,15 @@ class Recording:
         assert self.steady is not None
         hooks = program.model._markers.own()
         run = self.steady((batch.args, batch.kwargs), self._lifted(program, leaves), self.lines, hooks)
+        self.ran = None
         return self._given(run)
+
+    def told(self) -> Notes:
+        """Its latest run, for `model.explain()`; a call is a hit of one segment."""
+        made = self.ran or Notes(engine="spliced", forwards=1, segments=1, hits=1, operations=len(self.plan.ops))
+        made.what, made.line = "program, recorded", short(self.tracer.line)
+        made.saved, made.bytes = len(self.keys), self.bytes or 0
+        return made
 
     def run(self, program: Program, batch: Any, leaves: list) -> Any:
         """Run it on another input, with other arguments."""
@@ -275,6 +290,7 @@ class Recording:
             if missed and not run.stopping:
                 raise run.missed_error(missed)
             self.steady = Steady.of(run)
+            self.ran = of_run(run)
         except BaseException:
             run.abandon()
             raise
@@ -283,5 +299,7 @@ class Recording:
     def _given(self, run: Any) -> Any:
         """What a finished run gives."""
         held = [[run.lookup(key)] for key in self.keys]
+        if self.bytes is None:
+            self.bytes = sum(x.nbytes for (x,) in held)
         run.release()
         return tree.unflatten([own(x)[0] for x in held], self.spec)

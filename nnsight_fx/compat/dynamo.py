@@ -99,6 +99,13 @@ def any_size(x: torch.Tensor, dim: int) -> None:
     torch._dynamo.mark_dynamic(x, dim)
 
 
+def may_vary(x: torch.Tensor, *dims: int) -> None:
+    """Let a capture hold for other sizes of these dimensions, where it can: those of size 1 stay what they are."""
+    for dim in dims:
+        if x.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(x, dim)
+
+
 RECOMPILES = 64  # captures of one entry; Dynamo's own default is 8
 
 

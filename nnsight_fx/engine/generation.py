@@ -28,6 +28,7 @@ from ..tracing.lazy import user_line
 from ..tracing.plan import AT_SITE, Groups, Site
 from ..tracing.steps import Invoke, SiteMeta, Step
 from ..tracing.tape import Tape
+from .notes import Notes, of_run
 from .run import Run
 from .sites import Signature, WaveSites
 from .switch import Coroutine
@@ -39,11 +40,12 @@ STREAMER = "generator.streamer"  # the path of what is given to a streamer
 class Generation:
     """One call of `generate`, from forward to forward."""
 
-    def __init__(self, host: Any, tracer: Any, args: tuple, kwargs: dict):
+    def __init__(self, host: Any, tracer: Any, args: tuple, kwargs: dict, text: bool = False):
         self.host, self.tracer, self.module = host, tracer, host._module
         self.args, self.kwargs = args, {"disable_compile": True, **kwargs}  # captured by us, or not at all
         if _beams(self.module, kwargs) == 1:
             self.kwargs["streamer"] = Streamer(self, kwargs.get("streamer"))
+        self.text = text  # was it called with text
         self.calls = 0  # forwards begun
         self.path = ""  # the module whose call the forward is that is to run
         self.inputs: tuple[tuple, dict] = ((), {})  # of that call
@@ -56,6 +58,7 @@ class Generation:
         self.given: list[Any] = []  # what the streamer got: the prompt, and the tokens of each forward
         self.caches: list[Any] = []  # what observes every forward
         self.free = False  # is the body done? Then nothing stops any more
+        self.freed: Notes | None = None  # what the forwards behind the body did
         self.result: Any = None
         self.restore: Callable[[], None] = lambda: None
         self.coroutine = Coroutine(self._generate, tracer.state)
@@ -104,12 +107,16 @@ class Generation:
         self.restore()
         self.path, self.inputs, self.run = path, (args, kwargs), None
         self.calls += 1
-        if self.free:
+        behind = self.free
+        if behind:
             self.run = self.wave()._start()
         else:
             self.coroutine.pause()
         assert self.run is not None
         self.run.forward()
+        if behind:  # no wave of the trace tells of it
+            told = of_run(self.run)
+            self.freed = told if self.freed is None else self.freed + told
         if self.run.stopping:
             raise Stopped
         self._watch()
@@ -199,7 +206,7 @@ class Forward(Wave):
         args, kwargs = generation.inputs
         leaves = tree.flatten((args, kwargs))[0]
         rows = next((x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()), 1)
-        batch = generation.host._given(args, kwargs, rows)
+        batch = generation.host._given(args, kwargs, rows, generation.text)
         self.host, self.tracer, self.alone, self.fn = generation.host, generation.tracer, True, generation.path or None
         self.generation, self.batch, self.batches, self.edits = generation, batch, [batch], len(self.host._edits)
         self.members, self.run, self.done, self.fixed = [None] * (self.edits + 1), None, [], None
@@ -294,6 +301,7 @@ class Following(Wave):
             modules = self.host._module.get_submodule
             self.run = Run(plan, tape.constants, tape.lines, self.host._markers, lambda: None, modules, {})
             self.run.coroutine = Ended()  # type: ignore[assignment]
+            self.run.forwards = 0
         return self.run
 
     def calls(self, path: str, kind: str) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..tracing.printing import short
+from .clock import seconds
 
 
 @dataclass
@@ -16,7 +17,9 @@ class Notes:
     """The facts of one trace; `+` joins those of its forwards."""
 
     line: str = ""  # where the trace was opened
-    engine: str = "hooks"
+    engine: str = (
+        "hooks"  # or "spliced"; in a forward that several traces shared "batched" (on hooks) or "forked" (captured)
+    )
     forwards: int = 0
     segments: int = 0  # captured segments that ran
     compiles: int = 0
@@ -28,6 +31,9 @@ class Notes:
     saved: int = 0  # tensors delivered
     bytes: int = 0  # and their memory
     graphs: int = 0  # how many of them keep the forward alive, for a backward
+    capture_s: float = 0.0  # seconds of capturing, in these runs
+    compile_s: float = 0.0
+    what: str = "trace"  # or the verb that made it
 
     def __add__(self, other: Notes) -> Notes:
         joined: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in COUNTED}
@@ -36,18 +42,21 @@ class Notes:
         }
         return Notes(
             self.line or other.line,
-            "spliced" if "spliced" in (self.engine, other.engine) else "hooks",
+            next((e for e in ENGINES if e in (self.engine, other.engine)), "hooks"),
             **joined,
             **lists,
+            what=self.what,
         )
 
     def __str__(self) -> str:
-        lines = [
-            f"trace at {self.line}: {self.engine}, {self.forwards} forward{'s' * (self.forwards != 1)}, {self.operations} recorded "
-            f"operations"
-        ]
+        ran = f"{self.engine}, {self.forwards} forward{'s' * (self.forwards != 1)}"
+        if self.engine in SHARED:
+            ran = f"{SHARED[self.engine]}, in a forward that it shared with other traces"
+        lines = [f"{self.what} at {self.line}: {ran}, {self.operations} recorded operations"]
         if self.engine == "spliced":
-            lines.append(f"  {self.segments} segments ran, {self.compiles} compiled for it, {self.hits} cache hits")
+            lines.append(
+                f"  {self.segments} segments ran, {self.compiles} compiled for it, {self.hits} cache hits{took(self)}"
+            )
         lines += [f"  sync point: {line} needed a number, and the model ran up to there" for line in self.syncs]
         lines += [f"  live, between segments: {name}" for name in self.live]
         lines += [f"  fallback: {why}" for why in self.fallbacks]
@@ -60,23 +69,39 @@ class Notes:
         return "\n".join(lines)
 
 
-COUNTED = ("forwards", "segments", "compiles", "hits", "operations", "saved", "bytes", "graphs")
+COUNTED = (
+    *("forwards", "segments", "compiles", "hits", "operations", "saved", "bytes", "graphs"),
+    *("capture_s", "compile_s"),
+)
 LISTED = ("syncs", "live", "fallbacks")
+ENGINES = ("spliced", "forked", "batched")
+SHARED = {"batched": "hooks", "forked": "captured graphs"}
 
 
 def notes_of(line: Any, runs: Iterable[Any], delivered: list) -> Notes:
     """The notes of one recording: its runs, and the tensors that were delivered."""
-    made = functools.reduce(operator.add, map(_of_run, runs))
+    made = functools.reduce(operator.add, map(of_run, runs))
     made.line, made.saved = short(line), len(delivered)
     made.bytes, made.graphs = sum([n for n, _ in delivered]), sum([g for _, g in delivered])
     return made
 
 
-def _of_run(run: Any) -> Notes:
+def took(notes: Notes) -> str:
+    """The seconds of capturing and compiling, where there were any."""
+    told = [
+        f"{seconds(s)} {what}"
+        for s, what in ((notes.capture_s, "capturing"), (notes.compile_s, "compiling"))
+        if s >= 0.05
+    ]
+    return f"; {', '.join(told)}" if told else ""
+
+
+def of_run(run: Any) -> Notes:
+    """The notes of one run, before it is released."""
     segments = getattr(run, "segments_run", 0)
     return Notes(
-        engine="spliced" if segments else "hooks",
-        forwards=1,
+        engine=run.shared or ("spliced" if segments else "hooks"),
+        forwards=run.forwards,
         segments=segments,
         compiles=run.compiles,
         hits=run.hits,
@@ -84,6 +109,8 @@ def _of_run(run: Any) -> Notes:
         syncs=[short(run.lines[n]) for n in run.plan.syncs if n < len(run.lines)],
         live=sorted(getattr(run, "live_sites", ())),
         fallbacks=list(run.report),
+        capture_s=run.capture_s,
+        compile_s=run.compile_s,
     )
 
 

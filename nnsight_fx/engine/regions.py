@@ -14,6 +14,7 @@ from .. import compat
 from ..passes.effects import changes
 from ..passes.job import Job
 from ..passes.outline import outline, sink_views
+from . import clock
 
 if TYPE_CHECKING:
     from ..capture.segment import Segment
@@ -62,7 +63,7 @@ def regional(
         raise Whole("fewer than a third of its blocks are copies of another")
     values: dict[fx.Node, Any] = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), given, strict=True))
     values |= constants
-    made = _Regions(gm, segment, own, args, build)
+    made = _Regions(gm, segment, own, args, build, len(kinds))
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
             values[node] = made.place(node, values)
@@ -94,14 +95,16 @@ def _constants(gm: fx.GraphModule, given: list) -> dict[fx.Node, torch.Tensor]:
 
 
 class _Regions:
-    def __init__(self, gm: fx.GraphModule, segment: Segment, own: list, args: list, build: Callable):
+    def __init__(self, gm: fx.GraphModule, segment: Segment, own: list, args: list, build: Callable, kinds: int):
         self.gm, self.segment, self.build = gm, segment, build
+        self.kinds, self.begun = kinds, dict[str, int]()  # how many regions there are, and those that were come to
         self.known: dict[Hashable, list[Region]] = segment.regions
         self.values = compat.symbols.sizes_of(own, args)
 
     def place(self, node: fx.Node, values: dict[fx.Node, Any]) -> list[torch.Tensor]:
         """Put a compiled region where a submodule is called; returns the fakes of what it gives."""
         graph, context = self.gm.get_submodule(str(node.target)), self.segment.context
+        number = self.begun.setdefault(str(node.target), len(self.begun) + 1)
         assert isinstance(graph, fx.GraphModule)
         inputs = [values[a] for a in node.args]  # type: ignore[index]
         if any(isinstance(x, torch.Tensor) and compat.symbols.unbacked(x) for x in inputs):
@@ -116,7 +119,9 @@ class _Regions:
             if guards is not None:
                 break
         else:
+            clock.say(f"compiling (region {number} of {max(number, self.kinds)})")
             found, guards = self._compile(graph, inputs, symbols), []
+            clock.say("")
             self.known.setdefault(key, []).append(found)
             if len(self.known) > KEPT:
                 self.known.pop(next(iter(self.known)))

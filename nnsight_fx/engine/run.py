@@ -31,6 +31,9 @@ from .switch import Coroutine, State
 class Run(TensorInterleaver):
     """One forward. `call` runs the model and returns its result; `modules` finds a module by path."""
 
+    forwards = 1  # none: work on values that the model has given
+    shared = ""  # how it ran with others in one forward, where it did: `Notes.engine`
+
     def __init__(
         self,
         plan: InterventionGraph,
@@ -49,6 +52,7 @@ class Run(TensorInterleaver):
         self.written: tuple[str, Line] | None = None  # the last write: whom to name when the model cannot use it
         self.report: list[str] = []  # why it ran on hooks, where it should not
         self.compiles = self.hits = 0
+        self.capture_s = self.compile_s = 0.0  # seconds of this run that went into them
         self.taps: dict[int, tuple[torch.Tensor, Any]] = {}  # gradient -> the tensor that has it, and its hook
         self.flowing: int | None = None  # the backward that runs
         self.offload = Offload()

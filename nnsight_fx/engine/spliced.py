@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import time
 import types
 import warnings
 import weakref
@@ -37,15 +38,17 @@ from ..capture.segment import Segment
 from ..capture.symbolic import Untraceable
 from ..compat.fakes import FakeTensor, detect_fake_mode
 from ..compat.transformers import settle
-from ..errors import FallbackError, PlanMismatchError, SkipError
+from ..errors import FallbackError, FallbackWarning, PlanMismatchError, SkipError
 from ..passes.calls import ModuleCall
 from ..passes.job import NotDifferentiable, Unfit
 from ..tracing import tree
 from ..tracing.ambient import under
 from ..tracing.encode import Keep, facts
 from ..tracing.interleave import Firing, Stopped, gather
+from ..tracing.lazy import user_line
 from ..tracing.plan import MODULE, OBJECT, OBSERVE, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
-from . import cuda_graphs, gradients
+from ..tracing.printing import short
+from . import clock, cuda_graphs, gradients
 from .failure import ours, untraceable
 from .run import Run, live, written
 from .sites import FakeInterleaver
@@ -107,8 +110,15 @@ class Capture:
     compiles: int = 0
     hits: int = 0
     fallbacks: list[str] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)  # reasons that the user was warned of
     live_sites: set[str] = field(default_factory=set)  # touched by a plan between segments, behind a graph break
     rowwise: dict[tuple, Callable] = field(default_factory=dict)  # what captures a function for any number of rows
+    row_graphs: weakref.WeakKeyDictionary = field(
+        default_factory=weakref.WeakKeyDictionary
+    )  # what it captured -> of what input
+    ledger: clock.Ledger = field(default_factory=clock.Ledger)
+    swept: set = field(default_factory=set)  # the inputs' shapes that a sweep has compiled for
+    hooks_s: float = 0.0  # seconds of sweeps on hooks, for which nothing was compiled
     entries: dict[tuple, Entry] = field(default_factory=dict)
     last: list = field(default_factory=list)  # the pass reports of the latest compiles
     unrecorded: list[str] = field(
@@ -159,6 +169,8 @@ class Capture:
         self.settled = False
         self.entries.clear()
         self.rowwise.clear()
+        self.row_graphs.clear()
+        self.swept.clear()
         self.steady.clear()
 
     def entry(
@@ -273,7 +285,7 @@ class Capture:
         why = f"`{name}` could not compile a segment, which runs with `{instead}`: {type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
         self.fall_back(why)
         report.append(why)
-        warnings.warn(f"nnsight_fx: {why}", stacklevel=2)
+        self.warn(why)
         return made
 
     def _compiled(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
@@ -284,6 +296,12 @@ class Capture:
             made = self.compiler(gm, inputs)
         self.unrecorded += [reason for reason in why if reason not in self.unrecorded]
         return made
+
+    def took(self, what: str, seconds: float, shape: str, plan: Any) -> None:
+        """Capturing or compiling took so long."""
+        spent = clock.Spent(what, seconds, shape, short(plan))
+        self.ledger.add(spent)
+        clock.process.add(spent)
 
     def note_compile(self, segment: Segment, job: Any) -> None:
         self.compiles += 1
@@ -321,6 +339,13 @@ class Capture:
         self.refused[plan] = f"hook engine: a backward that no captured graph can hold: {why}"
         self.fall_back(self.refused[plan])
         return self.refused[plan]
+
+    def warn(self, why: str) -> None:
+        """Say at the user's line, once, why the model does not run as it was asked to."""
+        if why in self.warned:
+            return
+        self.warned = {*([] if len(self.warned) >= REASONS else self.warned), why}
+        warnings.warn_explicit(f"nnsight_fx: {why}.", FallbackWarning, *user_line())
 
     def fall_back(self, why: str) -> None:
         if why not in self.fallbacks:
@@ -392,6 +417,8 @@ class SplicedRun(Run):
     removes = False  # does this run leave out what its plan skips in the graph of all plans
     unread = False  # does nobody take what the model returns
     capture_half: InterventionGraph | None = None  # the plan whose own capture it runs on
+    opened: Any = ""  # the line of its trace
+    segments_s = 0.0  # seconds in its segments, compiling too
     stop_at: Callable[[], Site | None]
 
     def start(
@@ -430,6 +457,10 @@ class SplicedRun(Run):
                     raise FallbackError(f"under `fullgraph=True` nothing may run on hooks, but {why}") from why
                 else:
                     self.fall_back(f"hook engine: the model could not be traced symbolically: {why}")
+                    self.capture.warn(
+                        f"the model is compiled and ran on hooks: it could not be traced symbolically, {why}. `model.compile()` "
+                        "captures with Dynamo, which can do more; `fullgraph=True` makes this an error"
+                    )
             except StopUnknown:  # nor here
                 self.fall_back("hook engine: no scan could tell where the trace stops the model")
             except Exception as error:
@@ -438,7 +469,7 @@ class SplicedRun(Run):
                     raise
                 self.fall_back(untraceable(error, self))
                 if ours(error) is not None:
-                    warnings.warn(f"nnsight_fx: {self.report[-1]}", stacklevel=2)
+                    self.capture.warn(self.report[-1])
             self.on_hooks, self.segments_run = True, 0
             with live(self, self.everything):
                 return plain()  # the model's own exception, or its result
@@ -457,12 +488,18 @@ class SplicedRun(Run):
                 return None
             except compat.dynamo.NotCaptured:
                 missed = True
-        captures = self.capture.captures
+        captures, begun, inside = self.capture.captures, time.perf_counter(), self.segments_s
+        if not entry.segments:
+            clock.say("capturing the model")
         with self.half(self.capture_half), compat.dynamo.capturing(len(self.owner.paths)), live(self, self.everything):
             try:
                 result = entry.call(*inputs)
             except Unread:
                 result = None
+            finally:
+                if self.capture.captures > captures:
+                    self.capture_s += time.perf_counter() - begun - (self.segments_s - inside)
+                    self.capture.took(clock.CAPTURE, self.capture_s, clock.shape_of(self.inputs), self.opened)
         if missed and captures == self.capture.captures:
             entry.missed += 1
             entry.whole = False
@@ -529,6 +566,13 @@ class SplicedRun(Run):
 
     def run_segment(self, segment: Segment, args: tuple) -> Any:
         """One captured segment: its variant for this plan; cut where the plan needs real values."""
+        begun = time.perf_counter()
+        try:
+            return self._run_segment(segment, args)
+        finally:
+            self.segments_s += time.perf_counter() - begun
+
+    def _run_segment(self, segment: Segment, args: tuple) -> Any:
         self.segments_run += 1
         self.segment = segment
         while True:
@@ -653,10 +697,9 @@ class SplicedRun(Run):
         self.capture.live_sites.update(self.live_sites)
         if not self.segments_run and not self.stopping and not self.on_hooks:
             self.fall_back("nothing was captured: Dynamo ran the model as it is (recompile limit, or disabled)")
-            warnings.warn(
-                "nnsight_fx: nothing of the model ran captured in this trace (Dynamo's recompile limit, or compilation is "
-                "disabled); the hook engine did the work. `model.explain()` has the details.",
-                stacklevel=2,
+            self.capture.warn(
+                "nothing of the model ran captured in this trace (Dynamo's recompile limit, or compilation is disabled); the hook "
+                "engine did the work. `model.explain()` has the details"
             )
 
     def _root_reads(self) -> list[int]:

@@ -71,6 +71,7 @@ class Call:
 
     owner = coroutine = None
     stopping, segments_run, compiles, hits = False, 1, 0, 1
+    forwards, shared, capture_s, compile_s = 1, "", 0.0, 0.0
     report: Sequence[str] = ()
     live_sites: Sequence[str] = ()
 

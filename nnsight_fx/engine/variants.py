@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from ..errors import PlanMismatchError
 from ..passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
 from ..tracing import ambient
 from ..tracing.lifting import EXACT
-from . import following
+from . import clock, following
 from .gradients import differentiable
 from .regions import Whole, regional
 from .removal import check
@@ -83,9 +84,15 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
         if each.guards(run, args):
             return _hit(run, each)
     _check_written(segment, run, args)
+    begun = time.perf_counter()
+    clock.say("compiling")
     with compat.symbols.own_sizes(segment.context, segment.fakes, args) as fakes:
         fakes = [compat.fakes.unchanged(segment.context, *each) for each in zip(fakes, args, strict=True)]
         made = _compile(segment, run, fakes, args, aliases)
+    took = time.perf_counter() - begun
+    clock.say("")
+    run.compile_s += took
+    run.capture.took(clock.COMPILE, took, clock.shape_of(run.inputs), run.opened)
     found.append(made)
     if made.constants:
         segment.following.setdefault(kin, []).append(made)

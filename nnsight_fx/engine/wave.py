@@ -317,6 +317,8 @@ class Wave:
             deliver(self.tape, self._meta, lambda: None)
         if self.run is not None or self.done:
             self.notes = notes_of(self.tracer.line, self._runs(), deliver(self.tape, self.value, self._release))
+            if self.tracer.generation is not None:
+                self.notes.what = "generation"
 
     def performed(self, n: int) -> bool:
         """Did the run get to an operation?"""

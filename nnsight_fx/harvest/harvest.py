@@ -14,11 +14,13 @@ from tqdm.auto import tqdm
 
 from .. import atomic
 from ..draws import draw_for, own_draws
+from ..engine.clock import listening
 from ..envoy import Envoy
 from ..errors import StoreError
 from ..folder import Folder
 from ..parts import first
 from ..provenance import environment, hashed, of_model
+from ..sweep.report import as_one
 from ..tracing.lazy import user_line
 from ..tracing.saving import save
 from .activations import WHERE, Activations
@@ -109,7 +111,11 @@ def harvest(
     shape = Shape(model, reader, chosen, positions if reader.tokens else None, dtype, {"compile": compile, **options})
     items = reader.read(dataset)
     folder = Folder(out, about, SAME)
-    with tqdm(unit="tok", unit_scale=True, disable=not progress, initial=_verified(folder, items)) as bar:
+    with (
+        tqdm(unit="tok", unit_scale=True, disable=not progress, initial=_verified(folder, items)) as bar,
+        listening(bar.set_postfix_str),
+        as_one(model, "harvest", user_line()),
+    ):
         for window in _windows(items, shape, shard_size):
             _write(folder, window, shape, Batches(batch_size, tokens_per_batch), seed, bar)
     folder.write(complete=True)

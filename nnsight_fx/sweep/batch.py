@@ -142,6 +142,7 @@ class Share(Interleaver):
     """What one plan has of a run of several."""
 
     compiles = hits = 0
+    forwards, shared, capture_s, compile_s = 1, "batched", 0.0, 0.0
     result = coroutine = None
 
     def __init__(self, plan: InterventionGraph):

@@ -23,6 +23,7 @@ from .rows import Mixed
 class Cell(Run):
     """One trace in a forward of many: it is given its rows of a site, and gives back what it makes of them."""
 
+    shared = "forked"
     size = 1  # its rows
     start = 0  # the first of them: of the clean run, until it leaves that
     leaves: Site | None = None  # the site at which it does, to have rows of its own

@@ -6,6 +6,7 @@ regions, each distinct one compiled once, over all rows that there are; at a cut
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch.fx as fx
 from .. import compat
 from ..capture.markers import site
 from ..capture.segment import Segment
+from ..engine import clock
 from ..engine.regions import facts, structure
 from ..engine.spliced import Capture
 from ..passes.causal import APART, causal
@@ -113,7 +115,8 @@ class Sheet:
         while len(batches) * self.size < 2:
             batches = [*batches, batches[0]]
         self.base_rows = len(batches) * self.size
-        self.segment, self.args = captured(host, self.capture, first.wave.fn, _collated(host, batches))
+        batch = _collated(host, batches)
+        self.segment, self.args = captured(host, self.capture, first.wave.fn, batch, first.line)
         self.gm = annotated(self.segment, self.args)
         self.plans = list(dict.fromkeys(p.plan for p in pending))
         self.order = {where: i for i, (where, _) in enumerate(seams(self.gm))}
@@ -293,18 +296,20 @@ class Sheet:
 
     def _regions(self) -> dict[str, Callable]:
         """The submodules, compiled: each distinct one once, for any number of rows."""
-        known = _compiled.setdefault(self.segment, {})
-        found = {}
+        known, keys, new = _compiled.setdefault(self.segment, {}), {}, {}
         for name, region in self.gm.named_children():
             assert isinstance(region, fx.GraphModule)
             if _changes_inputs(region):
                 raise Mixed("the model changes a value in place on which a site may be looked at")
             given = (n.meta.get("example_value") for n in region.graph.nodes if n.op == "placeholder")
-            key = (structure(region), tuple(facts(x, {}) for x in given))
+            keys[name] = key = (structure(region), tuple(facts(x, {}) for x in given))
             if key not in known:
-                known[key] = self._compile(region)
-            found[name] = known[key]
-        return found
+                new.setdefault(key, region)
+        for n, (key, region) in enumerate(new.items(), 1):
+            clock.say(f"compiling (region {n} of {len(new)})")
+            known[key] = self._compile(region)
+        clock.say("")
+        return {name: known[key] for name, key in keys.items()}
 
     def _compile(self, region: fx.GraphModule) -> Callable:
         fakes = [
@@ -313,6 +318,7 @@ class Sheet:
             if n.op == "placeholder"
         ]
         region.recompile()
+        begun = time.perf_counter()
         with (
             compat.symbols.own_sizes(self.segment.context),
             compat.graphs.tracing(self.segment.context),
@@ -320,6 +326,8 @@ class Sheet:
         ):
             call = self.capture.compiler(region, fakes)
         self.capture.note_compile(self.segment, None)
+        shape = self.capture.row_graphs[self.segment]
+        self.capture.took(clock.COMPILE, time.perf_counter() - begun, shape, self.pending[0].line)
         return call
 
 
@@ -330,7 +338,7 @@ def _collated(host: Any, batches: list) -> Any:
     args, kwargs = tree.tree_map(
         lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (joined.args, joined.kwargs)
     )
-    return type(joined)(args, kwargs, joined.rows)
+    return type(joined)(args, kwargs, joined.rows, joined.text)
 
 
 def _changes_inputs(region: fx.GraphModule) -> bool:

@@ -16,15 +16,22 @@ from ..errors import NotRecordableError
 from ..provenance import hashed
 from ..tracing import tree
 from ..tracing.lazy import LazyTensor, user_line
+from .report import Report, gathered
 
 PROMPT = "prompt"  # the axis of a list of inputs
 
 
 class Done(NamedTuple):
-    """What a chunk gave: each cell's results by name, on the CPU, and a digest of its plan where the job is `stored`."""
+    """What a chunk gave: each cell's results by name, on the CPU, a digest of its plan where the job is `stored`, how it ran."""
 
     results: list[dict[str, torch.Tensor]]
     plans: list[str]
+    report: Report
+
+    def joined(self, other: Done) -> Done:
+        """Both, told as one."""
+        self.report.take(other.report)
+        return Done([*self.results, *other.results], [*self.plans, *other.plans], self.report)
 
 
 @dataclass
@@ -42,6 +49,7 @@ class Job:
     seed: int = 0
     stored: bool = False
     shapes: list[tuple] = field(default_factory=list)  # of each input's tensors
+    on_hooks: bool = False  # whatever the model is compiled for
 
     def __post_init__(self):
         self.cells = list(itertools.product(*self.axes.values()))
@@ -63,20 +71,38 @@ class Job:
     def named(self, cell: int) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in zip(self.names, self.cells[cell], strict=True))
 
-    def __call__(self, chunk: Sequence[int]) -> Done:
-        """Run some cells."""
+    def prepared(self, chunk: Sequence[int]) -> None:
+        """Have what the bodies of some cells need."""
+        if self.prepare is not None:
+            with own_draws(self.model), torch.no_grad(), self._engine():
+                self.prepare(sorted({self.prompt(cell) for cell in chunk}))
+
+    @contextlib.contextmanager
+    def _engine(self) -> Iterator[None]:
+        """What runs without a word of its own runs on hooks, where the sweep does."""
+        compiled = self.model._compiled
+        if self.on_hooks:
+            self.model._compiled = None
+        try:
+            yield
+        finally:
+            self.model._compiled = compiled
+
+    def __call__(self, chunk: Sequence[int], ready: bool = False) -> Done:
+        """Run some cells; `ready`: what they need is `prepared`."""
         saved: list[dict[str, Any]] = []
         plans: list[str] = []
-        with own_draws(self.model), torch.no_grad():
-            if self.prepare is not None:
-                self.prepare(sorted({self.prompt(cell) for cell in chunk}))
-            with self.model.session() as session:
+        options = {**self.options, "compile": False} if self.on_hooks else self.options
+        with gathered(self.model, Report()) as report:
+            if not ready:
+                self.prepared(chunk)
+            with own_draws(self.model), torch.no_grad(), self._engine(), self.model.session() as session:
                 session.apart = True
                 for n, cell in enumerate(chunk):
                     args, kwargs = tree.tree_map(_own, given(self.model, self.inputs[self.prompt(cell)]))
                     draw_for(self.seed, cell)
                     with self._told(cell):
-                        with self.model.trace(*args, **kwargs, **self.options) as tracer:
+                        with self.model.trace(*args, **kwargs, **options) as tracer:
                             saved.append(_saved(self.call(tracer, self.cells[cell])))
                             plans += [hashed([repr(w.tape.ops) for w in tracer.waves])] if self.stored else []
                             if self.stop:
@@ -86,7 +112,7 @@ class Job:
                                 f"{user_line()}: a sweep's body ended by `tracer.stop()`, before it returned its result. Give the sweep "
                                 "`stop=True`: then each forward ends behind the last site of its body."
                             )
-        return Done([{name: value.detach().cpu() for name, value in each.items()} for each in saved], plans)
+        return Done([{name: value.detach().cpu() for name, value in each.items()} for each in saved], plans, report)
 
     @contextlib.contextmanager
     def _told(self, cell: int) -> Iterator[None]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..engine import clock
+from ..engine.spliced import watch
 from ..engine.switch import within
 from ..tracing import tree
 from .batch import batched
@@ -57,10 +59,12 @@ def _run(group: list[Pending], report: Report) -> None:
         strategy, why = choose(group)
         told = Group(strategy.__name__ if strategy else "one by one", [p.line for p in group], why)
         told.structures = len({p.plan for p in group})
+        compiles, waited = watch.compiles, clock.process.total
         try:
             if strategy is None or not _together(strategy, group, told):
                 _one_by_one([p for p in group if not p.done], told)
         finally:
+            told.compiles, told.waited = watch.compiles - compiles, clock.process.total - waited
             report.add(told)
 
 
@@ -93,6 +97,7 @@ def _one_by_one(group: list[Pending], told: Group) -> None:
         told.forwards += 1
         try:
             p.tracer.run_recorded()
+            told.ran_alone(p.tracer.notes)
         except Exception as error:
             note(error, p.line, p.session_line)
             raise

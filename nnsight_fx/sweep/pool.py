@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..engine.clock import say
 from ..errors import WorkerLostError
 from ..tracing.lazy import user_line
 from .job import Done, Job
@@ -47,6 +48,8 @@ class Pool:
         """Each chunk's results, as they come. Where the model is compiled, one worker begins; the others get what it compiled."""
         todo, lost = collections.deque(chunks), collections.Counter()
         artifacts, first = None, _compiles(job)
+        if first:
+            say("one worker compiles, the others wait")
         self.open(pack(job))
         free, idle, busy = list(range(self.size)), [], {}
         try:
@@ -70,6 +73,7 @@ class Pool:
                         ) from error
                     continue
                 idle.append((slot, worker))
+                say("")
                 artifacts, first = made if first else artifacts, False
                 yield chunk, done
         finally:
@@ -101,4 +105,4 @@ class Pool:
 
 def _compiles(job: Job) -> bool:
     capture = job.model._capture_for(job.options.get("compile"))
-    return capture is not None and capture.options.backend not in ("eager", "aot_eager")
+    return not job.on_hooks and capture is not None and capture.options.backend not in ("eager", "aot_eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from .. import compat
 from ..capture.markers import active, site
 from ..capture.segment import Segment
 from ..compat.transformers import settle
+from ..engine import clock
 from ..engine.spliced import ENTRIES, Capture, entry_point
 from ..tracing import tree
 from .rows import Mixed, Rows
@@ -30,8 +32,8 @@ class Captured(Exception):
         self.segment, self.args = segment, args
 
 
-def captured(host: Any, capture: Capture, fn: str | None, batch: Any) -> tuple[Segment, list]:
-    """The graph of the model over the rows of `batch`, two at least, and its inputs. Nothing runs.
+def captured(host: Any, capture: Capture, fn: str | None, batch: Any, line: Any) -> tuple[Segment, list]:
+    """The graph of the model over the rows of `batch`, two at least, and its inputs, for traces at `line`. Nothing runs.
 
     Dynamo guards it: the next batch of the kind gets the same graph. `Mixed` where the model is not one graph for any
     number of rows.
@@ -49,18 +51,25 @@ def captured(host: Any, capture: Capture, fn: str | None, batch: Any) -> tuple[S
     for x in tree.flatten((batch.args, batch.kwargs))[0]:
         if isinstance(x, torch.Tensor):
             compat.dynamo.any_size(x, 0)
-    markers = host._markers
+    markers, begun = host._markers, time.perf_counter()
     outer, active.run = getattr(active, "run", None), None
+    clock.say("capturing the model")
     try:
         with markers.installed(list(markers.paths), {}), compat.dynamo.capturing(len(markers.paths)):
             capture.rowwise[key](batch.args, batch.kwargs)
     except Captured as found:
+        if found.segment not in capture.row_graphs:  # else Dynamo knew it
+            shape = clock.shape_of((batch.args, batch.kwargs), any_rows=True)
+            capture.row_graphs[found.segment] = shape
+            capture.captures += 1
+            capture.took(clock.CAPTURE, time.perf_counter() - begun, shape, line)
         return found.segment, list(found.args)
     except Exception as error:
         why = str(error).strip().partition("\n")[0]
         raise Mixed(f"the model is not one graph for any number of rows: {type(error).__name__}: {why}") from error
     finally:
         active.run = outer
+        clock.say("")
     raise Mixed("Dynamo ran the model as it is")
 
 

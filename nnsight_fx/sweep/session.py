@@ -55,9 +55,10 @@ class Session:
         self.copies = Copies()
         self.report = Report()
         self.apart = False  # are its traces cells of a sweep, which see nothing of one another
+        self.hosts: dict[int, Any] = {}  # the models that it ran
 
     def __enter__(self) -> Session:
-        self.line = user_line()
+        self.line = self.report.line = user_line()
         saving.opened(self)
         return self
 
@@ -78,6 +79,10 @@ class Session:
             error.add_note(f"nnsight_fx: and what the session had put off failed: {type(failed).__name__}: {failed}")
         finally:
             self._close()
+            for host in self.hosts.values():
+                host._latest = self.report
+                if host._shared.verb is not None:
+                    host._shared.verb.take(self.report)
         return isinstance(error, Leaving) and error.scope is self
 
     def _close(self) -> None:
@@ -104,6 +109,9 @@ class Session:
 
     def run(self, tracer: Tracer) -> None:
         """A trace is recorded: put it off, or run it now, after everything that waits."""
+        tracer.session = self
+        tracer.host._latest = self.report
+        self.hosts[id(tracer.host)] = tracer.host
         why = why_now(tracer)
         if why is None:
             return self._put_off(tracer)
@@ -116,7 +124,7 @@ class Session:
         except Exception as error:
             planner.note(error, tracer.line, self.line)
             raise
-        self.report.at_once(tracer.line, why)
+        self.report.at_once(tracer.line, why, tracer.notes)
 
     def catch_up(self) -> None:
         """Run everything that waits."""
@@ -206,4 +214,4 @@ def _raiser(error: BaseException) -> Any:
 def _batch(batch: Any, copied: Any) -> Any:
     """A prepared input with its tensors copied."""
     args, kwargs = tree.tree_map(copied, (batch.args, batch.kwargs))
-    return type(batch)(args, kwargs, batch.rows)
+    return type(batch)(args, kwargs, batch.rows, batch.text)

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..engine.clock import listening
 from ..tracing.lazy import user_line
-from .executors import Executor, chosen
+from .choice import Choice, checked
+from .executors import Executor, Serial, chosen
 from .job import PROMPT, Job, is_dataset, look
+from .report import Report, as_one
 from .results import Results
 from .store import Store, manifest
 
@@ -31,6 +34,7 @@ def sweep(
     chunk: int | None = None,
     seed: int | None = None,
     executor: str | Executor | None = None,
+    engine: str = "auto",
     progress: bool = True,
     compile: Any = None,
     **options: Any,
@@ -63,7 +67,10 @@ def sweep(
         seed: what a cell draws at random is decided by this and the cell's number. By default torch's own seed.
         executor: "devices" runs chunks on all GPUs of the machine, "ray" on a Ray cluster or a local one;
             `nnsight_fx.sweep.executors` has the objects that these stand for.
-        progress: show a bar with cells a second and what is left.
+        engine: for a model that is compiled (`model.compile()`, `compile=`). "auto" runs the first cells on hooks, and compiles
+            where that is likely to take less time than it saves on the rest; "compiled" and "hooks" say so beforehand.
+            `model.explain()` tells which it was, and why. Both give the same numbers, but for rounding.
+        progress: show a bar with cells a second and what is left, and what it waits for: capturing, compiling.
         compile: as `model.trace` takes it. Other keywords go to `model.trace`, too.
 
     Gradients are off. Returns `Results`: on the CPU, first the axes' dimensions, then those of one result.
@@ -88,6 +95,7 @@ def sweep(
     if reduce not in (None, "mean") or (reduce and not many):
         raise ValueError(f'{user_line()}: `reduce="mean"` averages over a list of inputs; it is {reduce!r} here.')
     runner = chosen(executor)
+    checked(engine)
     model.dispatch()
     items = list(inputs) if many else [inputs]
     looked = [look(model, item) for item in items]
@@ -100,7 +108,12 @@ def sweep(
         kept, job.stored = Store(store, about | begun), True
         seed, chunk = kept.adopt("seed", seed), kept.manifest["chunk"]
     job.seed = torch.initial_seed() if seed is None else seed
-    found = _run(job, job.chunks(chunk or CHUNK), kept, runner, progress)
+    with as_one(model, "sweep", user_line()) as report:
+        here = type(runner) is Serial
+        choice = Choice(job, engine, report, here, None if kept is None else kept.manifest.get("ran"))
+        found = _run(job, job.chunks(chunk or CHUNK), kept, choice if here else runner, progress, report)
+        about = f"{len(job.cells)} cells" + ("" if here else f", with the executor {type(runner).__name__}")
+        report.notes = [about, *report.notes]
     stacked = {name: torch.stack([found[i][name] for i in range(len(found))]) for name in found[0]}
     shape = [len(values) for values in axes.values()]
     values = {name: rows.reshape(*shape, *rows.shape[1:]) for name, rows in stacked.items()}
@@ -108,7 +121,9 @@ def sweep(
     return results.mean(PROMPT) if reduce else results
 
 
-def _run(job: Job, chunks: list[list[int]], kept: Store | None, runner: Executor, progress: bool) -> dict[int, dict]:
+def _run(
+    job: Job, chunks: list[list[int]], kept: Store | None, runner: Executor | Choice, progress: bool, report: Report
+) -> dict[int, dict]:
     """The results of all cells, by number."""
     found: dict[int, dict[str, torch.Tensor]] = {}
     plans: dict[int, str] = {}
@@ -117,17 +132,23 @@ def _run(job: Job, chunks: list[list[int]], kept: Store | None, runner: Executor
         plans.update(zip(cells, digests, strict=True))
     todo = [cells for cells in chunks if not found.keys() >= set(cells)]
     total = len(job.cells)
-    runs = runner.run(job, todo) if todo else iter(())
+    runs = iter(())
+    if todo:
+        runs = runner.run(todo) if isinstance(runner, Choice) else runner.run(job, todo)
     with (
         tqdm(total=total, initial=len(found), unit="cell", disable=not progress, smoothing=0.1) as bar,
         contextlib.ExitStack() as ending,
+        listening(bar.set_postfix_str),
     ):
         ending.callback(getattr(runs, "close", lambda: None))  # workers end now, whatever is wrong with what they gave
         for cells, done in runs:
+            report.take(done.report)
             for cell, results in zip(cells, done.results, strict=True):
                 found[cell] = results
                 _check(job, cell, results, next(iter(found.values())), next(iter(found)))
             if kept is not None:
+                if isinstance(runner, Choice) and runner.ran is not None and "ran" not in kept.manifest:
+                    kept.folder.write(ran=runner.ran)
                 rows = {name: torch.stack([r[name] for r in done.results]) for name in done.results[0]}
                 kept.put(cells, rows, done.plans)
                 plans.update(zip(cells, done.plans, strict=True))

@@ -84,6 +84,7 @@ class Tracer:
         self.early = saving.Early()  # what is saved before there is an input
         self.generation: Any = None  # a function that runs the model many times, forward by forward
         self.generations: list[Any] = []  # those that have run, each of an invoke
+        self.session: Any = None  # which tells of it, where it is one of several traces
         self.start = 0  # the first wave of the open generation
         self.modes: Any = contextlib.nullcontext()  # those that a generation runs under
         self.missed: MissedSiteError | None = None
@@ -504,7 +505,8 @@ class Tracer:
     @property
     def notes(self) -> list:
         """Of each forward that has run."""
-        return [wave.notes for wave in self.waves if wave.notes is not None]
+        behind = [generation.freed for generation in self.generations if generation.freed is not None]
+        return [*(wave.notes for wave in self.waves if wave.notes is not None), *behind]
 
     def constant(self, value: Any) -> torch.Tensor:
         """`value` (a number, a nested list, an array) as a tensor on the model's device.

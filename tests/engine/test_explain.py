@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
 import torch.nn as nn
 
-from nnsight_fx import NNsight, OutsideTraceError, compat
+from nnsight_fx import FallbackWarning, NNsight, OutsideTraceError, compat
 
 
 class Broken(nn.Module):
@@ -62,7 +63,8 @@ def test_segments_breaks_passes_and_the_latest_trace():
     for part in (
         "graph break at",
         f"{__file__}:{BREAK}",
-        "pass 1 skip",
+        "pass 2 splice",
+        "passes with nothing to rewrite: 1 skip",
         "sync point: test_explain.py:",
         "saved: 1 tensors, 32 B",
     ):
@@ -143,3 +145,51 @@ def test_the_recompile_limit_is_said_when_near(monkeypatch):
         with model.trace(torch.ones(rows, 4)):
             pass
     assert "one entry was captured 7 times, and at 9 Dynamo gives up" in str(model.explain())
+
+
+def test_seconds_by_shape_and_plan_and_passes_with_nothing_to_do():
+    model = wrap(backend="eager")
+    lines = []
+    for rows in (2, 2, 3):
+        with torch.no_grad(), model.trace(torch.ones(rows, 4)) as tracer:
+            model[0].output.save()
+        lines.append(str(tracer.line).rpartition("/")[2])
+    facts = model.explain().to_dict()["captures"][0]
+    assert [(s["shape"], s["plan"], s["captures"], s["compiles"]) for s in facts["spent"]] == [
+        ("2 x 4", lines[0], 1, 1),
+        ("3 x 4", lines[2], 1, 1),
+    ]
+    assert facts["seconds"]["capture"] == pytest.approx(sum(s["capture_s"] for s in facts["spent"]), abs=0.01)
+    text = str(model.explain())
+    assert re.search(r"2 segments captured( in [\d.]+ s)?, 2 compiles( in [\d.]+ s)?, 1 cache hits", text)
+    assert re.search(rf"for 3 x 4, at {lines[2]}: 1 capture in [\d.]+ s, 1 compile in [\d.]+ s", text)
+    idle = [f"{n} {p['pass']}" for n, p in enumerate(facts["passes"], 1) if not p["rewrites"]]
+    assert "0 rewrites" not in text and f"passes with nothing to rewrite: {', '.join(idle)}" in text and len(idle) > 3
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x)
+
+
+def test_a_symbolic_capture_that_cannot_be_warns_once():
+    model = wrap(Counts(), backend="eager", capture="symbolic")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            with model.trace(torch.ones(2, 4)) as tracer:
+                model.linear.output.save()
+    (warning,) = caught
+    assert warning.category is FallbackWarning and warning.filename == __file__
+    assert warning.lineno == int(str(tracer.line).rpartition(":")[2])
+    assert "ran on hooks: it could not be traced symbolically, it sets `calls`" in str(warning.message)
+    assert model.explain().to_dict()["trace"]["engine"] == "hooks"
+    model.linear.weight.data.mul_(2)
+    other = wrap(Counts(), backend="eager", capture="symbolic")  # another model says it, too
+    with pytest.warns(FallbackWarning, match="nnsight_fx: the model is compiled"), other.trace(torch.ones(2, 4)):
+        pass

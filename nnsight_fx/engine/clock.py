@@ -1,0 +1,98 @@
+"""Seconds of capturing and of compiling: how many, on what input, for which trace."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ..tracing import tree
+
+CAPTURE, COMPILE = "capture", "compile"
+KEPT = 512  # of each capture: the latest
+
+_told = threading.local()
+
+
+class Spent(NamedTuple):
+    """One capture, or one compile."""
+
+    what: str
+    seconds: float
+    shape: str  # of the model's input
+    plan: str  # of which trace
+
+
+class Ledger:
+    """What capturing and compiling took: the latest one by one, and the sums."""
+
+    def __init__(self) -> None:
+        self.each: deque[Spent] = deque(maxlen=KEPT)
+        self.seconds = {CAPTURE: 0.0, COMPILE: 0.0}
+        self.number = {CAPTURE: 0, COMPILE: 0}
+
+    def add(self, spent: Spent) -> None:
+        self.each.append(spent)
+        self.seconds[spent.what] += spent.seconds
+        self.number[spent.what] += 1
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    def by_shape(self) -> list[dict[str, Any]]:
+        """The latest of it, one row for each shape and plan."""
+        rows: dict[tuple[str, str], dict[str, Any]] = {}
+        for spent in self.each:
+            row = rows.setdefault(
+                (spent.shape, spent.plan),
+                {
+                    "shape": spent.shape,
+                    "plan": spent.plan,
+                    "captures": 0,
+                    "capture_s": 0.0,
+                    "compiles": 0,
+                    "compile_s": 0.0,
+                },
+            )
+            row[f"{spent.what}s"] += 1
+            row[f"{spent.what}_s"] = round(row[f"{spent.what}_s"] + spent.seconds, 3)
+        return list(rows.values())
+
+
+process = Ledger()  # of all models
+
+
+def shape_of(inputs: Any, any_rows: bool = False) -> str:
+    """The shapes of an input's tensors, each once: `1 x 14`; `any x 14`."""
+    tensors = [x for x in tree.flatten(inputs)[0] if isinstance(x, torch.Tensor) and x.dim()]
+    sizes = (["any", *x.shape[1:]] if any_rows else x.shape for x in tensors)
+    found = dict.fromkeys(" x ".join(map(str, each)) for each in sizes)
+    return ", ".join(found) or "no tensor"
+
+
+def seconds(s: float) -> str:
+    """`0.3 s`, `12 s`."""
+    return f"{s:.1f} s" if s < 9.95 else f"{s:.0f} s"
+
+
+def say(doing: str) -> None:
+    """Tell whoever waits on this thread what takes the time; `""`: nothing any more."""
+    listener = getattr(_told, "listener", None)
+    if listener is not None:
+        listener(doing)
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[str], None]) -> Iterator[None]:
+    """`listener` is told what this thread is about while that takes long: capturing, compiling."""
+    outer = getattr(_told, "listener", None)
+    _told.listener = listener
+    try:
+        yield
+    finally:
+        _told.listener = outer

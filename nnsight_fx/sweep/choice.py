@@ -1,0 +1,165 @@
+"""Which engine runs a sweep of a compiled model: hooks, while compiling would take longer than it saves.
+
+The first cells run on hooks, by a watch. What is left of the grid at that pace stands against what compiling is likely to
+take: by the model's modules, each distinct one compiled once, by how fast this machine runs Python now, and by what earlier
+compiles in this process took. What sweeps of the model have cost on hooks before counts, too: whoever runs one after
+another pays at most about twice what either takes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch.nn as nn
+
+from ..engine.clock import seconds
+from ..engine.spliced import EXACT
+from ..errors import nearest
+from ..tracing.lazy import user_line
+from .job import Done, Job
+from .report import Report
+
+ENGINES = ("auto", "hooks", "compiled")
+WARM, TIMED = 2, 8  # cells on hooks before the choice: those that learn the model, and those by the watch
+FASTER = 4  # a cell on hooks takes at least that many compiled ones: `python -m bench.sweep`
+# Seconds on two quiet cores, of SmolLM2: the first compile of a process, a module read, a distinct one compiled.
+BEGIN_S, CAPTURE_S, COMPILE_S = 3.0, 0.025, 1.2
+TURNS, TURNS_S = 100_000, 0.03  # of Python, there
+HOOKS, COMPILED, AFTER = "hooks", "compiled", f"compiled, after {WARM + TIMED} cells on hooks"
+
+_learnt = [0.0, 0.0]  # seconds that compiling sweeps took in this process, and what was estimated
+
+
+def checked(engine: str) -> str:
+    """`engine=` of a sweep."""
+    if engine not in ENGINES:
+        raise ValueError(f"{user_line()}: there is no engine `{engine}` for a sweep; {nearest(str(engine), ENGINES)}")
+    return engine
+
+
+class Choice:
+    """The engine of one sweep; under "auto" found out by its first cells. `known` is what a store says of it."""
+
+    def __init__(self, job: Job, engine: str, report: Report, here: bool, known: str | None = None):
+        self.job, self.report, self.known = job, report, known
+        self.capture = job.model._capture_for(job.options.get("compile"))
+        self.shapes = {(job.options.get("fn"), job.shapes[job.prompt(cell)]) for cell in range(len(job.cells))}
+        self.pilot: set[int] = set()
+        self.pace: list[float] = []  # seconds a cell of what runs on hooks before the choice
+        self.ran = self._begin(engine, here)
+        job.on_hooks = self.capture is not None and (self.ran == HOOKS or bool(self.pilot))
+
+    def _begin(self, engine: str, here: bool) -> str | None:
+        """What is chosen before anything has run; `None`: the first cells tell."""
+        if self.capture is None:
+            if engine == "compiled":
+                raise ValueError(
+                    f'{user_line()}: `engine="compiled"` needs a compiled model: call `model.compile()` before, or give '
+                    "the sweep `compile=True`."
+                )
+            return HOOKS
+        backend = self.capture.options.backend
+        if engine != "auto":
+            return self._told(engine, f'`engine="{engine}"`')
+        if not isinstance(backend, str) or backend in EXACT:
+            return self._told(COMPILED, "this backend's compiling is not estimated")
+        if not here:
+            return self._told(COMPILED, "the executor's workers share what one of them compiles")
+        if self.known in (HOOKS, COMPILED):
+            return self._told(self.known, "so this store was begun")
+        self.pilot = set([cell for chunk in self.job.chunks(len(self.job.cells)) for cell in chunk][: WARM + TIMED])
+        if self.known == AFTER:
+            return self._told(AFTER, "so this store was begun")
+        if self.shapes <= self.capture.swept:
+            self.pilot = set()
+            return self._told(COMPILED, "its graphs are compiled already")
+        return None
+
+    def _told(self, ran: str, why: str) -> str:
+        self.report.notes = [f"{ran}: {why}"]
+        return ran
+
+    def run(self, chunks: Sequence[list[int]]) -> Iterator[tuple[list[int], Done]]:
+        """All chunks, here, one after the other."""
+        left = sum(map(len, chunks))
+        for chunk in chunks:
+            done = Done([], [], Report())
+            self.job.prepared(chunk)
+            for piece in self._pieces(chunk):
+                begun = time.perf_counter()
+                if self.ran is None and (len(self.pace) > 1 or piece[0] not in self.pilot):
+                    self._choose(left)
+                self.job.on_hooks = self.capture is not None and (piece[0] in self.pilot or self.ran == HOOKS)
+                done = done.joined(self.job(piece, ready=True))
+                left -= len(piece)
+                self._count(piece, time.perf_counter() - begun)
+            yield chunk, done
+        if self.ran is None and chunks:
+            self.ran = self._told(HOOKS, "there are too few cells to compile for")
+        self._learn()
+
+    def _pieces(self, chunk: list[int]) -> list[list[int]]:
+        """A chunk, parted where its engine may change."""
+        first = [cell for cell in chunk if cell in self.pilot]
+        return [piece for piece in (first[:WARM], first[WARM:], chunk[len(first) :]) if piece]
+
+    def _count(self, piece: list[int], took: float) -> None:
+        if self.capture is None or not self.job.on_hooks:
+            return
+        self.capture.hooks_s += took
+        if piece[0] in self.pilot:
+            self.pace.append(took / len(piece))
+
+    def _choose(self, left: int) -> None:
+        """By the first cells: go on as they ran, or compile."""
+        assert self.capture is not None
+        pace, before = (self.pace or [0.0])[-1], self.capture.hooks_s
+        new = len(self.shapes - self.capture.swept)
+        cost, saves = estimate(self.job.model._module) * new, (left * pace + before) * (1 - 1 / FASTER)
+        each = f"{left} cells left at {pace:.2g} s each on hooks"
+        each += f", after {seconds(before)} of sweeps there" if before > 4 * sum(self.pace) * TIMED else ""
+        cost_text = f"compiling takes about {seconds(cost)}{f' for {new} shapes of inputs' if new > 1 else ''}"
+        if saves > cost:
+            self.capture.hooks_s = 0.0
+            self.ran = self._told(AFTER, f"{cost_text}, less than it saves: {each}")
+        else:
+            self.ran = self._told(HOOKS, f'{cost_text}, more than it saves: {each}. `engine="compiled"` compiles')
+
+    def _learn(self) -> None:
+        """What compiling has taken, for the next estimate."""
+        if self.ran not in (COMPILED, AFTER) or self.capture is None:
+            return
+        new = len(self.shapes - self.capture.swept)
+        waited = sum(group.waited for group in self.report.groups)
+        self.capture.swept |= self.shapes
+        if new and waited and self.capture.options.backend not in EXACT:
+            _learnt[0] += waited
+            _learnt[1] += new * work(self.job.model._module)
+
+
+def estimate(module: nn.Module) -> float:
+    """Seconds that capturing and compiling a model are likely to take, for one shape of its inputs."""
+    if _learnt[1]:
+        return work(module) * _learnt[0] / _learnt[1]
+    return (BEGIN_S + work(module)) * max(1.0, _turns() / TURNS_S)
+
+
+def work(module: nn.Module) -> float:
+    """Seconds for it on two quiet cores, in a process that has compiled before."""
+    known: dict[tuple, int] = {}
+
+    def kind(m: nn.Module) -> int:
+        own = tuple((name, tuple(p.shape)) for name, p in m.named_parameters(recurse=False))
+        return known.setdefault((type(m), own, tuple(map(kind, m.children()))), len(known))
+
+    kind(module)
+    return CAPTURE_S * sum(1 for _ in module.modules()) + COMPILE_S * len(known)
+
+
+def _turns() -> float:
+    """Seconds for some turns of Python: reading a model and generating code is that, and a busy machine is slow at it."""
+    begun, held = time.perf_counter(), {}
+    for i in range(TURNS):
+        held[i % 97] = i, str(i)
+    return time.perf_counter() - begun
