@@ -324,7 +324,10 @@ class Sheet:
             compat.graphs.tracing(self.segment.context),
             torch.no_grad(),
         ):
-            call = self.capture.compiler(region, fakes)
+            report: list[str] = []
+            call = self.capture.build(region, lambda: fakes, report)
+        for why in report:
+            self.told.note(why)
         self.capture.note_compile(self.segment, None)
         shape = self.capture.row_graphs[self.segment]
         self.capture.took(clock.COMPILE, time.perf_counter() - begun, shape, self.pending[0].line)

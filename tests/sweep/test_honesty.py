@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnsight_fx import NNsight
+from nnsight_fx import FallbackWarning, NNsight
 from nnsight_fx.sweep import forked
 
 from .programs import MLP, X, mixed, mlp, patching, same
@@ -56,6 +56,25 @@ def test_one_trace_that_does_not_fit_is_an_error_with_its_line():
                 model.blocks[0].output[:, i] = 0
                 outs.append(model.head.output.save())
     assert any("in the trace at" in note and __file__.rpartition("/")[2] in note for note in caught.value.__notes__)
+
+
+def test_a_compiler_that_fails_costs_speed_only():
+    """As in a trace: the regions run as `aot_eager` makes them, and nothing is compiled anew one by one."""
+
+    def fails(gm, inputs):
+        raise NotImplementedError("no such kernel")
+
+    module = mlp()
+    want = patching(NNsight(module))
+    model = NNsight(module)
+    model.compile(backend=fails)
+    with pytest.warns(FallbackWarning, match="`fails` could not compile a segment") as told, model.session() as session:
+        got = patching(model)
+    for a, b in zip(got, want, strict=True):
+        same(a, b)
+    assert len(told) == 1  # for all regions
+    (group,) = [g for g in groups(session) if g["strategy"] == "forked"]
+    assert any("which runs with `aot_eager`: NotImplementedError: no such kernel" in note for note in group["notes"])
 
 
 @pytest.mark.parametrize(("room", "least", "most"), [(1.0, 9, 9), (80_000.0, 2, 8), (1e12, 1, 1)])
