@@ -27,8 +27,9 @@ import torch
 
 from .parts import Parts
 from .places import HEADED, Site, Values
-from .sweep.job import is_dataset
+from .sweep.job import given, is_dataset
 from .sweep.results import Results
+from .sweep.sweep import sweep
 from .tracing.lazy import user_line
 from .tracing.saving import save
 
@@ -70,9 +71,11 @@ def patch(
         options: `store=`, `chunk=`, `progress=` and others of `model.sweep`.
     """
     site = Site(model, part, parts)
-    source = Values(site, _several(model, clean))
-    _paired(site, source.items, _several(model, corrupted), "patch")
-    return _write(site, corrupted, metric, over, layers, positions, lambda h, *at: source(*at), source.prepare, options)
+    source, items = Values(site, _several(model, clean)), _several(model, corrupted)
+    _paired(site, source.items, items, "patch")
+    other = lambda h, *at: source(*at)  # noqa: E731
+    found = _write(site, corrupted, metric, over, layers, positions, other, source.prepare, options)
+    return _beside(found, site, metric, {"clean": source.items, "corrupted": items}, options)
 
 
 def ablate(
@@ -110,7 +113,8 @@ def ablate(
     else:
         _paired(site, source.items, items, 'ablate(by="resample")')
         other, prepare = lambda h, *at: source(*at), source.prepare
-    return _write(site, inputs, metric, over, layers, positions, other, prepare, options)
+    found = _write(site, inputs, metric, over, layers, positions, other, prepare, options)
+    return _beside(found, site, metric, {"intact": items}, options)
 
 
 def steering(
@@ -137,7 +141,8 @@ def steering(
         return measure(prompt)
 
     chosen = list(range(site.layers) if layers is None else layers)
-    return model.sweep(body, inputs, {"layer": chosen, "scale": list(scales)}, **options)
+    found = model.sweep(body, inputs, {"layer": chosen, "scale": list(scales)}, **options)
+    return _beside(found, site, metric, {"unsteered": _several(model, inputs)}, options)
 
 
 def attribution(
@@ -237,6 +242,26 @@ def _write(
         return measure(prompt)
 
     return model.sweep(body, inputs, {name: every[name] for name in chosen}, prepare=prepare, **options)
+
+
+def _beside(found: Results, site: Site, metric: Metric, runs: dict[str, list], options: dict[str, Any]) -> Results:
+    """Add what the metric is with nothing patched, of each prompt and run, and the tokens at the positions."""
+    model, measure = site.model, _measure(site.model, site, metric)
+    plain = {k: v for k, v in options.items() if k not in inspect.signature(sweep).parameters}
+    for name, items in runs.items():
+        numbers = []
+        with torch.no_grad(), model.session():
+            for n, item in enumerate(items):
+                args, kwargs = given(model, item)
+                with model.trace(*args, compile=False, **kwargs, **plain):
+                    numbers.append(save(measure(n)))
+        numbers = [number.detach().cpu() for number in numbers]
+        found.baselines[name] = torch.stack(numbers) if is_dataset(model, items) and len(items) > 1 else numbers[0]
+    if "position" in found.over and max(map(len, runs.values())) == 1:
+        texts = site.tokens(item for (item,) in runs.values())
+        if texts is not None:
+            found.labels["position"] = [texts[position] for position in found.over["position"]]
+    return found
 
 
 def _measure(model: Any, site: Site, metric: Metric) -> Callable[[int], torch.Tensor]:

@@ -11,7 +11,7 @@ model = smollm2()
 answer, words = token(model, ANSWER), tokens(model, PROMPT)
 layers, ids = model.model.layers, model.tokenizer(PROMPT, return_tensors="pt").input_ids
 clean = patching.activations(model, PROMPT)
-spread = model._module.model.embed_tokens.weight.std()
+spread = model._module.model.embed_tokens.weight.std().item()
 noise = 3 * spread * torch.randn(ROWS, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
 
 
