@@ -42,7 +42,7 @@ with timed(f"work: training on {len(rows)} tokens"):
     for _ in range(STEPS):
         h = rows[torch.randint(len(rows), (256,))] / scale
         features = sae.encode(h)
-        loss = (sae.decode(features) - h).square().sum(-1).mean() + 0.02 * features.sum(-1).mean()
+        loss = (sae.decode(features) - h).square().sum(-1).mean() + 0.5 * features.sum(-1).mean()
         loss.backward()
         adam.step()
         adam.zero_grad()

@@ -11,7 +11,8 @@ from nnsight_fx import patching
 NAMES = [("Mary", "John"), ("Anna", "Paul"), ("Sarah", "Peter"), ("Jane", "Mark")]
 PROMPTS = [f"When {a} and {b} went to the store, {b} gave a drink to" for a, b in NAMES]
 OTHERS = [
-    f"When {a} and {b} went to the store, {c} gave a drink to" for (a, b), (c, _) in zip(NAMES, NAMES[1:] + NAMES[:1])
+    f"When {a} and {b} went to the store, {c} gave a drink to"
+    for (a, b), (c, _) in zip(NAMES, NAMES[1:] + NAMES[:1], strict=True)
 ]
 LAYERS = range(0, 30, 3)
 

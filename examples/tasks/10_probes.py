@@ -1,59 +1,17 @@
-"""Task 10, linear probes on harvested activations: at which layer is it plain whether a word is an animal or a place?"""
+"""Task 10, linear probes on harvested activations: where does a later word know whether it was an animal or a place?"""
 
 import tempfile
 
 import torch
 from common import check, record, smollm2, timed
 
-ANIMALS = [
-    "dog",
-    "cat",
-    "horse",
-    "cow",
-    "lion",
-    "tiger",
-    "bear",
-    "wolf",
-    "fox",
-    "rabbit",
-    "mouse",
-    "elephant",
-    "monkey",
-    "snake",
-    "eagle",
-    "shark",
-    "whale",
-    "frog",
-    "duck",
-    "goat",
-]
-PLACES = [
-    "Paris",
-    "London",
-    "Berlin",
-    "Rome",
-    "Madrid",
-    "Tokyo",
-    "China",
-    "India",
-    "Japan",
-    "Brazil",
-    "Canada",
-    "Egypt",
-    "Texas",
-    "Boston",
-    "Chicago",
-    "Moscow",
-    "Spain",
-    "Italy",
-    "Kenya",
-    "Peru",
-]
+WORDS = """dog Paris cat London horse Berlin cow Rome lion Madrid tiger Tokyo bear China wolf India fox Japan rabbit Brazil mouse
+Canada elephant Egypt monkey Texas snake Boston eagle Chicago shark Moscow whale Spain frog Italy duck Kenya goat Peru"""
 LAYERS = (0, 6, 12, 18, 24, 29)
 
 model = smollm2()
-texts = [f"I thought about {word}" for pair in zip(ANIMALS, PLACES, strict=True) for word in pair]
-labels = torch.tensor([0, 1] * len(ANIMALS))  # every word once; the last quarter is held out
+texts = [f"I thought about {word} again" for word in WORDS.split()]
+labels = torch.arange(len(texts)) % 2  # animal, place, animal, ...; the last quarter is held out
 sites = [f"model.layers.{layer}" for layer in LAYERS]
 with timed("work: harvest"), tempfile.TemporaryDirectory() as folder:
     acts = model.harvest(texts, sites, out=f"{folder}/acts", positions=-1, progress=False)

@@ -47,7 +47,7 @@ found.heatmap(
 for layer, row in zip(over["layer"], found["result"], strict=True):
     print(
         f"layers {layer:2} to {layer + 2:2}: "
-        + ", ".join(f"{words[s]!r} {v:+.1f}" for s, v in zip(over["source"], row))
+        + ", ".join(f"{words[s]!r} {v:+.1f}" for s, v in zip(over["source"], row, strict=True))
     )
 
 # By hand: the patterns, and edges cut by the mask that the attention gets
