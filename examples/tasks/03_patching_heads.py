@@ -1,12 +1,15 @@
 """Task 3, activation patching by head: what each head writes on the clean prompt, in the corrupted one (Wang et al. 2022).
 
-`part="z"` is what a head gives to the output projection. On hooks, as in task 2.
+`part="z"` is what a head gives to the output projection. On hooks, as in task 2, which also shows in which layers the name moves
+from where it is read to the last position: those are looked at.
 """
 
 import torch
 from common import CLEAN, CORRUPTED, check, hooks, smollm2, timed, token
 
 from nnsight_fx import patching
+
+LAYERS = range(16, 30)
 
 model = smollm2()
 mary, john = token(model, " Mary"), token(model, " John")
@@ -17,13 +20,13 @@ def difference(logits: torch.Tensor) -> torch.Tensor:
 
 
 with timed("work"):
-    found = patching.patch(model, CLEAN, CORRUPTED, difference, part="z")  # (layers, heads)
+    found = patching.patch(model, CLEAN, CORRUPTED, difference, part="z", layers=LAYERS)  # (layers, heads)
 scores = found["result"]
 for flat in (scores - scores.median()).abs().flatten().argsort(descending=True)[:8].tolist():
     layer, head = divmod(flat, scores.shape[1])
-    print(f"head {layer}.{head}: {scores[layer, head]:+.2f}")
+    print(f"head {LAYERS[layer]}.{head}: {scores[layer, head]:+.2f}")
 
-# By hand: every sixth layer, all heads
+# By hand: every fourth layer, all heads
 module = model._module
 projections, width = [block.self_attn.o_proj for block in module.model.layers], model.config.head_dim
 clean, corrupted = (model.tokenizer(text, return_tensors="pt").input_ids for text in (CLEAN, CORRUPTED))
@@ -31,7 +34,7 @@ zs: dict = {}
 with torch.no_grad(), hooks({}, {p: lambda m, args: zs.update({m: args[0].clone()}) for p in projections}):
     module(clean)
 by_hand = []
-for projection in projections[::6]:
+for projection in projections[LAYERS.start :: 4]:
     for head in range(scores.shape[1]):
 
         def put(m, args, columns=slice(head * width, (head + 1) * width)):
@@ -39,4 +42,4 @@ for projection in projections[::6]:
 
         with torch.no_grad(), hooks({}, {projection: put}):
             by_hand.append(difference(module(corrupted).logits))
-check(scores[::6], torch.stack(by_hand).view(-1, scores.shape[1]))
+check(scores[::4], torch.stack(by_hand).view(-1, scores.shape[1]))
