@@ -70,6 +70,7 @@ def patch(
         layers, positions: which; all by default. Negative positions count from the end.
         options: `store=`, `chunk=`, `progress=` and others of `model.sweep`.
     """
+    _checked(model, patch, options)
     site = Site(model, part, parts)
     source, items = Values(site, _several(model, clean)), _several(model, corrupted)
     _paired(site, source.items, items, "patch")
@@ -97,6 +98,7 @@ def ablate(
     `by` is "zero", "mean" (over all prompts, rows and positions of `reference`, else of `inputs`) or "resample" (the value in
     `reference`, a prompt of the same length; of lists, the prompt of the same number). The rest is as in `patch`.
     """
+    _checked(model, ablate, options)
     if by not in ("zero", "mean", "resample"):
         raise ValueError(f"{user_line()}: `by` is zero, mean or resample; not `{by}`.")
     if by == "resample" and reference is None:
@@ -130,6 +132,7 @@ def steering(
     **options: Any,
 ) -> Results:
     """Add `scale * vector` to the residual stream behind a layer, for every layer and scale. `vector` is (width,)."""
+    _checked(model, steering, options)
     site = Site(model, "residual", parts)
     where = slice(None) if positions is None else positions
 
@@ -205,6 +208,13 @@ def logit_lens(model: Any, inputs: Any, *, position: int | None = -1, parts: Par
     return Results(
         {"layer": layers}, {"result": torch.stack([f.detach().cpu() for f in found])}, {"program": "logit lens"}
     )
+
+
+def _checked(model: Any, verb: Callable, options: dict[str, Any]) -> None:
+    """A misspelt keyword is told by the verb that it was written to."""
+    own = {"compile", "fn", "pad_to"} | inspect.signature(sweep).parameters.keys()
+    model.dispatch()
+    model._check_keywords(options.get("fn"), options.keys() - own, verb.__name__, verb, sweep)
 
 
 def _write(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -81,6 +83,9 @@ def test_the_output_is_the_tuple_that_it_was(engine):
         whole = nnsight_fx.save(attention_of(model).output)
         attention_of(model).output = (attention[0] * 0, *attention[1:])
         zero = attention_of(model).output[0].save()
+    with pytest.raises(WeightsNotComputedError):
+        whole[1]
+    assert type(copy.deepcopy(whole)) is tuple
     assert torch.equal(whole[0], plain) and zero.abs().sum() == 0 and plain.abs().sum() > 0
     with torch.no_grad(), model.trace(IDS):
         attention_of(model).output = attention_of(model).output  # written back as it was read

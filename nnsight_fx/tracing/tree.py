@@ -30,6 +30,9 @@ class Explained(tuple):
             raise self.why[index % len(self)]()
         return found
 
+    def __reduce__(self) -> tuple:
+        return tuple, (list(self),)
+
 
 def children(value: Any) -> tuple[str, tuple, list] | None:
     """`(kind, keys, values)` of a container, or `None` for a leaf."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -226,6 +227,15 @@ def test_the_table_fits_the_models():
         Parts("h", "attn", "mlp", None, "norm", "head").check(wrap("gpt2"))
 
 
+def test_paths_may_begin_at_the_model():
+    model = wrap("gpt2")
+    own = FAMILIES["gpt2"]
+    given = dataclasses.replace(own, layers="model.transformer.h", unembed="model.lm_head")
+    assert given.check(model) == own
+    found = patching.patch(model, CLEAN, CORRUPTED, metric, parts=given, progress=False)
+    assert torch.equal(found["result"], patching.patch(model, CLEAN, CORRUPTED, metric, progress=False)["result"])
+
+
 def test_a_metric_of_one_element_adds_no_axis():
     model = wrap("gpt2")
     for measure in (metric, lambda logits: metric(logits).sum(), lambda logits: metric(logits)[:1]):
@@ -287,8 +297,10 @@ def test_bad_input():
             run()
         assert verb in str(error.value) and model.tracer is None and not ran
     handle.remove()
-    with pytest.raises(TypeError, match="`strore=` is no keyword of `sweep` .* did you mean `store`"):
+    with pytest.raises(TypeError, match="`strore=` is no keyword of `patch` .* did you mean `store`"):
         patching.patch(model, CLEAN, CORRUPTED, metric, strore="runs")
+    with pytest.raises(TypeError, match=r"test_patching\.py:\d+: `positons=` is no keyword of `ablate` .* `positions`"):
+        patching.ablate(model, CLEAN, metric, positons=[0])
     with pytest.raises(ValueError, match="`over` is `layer`, with"):
         patching.patch(model, CLEAN, CORRUPTED, metric, over=("layer", "head"))
     with pytest.raises(ValueError, match="give `reference=`"):
