@@ -79,7 +79,8 @@ class Site:
 
     def tokens(self, items: Iterable[Any]) -> list[str] | None:
         """The token at each position, of several prompts `one / other` where they differ; `None` where there is no text."""
-        tokenizer, rows = getattr(self.model, "tokenizer", None), []
+        tokenizer: Any = getattr(self.model, "tokenizer", None)
+        rows = []
         for item in items:
             args, kwargs = given(self.model, item)
             ids = self.model._prepare(args, kwargs).kwargs.get("input_ids")

@@ -4,7 +4,7 @@ On hooks: one forward pays for no compile.
 """
 
 import torch
-from common import check, record, smollm2, timed
+from common import check, plain, record, smollm2, timed
 
 from nnsight_fx import patching
 
@@ -20,7 +20,7 @@ for layer, row in zip(lens.over["layer"], logits.softmax(-1), strict=True):
     print(f"{layer:>9}  {p:.2f}  {model.tokenizer.decode([int(best)])!r}")
 
 # By hand
-module = model._module
+module = plain(model)
 inner, ids = module.model, model.tokenizer(PROMPT, return_tensors="pt").input_ids
 streams = record(module, ids, [inner.embed_tokens, *inner.layers])
 with torch.no_grad():

@@ -5,7 +5,7 @@ hooks, where a sweep runs cells as the rows of one forward: for one grid of 150 
 """
 
 import torch
-from common import CLEAN, CORRUPTED, check, hooks, record, smollm2, timed, token, tokens
+from common import CLEAN, CORRUPTED, check, hooks, plain, record, smollm2, timed, token, tokens
 
 from nnsight_fx import patching
 
@@ -29,7 +29,7 @@ for flat in scores.flatten().argsort(descending=True)[:5].tolist():
     print(f"layer {layer:2}, {words[first + column]!r}: {scores[layer, column]:+.2f}")
 
 # By hand: every sixth layer
-module = model._module
+module = plain(model)
 layers = module.model.layers
 clean, corrupted = (model.tokenizer(text, return_tensors="pt").input_ids for text in (CLEAN, CORRUPTED))
 streams, by_hand = record(module, clean, list(layers)), []

@@ -5,7 +5,7 @@ from where it is read to the last position: those are looked at.
 """
 
 import torch
-from common import CLEAN, CORRUPTED, check, hooks, smollm2, timed, token
+from common import CLEAN, CORRUPTED, check, hooks, plain, smollm2, timed, token
 
 from nnsight_fx import patching
 
@@ -27,7 +27,7 @@ for flat in (scores - scores.median()).abs().flatten().argsort(descending=True)[
     print(f"head {LAYERS[layer]}.{head}: {scores[layer, head]:+.2f}")
 
 # By hand: every fourth layer, all heads
-module = model._module
+module = plain(model)
 projections, width = [block.self_attn.o_proj for block in module.model.layers], model.config.head_dim
 clean, corrupted = (model.tokenizer(text, return_tensors="pt").input_ids for text in (CLEAN, CORRUPTED))
 zs: dict = {}

@@ -5,7 +5,7 @@ second is the clean run with it. Both are traces of one session, which runs many
 """
 
 import torch
-from common import CLEAN, CORRUPTED, check, hooks, smollm2, timed, token
+from common import CLEAN, CORRUPTED, check, hooks, plain, smollm2, timed, token
 
 import nnsight_fx
 from nnsight_fx import patching
@@ -42,13 +42,13 @@ with timed("work"), torch.no_grad(), model.session():
                 layers[RECEIVER].self_attn.q_proj.output[..., columns(ITS_HEAD)] = query
                 scores.append(difference(model.lm_head.output))
 with torch.no_grad(), model.trace(CLEAN):
-    clean = difference(model.lm_head.output).save()
+    clean = nnsight_fx.save(difference(model.lm_head.output))
 effects = torch.stack(scores).view(len(SENDERS), heads) - clean
 for flat in effects.abs().flatten().argsort(descending=True)[:5].tolist():
     print(f"{SENDERS[flat // heads]}.{flat % heads} -> {RECEIVER}.{ITS_HEAD}: {effects.flatten()[flat]:+.3f}")
 
 # By hand: every ninth sender
-module, by_hand, ours = model._module, [], []
+module, by_hand, ours = plain(model), [], []
 ids = model.tokenizer(CLEAN, return_tensors="pt").input_ids
 blocks = [block.self_attn for block in module.model.layers]
 for flat in range(0, effects.numel(), 10):

@@ -1,9 +1,9 @@
 """Task 5, causal tracing: noise on the subject's embeddings, one clean value restored at a time (Meng et al. 2022)."""
 
 import torch
-from common import check, hooks, record, smollm2, timed, token, tokens
+from common import check, hooks, plain, record, smollm2, timed, token, tokens
 
-from nnsight_fx import patching
+from nnsight_fx import patching, save
 
 PROMPT, SUBJECT, ANSWER, ROWS = "The Eiffel Tower is in the city of", slice(1, 4), " Paris", 4  # rows: draws of noise
 
@@ -11,7 +11,7 @@ model = smollm2()
 answer, words = token(model, ANSWER), tokens(model, PROMPT)
 layers, ids = model.model.layers, model.tokenizer(PROMPT, return_tensors="pt").input_ids
 clean = patching.activations(model, PROMPT)
-spread = model._module.model.embed_tokens.weight.std().item()
+spread = plain(model).model.embed_tokens.weight.std().item()
 noise = 3 * spread * torch.randn(ROWS, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
 
 
@@ -31,7 +31,7 @@ with timed("work"):
     found = model.sweep(restore, ids.repeat(ROWS, 1), over=over)
     with torch.no_grad(), model.trace(ids.repeat(ROWS, 1)):
         model.model.embed_tokens.output[:, SUBJECT] += noise
-        noised = probability(model.lm_head.output).save()
+        noised = save(probability(model.lm_head.output))
 scores = found["result"]
 found.heatmap(
     "tracing.png",
@@ -43,7 +43,7 @@ for layer, row in zip(found.over["layer"], scores, strict=True):
     print(f"layer {layer:2}  " + "  ".join(f"{w!r} {p:.2f}" for w, p in zip(words[SUBJECT.start :], row, strict=True)))
 
 # By hand: two layers
-module, by_hand = model._module, []
+module, by_hand = plain(model), []
 streams = record(module, ids, list(module.model.layers))
 for layer in (6, 21):
     for position in over["position"]:

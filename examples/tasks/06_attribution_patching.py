@@ -1,9 +1,9 @@
 """Task 6, attribution patching (Nanda 2023) against real patching: one forward and backward for what takes a forward a cell."""
 
 import torch
-from common import CLEAN, CORRUPTED, check, hooks, smollm2, timed, token
+from common import CLEAN, CORRUPTED, check, hooks, plain, smollm2, timed, token
 
-from nnsight_fx import patching
+from nnsight_fx import patching, save
 
 LAYERS, POSITIONS = range(0, 30, 3), range(9, 14)
 
@@ -20,12 +20,12 @@ with timed("work: attribution"):
 with timed("work: patching"):
     real = patching.patch(model, CLEAN, CORRUPTED, difference, layers=LAYERS, positions=POSITIONS)["result"]
 with torch.no_grad(), model.trace(CORRUPTED):
-    corrupted = difference(model.lm_head.output)[0].save()
+    corrupted = save(difference(model.lm_head.output)[0])
 both = torch.stack([quick[list(LAYERS)][:, list(POSITIONS)].flatten(), (real - corrupted).flatten()])
 print(f"correlation over {both.shape[1]} cells: {both.corrcoef()[0, 1]:.2f}")
 
 # By hand: the gradient of every block's output, by plain hooks and autograd
-module = model._module
+module = plain(model)
 streams = {}
 for text in (CLEAN, CORRUPTED):
     held = streams[text] = []

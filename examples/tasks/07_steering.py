@@ -1,7 +1,7 @@
 """Task 7, steering: a direction added while text is generated, on a grid of layers and strengths (Turner et al. 2023)."""
 
 import torch
-from common import hooks, record, smollm2, timed
+from common import hooks, plain, record, smollm2, timed
 
 PROMPT, TOWARDS, AWAY = (
     "I went to the cinema yesterday, and the film was",
@@ -31,7 +31,7 @@ with timed("work"), torch.no_grad():
             print(f"layer {layer:2}, {strength:+.0f}: {texts[layer, strength].removeprefix(PROMPT)!r}")
 
 # By hand: the same texts
-module = model._module
+module = plain(model)
 ends = []
 for text in (TOWARDS, AWAY):
     ids = model.tokenizer(text, return_tensors="pt").input_ids

@@ -7,8 +7,9 @@ import tempfile
 from pydoc_data.topics import topics
 
 import torch
-from common import check, hooks, smollm2, timed
+from common import check, hooks, plain, smollm2, timed
 
+from nnsight_fx import save
 from nnsight_fx.interventions import SAESplice
 
 LAYER, LATENTS, STEPS, PROMPT = 12, 1024, 300, "The assignment statement binds a name to"
@@ -54,12 +55,12 @@ with torch.no_grad():
     )
     sae.up.weight /= scale  # from here on in the model's own scale
     sae.down.weight *= scale
-    sae.down.bias *= scale
+    sae.down.bias.mul_(scale)
 
 splice = SAESplice(sae)  # what the autoencoder does not explain is added: unedited, it changes nothing
 with timed("work: splice"), torch.no_grad():
     with model.trace(PROMPT):
-        features = splice.encode(block.output).save()
+        features = save(splice.encode(block.output))
     strongest = int(features[0, 1:].max(0).values.argmax())
     with model.trace(PROMPT):
         block.output = splice(block.output, edit=lambda f: f.index_fill(-1, torch.tensor([strongest]), 0.0))
@@ -75,6 +76,6 @@ def spliced(m, args, out):
     return sae.decode(edited) + (out - explained)
 
 
-module = model._module
+module = plain(model)
 with torch.no_grad(), hooks({module.model.layers[LAYER]: spliced}):
     check(logits, module(model.tokenizer(PROMPT, return_tensors="pt").input_ids).logits)

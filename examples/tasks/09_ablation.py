@@ -4,7 +4,7 @@ Wang et al. 2022 (mean), Chan et al. 2022 (resample). The metric is a mean over 
 """
 
 import torch
-from common import check, hooks, smollm2, timed, token
+from common import check, hooks, plain, smollm2, timed, token
 
 from nnsight_fx import patching
 
@@ -39,7 +39,7 @@ for i, layer in enumerate(LAYERS):
     print(f"layer {layer:2}: " + ", ".join(shown))
 
 # By hand: two layers, all three
-module = model._module
+module = plain(model)
 outputs = [block.self_attn for block in module.model.layers]
 ids = [model.tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS]
 others = [model.tokenizer(text, return_tensors="pt").input_ids for text in OTHERS]

@@ -3,7 +3,7 @@
 import tempfile
 
 import torch
-from common import check, record, smollm2, timed
+from common import check, plain, record, smollm2, timed
 
 WORDS = """dog Paris cat London horse Berlin cow Rome lion Madrid tiger Tokyo bear China wolf India fox Japan rabbit Brazil mouse
 Canada elephant Egypt monkey Texas snake Boston eagle Chicago shark Moscow whale Spain frog Italy duck Kenya goat Peru"""
@@ -33,7 +33,7 @@ with timed("work: probes"):
         print(f"{site}: {right.float().mean():.0%} of {len(right)} held-out words")
 
 # By hand
-module = model._module
+module = plain(model)
 blocks = [module.model.layers[layer] for layer in LAYERS]
 ids = [model.tokenizer(text, return_tensors="pt").input_ids for text in texts]
 by_hand = torch.stack([torch.stack([h[0, -1] for h in record(module, row, blocks)]) for row in ids[:8]], 1)

@@ -5,7 +5,9 @@ zero before the softmax's sum: minus infinity among the scores, which `.source` 
 """
 
 import torch
-from common import CLEAN, check, hooks, smollm2, timed, token, tokens
+from common import CLEAN, check, hooks, plain, smollm2, timed, token, tokens
+
+from nnsight_fx import save
 
 model = smollm2(attn_implementation="eager")
 mary, john, words = token(model, " Mary"), token(model, " John"), tokens(model, CLEAN)
@@ -18,7 +20,7 @@ def difference(logits: torch.Tensor) -> torch.Tensor:
 
 with timed("work: patterns"), torch.no_grad(), model.trace(CLEAN):
     patterns = [layer.self_attn.output[1].save() for layer in layers]  # (batch, heads, from, to)
-    intact = difference(model.lm_head.output).save()
+    intact = save(difference(model.lm_head.output))
 pattern = torch.stack(patterns)[:, 0]  # (layers, heads, from, to)
 to_mary = pattern[:, :, -1, words.index(" Mary")]
 for flat in to_mary.flatten().argsort(descending=True)[:5].tolist():
@@ -51,7 +53,7 @@ for layer, row in zip(over["layer"], found["result"], strict=True):
     )
 
 # By hand: the patterns, and edges cut by the mask that the attention gets
-module, held, by_hand = model._module, [], []
+module, held, by_hand = plain(model), [], []
 attentions = [block.self_attn for block in module.model.layers]
 ids = model.tokenizer(CLEAN, return_tensors="pt").input_ids
 with torch.no_grad(), hooks({a: lambda m, args, out: held.append(out[1]) for a in attentions}):

@@ -4,7 +4,7 @@
 
 # %%
 import torch
-from common import CLEAN, CORRUPTED, check, hooks, record, smollm2, timed, token
+from common import CLEAN, CORRUPTED, check, hooks, plain, record, smollm2, timed, token
 
 from nnsight_fx import patching
 
@@ -25,7 +25,7 @@ with timed("work"):
     found = patching.patch(
         model, CLEAN, CORRUPTED, difference, layers=range(0, 30, 5), positions=range(9, 14), progress=False
     )
-found
+print(found)
 
 # %% [markdown]
 # The title has both runs without a patch, the colours are centred on the corrupted one, and the axis has the tokens.
@@ -37,7 +37,7 @@ found.heatmap(bar="logit(' Mary') - logit(' John')")
 # The same by hand, for one cell.
 
 # %%
-module = model._module
+module = plain(model)
 clean, corrupted = (model.tokenizer(text, return_tensors="pt").input_ids for text in (CLEAN, CORRUPTED))
 (stream,) = record(module, clean, [module.model.layers[15]])
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import CLEAN, CORRUPTED, check, hooks, record, smollm2, timed, token
+from common import CLEAN, CORRUPTED, check, hooks, plain, record, smollm2, timed, token
 
 from nnsight_fx import patching
 
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
     print(f"{len(kept)} chunks were there, {len(chunks(folder))} are; {found}")
 
     # By hand: the whole grid's first and last row
-    module = model._module
+    module = plain(model)
     clean, corrupted = (model.tokenizer(text, return_tensors="pt").input_ids for text in (CLEAN, CORRUPTED))
     mary, john, by_hand = token(model, " Mary"), token(model, " John"), []
     for layer in (0, 25):

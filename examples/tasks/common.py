@@ -29,6 +29,11 @@ def smollm2(**options: Any) -> LanguageModel:
         sys.exit(f"{sys.argv[0]}: {error}")
 
 
+def plain(model: LanguageModel) -> Any:
+    """The torch module that was wrapped, for hooks of one's own."""
+    return model._module
+
+
 def token(model: LanguageModel, text: str) -> int:
     """The id of a text that is one token."""
     (found,) = model.tokenizer(text, add_special_tokens=False).input_ids
