@@ -25,6 +25,7 @@ from .errors import (
     UnknownModuleError,
     UnknownOperationError,
     UnsavedValueError,
+    WeightsNotComputedError,
     WorkerLostError,
 )
 from .harvest.activations import Activations
@@ -68,6 +69,7 @@ __all__ = [
     "UnknownModuleError",
     "UnknownOperationError",
     "UnsavedValueError",
+    "WeightsNotComputedError",
     "WorkerLostError",
     "assert_max_compiles",
     "assert_no_fallback",

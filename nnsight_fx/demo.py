@@ -11,10 +11,12 @@ place, see how much of the answer comes back (Wang et al. 2022, indirect object 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from . import weights
+from . import atomic, weights
 from .errors import NNsightFXError
 from .language import LanguageModel
 from .viz.heatmap import heatmap, load_matplotlib
@@ -150,21 +152,21 @@ def run(
     default all. Returns what scores.json holds.
     """
     load_matplotlib()  # before the minutes of work, not after
-    _make_folder(out)
-    lm, name = load(model)
-    patching = Patching(lm, task)
-    _introduce(patching, name)
+    with _folder(out):
+        lm, name = load(model)
+        patching = Patching(lm, task)
+        _introduce(patching, name)
 
-    lm.compile(backend=backend)
-    print(f"first sweep, which compiles with {backend}, and then a second one ...", flush=True)
-    scores, first = _timed(lambda: patching.grid(chunk))
-    scores, compiled = _timed(lambda: patching.grid(chunk))
-    _print_strongest(patching, scores)
+        lm.compile(backend=backend)
+        print(f"first sweep, which compiles with {backend}, and then a second one ...", flush=True)
+        scores, first = _timed(lambda: patching.grid(chunk))
+        scores, compiled = _timed(lambda: patching.grid(chunk))
+        _print_strongest(patching, scores)
 
-    seconds = {"compiled": compiled, "compiled_with_compile_time": first}
-    report = _describe(patching, name, scores) | {"backend": backend, "chunk": chunk}
-    report |= _against_hooks(patching, scores, sample, seconds)
-    _write(patching, name, scores, report, out)
+        seconds = {"compiled": compiled, "compiled_with_compile_time": first}
+        report = _describe(patching, name, scores) | {"backend": backend, "chunk": chunk}
+        report |= _against_hooks(patching, scores, sample, seconds)
+        _write(patching, name, scores, report, out)
     print(_last_line(report))
     return report
 
@@ -254,11 +256,14 @@ def _write(p: Patching, name: str, scores: torch.Tensor, report: dict[str, Any],
         p.recovered(scores),
         x=p.tokens(),
         y=[str(layer) for layer in range(len(p.layers))],
-        title=f"Clean residual stream patched into the corrupted run\n{name}",
+        title=f"Clean residual stream patched into the corrupted run\n{name}\nclean {p.clean:+.3f}, corrupted {p.corrupt:+.3f}",
         bar=f"recovered logit({p.task.answer!r}) - logit({p.task.wrong!r})",
     )
-    figure.savefig(out / "heatmap.png", dpi=150)
-    (out / "scores.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    atomic.write(out / "heatmap.png", picture.getvalue())
+    atomic.write(out / "scores.json", text.encode())
     print(f"\nwrote {out / 'heatmap.png'} and {out / 'scores.json'}")
 
 
@@ -309,11 +314,21 @@ def _timed(work: Callable[[], T]) -> tuple[T, float]:
     return value, time.perf_counter() - start  # values come back to the CPU, which waits for the device
 
 
-def _make_folder(out: Path) -> None:
+@contextlib.contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Make the folder before any work; where the work fails, what was made of it goes again."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"`{out}` cannot be made ({error}). Name another folder with --out.") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody has put something into it
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 def _own_version() -> str:

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 import torch.nn as nn
 
+from . import attention
 from .errors import OutsideTraceError, UnknownModuleError, nearest, own_error
 from .methods import traceable
 from .tracing import tree
@@ -108,6 +109,13 @@ class Envoy(Observed):
         self._module, self._path, self._root = module, path, root
 
     @own_error
+    def output(self) -> Any:
+        """What the module returned: the model's own structure, with tensors that are recorded."""
+        return attention.explained(self, Observed.output.fget(self))  # type: ignore[misc]
+
+    output = output.setter(Observed.output.fset)  # type: ignore[arg-type]
+
+    @own_error
     def source(self) -> Any:
         """The operations inside the module's `forward`: `print(module.source)` lists them.
 
@@ -151,7 +159,11 @@ class Envoy(Observed):
 
     @property
     def root(self) -> Any:
-        """The wrapped model itself."""
+        """The wrapped model that this module belongs to: the `NNsight` or `LanguageModel`, not the torch module in it.
+
+        The torch module itself is `._module`, as in nnsight: `model._module` is the one that was wrapped, and
+        `model.layers[3]._module` is a layer, for hooks of your own, `state_dict()`, or an optimizer.
+        """
         return self._root
 
     @property

@@ -86,6 +86,10 @@ class UnsupportedTorchError(NNsightFXError, ImportError):
     """This torch lacks a private name that there is no way around."""
 
 
+class WeightsNotComputedError(NNsightFXError, TypeError):
+    """Attention weights of a model whose attention is one kernel, which gives none."""
+
+
 class FallbackError(NNsightFXError, AssertionError):
     """Something ran outside captured code under `assert_no_fallback()`."""
 

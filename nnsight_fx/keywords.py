@@ -23,7 +23,7 @@ SWALLOWED = frozenset(
 _known: weakref.WeakKeyDictionary[nn.Module, dict[str | None, Taken | None]] = weakref.WeakKeyDictionary()
 
 
-def check(module: nn.Module, fn: str | None, kwargs: Iterable[str], verb: str, own: Callable | None = None) -> None:
+def check(module: nn.Module, fn: str | None, kwargs: Iterable[str], verb: str, *own: Callable) -> None:
     """Raise a `TypeError` at the user's line for a keyword that neither `verb` nor the traced function takes.
 
     A model of transformers hands its `**kwargs` on: there every name counts that the `forward` of a module inside takes, or
@@ -39,9 +39,8 @@ def check(module: nn.Module, fn: str | None, kwargs: Iterable[str], verb: str, o
     wrong = [name for name in names if name not in taken.names]
     if not wrong:
         return
-    ours = (
-        [] if own is None else [p.name for p in inspect.signature(own).parameters.values() if p.kind == p.KEYWORD_ONLY]
-    )
+    signatures = [inspect.signature(function).parameters.values() for function in own]
+    ours = [p.name for parameters in signatures for p in parameters if p.kind == p.KEYWORD_ONLY]
     if taken.open:
         wrong = [name for name in wrong if difflib.get_close_matches(name, ours, cutoff=0.8)]
     if not wrong:

@@ -217,20 +217,14 @@ class NNsight(Edits, Envoy):
             return callee(self._module, fn)(*batch.args, **batch.kwargs)
         return Tracer(self, args, kwargs, compile=compile, fn=fn, pad_to=pad_to)
 
-    def scan(self, *args: Any, **kwargs: Any) -> Tracer:
+    def scan(self, *args: Any, fn: str | None = None, pad_to: int | None = None, **kwargs: Any) -> Tracer:
         """A trace that runs nothing: the body sees shapes and dtypes, and is refused what a trace would refuse.
 
         Saved values become tensors on the `meta` device. Nothing of the model moves.
         """
-        return Tracer(
-            self,
-            args,
-            kwargs,
-            compile=False,
-            fn=kwargs.pop("fn", None),
-            pad_to=kwargs.pop("pad_to", None),
-            scan_only=True,
-        )
+        self._check_fn(fn)
+        self._check_keywords(fn, kwargs, "scan", NNsight.scan)
+        return Tracer(self, args, kwargs, compile=False, fn=fn, pad_to=pad_to, scan_only=True)
 
     def _part_trace(self, part: Envoy, args: tuple, kwargs: dict, fn: str | None) -> Any:
         """A trace of one module of the model, whose inputs are not the model's."""
@@ -254,10 +248,8 @@ class NNsight(Edits, Envoy):
         self.dispatch()
         self._check_keywords(options.get("fn"), options.keys() - own, verb, function)
 
-    def _check_keywords(
-        self, fn: str | None, names: Iterable[str], verb: str, function: Callable | None = None
-    ) -> None:
-        keywords.check(self._module, fn, names, verb, function)
+    def _check_keywords(self, fn: str | None, names: Iterable[str], verb: str, *functions: Callable) -> None:
+        keywords.check(self._module, fn, names, verb, *functions)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         if self.tracer is None and self._caller is not None:

@@ -42,9 +42,13 @@ class Parts:
     v: str | Column | None = None
 
     def check(self, model: Any) -> Parts:
-        """Raise `UnknownModuleError` where the model has no such module."""
+        """The parts by the model's own paths (`model.` in front is taken, too). Raise `UnknownModuleError` for one that is not there."""
         tree = dict(model._module.named_modules(remove_duplicate=False))
         inside = {"attention", "mlp", "z", "q", "k", "v"}
+        outer = {name: getattr(self, name) for name in ("layers", "norm", "unembed")}
+        short = {name: path.removeprefix("model.") for name, path in outer.items() if path not in tree}
+        if any(path != outer[name] and path in tree for name, path in short.items()):
+            return replace(self, **short).check(model)
         for name in (f.name for f in fields(self)):
             given = getattr(self, name)
             path = given.path if isinstance(given, Column) else given

@@ -27,9 +27,10 @@ import torch
 
 from .parts import Parts
 from .places import HEADED, Site, Values
-from .sweep.job import is_dataset
+from .sweep.job import given, is_dataset
 from .sweep.report import one_run
 from .sweep.results import Results
+from .sweep.sweep import sweep
 from .tracing.lazy import user_line
 from .tracing.saving import save
 
@@ -72,10 +73,13 @@ def patch(
         layers, positions: which; all by default. Negative positions count from the end.
         options: `store=`, `chunk=`, `progress=` and others of `model.sweep`.
     """
+    _checked(model, patch, options)
     site = Site(model, part, parts)
-    source = Values(site, _several(model, clean))
-    _paired(site, source.items, _several(model, corrupted), "patch")
-    return _write(site, corrupted, metric, over, layers, positions, lambda h, *at: source(*at), source.prepare, options)
+    source, items = Values(site, _several(model, clean)), _several(model, corrupted)
+    _paired(site, source.items, items, "patch")
+    other = lambda h, *at: source(*at)  # noqa: E731
+    found = _write(site, corrupted, metric, over, layers, positions, other, source.prepare, options)
+    return _beside(found, site, metric, {"clean": source.items, "corrupted": items}, options)
 
 
 @one_run
@@ -98,6 +102,7 @@ def ablate(
     `by` is "zero", "mean" (over all prompts, rows and positions of `reference`, else of `inputs`) or "resample" (the value in
     `reference`, a prompt of the same length; of lists, the prompt of the same number). The rest is as in `patch`.
     """
+    _checked(model, ablate, options)
     if by not in ("zero", "mean", "resample"):
         raise ValueError(f"{user_line()}: `by` is zero, mean or resample; not `{by}`.")
     if by == "resample" and reference is None:
@@ -114,7 +119,8 @@ def ablate(
     else:
         _paired(site, source.items, items, 'ablate(by="resample")')
         other, prepare = lambda h, *at: source(*at), source.prepare
-    return _write(site, inputs, metric, over, layers, positions, other, prepare, options)
+    found = _write(site, inputs, metric, over, layers, positions, other, prepare, options)
+    return _beside(found, site, metric, {"intact": items}, options)
 
 
 @one_run
@@ -131,6 +137,7 @@ def steering(
     **options: Any,
 ) -> Results:
     """Add `scale * vector` to the residual stream behind a layer, for every layer and scale. `vector` is (width,)."""
+    _checked(model, steering, options)
     site = Site(model, "residual", parts)
     where = slice(None) if positions is None else positions
 
@@ -142,7 +149,8 @@ def steering(
         return measure(prompt)
 
     chosen = list(range(site.layers) if layers is None else layers)
-    return model.sweep(body, inputs, {"layer": chosen, "scale": list(scales)}, **options)
+    found = model.sweep(body, inputs, {"layer": chosen, "scale": list(scales)}, **options)
+    return _beside(found, site, metric, {"unsteered": _several(model, inputs)}, options)
 
 
 @one_run
@@ -209,6 +217,13 @@ def logit_lens(model: Any, inputs: Any, *, position: int | None = -1, parts: Par
     )
 
 
+def _checked(model: Any, verb: Callable, options: dict[str, Any]) -> None:
+    """A misspelt keyword is told by the verb that it was written to."""
+    own = {"compile", "fn", "pad_to"} | inspect.signature(sweep).parameters.keys()
+    model.dispatch()
+    model._check_keywords(options.get("fn"), options.keys() - own, verb.__name__, verb, sweep)
+
+
 def _write(
     site: Site,
     inputs: Any,
@@ -244,6 +259,26 @@ def _write(
         return measure(prompt)
 
     return model.sweep(body, inputs, {name: every[name] for name in chosen}, prepare=prepare, **options)
+
+
+def _beside(found: Results, site: Site, metric: Metric, runs: dict[str, list], options: dict[str, Any]) -> Results:
+    """Add what the metric is with nothing patched, of each prompt and run, and the tokens at the positions."""
+    model, measure = site.model, _measure(site.model, site, metric)
+    plain = {k: v for k, v in options.items() if k not in inspect.signature(sweep).parameters}
+    for name, items in runs.items():
+        numbers = []
+        with torch.no_grad(), model.session():
+            for n, item in enumerate(items):
+                args, kwargs = given(model, item)
+                with model.trace(*args, compile=False, **kwargs, **plain):
+                    numbers.append(save(measure(n)))
+        numbers = [number.detach().cpu() for number in numbers]
+        found.baselines[name] = torch.stack(numbers) if is_dataset(model, items) and len(items) > 1 else numbers[0]
+    if "position" in found.over and max(map(len, runs.values())) == 1:
+        texts = site.tokens(item for (item,) in runs.values())
+        if texts is not None:
+            found.labels["position"] = [texts[position] for position in found.over["position"]]
+    return found
 
 
 def _measure(model: Any, site: Site, metric: Metric) -> Callable[[int], torch.Tensor]:

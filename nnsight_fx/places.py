@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -75,6 +76,19 @@ class Site:
             return known
         with self.model.scan(*args, **kwargs):
             return int(self.value(0).shape[1])
+
+    def tokens(self, items: Iterable[Any]) -> list[str] | None:
+        """The token at each position, of several prompts `one / other` where they differ; `None` where there is no text."""
+        tokenizer: Any = getattr(self.model, "tokenizer", None)
+        rows = []
+        for item in items:
+            args, kwargs = given(self.model, item)
+            ids = self.model._prepare(args, kwargs).kwargs.get("input_ids")
+            if tokenizer is None or not isinstance(ids, torch.Tensor) or ids.dim() != 2 or (ids != ids[0]).any():
+                return None
+            rows.append(ids[0].tolist())
+        pairs = [list(dict.fromkeys(column)) for column in zip(*rows, strict=True)]
+        return [" / ".join(tokenizer.decode([i]).strip(" ") for i in pair) for pair in pairs]
 
 
 class Values:

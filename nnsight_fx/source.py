@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 
+from . import attention
 from .capture import operations
 from .capture.source import Frame, plain
 from .capture.source import operations as frame_of
@@ -84,7 +85,7 @@ class Source:
         if own not in self._frame.lines:
             raise UnknownOperationError(
                 f"{user_line()}: `model.{self._path}` has no operation `{name}`; {nearest(name, self.names)} "
-                f"`print` the source to see all {len(self.names)}."
+                f"`print` the source to see all {len(self.names)}.{attention.hint(self._root, name)}"
             )
         return Operation(own, self)
 

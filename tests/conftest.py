@@ -28,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # Their `aot_eager` rows take seconds each: `make test-slow`. `make test` has that backend in all other files.
 AOT_LATER = {
     "test_anything",
+    "test_attention",
     "test_attention_paths",
     "test_autograd",
     "test_changed_containers",

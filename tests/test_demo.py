@@ -166,6 +166,24 @@ def test_an_output_folder_that_cannot_be_made_fails_before_any_work(tmp_path, mo
     assert "Name another folder with --out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("where", ["load", "heatmap", "_last_line"])
+def test_a_demo_that_fails_leaves_nothing(where, module_and_tokenizer, tmp_path, monkeypatch):
+    module, tokenizer = module_and_tokenizer
+    model = LanguageModel(module, tokenizer=tokenizer)
+    monkeypatch.setattr(demo, "load", lambda given: (given, "tiny"))
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, where, fail)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(model, TASK, backend="eager", out=tmp_path / "deep" / "out", sample=1)
+    if where == "_last_line":  # all is written
+        assert {p.name for p in (tmp_path / "deep" / "out").iterdir()} == {"heatmap.png", "scores.json"}
+    else:
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_without_arguments_shows_its_usage(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main([])

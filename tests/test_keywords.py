@@ -79,6 +79,7 @@ MISSPELT = {
     "sweep": (lambda m: m.sweep(body, IDS, over={"scale": [1.0]}, strore="x"), "`sweep` .* did you mean `store`"),
     "harvest": (lambda m: m.harvest([[3, 4]], "lm_head", "x", batchsize=2), "`harvest` .* did you mean `batch_size`"),
     "program": (lambda m: m.program(body, stopp=True), "`program` .* did you mean `stop`"),
+    "scan": (lambda m: m.scan(IDS, pad_too=4), "`scan` .* did you mean `pad_to`"),
     "trace=False": (lambda m: m.trace(IDS, trace=False, compil=1), "did you mean `compile`"),
 }
 

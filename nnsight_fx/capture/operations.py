@@ -7,7 +7,7 @@ own, under `<that path>.source.<name>`. All paths that end in `.source` are *fra
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,32 @@ def frames_of(paths: Iterable[str], modules: Container[str]) -> frozenset[str]:
             found.add(within)
             path = owner(within)
     return frozenset(found)
+
+
+def alike(frames: Iterable[str], root: nn.Module, called: Mapping[str, Any]) -> frozenset[str]:
+    """The same frames of other modules of a class: who looks into one layer's attention looks into the next one's, too.
+
+    Inside an operation only where those call the same function: `called` has what each called.
+    """
+    named, found = dict(root.named_modules()), set()
+    for frame in frames:
+        path = f".{frame}.".split(".source.")[0].removeprefix(".")
+        module = named.get(path)
+        if module is None or not path or "forward" in vars(module):
+            continue
+        rest = frame.removeprefix(path)
+        function = _function(called.get(owner(frame)))
+        for other, same in named.items():
+            if type(same) is not type(module) or "forward" in vars(same):
+                continue
+            inside = rest != ".source"
+            if not inside or (function is not None and _function(called.get(owner(other + rest))) is function):
+                found.add(other + rest)
+    return frozenset(found)
+
+
+def _function(called: Any) -> Any:
+    return getattr(called, "__func__", called)
 
 
 class Operations:

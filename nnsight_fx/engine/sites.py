@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 
 from ..capture.odd import odd
-from ..capture.operations import frames_of
+from ..capture.operations import alike, frames_of
 from ..capture.scan import PLAIN, Scan, callee, scan, skeleton
 from ..compat.fakes import FakeCopyMode, FakeTensorMode, GuardOnDataDependentSymNode, on_symbols
 from ..compat.modes import NoTorchFunction
@@ -293,7 +293,7 @@ class Scanner:
         frames = frames_of(paths, self.paths) - of.frames
         if not frames or (of.scan.ended is not None and not of.scan.sites):
             return
-        of.frames |= frames
+        of.frames |= frames | alike(frames, self.module_, of.scan.called)  # else a scan for every layer
         of.rescans.clear()
         with NoTorchFunction():  # the scan's own work is nobody's to record
             args, kwargs = of.inputs()

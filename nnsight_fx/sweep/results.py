@@ -24,7 +24,8 @@ class Results:
 
     `values[name]` is a tensor of shape (len of each axis ..., shape of one result); a body that returns one tensor has
     the name `"result"`. `array` (xarray) has the axes' names and values as labels, `dataset` all names at once. `errors` are
-    the standard errors of values that are means, `manifest` is that of the store.
+    the standard errors of values that are means, `manifest` is that of the store. `baselines` has what a ready-made sweep
+    measured with nothing patched ("clean", "corrupted"), `labels` the tokens at an axis's positions: both go into heat maps.
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class Results:
         values: dict[str, torch.Tensor],
         manifest: dict[str, Any],
         errors: dict[str, torch.Tensor] | None = None,
+        baselines: dict[str, torch.Tensor] | None = None,
+        labels: dict[str, list[str]] | None = None,
     ):
         self.over, self.values, self.manifest = {k: list(v) for k, v in over.items()}, values, manifest
-        self.errors = errors or {}
+        self.errors, self.baselines, self.labels = errors or {}, baselines or {}, labels or {}
 
     def mean(self, axis: str = "prompt") -> Results:
         """The mean over an axis, and its standard error (of n values: their deviation, with n - 1, over the root of n).
@@ -51,7 +54,8 @@ class Results:
         errors = {
             name: (total / (n * (n - 1))).sqrt() if n > 1 else total * math.nan for name, total in squares.items()
         }
-        return Results({k: v for k, v in self.over.items() if k != axis}, means, self.manifest, errors)
+        over = {k: v for k, v in self.over.items() if k != axis}
+        return Results(over, means, self.manifest, errors, self.baselines, self.labels)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.values[name]
@@ -82,7 +86,9 @@ class Results:
         """Draw a result of one number a cell over two axes: the first upwards, the second to the right.
 
         `path` is written by its suffix (PNG, SVG, PDF); the figure is returned. `labels` go to `viz.heatmap`
-        (`title`, `bar`, `x` and `y` in place of the axes' values). Needs the extra `viz`.
+        (`title`, `bar`, `x` and `y` in place of the axes' values, `center` of the colours). Of a ready-made sweep the title has
+        the baselines, the colours are centred on what was measured with nothing patched, and positions are tokens.
+        Needs the extra `viz`.
         """
         name = name or self._only()
         value = self.values[name].squeeze() if self.values[name].dim() != len(self.over) else self.values[name]
@@ -95,12 +101,16 @@ class Results:
             )
         (up, rows), (right, columns) = self.over.items()
         given = {
-            "x": [str(label(c)) for c in columns],
-            "y": [str(label(r)) for r in rows],
+            "x": self.labels.get(right) or [str(label(c)) for c in columns],
+            "y": self.labels.get(up) or [str(label(r)) for r in rows],
             "xlabel": right,
             "ylabel": up,
             "bar": name,
         }
+        numbers = {what: found.float().mean().item() for what, found in self.baselines.items()}
+        if numbers:
+            *_, given["center"] = numbers.values()
+            given["title"] = ", ".join(f"{what} {number:+.3f}" for what, number in numbers.items())
         figure = heatmap(value.float(), **{**given, **labels})
         if path is not None:
             figure.savefig(path)

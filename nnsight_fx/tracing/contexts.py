@@ -88,6 +88,7 @@ class Tracer:
         self.start = 0  # the first wave of the open generation
         self.modes: Any = contextlib.nullcontext()  # those that a generation runs under
         self.missed: MissedSiteError | None = None
+        self.withheld: Any = None  # the text about attention weights that a module read here does not give
         self.counted: dict[tuple[str, str], tuple[int, int]] = {}
 
     # -- the context ---------------------------------------------------------------------------------------------
@@ -137,6 +138,8 @@ class Tracer:
                 refusal = self.waves[-1].tape.refusal if self.waves else None
                 if refusal is not None and "TorchScript" in str(error):
                     raise refusal from error
+                if self.withheld is not None and "'NoneType'" in str(error):  # unpacked: `attention, weights = ...`
+                    error.add_note(f"nnsight_fx: {self.withheld()}")
                 if isinstance(error, AttributeError) and error.name == "save" and tree.children(error.obj) is not None:
                     error.add_note(
                         "nnsight_fx: `.save()` is a method of tensors; a container is saved with `nnsight_fx.save(value)`."

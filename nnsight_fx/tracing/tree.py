@@ -19,11 +19,28 @@ LIKE = ("dataclass", "mapping")  # those that have more to them than their child
 Spec = Any  # a hashable description of a tree: None for a leaf, else (kind, type, keys, child specs)
 
 
+class Explained(tuple):
+    """A tuple that a module returned, some of whose items are `None` for a reason: `why` has the error that asking for one raises."""
+
+    why: dict[int, Callable[[], Exception]]
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if found is None and not isinstance(index, slice) and index % len(self) in self.why:
+            raise self.why[index % len(self)]()
+        return found
+
+    def __reduce__(self) -> tuple:
+        return tuple, (list(self),)
+
+
 def children(value: Any) -> tuple[str, tuple, list] | None:
     """`(kind, keys, values)` of a container, or `None` for a leaf."""
     cls = type(value)
     if cls is tuple or cls is list:
         return cls.__name__, (), list(value)
+    if cls is Explained:
+        return "tuple", (), list(value)
     if isinstance(value, tuple):
         if hasattr(cls, "_fields"):
             return "namedtuple", (), list(value)
@@ -75,7 +92,7 @@ def _walk(value: Any, leaves: list) -> Spec:
             specs.append(None)
         else:
             specs.append(_walk(x, leaves))
-    return (kind, cls, keys, tuple(specs))
+    return (kind, tuple if kind == "tuple" else cls, keys, tuple(specs))
 
 
 def unflatten(leaves: list, spec: Spec, like: Any = None) -> Any:

@@ -31,8 +31,9 @@ def heatmap(
     bar: str = "",
     xlabel: str = "token",
     ylabel: str = "layer",
+    center: float = 0.0,
 ) -> Figure:
-    """Draw `values` as a grid of coloured cells, row 0 at the bottom, zero in the middle of the colours.
+    """Draw `values` as a grid of coloured cells, row 0 at the bottom, `center` (zero) in the middle of the colours.
 
         figure = heatmap(scores, x=tokens, y=[str(i) for i in range(30)], bar="recovered")
         figure.savefig("scores.png")
@@ -48,13 +49,13 @@ def heatmap(
             f"`values` has shape {tuple(data.shape)}, but {len(y)} labels in `y` and {len(x)} in `x`. "
             f"Give one row for each `y` and one column for each `x`."
         )
-    finite = data[data.isfinite()].abs()
+    finite = (data[data.isfinite()] - center).abs()
     reach = finite.max().item() if finite.numel() else 0.0
 
     figure = figure_class(figsize=_size(len(x), len(y)), layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("0.8")
-    colours = {"cmap": "RdBu_r", "vmin": -(reach or 1.0), "vmax": reach or 1.0}
+    colours = {"cmap": "RdBu_r", "vmin": center - (reach or 1.0), "vmax": center + (reach or 1.0)}
     image = axes.imshow(data.numpy(), origin="lower", aspect="auto", **colours)
     _label(axes.xaxis, x, xlabel, rotation=60)
     _label(axes.yaxis, y, ylabel)

@@ -12,6 +12,7 @@ import transformers
 
 from nnsight_fx import LanguageModel, NNsight, assert_max_compiles, assert_no_fallback, save
 from nnsight_fx.capture.source import instrumented, operations
+from nnsight_fx.engine.sites import Scanner
 from nnsight_fx.errors import MissedSiteError, OutsideTraceError, SourceNotAvailable, UnknownOperationError
 
 ENGINES = ["hooks", "eager", "aot_eager"]
@@ -492,3 +493,54 @@ def test_in_every_step_of_a_generation():
         assert [tuple(s.shape) for s in scores] == [(1, 4, 4, 4), (1, 4, 1, 5), (1, 4, 1, 6), (1, 4, 1, 7)]
         results.append((scores, out))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+class Tower(nn.Module):
+    def __init__(self, blocks: list[nn.Module]):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Other(nn.Module):
+    """Of another class, and what it calls is another function from block to block."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x):
+        act = self.act
+        return act(x)
+
+
+def quiet(h):
+    return torch.tanh(h)
+
+
+def test_equal_blocks_are_looked_into_at_once(monkeypatch):
+    scans, run = [], Scanner.run
+
+    def counted(self, *args, **kwargs):
+        scans.append(None)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Scanner, "run", counted)
+    torch.manual_seed(0)
+    module = Tower([Block(), Block(), Other(helper), Other(quiet), Block()]).eval()
+    model, x = NNsight(module), torch.randn(2, 4)
+    with torch.no_grad(), model.trace(x):
+        deep = [model.blocks[i].source.helper_0.source.torch_tanh_0.output.save() for i in (0, 1, 4)]
+    assert len(scans) == 3, "the modules, the frames, what they call; for all blocks"
+    with torch.no_grad(), model.trace(x):
+        others = [model.blocks[i].source.act_0.source.torch_tanh_0.output.save() for i in (2, 3)]
+    h, expected = x, []
+    with torch.no_grad():
+        for block in module.blocks:
+            expected.append(torch.tanh(block.lin(h) if isinstance(block, Block) else h))
+            h = block(h)
+    torch.testing.assert_close([*deep, *others], [expected[i] for i in (0, 1, 4, 2, 3)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -10,6 +11,8 @@ import transformers as tf
 
 from nnsight_fx import LanguageModel, NNsight, Parts, UnknownModuleError, patching
 from nnsight_fx.parts import FAMILIES, first
+
+from ..test_demo import tiny_model
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
 CLEAN, CORRUPTED = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[1, 9, 3, 4], [5, 6, 11, 8]])
@@ -224,6 +227,15 @@ def test_the_table_fits_the_models():
         Parts("h", "attn", "mlp", None, "norm", "head").check(wrap("gpt2"))
 
 
+def test_paths_may_begin_at_the_model():
+    model = wrap("gpt2")
+    own = FAMILIES["gpt2"]
+    given = dataclasses.replace(own, layers="model.transformer.h", unembed="model.lm_head")
+    assert given.check(model) == own
+    found = patching.patch(model, CLEAN, CORRUPTED, metric, parts=given, progress=False)
+    assert torch.equal(found["result"], patching.patch(model, CLEAN, CORRUPTED, metric, progress=False)["result"])
+
+
 def test_a_metric_of_one_element_adds_no_axis():
     model = wrap("gpt2")
     for measure in (metric, lambda logits: metric(logits).sum(), lambda logits: metric(logits)[:1]):
@@ -233,6 +245,40 @@ def test_a_metric_of_one_element_adds_no_axis():
     with pytest.raises(ValueError, match=r"`results\.dataset\['result'\]\.mean\('result_0'\)"):
         found.heatmap()
     found.dataset["result"].mean("result_0")
+
+
+@pytest.mark.parametrize("engine", ["hooks", "eager"])
+def test_a_heat_map_has_the_baselines_and_the_tokens(engine):
+    module, tokenizer = tiny_model()
+    model = LanguageModel(module, tokenizer=tokenizer)
+    if engine != "hooks":
+        model.compile(backend=engine)
+    texts = "When Mary met John", "When Mary met Mary"
+    measure = lambda logits: logits[:, -1, 2]  # noqa: E731
+    found = patching.patch(model, *texts, measure, positions=[1, -1], progress=False)
+    with torch.no_grad():
+        clean, corrupted = (measure(module(**tokenizer(text, return_tensors="pt")).logits) for text in texts)
+    torch.testing.assert_close(found.baselines, {"clean": clean[0], "corrupted": corrupted[0]})
+    figure = found.heatmap()
+    axes = figure.axes[0]
+    assert figure.get_suptitle() == f"clean {clean.item():+.3f}, corrupted {corrupted.item():+.3f}"
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["Mary", "John / Mary"]
+    assert sum(axes.images[0].get_clim()) / 2 == pytest.approx(corrupted.item(), abs=1e-5)
+    assert found.heatmap(title="mine", x=["a", "b"], center=0.0).get_suptitle() == "mine"
+    zero = patching.ablate(model, texts[0], measure, part="mlp", progress=False)
+    assert zero.heatmap().get_suptitle() == f"intact {clean.item():+.3f}"
+    assert [t.get_text() for t in zero.heatmap().axes[0].get_xticklabels()] == ["When", "Mary", "met", "John"]
+    steered = patching.steering(model, texts[0], measure, torch.ones(16), [0.0, 1.0], progress=False)
+    assert steered.heatmap().get_suptitle() == f"unsteered {clean.item():+.3f}"
+
+
+def test_the_baselines_of_pairs_are_their_mean():
+    model, pairs = wrap("gpt2"), ([CLEAN[:1], CLEAN[1:]], [CORRUPTED[:1], CORRUPTED[1:]])
+    found = patching.patch(model, *pairs, metric, progress=False)
+    torch.testing.assert_close(found.baselines["corrupted"], run(raw("gpt2"), CORRUPTED))
+    shown = found.mean().heatmap()
+    assert shown.get_suptitle().startswith(f"clean {run(raw('gpt2'), CLEAN).mean().item():+.3f}")
+    assert [t.get_text() for t in shown.axes[0].get_xticklabels()] == ["0", "1", "2", "3"]
 
 
 def test_bad_input():
@@ -251,8 +297,10 @@ def test_bad_input():
             run()
         assert verb in str(error.value) and model.tracer is None and not ran
     handle.remove()
-    with pytest.raises(TypeError, match="`strore=` is no keyword of `sweep` .* did you mean `store`"):
+    with pytest.raises(TypeError, match="`strore=` is no keyword of `patch` .* did you mean `store`"):
         patching.patch(model, CLEAN, CORRUPTED, metric, strore="runs")
+    with pytest.raises(TypeError, match=r"test_patching\.py:\d+: `positons=` is no keyword of `ablate` .* `positions`"):
+        patching.ablate(model, CLEAN, metric, positons=[0])
     with pytest.raises(ValueError, match="`over` is `layer`, with"):
         patching.patch(model, CLEAN, CORRUPTED, metric, over=("layer", "head"))
     with pytest.raises(ValueError, match="give `reference=`"):

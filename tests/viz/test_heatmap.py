@@ -29,6 +29,11 @@ def test_row_0_is_at_the_bottom_and_0_in_the_middle_of_the_colours():
     assert axes.images[0].origin == "lower"
 
 
+def test_the_colours_may_have_another_centre():
+    axes = heatmap(torch.tensor([[1.0, -3.0]]), x=TOKENS, y=["0"], center=-2.0).axes[0]
+    assert axes.images[0].get_clim() == (-5.0, 1.0)
+
+
 @pytest.mark.parametrize("cell", [0.0, float("nan"), float("inf")])
 def test_a_grid_without_a_range_is_drawn(cell):
     assert _png(heatmap(torch.full((1, 2), cell), x=TOKENS, y=["0"]))
