@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,7 +21,12 @@ def wrap(backend="eager", **options):
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="?", padding_side="left")
-    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+    }
     raw = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=12, eos_token_id=None)).eval().requires_grad_(False)
     model = LanguageModel(raw, tokenizer=tokenizer)
     model.compile(backend=backend, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -78,12 +79,13 @@ def test_where_it_saves_more_it_compiles_behind_the_first_cells(estimated, wante
 def test_sweeps_on_hooks_add_up(estimated, wanted):
     """Who runs one after the other has it compiled in the end."""
     model = compiled()
+    capture: Any = model._compiled
     estimated(1e6)
     run(model)
-    assert model._compiled.hooks_s > 0 and ways(model) == [("batched", 24)]
-    estimated(model._compiled.hooks_s * 0.7)
+    assert capture.hooks_s > 0 and ways(model) == [("batched", 24)]
+    estimated(capture.hooks_s * 0.7)
     run(model)
-    assert ways(model)[-1] == ("forked", 14) and model._compiled.hooks_s == 0
+    assert ways(model)[-1] == ("forked", 14) and capture.hooks_s == 0
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,12 @@ def wrap(engine):
 
 def language(engine="hooks"):
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+    }
     model = LanguageModel(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=40)).eval().requires_grad_(False))
     if engine != "hooks":
         model.compile(backend=engine)
