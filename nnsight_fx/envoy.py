@@ -113,7 +113,9 @@ class Envoy(Observed):
         """What the module returned: the model's own structure, with tensors that are recorded."""
         return attention.explained(self, Observed.output.fget(self))  # type: ignore[misc]
 
-    output = output.setter(Observed.output.fset)  # type: ignore[arg-type]
+    @output.setter
+    def output(self, value: Any) -> None:
+        Observed.output.fset(self, value)  # type: ignore[misc]
 
     @own_error
     def source(self) -> Any:
