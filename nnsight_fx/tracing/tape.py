@@ -721,6 +721,8 @@ class Tape:
             )
         self.settle()
         meta = self.meta(site)
+        if type(value) is list and isinstance(meta, SiteMeta) and tree.is_tuple(meta.spec, len(value)):
+            value = tuple(value)  # the model goes on with the structure that it made
         leaves, spec = tree.flatten(value)
         leaves = [self.objects.written(x, site) for x in leaves]
         order = self._written_order([*leaves, *(block.predicate for block in self.conditions.blocks)])
@@ -1320,9 +1322,14 @@ def _expected(meta: SiteMeta) -> tuple | None:
     if not meta.unsure:
         return None
     return tuple(
-        (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x if isinstance(x, bool | str | None) else ANY
+        (_known_sizes(x), x.dtype) if isinstance(x, torch.Tensor) else x if isinstance(x, bool | str | None) else ANY
         for x in meta.leaves
     )
+
+
+def _known_sizes(x: torch.Tensor) -> tuple[int | None, ...]:
+    """The sizes of a tensor; `None` for one that depends on a padded length."""
+    return tuple(n if isinstance(n, int) else None for n in x.shape)
 
 
 def _check_plain(site: Site, leaves: Iterable) -> None:

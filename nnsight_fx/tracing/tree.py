@@ -95,6 +95,11 @@ def _walk(value: Any, leaves: list) -> Spec:
     return (kind, tuple if kind == "tuple" else cls, keys, tuple(specs))
 
 
+def is_tuple(spec: Spec, length: int) -> bool:
+    """Is it the structure of a plain tuple of so many values?"""
+    return spec is not None and spec[0] == "tuple" and len(spec[3]) == length
+
+
 def unflatten(leaves: list, spec: Spec, like: Any = None) -> Any:
     """A new tree of `spec` holding `leaves`. `like` gives a dataclass its fields that are not part of the tree."""
     return _build(spec, iter(leaves), like)

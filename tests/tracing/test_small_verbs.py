@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+import nnsight_fx
 from nnsight_fx import (
     NNsight,
     NotRecordableError,
@@ -305,3 +306,36 @@ def test_navigation(model):
     assert model.to(torch.float64) is model and model._module.head.weight.dtype == torch.float64
     with model.trace(torch.randn(2, D, dtype=torch.float64)):
         assert model.get("layers.0.output").dtype == torch.float64
+
+
+class Routed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = Gate()
+
+    def forward(self, x):
+        found = self.gate(x)
+        assert isinstance(found, tuple)  # as models of transformers ask
+        return found[0] * found[1].sum()
+
+
+class Gate(torch.nn.Module):
+    def forward(self, x):
+        return x * 2, x.softmax(-1)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "eager", "aot_eager"])
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_list_written_where_a_tuple_was_is_a_tuple(engine, looks):
+    model = NNsight(Routed())
+    if engine != "hooks":
+        model.compile(backend=engine)
+    x = torch.randn(2, 3)
+    with model.trace(x):
+        if looks:
+            float(model.gate.input.sum())
+        model.gate.output = [h * 3 for h in model.gate.output]
+        kept = nnsight_fx.save(model.gate.output)
+        out = model.output.save()
+    assert type(kept) is tuple
+    torch.testing.assert_close(out, x * 6 * (x.softmax(-1) * 3).sum())
