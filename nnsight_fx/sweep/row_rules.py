@@ -185,10 +185,13 @@ def _split(call: Call, found: list) -> Any:
 
 
 def _cat(call: Call, found: list) -> Any:
-    dims = {call.known.dim(x) for x in call.tensors if x.numel()}
+    full = [x for x in call.tensors if x.numel()]  # the first keys of a cache stand behind an empty tensor
+    dims = {call.known.dim(x) for x in full}
     if len(dims) != 1 or None in dims:
         return None
     (d,) = dims
+    if call.name == "cat" and len(full) == 1:
+        return d
     at = call.axis(call.given.get("dim", 0), found[0].dim())
     return d + (at <= d) if call.name == "stack" else d if at != d else None  # type: ignore[operator]
 

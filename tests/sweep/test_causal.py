@@ -44,7 +44,16 @@ def qwen():
     return seeded(transformers.Qwen2ForCausalLM(config)), "model.layers"
 
 
+def cached(made):
+    """With the cache that transformers makes by default, and nobody looks at."""
+    made[0].config.use_cache = True
+    return made
+
+
 APPLIES = {
+    "llama, with a cache": lambda: cached(llama()),
+    "gpt2, with a cache": lambda: cached(gpt2()),
+    "neox, with a cache": lambda: cached(neox()),
     "llama": llama,
     "llama, written out": lambda: llama("eager"),
     "gpt2": gpt2,
