@@ -67,7 +67,9 @@ def _of(capture: Capture) -> dict[str, Any]:
         passes.append({"pass": name, "rewrites": rewrites, "nodes": nodes, "change": nodes - before})
         before = nodes
     return {
-        "options": {k: v for k, v in vars(capture.options).items() if v not in (None, (), False, "dynamo")},
+        "options": {
+            k: _plain(v) for k, v in vars(capture.options).items() if v not in (None, (), False, "dynamo", frozenset())
+        },
         "segments": [
             {
                 "sites": len(s.sites),
@@ -94,6 +96,15 @@ def _of(capture: Capture) -> dict[str, Any]:
         "few_rows": capture.few_rows,
         "cuda_graphs": None if not capture.options.replays else capture.unrecorded,
     }
+
+
+def _plain(option: Any) -> Any:
+    """An option as data: passes by their names."""
+    if isinstance(option, frozenset):
+        return sorted(option)
+    if isinstance(option, tuple) and all(map(callable, option)):
+        return [getattr(step, "__name__", repr(step)) for step in option]
+    return option
 
 
 def _text(facts: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import inspect
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from .errors import InvokeError, NestedTraceError, UnknownModuleError, nearest
 from .explain import Explanation
 from .harvest.activations import Activations
 from .harvest.harvest import harvest
+from .passes import OPTIONAL, PIPELINE, pipeline
 from .program import Program
 from .sweep.results import Results
 from .sweep.session import Session
@@ -520,6 +521,8 @@ class NNsight(Edits, Envoy):
         options: Any = None,
         capture: str = "dynamo",
         regional: bool | None = None,
+        passes: Sequence | None = None,
+        disable: Collection[str] = (),
     ) -> Capture:
         if capture not in ("dynamo", "symbolic"):
             raise ValueError(f'{user_line()}: `capture={capture!r}` is unknown; there is "dynamo" and "symbolic"')
@@ -528,7 +531,17 @@ class NNsight(Edits, Envoy):
                 f"{user_line()}: a symbolic capture is for the sizes that it was made with, so `dynamic=True` cannot hold; "
                 "leave it out, or capture with Dynamo"
             )
-        chosen = Options(backend, mode, dynamic, fullgraph, tuple(sorted((options or {}).items())), capture, regional)
+        known = {step.__name__ for step in PIPELINE} | OPTIONAL
+        for name in disable:
+            if name not in OPTIONAL:
+                why = nearest(str(name), OPTIONAL) if name not in known else "without it a plan would not run"
+                raise ValueError(f"{user_line()}: the pass `{name}` cannot be left out: {why}")
+        try:
+            steps = None if passes is None else pipeline(passes)
+        except ValueError as error:
+            raise ValueError(f"{user_line()}: {error}") from None
+        further = tuple(sorted((options or {}).items()))
+        chosen = Options(*(backend, mode, dynamic, fullgraph, further, capture, regional), steps, frozenset(disable))
         if chosen not in self._captures:
             self._captures[chosen] = Capture(self._markers, chosen)
         return self._captures[chosen]
@@ -542,6 +555,8 @@ class NNsight(Edits, Envoy):
         options: dict | None = None,
         capture: str = "dynamo",
         regional: bool | None = None,
+        passes: Sequence | None = None,
+        disable: Collection[str] = (),
     ) -> None:
         """Run traces on captured, compiled graphs from now on; the arguments are `nn.Module.compile`'s.
 
@@ -553,10 +568,15 @@ class NNsight(Edits, Envoy):
         attributes that a forward sets, objects as arguments) runs on hooks, and `explain()` says at which line; with
         `fullgraph=True` it is a `FallbackError`. Globals and closures that a forward reads are taken to stay as they are.
 
+        `passes=(..., mine)`: passes of your own over each captured graph, behind the library's, for which `...` stands, or among
+        them, behind `splice` (`nnsight_fx.passes.PIPELINE`). A pass is `def mine(gm, job) -> int`: it changes the `torch.fx.GraphModule` and says how many rewrites it made;
+        `explain()` counts them. Sessions and sweeps then run one trace a forward. `disable={"prune"}` leaves passes out.
+        `docs/passes.md` has the list.
+
         Raises:
-            ValueError: another `capture`, or `dynamic=True` with a symbolic one.
+            ValueError: another `capture`, or `dynamic=True` with a symbolic one; a pass that cannot be left out, or is none.
         """
-        self._compiled = self._captured(backend, mode, dynamic, fullgraph, options, capture, regional)
+        self._compiled = self._captured(backend, mode, dynamic, fullgraph, options, capture, regional, passes, disable)
 
     def save_compiled(self, path: Any) -> None:
         """Save what compilers made in this process so far into the folder `path`, for `load_compiled` in another process.

@@ -37,6 +37,35 @@ PIPELINE: tuple[Pass, ...] = (
     *(blocks, erase, prune, read_positions, conditional, batch_linears, differentiate),
 )
 
+# What can be left out: without the others a plan would not take effect, or not run.
+OPTIONAL = frozenset(
+    {"skip", "truncate", "narrow", "blocks", "erase", "prune", "read_positions", "batch_linears", "demand", "causal"}
+)
+
+
+def pipeline(given: Sequence) -> tuple[Pass, ...]:
+    """`(..., mine)` as passes: `...` stands for the library's own.
+
+    Raises:
+        ValueError: what is no function, what stands in front of `splice`, or no `...` and no `splice`: then no intervention
+            would take place.
+    """
+    whole = tuple(step for each in given for step in (PIPELINE if each is Ellipsis else (each,)))
+    strange = next((step for step in whole if not callable(step)), None)
+    if strange is not None:
+        raise ValueError(f"a pass is a function `(gm, job) -> int`, not {strange!r}")
+    missing = [step.__name__ for step in PIPELINE if step.__name__ not in OPTIONAL and step not in whole]
+    if missing:
+        raise ValueError(
+            f"passes without {', '.join(f'`{name}`' for name in missing)} cannot run a plan: `...` stands for the library's own, `passes=(..., mine)`"
+        )
+    early = next((step for step in whole[: whole.index(splice)] if step not in PIPELINE), None)
+    if early is not None:
+        raise ValueError(
+            f"the pass `{getattr(early, '__name__', early)}` stands in front of `splice`, which needs the graph as it was captured: put it behind"
+        )
+    return whole
+
 
 def run(
     gm: fx.GraphModule, job: Job, pipeline: Sequence[Pass] = PIPELINE, disable: Collection[str] = ()
@@ -44,14 +73,23 @@ def run(
     """Run `pipeline` over `gm` and return `(pass, rewrites, nodes after)` for each."""
     for step in pipeline:
         name = getattr(step, "__name__", None) or step.func.__name__  # type: ignore[attr-defined]
-        if name not in disable:
-            job.report.append((name, step(gm, job), len(gm.graph.nodes)))
+        if name in disable:
+            continue
+        try:
+            rewrites = step(gm, job)
+            if step not in PIPELINE:
+                gm.graph.lint()
+        except Exception as error:
+            error.add_note(f"nnsight_fx: in the pass `{name}`")
+            raise
+        job.report.append((name, rewrites or 0, len(gm.graph.nodes)))
     gm.graph.lint()
     gm.recompile()
     return job.report
 
 
 __all__ = [
+    "OPTIONAL",
     "PIPELINE",
     "Cut",
     "Entry",
@@ -66,6 +104,7 @@ __all__ = [
     "functionalize",
     "lift_constants",
     "narrow",
+    "pipeline",
     "prune",
     "read_positions",
     "run",

@@ -78,6 +78,8 @@ class Options:
     options: tuple = ()
     capture: str = "dynamo"
     regional: bool | None = None  # are equal blocks compiled once; `None`: by Inductor's default mode they are
+    passes: tuple | None = None  # a pipeline with the user's own; `None`: the library's
+    disable: frozenset = frozenset()  # passes that are left out
 
     @property
     def replays(self) -> bool:
@@ -133,6 +135,8 @@ class Capture:
     unfit: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # plans that need a capture of their own
 
     def __post_init__(self):
+        self.pipeline = self.options.passes or self.pipeline
+        self.disable |= self.options.disable
         if self.options.backend in EXACT:
             self.disable |= {"batch_linears", "read_positions"}
         compat.dynamo.register(site, supply, anchor)

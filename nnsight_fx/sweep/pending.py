@@ -181,6 +181,9 @@ def why_alone(pending: Pending) -> str | None:
         return "it has invokes of its own"
     if plan.recapture == "changes":
         return "it changes the shape, dtype or structure of a value"
+    capture = wave.host._capture_for(pending.tracer.compile)
+    if capture is not None and capture.options.passes is not None:
+        return "passes of yours are for the graph of one trace"
     for op in plan.ops:
         if op.kind in (SKIP, OBJECT, OBSERVE, REACH, VISIT):
             return f"it has a `{op.kind}`"
