@@ -92,13 +92,13 @@ def test_ready_made_experiments():
     patching.patch(model, IDS, OTHER, metric, progress=False)
     run = model.explain().to_dict()["run"]
     assert run["what"] == "patch" and run["notes"][0] == "8 cells"
-    first, cells = run["groups"]  # the clean run is one forward, which is not worth a compile
-    assert (first["traces"], first["engine"]) == (1, "hooks")
+    first, cells = run["groups"]  # the clean run, and the metric of both prompts: not worth a compile
+    assert (first["traces"], first["engine"]) == (3, "hooks")
     assert (cells["strategy"], cells["traces"], cells["engine"]) == ("forked", 8, "captured graphs")
     model = language()
     patching.ablate(model, IDS, metric, by="mean", layers=[1], progress=False)
     run = model.explain().to_dict()["run"]
-    assert run["what"] == "ablate" and [g["traces"] for g in run["groups"]] == [1, 4]
+    assert run["what"] == "ablate" and [g["traces"] for g in run["groups"]] == [2, 4]
     patching.attribution(model, IDS, OTHER, metric)
     assert [re.sub(r"\w+\.py:\d+|/\S*:\d+", "here", line) for line in told(model)[1:]] == [
         "attribution at here",
