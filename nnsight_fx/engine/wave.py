@@ -317,6 +317,7 @@ class Wave:
             deliver(self.tape, self._meta, lambda: None)
         if self.run is not None or self.done:
             self.notes = notes_of(self.tracer.line, self._runs(), deliver(self.tape, self.value, self._release))
+            self.tape.handed.over()
             if self.tracer.generation is not None:
                 self.notes.what = "generation"
 

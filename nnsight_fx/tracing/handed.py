@@ -1,7 +1,8 @@
 """Real tensors that a body writes to sites: from then on the model's value and the user's own tensor are one.
 
-A change in place of the site changes the user's tensor, as in eager code. In a trace that is told once, with both lines; a
-cell of a sweep changes a copy, so that no cell sees what another has done.
+A change in place of the site changes the user's tensor, as in eager code. In a trace that is told once: with both lines where
+the body changes the site itself, else, when the run is over, with the line of the write. A cell of a sweep changes a copy, so
+that no cell sees what another has done.
 """
 
 from __future__ import annotations
@@ -9,15 +10,24 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..compat.modes import NoTorchFunction
-from ..compat.tensors import memory, whole
+from ..compat.tensors import memory, version, whole
 from .encode import facts
 from .lazy import Line, user_line
 from .plan import Site
+
+
+class Written(NamedTuple):
+    """A real tensor that was written to a site, where, and how often it had been changed then."""
+
+    name: str
+    line: Line
+    tensor: torch.Tensor
+    seen: int | None
 
 
 class Handed:
@@ -26,7 +36,7 @@ class Handed:
     def __init__(self, constants: list, slots: dict[int, Any], watch: Callable[[torch.Tensor], Any]):
         self.constants, self.slots, self.watch = constants, slots, watch
         self.apart = False  # is it of a cell of a sweep
-        self.lines: dict[Any, tuple[str, Line, torch.Tensor]] = {}  # by memory, and by site
+        self.lines: dict[Any, Written] = {}  # by memory, and by site
         self.made: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()  # by the body itself
         self.copies: dict[int, torch.Tensor] = {}  # memory of the cell's own
         self.told = False
@@ -36,7 +46,8 @@ class Handed:
         self.lines.pop(site, None)
         for x in leaves:
             if type(x) is torch.Tensor and x.layout is torch.strided and not x.requires_grad:
-                entry = self.lines.setdefault(memory(x), (name, user_line(), x))
+                seen = None if x.is_inference() else version(x)
+                entry = self.lines.setdefault(memory(x), Written(name, user_line(), x, seen))
                 self.lines.setdefault(site, entry)
 
     def note(self, result: Any) -> None:
@@ -55,7 +66,9 @@ class Handed:
                 if constant is not self.constants[slot] and memory(constant) == where:
                     self.watch(constant)
         elif where in self.lines and not self.told:
-            self._tell(*self.lines[where])
+            entry = self.lines[where]
+            what = f"was written with a tensor of yours at {entry.line}, and this line changes it in place"
+            self._tell(entry, user_line(), what)
 
     def own(self, x: Any, slot: int) -> Any:
         """The cell's copy of a tensor, or of a view of one, that was written to a site; anything else as it is."""
@@ -71,14 +84,20 @@ class Handed:
         self.slots[id(copy)] = self.slots.get(id(x), ("c", slot, facts(x)))
         return copy
 
-    def _tell(self, name: str, line: Line, first: torch.Tensor) -> None:
-        if id(first) in self.made:
+    def over(self) -> None:
+        """The run is over: has what came behind a write changed a tensor of the user's?"""
+        for entry in [] if self.apart or self.told else self.lines.values():
+            if entry.seen is not None and version(entry.tensor) != entry.seen and not self.told:
+                what = "is written with a tensor of yours, which the model, or a change at a later site, then changed in place"
+                self._tell(entry, entry.line, what)
+
+    def _tell(self, entry: Written, here: Line, what: str) -> None:
+        if id(entry.tensor) in self.made:
             return
         self.told = True
-        here = user_line()
         warnings.warn_explicit(
-            f"nnsight_fx: {here}: `{name}` was written with a tensor of yours at {line}, and this line changes it in place: "
-            f"your tensor changes too, as in eager code. Write a copy: `{name} = x.clone()`.",
+            f"nnsight_fx: {here}: `{entry.name}` {what}: your tensor changes too, as in eager code. "
+            f"Write a copy: `{entry.name} = x.clone()`.",
             UserWarning,
             *here,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable
@@ -134,6 +135,31 @@ def test_a_trace_names_both_lines(cell: Callable, engine: str) -> None:
         str(told[0].message),
     )
     assert not torch.equal(value, before)  # as in eager code
+
+
+class Inplace(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu_()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("by_the_model", [False, True])
+@torch.no_grad()
+def test_what_changes_it_behind_its_site_is_told_at_the_write(by_the_model: bool, engine: str) -> None:
+    model, value = wrapped(engine), torch.randn(2, 4)
+    if by_the_model:
+        model = NNsight(nn.Sequential(nn.Linear(4, 4), Inplace()).requires_grad_(False))
+        if engine != "hooks":
+            model.compile(backend=engine)
+    before, line = value.clone(), inspect.currentframe().f_lineno + 3  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="`0.output` is written with a tensor of yours, which the model, or") as told:
+        with model.trace(X):
+            model[0].output = value
+            if not by_the_model:
+                model[1].input[:, 0] = 7
+            model.output.save()
+    assert [(w.filename, w.lineno) for w in told] == [(__file__, line)]
+    assert not torch.equal(value, before)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
