@@ -531,10 +531,10 @@ class NNsight(Edits, Envoy):
                 f"{user_line()}: a symbolic capture is for the sizes that it was made with, so `dynamic=True` cannot hold; "
                 "leave it out, or capture with Dynamo"
             )
-        known = {step.__name__ for step in PIPELINE} | OPTIONAL
+        needed = {step.__name__ for step in PIPELINE} - OPTIONAL
         for name in disable:
             if name not in OPTIONAL:
-                why = nearest(str(name), OPTIONAL) if name not in known else "without it a plan would not run"
+                why = "without it a plan would not run" if name in needed else nearest(str(name), OPTIONAL)
                 raise ValueError(f"{user_line()}: the pass `{name}` cannot be left out: {why}")
         try:
             steps = None if passes is None else pipeline(passes)
@@ -569,8 +569,8 @@ class NNsight(Edits, Envoy):
         `fullgraph=True` it is a `FallbackError`. Globals and closures that a forward reads are taken to stay as they are.
 
         `passes=(..., mine)`: passes of your own over each captured graph, behind the library's, for which `...` stands, or among
-        them, behind `splice` (`nnsight_fx.passes.PIPELINE`). A pass is `def mine(gm, job) -> int`: it changes the `torch.fx.GraphModule` and says how many rewrites it made;
-        `explain()` counts them. Sessions and sweeps then run one trace a forward. `disable={"prune"}` leaves passes out.
+        them, behind `splice` (`nnsight_fx.passes.PIPELINE`). A pass is `def mine(gm, job) -> int`: it changes the
+        `torch.fx.GraphModule` and says how many rewrites it made; `explain()` counts them. Sessions and sweeps then run one trace a forward. `disable={"prune"}` leaves passes out.
         `docs/passes.md` has the list.
 
         Raises:

@@ -204,8 +204,8 @@ class Copies:
     def __init__(self):
         self.known: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def take(self, tensor: torch.Tensor, watched: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
-        """A copy of a small tensor; a large one itself, to be `watched`."""
+    def take(self, tensor: torch.Tensor, watched: list[tuple[torch.Tensor, int]], own: bool) -> torch.Tensor:
+        """A copy of a small tensor; a large one itself, to be `watched`. `own`: a copy for one trace, which may change it."""
         if tensor.is_inference() or isinstance(tensor, torch.nn.Parameter):
             return tensor
         key = (id(tensor), version(tensor))
@@ -216,4 +216,5 @@ class Copies:
         found = self.known[key][1]
         if found is tensor:
             watched.append((tensor, version(tensor)))
-        return found
+            return found
+        return found.clone() if own else found

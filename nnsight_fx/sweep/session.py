@@ -138,7 +138,7 @@ class Session:
         pending = Pending(tracer, self.line, self.settings.setdefault(setting, setting))
         used = dict.fromkeys(id(x._tape) for x in tape.constants if type(x) is LazyTensor)
         pending.needs = [self.by_tape[i] for i in used if i in self.by_tape]
-        tape.constants[:] = [self._copied(x, pending) for x in tape.constants]
+        tape.constants[:] = [self._copied(x, pending, tape.handed.holds(x)) for x in tape.constants]
         for i, batch in enumerate(wave.batches):
             copied = _batch(batch, lambda x: self._copied(x, pending))
             wave.batches[i] = copied
@@ -149,12 +149,12 @@ class Session:
         self.waiting.append(pending)
         self.by_tape[id(tape)] = pending
 
-    def _copied(self, x: Any, pending: Pending) -> Any:
+    def _copied(self, x: Any, pending: Pending, own: bool = False) -> Any:
         import torch
 
         if not isinstance(x, torch.Tensor) or type(x) is LazyTensor or x.requires_grad:
             return x
-        return self.copies.take(x, pending.watched)
+        return self.copies.take(x, pending.watched, own)
 
     def _flush(self, wanted: Iterable[Pending], held: bool = True) -> None:
         """Run some of what waits, and what it needs. `held`: keep every value that somebody holds, not only what was saved."""

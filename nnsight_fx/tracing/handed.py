@@ -55,6 +55,10 @@ class Handed:
         if type(result) is torch.Tensor and not result._is_view():
             self.made[id(result)] = result
 
+    def holds(self, x: object) -> bool:
+        """Does a real tensor lie in the memory of one that was written to a site? Then the model may change it in place."""
+        return type(x) is torch.Tensor and x.layout is torch.strided and bool(self.lines) and memory(x) in self.lines
+
     def changes(self, x: Any, site: Site | None) -> None:
         """A value is about to be changed in place; `site` is where a recorded one was read."""
         if not self.lines:
@@ -72,11 +76,9 @@ class Handed:
 
     def own(self, x: Any, slot: int) -> Any:
         """The cell's copy of a tensor, or of a view of one, that was written to a site; anything else as it is."""
-        if type(x) is not torch.Tensor or x.layout is not torch.strided or x.requires_grad:
+        if not self.holds(x) or x.requires_grad:
             return x
         where = memory(x)
-        if where not in self.lines:
-            return x
         with NoTorchFunction(), torch.no_grad():
             if where not in self.copies:
                 self.copies[where] = whole(x).clone()  # other views of it are to come
@@ -86,8 +88,8 @@ class Handed:
 
     def over(self) -> None:
         """The run is over: has what came behind a write changed a tensor of the user's?"""
-        for entry in [] if self.apart or self.told else self.lines.values():
-            if entry.seen is not None and version(entry.tensor) != entry.seen and not self.told:
+        for entry in [] if self.apart else self.lines.values():
+            if not self.told and entry.seen is not None and version(entry.tensor) != entry.seen:
                 what = "is written with a tensor of yours, which the model, or a change at a later site, then changed in place"
                 self._tell(entry, entry.line, what)
 

@@ -137,6 +137,11 @@ def test_a_trace_names_both_lines(cell: Callable, engine: str) -> None:
     assert not torch.equal(value, before)  # as in eager code
 
 
+class Adds(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(1)
+
+
 class Inplace(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.relu_()
@@ -175,6 +180,30 @@ def test_a_tensor_that_the_body_made_is_nobody_elses(engine: str) -> None:
         model[2].output = value
         out = model.output.save()
     assert torch.equal(value, before) and torch.equal(out, before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@torch.no_grad()
+def test_a_model_that_changes_it_in_place_gives_every_cell_the_same(engine: str) -> None:
+    model, value = NNsight(nn.Sequential(nn.Linear(4, 4), Adds()).requires_grad_(False)), torch.randn(2, 4)
+    if engine != "hooks":
+        model.compile(backend=engine)
+    before = value.clone()
+
+    def cell(m: Any, k: int) -> torch.Tensor:
+        model[0].output = value
+        return model.output * k
+
+    found = model.sweep(cell, X, over={"k": [1, 2, 3]}, progress=False)
+    with model.session():
+        kept = []
+        for k in (1, 2, 3):
+            with model.trace(X):
+                kept.append(cell(model, k).save())
+    for k, one in zip((1, 2, 3), kept, strict=True):
+        torch.testing.assert_close(torch.as_tensor(found.array.values[k - 1]), (before + 1) * k)
+        torch.testing.assert_close(one, (before + 1) * k)
+    assert torch.equal(value, before)
 
 
 @torch.no_grad()
