@@ -13,7 +13,7 @@ import torch
 
 import nnsight_fx
 from nnsight_fx import LanguageModel
-from nnsight_fx.demo import load
+from nnsight_fx.cli.demo import load
 
 
 def main(model: LanguageModel, prompt: str, right: str, wrong: str) -> torch.Tensor:

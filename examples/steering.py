@@ -12,7 +12,7 @@ import argparse
 import torch
 
 from nnsight_fx import LanguageModel
-from nnsight_fx.demo import load
+from nnsight_fx.cli.demo import load
 
 
 def direction(model: LanguageModel, layer: int, towards: str, away: str) -> torch.Tensor:

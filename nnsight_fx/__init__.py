@@ -1,9 +1,12 @@
 """nnsight_fx: interventions on neural networks, spliced into the model's own compiled graph."""
 
-from . import interventions, patching
+from . import interventions
+from .analysis import patching
+from .analysis.helpers import TraceDict, steer
+from .analysis.parts import Parts
 from .config import CONFIG
 from .engine.spliced import assert_max_compiles, assert_no_fallback
-from .envoy import Envoy
+from .envoys.envoy import Envoy
 from .errors import (
     FallbackError,
     FallbackWarning,
@@ -18,6 +21,7 @@ from .errors import (
     PaddedLengthUnknown,
     PlanError,
     PlanMismatchError,
+    PromptError,
     RecompileError,
     SkipError,
     SourceNotAvailable,
@@ -29,13 +33,10 @@ from .errors import (
     WorkerLostError,
 )
 from .harvest.activations import Activations
-from .helpers import TraceDict, steer
-from .language import LanguageModel
-from .loading import ModelNotFoundError
-from .model import NNsight
-from .parts import Parts
-from .plans import Plan, load_plan, save_plan
-from .tokens import PromptError
+from .model.language import LanguageModel
+from .model.loading import ModelNotFoundError
+from .model.model import NNsight
+from .stored.plans import Plan, load_plan, save_plan
 from .tracing.saving import save
 
 __all__ = [

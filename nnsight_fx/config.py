@@ -9,11 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-import torch
-
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
-OURS = (_PACKAGE + os.sep, os.path.realpath(os.path.join(_PACKAGE, "passes")) + os.sep)
-BELOW = (*OURS, os.path.dirname(torch.__file__) + os.sep)  # what lies below the user's line in a traceback
+from .lines import BELOW, OURS
 
 
 @dataclass

@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from .lines import user_line
+
 
 class NNsightFXError(Exception):
     """The parent of all errors of this package."""
@@ -122,6 +124,17 @@ class own_error(property):  # noqa: N801  (used as `@property` is)
         error = obj.__dict__.pop("_own_error", None)
         if error is not None:
             raise error
+
+
+class PromptError(NNsightFXError, ValueError):
+    """A prompt that makes no tokens, or prompts that cannot run as one batch."""
+
+    def __init__(self, text: str):
+        super().__init__(f"{user_line()}: {text}")
+
+
+class MissingExtraError(NNsightFXError, ImportError):
+    """What was asked for needs packages of an extra that is not installed."""
 
 
 def nearest(wrong: str, known: Iterable[str], n: int = 3) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import atomic
 from .errors import StoreError
-from .tracing.lazy import user_line
+from .lines import user_line
 
 
 class Folder:

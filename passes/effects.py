@@ -11,7 +11,7 @@ import torch.fx as fx
 
 from nnsight_fx.capture.markers import anchor, site, supply
 from nnsight_fx.compat.graphs import OpOverload
-from nnsight_fx.tracing.names import RANDOM, RANDOM_IN_PLACE
+from nnsight_fx.plan.names import RANDOM, RANDOM_IN_PLACE
 
 TORCH = {  # where functions live that only compute; `None`: builtins of torch without a module
     *(

@@ -11,10 +11,10 @@ import torch.fx as fx
 import torch.nn as nn
 
 from nnsight_fx.compat.modes import SET_GRAD, enter_autocast, exit_autocast
-from nnsight_fx.tracing.encode import Identity, Key
-from nnsight_fx.tracing.interleave import Cut as CutHere
-from nnsight_fx.tracing.interleave import Firing, Interleaver
-from nnsight_fx.tracing.plan import MODULE, SKIP, STOP, Observed, Op, Site, fx_target
+from nnsight_fx.plan.encode import Identity, Key
+from nnsight_fx.plan.interleave import Cut as CutHere
+from nnsight_fx.plan.interleave import Firing, Interleaver
+from nnsight_fx.plan.plan import MODULE, SKIP, STOP, Observed, Op, Site, fx_target
 
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
 from .job import Job, backward, constant, fetch, gradient, parameter, put_rows, rows, select, set_gradient, settled, tap

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from nnsight_fx.tracing.plan import InterventionGraph, Site
+from nnsight_fx.plan.plan import InterventionGraph, Site
 
 Value = tuple[int, int]  # (operation, leaf)
 

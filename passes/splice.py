@@ -9,10 +9,10 @@ import torch.fx as fx
 
 from nnsight_fx.capture.markers import anchor, site, supply
 from nnsight_fx.errors import MissedSiteError, PlanMismatchError
-from nnsight_fx.tracing.encode import Keep
-from nnsight_fx.tracing.interleave import Cut as CutHere
-from nnsight_fx.tracing.interleave import Firing
-from nnsight_fx.tracing.plan import SKIP, Op
+from nnsight_fx.plan.encode import Keep
+from nnsight_fx.plan.interleave import Cut as CutHere
+from nnsight_fx.plan.interleave import Firing
+from nnsight_fx.plan.plan import SKIP, Op
 
 from .emit import Emitter
 from .job import Cut, Job, Unfit

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nnsight_fx import NNsight, UnknownModuleError, bench, cli
-from nnsight_fx.bench import Row
+from nnsight_fx import NNsight, UnknownModuleError
+from nnsight_fx.cli import bench, command
+from nnsight_fx.cli.bench import Row
 
 from .test_demo import tiny_model
 
@@ -56,14 +57,14 @@ def test_the_command(tmp_path, capsys):
     for each in (model, tokenizer):
         each.save_pretrained(tmp_path / "model")
     given = ["--model", str(tmp_path / "model"), "--prompt", "When Mary saw John", "--backends", "eager", "--runs", "1"]
-    assert cli.main(["bench", *given]) == 0
+    assert command.main(["bench", *given]) == 0
     out = capsys.readouterr().out
     assert "hooks" in out and "eager" in out and "difference" in out
-    assert cli.main(["bench", "--model", str(tmp_path / "none")]) == 2
+    assert command.main(["bench", "--model", str(tmp_path / "none")]) == 2
 
 
 @pytest.mark.parametrize("wrong", [["bench", "--runs", "x"], ["bench", "--backends", "tvm"]])
 def test_wrong_options(wrong, capsys):
     with pytest.raises(SystemExit):
-        cli.main(wrong)
+        command.main(wrong)
     assert "usage" in capsys.readouterr().err

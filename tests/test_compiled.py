@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn as nn
 
-from nnsight_fx import NNsight, compat, compiled
+from nnsight_fx import NNsight, compat
 from nnsight_fx.errors import StoreError
+from nnsight_fx.model.model import compiled
 
 PROGRAM = """
 import sys, torch, torch.nn as nn

@@ -9,8 +9,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nnsight_fx import LanguageModel, assert_max_compiles, cli, demo
-from nnsight_fx.weights import WeightsError
+from nnsight_fx import LanguageModel, assert_max_compiles
+from nnsight_fx.cli import command, demo
+from nnsight_fx.cli.weights import WeightsError
 
 TASK = demo.Task("When Mary and John met, John saw", "When Mary and John met, Mary saw", " Mary", " John")
 WORDS = ["When", "Mary", "and", "John", "met", ",", "saw"]
@@ -145,7 +146,7 @@ def test_a_task_that_cannot_be_patched_is_named(patching, change, text):
 def test_the_command_runs_on_a_folder(module_and_tokenizer, tmp_path, capsys):
     for part in module_and_tokenizer:
         part.save_pretrained(tmp_path / "model")
-    assert cli.main(_arguments(tmp_path, "--model", str(tmp_path / "model"))) == 0
+    assert command.main(_arguments(tmp_path, "--model", str(tmp_path / "model"))) == 0
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["model"] == str(tmp_path / "model")
     assert capsys.readouterr().out.splitlines()[-1].startswith("24 cells: ")
 
@@ -155,14 +156,14 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, monkeypatc
         raise WeightsError("the demo's weights need `gguf`")
 
     monkeypatch.setattr(demo.weights, "smollm2", missing)
-    assert cli.main(_arguments(tmp_path)) == 2
+    assert command.main(_arguments(tmp_path)) == 2
     assert capsys.readouterr().err.strip() == "nnsight-fx: the demo's weights need `gguf`"
 
 
 def test_an_output_folder_that_cannot_be_made_fails_before_any_work(tmp_path, monkeypatch, capsys):
     (tmp_path / "out").touch()
     monkeypatch.setattr(demo, "load", lambda model: pytest.fail("loaded a model"))
-    assert cli.main(_arguments(tmp_path)) == 2
+    assert command.main(_arguments(tmp_path)) == 2
     assert "Name another folder with --out" in capsys.readouterr().err
 
 
@@ -186,7 +187,7 @@ def test_a_demo_that_fails_leaves_nothing(where, module_and_tokenizer, tmp_path,
 
 def test_the_command_without_arguments_shows_its_usage(capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main([])
+        command.main([])
     assert "demo" in capsys.readouterr().err
 
 

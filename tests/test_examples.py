@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnsight_fx import LanguageModel, assert_no_fallback, weights
+from nnsight_fx import LanguageModel, assert_no_fallback
+from nnsight_fx.cli import weights
 
 from .test_demo import tiny_model
 
@@ -106,7 +107,7 @@ def test_a_task_without_weights_says_how_to_get_them(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path]),
         "XDG_CACHE_HOME": str(tmp_path),
     }
-    code = "import sys, nnsight_fx.weights as w; w._NEEDED = ('no_such_package',); sys.path.insert(0, sys.argv[1]); import common; common.smollm2()"
+    code = "import sys, nnsight_fx.cli.weights as w; w._NEEDED = ('no_such_package',); sys.path.insert(0, sys.argv[1]); import common; common.smollm2()"
     done = subprocess.run(
         [sys.executable, "-c", code, str(EXAMPLES / "tasks")], env=environment, capture_output=True, text=True
     )

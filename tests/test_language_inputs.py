@@ -24,9 +24,9 @@ from transformers import (
 
 from cache_name import CACHE
 from nnsight_fx import NNsightFXError
-from nnsight_fx.language import LanguageModel, ModelNotFoundError, PromptError
-from nnsight_fx.model import Batch
-from nnsight_fx.tokens import positions
+from nnsight_fx.model.language import LanguageModel, ModelNotFoundError, PromptError
+from nnsight_fx.model.model import Batch
+from nnsight_fx.model.tokens import positions
 
 WORDS = ["<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
 SIZES: dict[str, Any] = dict(

@@ -343,9 +343,7 @@ def damaged(path, change):
 
 def leaves(cache):
     """The tensors that a cache holds, by path."""
-    flat = {
-        path: nnsight_fx.tracing.tree.flatten([(e.output, e.inputs) for e in cache[path].visits])[0] for path in cache
-    }
+    flat = {path: nnsight_fx.plan.tree.flatten([(e.output, e.inputs) for e in cache[path].visits])[0] for path in cache}
     return {path: [x for x in found if isinstance(x, torch.Tensor)] for path, found in flat.items()}
 
 

@@ -7,16 +7,7 @@ import torch
 import torch.nn as nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nnsight_fx import (
-    CONFIG,
-    Envoy,
-    LanguageModel,
-    NNsight,
-    TraceDict,
-    UnknownModuleError,
-    assert_no_fallback,
-    steer,
-)
+from nnsight_fx import CONFIG, Envoy, LanguageModel, NNsight, TraceDict, UnknownModuleError, assert_no_fallback, steer
 from nnsight_peer import run_peer
 
 TEXT = """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nnsight_fx import weights
+from nnsight_fx.cli import weights
 
 
 def spec_of(origin: Path):

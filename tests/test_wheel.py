@@ -63,4 +63,4 @@ def test_it_runs_a_trace_outside_the_checkout(wheel, tmp_path):
     run(*pip, target, wheel)
     away = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(target)}}
     run(sys.executable, "-W", "error", "-c", TRACE, target, **away)
-    run(sys.executable, "-c", "from nnsight_fx.cli import main; assert callable(main)", **away)
+    run(sys.executable, "-c", "from nnsight_fx.cli.command import main; assert callable(main)", **away)

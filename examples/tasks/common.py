@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from nnsight_fx import LanguageModel, weights
+from nnsight_fx import LanguageModel
+from nnsight_fx.cli import weights
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"

@@ -24,8 +24,8 @@ from transformers.utils.generic import ModelOutput
 
 from ..compat.frames import compiled_from, seen_by_dynamo
 from ..compat.modules import GLOBAL
-from ..tracing import tree
-from ..tracing.encode import Keep
+from ..plan import tree
+from ..plan.encode import Keep
 from .operations import Operations
 
 active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for

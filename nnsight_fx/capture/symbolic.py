@@ -21,11 +21,11 @@ import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
 from .. import compat
-from ..tracing import ambient, tree
-from ..tracing.names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY
-from ..tracing.plan import fx_target
+from ..plan import ambient, tree
+from ..plan.names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY
+from ..plan.plan import fx_target
+from ..plan.tree import PLAIN
 from .markers import Markers, active, anchor, override, put, site, supply, take
-from .scan import PLAIN
 
 _LIBRARIES = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
 _NN = os.path.join("torch", "nn", "modules", "")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..tracing import tree
+from ..plan import tree
 
 CAPTURE, COMPILE = "capture", "compile"
 KEPT = 512  # of each capture: the latest

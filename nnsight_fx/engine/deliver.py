@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import compat
-from ..tracing.encode import Key
+from ..plan.encode import Key
 from ..tracing.lazy import LazyTensor
 from ..tracing.objects import become
 from ..tracing.saving import put_objects

@@ -7,7 +7,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from ..config import OURS
-from ..tracing.plan import SKIP, WRITE
+from ..plan.plan import SKIP, WRITE
 
 if TYPE_CHECKING:
     from .spliced import SplicedRun

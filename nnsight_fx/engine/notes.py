@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..tracing.printing import short
+from ..plan.printing import short
 from .clock import seconds
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..tracing.plan import Observed
+from ..plan.plan import Observed
 
 
 class Offload:

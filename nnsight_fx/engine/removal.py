@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..capture.scan import PLAIN
 from ..compat.modules import hooked_everywhere
 from ..compat.transformers import collects_states
 from ..errors import PlanMismatchError
 from ..passes.job import Job, Unfit
-from ..tracing import tree
-from ..tracing.plan import APPLY, SKIP, SYNC, InterventionGraph
+from ..plan import tree
+from ..plan.plan import APPLY, SKIP, SYNC, InterventionGraph
+from ..plan.tree import PLAIN
 from ..tracing.steps import SiteMeta
 from ..tracing.tape import Tape
 

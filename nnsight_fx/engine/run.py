@@ -15,13 +15,13 @@ import torch
 from .. import compat
 from ..capture.markers import Markers, active
 from ..errors import MissedSiteError, PlanMismatchError
-from ..tracing import tree
-from ..tracing.ambient import under
-from ..tracing.encode import Key
-from ..tracing.interleave import Firing, Stopped, TensorInterleaver, gather
-from ..tracing.lazy import Line
+from ..lines import Line
+from ..plan import tree
+from ..plan.ambient import under
+from ..plan.encode import Key
+from ..plan.interleave import Firing, Stopped, TensorInterleaver, gather
+from ..plan.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observed, Op, Site
 from ..tracing.nested import refuse_nested
-from ..tracing.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observed, Op, Site
 from ..tracing.steps import ANY
 from .offload import Offload
 from .retained import retain

@@ -33,25 +33,25 @@ from ..capture.markers import (
     taken,
     uncompiled,
 )
-from ..capture.scan import callee
 from ..capture.segment import Segment
 from ..capture.symbolic import Untraceable
 from ..compat.fakes import FakeTensor, detect_fake_mode
 from ..compat.transformers import settle
 from ..errors import FallbackError, FallbackWarning, PlanMismatchError, SkipError
+from ..lines import user_line
 from ..passes.calls import ModuleCall
 from ..passes.job import NotDifferentiable, Unfit
-from ..tracing import tree
-from ..tracing.ambient import under
-from ..tracing.encode import Keep, facts
-from ..tracing.interleave import Firing, Stopped, gather
-from ..tracing.lazy import user_line
-from ..tracing.plan import MODULE, OBJECT, OBSERVE, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
-from ..tracing.printing import short
+from ..plan import tree
+from ..plan.ambient import under
+from ..plan.encode import Keep, facts
+from ..plan.interleave import Firing, Stopped, gather
+from ..plan.plan import MODULE, OBJECT, OBSERVE, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
+from ..plan.printing import short
+from ..scan.scan import callee
+from ..scan.sites import FakeInterleaver
 from . import clock, cuda_graphs, gradients
 from .failure import ours, untraceable
 from .run import Run, live, written
-from .sites import FakeInterleaver
 from .symbolic import Symbolic
 from .variants import Variant, extras, variant
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..tracing.encode import Key, facts
-from ..tracing.plan import SAVE, Groups, InterventionGraph, Op
+from ..plan.encode import Key, facts
+from ..plan.plan import SAVE, Groups, InterventionGraph, Op
 from ..tracing.tape import Tape
 
 

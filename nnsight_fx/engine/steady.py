@@ -8,10 +8,10 @@ from typing import Any, cast
 from .. import compat
 from ..capture.markers import active
 from ..capture.segment import Segment
-from ..tracing.encode import Key
-from ..tracing.interleave import Value
-from ..tracing.lazy import Line
-from ..tracing.plan import CALL, MODULE, READ, SAVE, WRITE
+from ..lines import Line
+from ..plan.encode import Key
+from ..plan.interleave import Value
+from ..plan.plan import CALL, MODULE, READ, SAVE, WRITE
 from .run import Run, blame, written
 from .spliced import SplicedRun, Unread
 from .variants import extras

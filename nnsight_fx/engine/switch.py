@@ -15,7 +15,7 @@ import greenlet
 import torch
 
 from .. import compat
-from ..tracing import ambient
+from ..plan import ambient
 from ..tracing.recorder import Recorder
 
 

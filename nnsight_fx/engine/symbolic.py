@@ -14,11 +14,12 @@ import torch.nn as nn
 from .. import compat
 from ..capture import streams
 from ..capture.markers import KEY, Markers, Stop, active, close, mark
-from ..capture.scan import PLAIN, callee, skeleton
 from ..capture.segment import Segment
 from ..capture.state import State, changed, described, snapshot
 from ..capture.symbolic import Recorder, SymbolicTracer, Untraceable, observed, why_not
-from ..tracing import ambient, tree
+from ..plan import ambient, tree
+from ..plan.tree import PLAIN
+from ..scan.scan import callee, skeleton
 
 GRAPHS = 64  # kept an entry
 

@@ -19,8 +19,8 @@ from ..capture.segment import Segment
 from ..compat.tensors import memory, whole
 from ..errors import PlanMismatchError
 from ..passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
-from ..tracing import ambient
-from ..tracing.lifting import EXACT
+from ..plan import ambient
+from ..plan.lifting import EXACT
 from . import clock, following
 from .gradients import differentiable
 from .regions import Whole, regional

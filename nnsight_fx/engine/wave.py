@@ -9,18 +9,18 @@ import torch
 
 from ..compat.dynamo import NotCaptured
 from ..errors import InvokeError, NotRecordableError
+from ..lines import user_line
+from ..plan.encode import Key
+from ..plan.graph import Graph
+from ..plan.plan import Groups, InterventionGraph
+from ..plan.writing import Recording
+from ..scan.sites import Signature, WaveSites
 from ..tracing import saving
 from ..tracing.contexts import Invoker, Tracer
-from ..tracing.encode import Key
-from ..tracing.graph import Graph
-from ..tracing.lazy import user_line
-from ..tracing.plan import Groups, InterventionGraph
 from ..tracing.tape import Tape
-from ..tracing.writing import Recording
 from .deliver import deliver
 from .notes import Notes, notes_of
 from .run import Run
-from .sites import Signature, WaveSites
 from .spliced import SplicedRun
 from .split import Part, part, parts
 from .steady import Steady

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..errors import StoreError, nearest
 from ..folder import read
-from ..tracing.lazy import user_line
+from ..lines import user_line
 
 WHERE = ("prompt", "position", "token")  # columns that say where a row is from
 OPEN = 64  # shards that stay mapped

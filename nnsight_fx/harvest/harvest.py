@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 from .. import atomic
 from ..draws import draw_for, own_draws
 from ..engine.clock import listening
-from ..envoy import Envoy
+from ..envoys.envoy import Envoy
 from ..errors import StoreError
 from ..folder import Folder
-from ..parts import first
-from ..provenance import environment, hashed, of_model
-from ..sweep.report import as_one
-from ..tracing.lazy import user_line
+from ..lines import user_line
+from ..plan.tree import first
+from ..report.provenance import environment, hashed, of_model
+from ..report.runs import as_one
 from ..tracing.saving import save
 from .activations import WHERE, Activations
 from .prompts import Batches, Item, Positions, Reader, kept, rows_of

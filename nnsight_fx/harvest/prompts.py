@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..provenance import hashed
-from ..tokens import PromptError
-from ..tracing.lazy import user_line
+from ..errors import PromptError
+from ..lines import user_line
+from ..report.provenance import hashed
 
 Positions = int | slice | Sequence[int] | None
 Run = Callable[["list[Item]", int], dict[str, torch.Tensor]]

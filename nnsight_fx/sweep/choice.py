@@ -16,9 +16,9 @@ import torch.nn as nn
 from ..engine.clock import seconds
 from ..engine.spliced import EXACT
 from ..errors import nearest
-from ..tracing.lazy import user_line
+from ..lines import user_line
+from ..report.runs import Report
 from .job import Done, Job
-from .report import Report
 
 ENGINES = ("auto", "hooks", "compiled")
 WARM, TIMED = 2, 8  # cells on hooks before the choice: those that learn the model, and those by the watch

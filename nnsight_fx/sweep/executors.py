@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from ..errors import nearest
-from ..tracing.lazy import user_line
+from ..lines import user_line
 from .job import Done, Job
 from .processes import Devices
 from .rays import Ray

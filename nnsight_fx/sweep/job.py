@@ -13,10 +13,11 @@ import torch
 
 from ..draws import draw_for, own_draws
 from ..errors import NotRecordableError
-from ..provenance import hashed
-from ..tracing import tree
-from ..tracing.lazy import LazyTensor, user_line
-from .report import Report, gathered
+from ..lines import user_line
+from ..plan import tree
+from ..report.provenance import hashed
+from ..report.runs import Report, gathered
+from ..tracing.lazy import LazyTensor
 
 PROMPT = "prompt"  # the axis of a list of inputs
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..compat.transformers import without_library_hooks
-from ..envoy import Envoy
-from ..tracing.lazy import user_line
-from ..viz.heatmap import MissingExtraError
+from ..envoys.envoy import Envoy
+from ..errors import MissingExtraError
+from ..lines import user_line
 
 try:
     import cloudpickle
@@ -47,15 +47,8 @@ def unpack(data: bytes, device: str | None) -> Any:
     return torch.load(io.BytesIO(data), map_location=device, weights_only=False)
 
 
-def _model(cls: type, module: Any, state: dict, compiled: dict | None) -> Any:
-    from ..model import NNsight
-
-    made = object.__new__(cls)
-    NNsight.__init__(made, module, rename=state["_rename"], envoys=state["_envoy_classes"])
-    made.__dict__.update(state)
-    if compiled is not None:
-        made.compile(**compiled)
-    return made
+def _model(cls: Any, module: Any, state: dict, compiled: dict | None) -> object:
+    return cls.unpacked(module, state, compiled)
 
 
 def _envoy(root: Any, path: str) -> Any:

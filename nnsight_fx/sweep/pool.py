@@ -10,7 +10,7 @@ import torch
 
 from ..engine.clock import say
 from ..errors import WorkerLostError
-from ..tracing.lazy import user_line
+from ..lines import user_line
 from .job import Done, Job
 from .packing import pack, unpack
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..tracing.lazy import user_line
+from ..lines import user_line
 from .job import Done
 from .pool import Lost, Pool, Worker
 

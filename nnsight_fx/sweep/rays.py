@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..tracing.lazy import user_line
-from ..viz.heatmap import MissingExtraError
+from ..errors import MissingExtraError
+from ..lines import user_line
 from .job import Done
 from .pool import Lost, Pool, Worker
 

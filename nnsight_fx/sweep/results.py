@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..tracing.lazy import user_line
-from ..viz.heatmap import MissingExtraError, heatmap
+from ..errors import MissingExtraError
+from ..lines import user_line
+from ..viz.heatmap import heatmap
 from .store import label
 
 if TYPE_CHECKING:

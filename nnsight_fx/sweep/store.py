@@ -23,8 +23,8 @@ from safetensors.torch import save as to_bytes
 from .. import atomic
 from ..errors import StoreError
 from ..folder import Folder
-from ..provenance import environment, hashed, of_model
-from ..tracing.lazy import user_line
+from ..lines import user_line
+from ..report.provenance import environment, hashed, of_model
 
 VERSION = 2
 SAME = {

@@ -10,11 +10,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..engine.clock import listening
-from ..tracing.lazy import user_line
+from ..lines import user_line
+from ..report.runs import Report, as_one
 from .choice import Choice, checked
 from .executors import Executor, Serial, chosen
 from .job import PROMPT, Job, is_dataset, look
-from .report import Report, as_one
 from .results import Results
 from .store import Store, manifest
 

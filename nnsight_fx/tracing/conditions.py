@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import NotRecordableError, UnsavedValueError
-from .encode import Key, references
-from .lazy import LazyTensor, user_line
+from ..lines import user_line
+from ..plan.encode import Key, references
+from ..plan.plan import BACKWARD, BARRIER, GRAD, OBJECT, OBSERVE, REACH, READ, SET_GRAD, VISIT
+from .lazy import LazyTensor
 from .objects import LazyObject
-from .plan import BACKWARD, BARRIER, GRAD, OBJECT, OBSERVE, REACH, READ, SET_GRAD, VISIT
 
 if TYPE_CHECKING:
     from .contexts import Tracer

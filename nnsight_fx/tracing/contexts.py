@@ -13,11 +13,12 @@ import torch
 
 from ..config import quiet
 from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
-from . import ambient, saving, tree
+from ..lines import Line, user_line
+from ..plan import ambient, tree
+from ..plan.graph import Graph
+from . import saving
 from .conditions import Condition, Stopping
-from .graph import Graph
 from .iteration import Cursor, Iterations, Never
-from .lazy import Line, user_line
 from .recorder import Recorder, unrecorded
 from .steps import Invoke
 from .tape import Tape, held

@@ -15,13 +15,14 @@ import torch
 
 from ..compat.tensors import wrapper
 from ..errors import NotRecordableError
-from . import tree
-from .ambient import under
-from .encode import Identity, Key, decode
-from .lazy import LazyTensor, Line, user_line
-from .lifting import name_of
-from .names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY, effect_of
-from .plan import BARRIER, CALL, MODULE, READ, SKIP, STOP, WRITE, Op, Site
+from ..lines import Line, user_line
+from ..plan import tree
+from ..plan.ambient import under
+from ..plan.encode import Identity, Key, decode
+from ..plan.lifting import name_of
+from ..plan.names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY, effect_of
+from ..plan.plan import BARRIER, CALL, MODULE, READ, SKIP, STOP, WRITE, Op, Site
+from .lazy import LazyTensor
 from .recorder import Recorder
 from .steps import Missing, SiteMeta, Step
 from .tape import Tape

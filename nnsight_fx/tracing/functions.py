@@ -17,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 from ..compat.autograd import Untold, applied, applying, call_of, separate
 from ..compat.fakes import FakeTensor
 from ..errors import NNsightFXError, NotRecordableError
-from . import tree
-from .encode import Identity
-from .lazy import LazyTensor, _first, user_line
-from .lifting import name_of
-from .names import draws, needs_data
-from .plan import CALL
+from ..lines import user_line
+from ..plan import tree
+from ..plan.encode import Identity
+from ..plan.lifting import name_of
+from ..plan.names import draws, needs_data
+from ..plan.plan import CALL
+from .lazy import LazyTensor, _first
 
 if TYPE_CHECKING:
     from .tape import Tape

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import NotRecordableError
-from . import tree
-from .lazy import LazyTensor, user_line
-from .plan import BACKWARD, GRAD, SET_GRAD
+from ..lines import user_line
+from ..plan import tree
+from ..plan.plan import BACKWARD, GRAD, SET_GRAD
+from .lazy import LazyTensor
 
 if TYPE_CHECKING:
     from .tape import Tape

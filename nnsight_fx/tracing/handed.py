@@ -16,9 +16,9 @@ import torch
 
 from ..compat.modes import NoTorchFunction
 from ..compat.tensors import memory, version, whole
-from .encode import facts
-from .lazy import Line, user_line
-from .plan import Site
+from ..lines import Line, user_line
+from ..plan.encode import facts
+from ..plan.plan import Site
 
 
 class Written(NamedTuple):

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import MissedSiteError, OutOfOrderError
-from .lazy import LazyTensor, user_line
+from ..lines import user_line
+from .lazy import LazyTensor
 from .objects import LazyObject
 
 if TYPE_CHECKING:

@@ -6,49 +6,18 @@ can compute on it in silence: below the Python API it always raises.
 
 from __future__ import annotations
 
-import functools
-import os
-import sys
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from ..compat.tensors import wrapper
 from ..errors import NotRecordableError
+from ..lines import Line, user_line
 
 if TYPE_CHECKING:
     from .tape import Tape
-
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_INTERNAL = (_PACKAGE, os.path.dirname(torch.__file__), os.path.realpath(os.path.join(_PACKAGE, "passes")))
-
-
-class Line(NamedTuple):
-    """A line of the user's code."""
-
-    filename: str
-    lineno: int
-
-    def __str__(self) -> str:
-        return f"{self.filename}:{self.lineno}"
-
-
-_new_line = tuple.__new__  # `Line(...)` without a call in Python: there is one a recorded operation
-
-
-@functools.cache
-def _internal(filename: str) -> bool:
-    return filename.startswith(_INTERNAL)
-
-
-def user_line() -> Line:
-    """The innermost line that is neither this package's nor torch's."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and _internal(frame.f_code.co_filename):
-        frame = frame.f_back
-    return _new_line(Line, (frame.f_code.co_filename, frame.f_lineno))
 
 
 class LazyTensor(torch.Tensor):

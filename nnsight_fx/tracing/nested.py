@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import NotRecordableError
-from .lazy import Line
-from .plan import Site
+from ..lines import Line
+from ..plan.plan import Site
 
 
 def refuse_nested(line: Line, site: Site, leaves: Iterable[Any]) -> None:

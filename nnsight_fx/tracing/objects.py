@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import OutOfOrderError, UnsavedValueError
-from . import tree
-from .encode import Identity, Keep, Key
-from .lazy import LazyTensor, user_line
-from .plan import APPLY, OBJECT, OBSERVE, READ, SAVE, Site
+from ..lines import user_line
+from ..plan import tree
+from ..plan.encode import Identity, Keep, Key
+from ..plan.plan import APPLY, OBJECT, OBSERVE, READ, SAVE, Site
+from .lazy import LazyTensor
 
 if TYPE_CHECKING:
     from .tape import Tape

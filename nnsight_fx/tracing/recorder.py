@@ -14,11 +14,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..compat.modes import SET_GRAD, function_modes
-from . import tree
+from ..plan import tree
+from ..plan.lifting import name_of
+from ..plan.names import draws, effect_of
 from .functions import set_grad
 from .lazy import LazyTensor
-from .lifting import name_of
-from .names import draws, effect_of
 from .tape import Tape
 
 _GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]

@@ -6,9 +6,10 @@ import threading
 from typing import Any, TypeVar
 
 from ..errors import OutsideTraceError
-from . import tree
+from ..lines import user_line
+from ..plan import tree
 from .functions import INSIDE
-from .lazy import LazyTensor, user_line
+from .lazy import LazyTensor
 from .objects import LazyObject, lazies
 from .tape import Tape
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from . import tree
-from .encode import Key, Lifted
-from .lazy import LazyTensor, Line
-from .plan import CALL, READ, SAVE, InterventionGraph, Op, Site
+from ..lines import Line
+from ..plan import tree
+from ..plan.encode import Key, Lifted
+from ..plan.plan import CALL, READ, SAVE, InterventionGraph, Op, Site
+from .lazy import LazyTensor
 
 if TYPE_CHECKING:
     from .tape import Tape

@@ -28,29 +28,15 @@ from ..compat.modes import NoTorchFunction, transforms
 from ..compat.tensors import memory, shares_memory, wraps_tensors
 from ..config import CONFIG
 from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError, PaddedLengthUnknown, UnsavedValueError
-from . import ambient, tree
-from .conditions import Conditions
-from .encode import Identity, Keep, Key, Lifted, decode, encode, facts
-from .functions import INSIDE, custom_function
-from .gradients import LATE, Gradients
-from .handed import Handed
-from .interleave import observed
-from .lazy import Given, LazyTensor, Line, user_line
-from .lifting import lift, name_of
-from .names import (
-    ASKS_NOTHING,
-    LIVE_CALLS,
-    NEEDS_DATA,
-    NEEDS_MEMORY,
-    draws,
-    effect_of,
-    needs_data,
-)
-from .names import RANDOM as RANDOM  # passes look there
-from .names import RANDOM_IN_PLACE as RANDOM_IN_PLACE
-from .nested import refuse_nested
-from .objects import LazyObject, Objects
-from .plan import (
+from ..lines import Line, user_line
+from ..plan import ambient, tree
+from ..plan.encode import Identity, Keep, Key, Lifted, decode, encode, facts
+from ..plan.interleave import observed
+from ..plan.lifting import lift, name_of
+from ..plan.names import ASKS_NOTHING, LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY, draws, effect_of, needs_data
+from ..plan.names import RANDOM as RANDOM  # passes look there
+from ..plan.names import RANDOM_IN_PLACE as RANDOM_IN_PLACE
+from ..plan.plan import (
     APPLY,
     BARRIER,
     CALL,
@@ -72,6 +58,13 @@ from .plan import (
     Op,
     Site,
 )
+from .conditions import Conditions
+from .functions import INSIDE, custom_function
+from .gradients import LATE, Gradients
+from .handed import Handed
+from .lazy import Given, LazyTensor
+from .nested import refuse_nested
+from .objects import LazyObject, Objects
 from .steps import (
     ANY,
     NO_ARGS,

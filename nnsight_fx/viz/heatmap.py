@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import NNsightFXError
+from ..errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_LABELS = 64  # on one axis; beyond that every n-th is written
-
-
-class MissingExtraError(NNsightFXError, ImportError):
-    """A picture asked for without the packages of the extra `viz`."""
 
 
 def heatmap(

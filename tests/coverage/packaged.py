@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from nnsight_fx.weights import smollm2
+from nnsight_fx.cli.weights import smollm2
 
 from .architectures import Architecture, ids
 

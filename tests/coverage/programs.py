@@ -12,7 +12,7 @@ import torch.nn as nn
 
 import nnsight_fx
 from nnsight_fx import NNsight
-from nnsight_fx.tracing import tree
+from nnsight_fx.plan import tree
 
 from .architectures import ARCHITECTURES, Architecture
 from .packaged import PACKAGED

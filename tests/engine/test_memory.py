@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 
 from nnsight_fx import NestedTraceError, NNsight
-from nnsight_fx.engine import sites, spliced, variants
+from nnsight_fx.engine import spliced, variants
+from nnsight_fx.scan import sites
 
 ENGINES = ["hooks", "eager", "aot_eager", pytest.param("symbolic", marks=pytest.mark.slow)]
 

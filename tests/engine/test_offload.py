@@ -7,10 +7,10 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnsight_fx import NNsight
-from nnsight_fx.cache import observed
 from nnsight_fx.engine.offload import Offload
+from nnsight_fx.model.cache import observed
 from nnsight_fx.passes.emit import Emitter
-from nnsight_fx.tracing.plan import Observed
+from nnsight_fx.plan.plan import Observed
 
 TO_CPU = observed(True, "cpu", torch.float16)
 

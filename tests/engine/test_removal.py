@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from cache_name import CACHE
 from nnsight_fx import NNsight, assert_no_fallback
 from nnsight_fx.errors import PlanMismatchError, SkipError
-from nnsight_fx.tracing import tree
+from nnsight_fx.plan import tree
 
 ENGINES = ["eager", "aot_eager"]
 X = torch.linspace(-1, 1, 12).reshape(3, 4)

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 import nnsight_fx
 from nnsight_fx import MissedSiteError, NNsight, OutOfOrderError
-from nnsight_fx.engine import sites
+from nnsight_fx.scan import sites
 
 ENGINES = ["hooks", "eager", "aot_eager"]
 pytestmark = pytest.mark.xdist_group("decided")

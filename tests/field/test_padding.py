@@ -13,8 +13,8 @@ import torch.nn as nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from nnsight_fx import LanguageModel
-from nnsight_fx.padding import padding_of
-from nnsight_fx.tokens import PromptError
+from nnsight_fx.errors import PromptError
+from nnsight_fx.model.padding import padding_of
 
 from .families import FAMILIES, Architecture
 

@@ -17,9 +17,9 @@ from transformers.cache_utils import DynamicLayer
 from nnsight_fx import NNsight, assert_max_compiles
 from nnsight_fx.engine.spliced import watch
 from nnsight_fx.errors import MissedSiteError, PlanMismatchError
+from nnsight_fx.plan.tree import tree_map
 from nnsight_fx.tracing.lazy import LazyTensor
 from nnsight_fx.tracing.objects import LazyObject
-from nnsight_fx.tracing.tree import tree_map
 
 from .kinds import KINDS, Slots, State
 from .nets import Memory, Net

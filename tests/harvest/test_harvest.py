@@ -18,8 +18,8 @@ import transformers as tf
 from torch.utils.data import DataLoader
 
 from nnsight_fx import Activations, LanguageModel, NNsight, StoreError, UnknownModuleError, assert_max_compiles
+from nnsight_fx.errors import PromptError
 from nnsight_fx.harvest.prompts import width
-from nnsight_fx.tokens import PromptError
 
 ENGINES = ["hooks", "eager", "aot_eager"]
 LENGTHS = [3, 11, 1, 20, 7, 7, 2, 16, 5, 9, 4, 13]

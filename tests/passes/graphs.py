@@ -14,7 +14,7 @@ from nnsight_fx.capture.markers import site
 from nnsight_fx.engine.spliced import Capture
 from nnsight_fx.passes.demand import take
 from nnsight_fx.passes.job import Entry, Job
-from nnsight_fx.tracing.plan import InterventionGraph
+from nnsight_fx.plan.plan import InterventionGraph
 
 Body = Callable[[Any, Any, list], None]  # model, tracer, and the list for what it saves
 

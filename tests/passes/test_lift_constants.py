@@ -8,7 +8,7 @@ import torch.fx as fx
 
 from nnsight_fx import NNsight, assert_max_compiles, passes
 from nnsight_fx.passes.job import Cut, Entry, Job, constant, fetch, parameter
-from nnsight_fx.tracing.plan import Groups, InterventionGraph
+from nnsight_fx.plan.plan import Groups, InterventionGraph
 
 from .graphs import call, eager, job_of, net, net_graph, outputs, record, targets
 

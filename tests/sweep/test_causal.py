@@ -230,7 +230,7 @@ LATE = {"no mask", "prefix", "normalized first"}  # seen when it runs
 
 def test_out_of_memory_halves_a_forked_batch(monkeypatch):
     """The halves give the same, and both leave out what is before a patch."""
-    from nnsight_fx.sweep import cells, forked
+    from nnsight_fx.batching import cells, forked
 
     module, path = gpt2()
     tried, go = [], cells.Walk.go

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnsight_fx import FallbackWarning, NNsight
-from nnsight_fx.sweep import forked
+from nnsight_fx.batching import forked
 
 from .programs import MLP, X, mixed, mlp, patching, same
 from .test_strategies import wrap

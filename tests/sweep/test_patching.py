@@ -10,7 +10,8 @@ import torch
 import transformers as tf
 
 from nnsight_fx import LanguageModel, NNsight, Parts, UnknownModuleError, patching
-from nnsight_fx.parts import FAMILIES, first
+from nnsight_fx.analysis.parts import FAMILIES
+from nnsight_fx.plan.tree import first
 
 from ..test_demo import tiny_model
 

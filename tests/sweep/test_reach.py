@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnsight_fx import NNsight
-from nnsight_fx.sweep.reach import reach
+from nnsight_fx.batching.reach import reach
 
 from .programs import X, mlp
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnsight_fx.sweep.rows import Mixed, Rows
+from nnsight_fx.batching.rows import Mixed, Rows
 
 X, W = torch.linspace(-1, 1, 7 * 5 * 4).reshape(7, 5, 4), torch.linspace(0, 1, 16).reshape(4, 4)
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 import transformers as tf
 
 from nnsight_fx import LanguageModel, NNsight, StoreError
-from nnsight_fx.provenance import hashed, of_model
+from nnsight_fx.report.provenance import hashed, of_model
 
 from .programs import X, mlp
 

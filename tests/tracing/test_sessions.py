@@ -8,13 +8,7 @@ import torch
 import torch.nn as nn
 
 import nnsight_fx
-from nnsight_fx import (
-    NNsight,
-    OutsideTraceError,
-    UnsavedValueError,
-    assert_max_compiles,
-    assert_no_fallback,
-)
+from nnsight_fx import NNsight, OutsideTraceError, UnsavedValueError, assert_max_compiles, assert_no_fallback
 
 ENGINES = ["hooks", "eager", "aot_eager"]
 CLEAN, CORRUPT = torch.linspace(-1, 1, 12).reshape(3, 4), torch.linspace(2, -1, 12).reshape(3, 4)

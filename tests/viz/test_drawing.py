@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 
 from nnsight_fx import NNsight
-from nnsight_fx.tracing import plan as dialect
-from nnsight_fx.viz import drawing
+from nnsight_fx.plan import drawing
+from nnsight_fx.plan import plan as dialect
 
 KINDS = [v for k, v in vars(dialect).items() if k.isupper() and isinstance(v, str)]
 

@@ -1,0 +1,275 @@
+"""Plain batching on hooks: traces become the rows of one forward, each with its own interventions, as invokes are."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from ..compat.tensors import shares_memory
+from ..engine.run import Run
+from ..plan import tree
+from ..plan.encode import Key
+from ..plan.interleave import Firing, Interleaver
+from ..plan.plan import READ, WRITE, Groups, InterventionGraph, Op, Site
+from ..report.runs import Group
+from ..scan.scan import callee
+from .memory import chunks, out_of_memory
+from .pending import Pending
+from .rows import Mixed, Rows
+
+ROWS = 32  # a forward: on 2 cores more cost as much a row
+
+Flags = dict[Site, tuple[bool | None, ...]]
+_proofs: weakref.WeakKeyDictionary[Any, Flags | str] = weakref.WeakKeyDictionary()  # signature -> where the rows are
+
+
+def batched(group: list[Pending], told: Group) -> None:
+    """Run traces in forwards of up to `ROWS` rows.
+
+    The first forward follows each operation of the model (`Rows`); `Mixed` where one lets rows see one another, and then
+    nothing has been delivered.
+    """
+    known = _proofs.get(group[0].tape.sites.signature)
+    if isinstance(known, str):
+        raise Mixed(known)
+    try:
+        _chunked(group, told, max(1, ROWS // group[0].wave.batch.rows))
+    except Mixed as why:
+        _proofs[group[0].tape.sites.signature] = str(why)
+        raise
+
+
+def _chunked(group: list[Pending], told: Group, size: int) -> None:
+    for cells in chunks(group, size):
+        try:
+            run = _forward(cells)
+        except Exception as error:
+            if not out_of_memory(error) or len(cells) == 1:
+                raise
+            told.note(f"out of memory with {len(cells)} traces in a forward: halved")
+            _chunked(cells, told, -(-len(cells) // 2))
+            continue
+        told.forwards += 1
+        for p in cells:
+            p.tracer.deliver()
+        del run
+
+
+def _forward(cells: list[Pending]) -> Run:
+    """One forward; afterwards each wave has its share of it."""
+    first = cells[0]
+    merged = Merged(cells)
+    batch = first.host._collate([p.wave.batch for p in cells])
+    signature = first.tape.sites.signature
+    flags = _proofs.get(signature)
+
+    def call() -> Any:
+        return callee(first.host._module, first.wave.fn)(*batch.args, **batch.kwargs)
+
+    run = BatchedRun(
+        merged.plan, merged.constants, merged.lines, first.host._markers, call, first.host._module.get_submodule, {}
+    )
+    if isinstance(flags, dict):
+        run.flags = flags
+        run.finish(merged.plan)
+    else:
+        inputs = [x for x in tree.flatten((batch.args, batch.kwargs))[0] if isinstance(x, torch.Tensor)]
+        run.follow = Rows(
+            batch.rows, inputs, {n for t in (*inputs, *first.host._module.parameters()) for n in t.shape[1:]}
+        )
+        run.everything = True
+        with run.follow:
+            run.finish(merged.plan)
+        if not run.follow.decides and not run.stopping:
+            _proofs[signature] = run.flags
+    shares = merged.shares(run)
+    if any(share.unfinished() and not share.stopping for share in shares):
+        raise Mixed("a site that was asked for was never reached")
+    for p, share in zip(cells, shares, strict=True):
+        p.wave.run, p.done = share, True
+    return run
+
+
+class Merged:
+    """Several plans as one: the workers of each on its own rows."""
+
+    def __init__(self, cells: list[Pending]):
+        ops: list[Op] = []
+        specs: list = []
+        rows: list[tuple[int, int]] = []
+        self.lines: list = []
+        self.constants: list = []
+        self.cells: list[tuple[InterventionGraph, int]] = []
+        start = 0
+        for p in cells:
+            p.tape.resolve()
+            plan, size = p.plan, p.wave.batch.rows
+            self.cells.append((plan, len(ops)))
+            moved = Moved(len(ops), len(self.constants))
+            workers = len(rows)
+            ops += [
+                op._replace(
+                    invoke=workers + op.invoke,
+                    args=moved.key(op.args),
+                    kwargs=moved.key(op.kwargs),
+                    extra=_unflagged(op),
+                )
+                for op in plan.ops
+            ]
+            rows += [(start, size)] * len(plan.workers)
+            specs += plan.specs
+            self.lines += p.tape.lines
+            self.constants += p.tape.constants
+            start += size
+        self.plan = InterventionGraph.of(tuple(ops), Groups(tuple(rows), start), cells[0].plan.recapture, tuple(specs))
+
+    def shares(self, run: Run) -> list[Interleaver]:
+        """What each plan has of a run of all."""
+        found = []
+        for plan, start in self.cells:
+            share = Share(plan)
+            stop = start + len(plan.ops)
+            share.done = {n - start for n in run.done if start <= n < stop}
+            share.env = {(n - start, j): x for (n, j), x in run.env.items() if start <= n < stop}
+            share.stopping = run.stopping
+            found.append(share)
+        return found
+
+
+class Share(Interleaver):
+    """What one plan has of a run of several."""
+
+    compiles = hits = 0
+    forwards, shared, capture_s, compile_s = 1, "batched", 0.0, 0.0
+    result = coroutine = None
+
+    def __init__(self, plan: InterventionGraph):
+        super().__init__(plan)
+        self.lines: list = []
+        self.report: list[str] = []
+
+
+class Moved:
+    """Keys of a plan whose operations and constants come behind others'."""
+
+    def __init__(self, ops: int, constants: int):
+        self.ops, self.constants = ops, constants
+
+    def key(self, key: Key) -> Key:
+        if not isinstance(key, tuple) or not key:
+            return key
+        if key[0] == "v":
+            return ("v", key[1] + self.ops, key[2])
+        if key[0] in ("c", "n"):
+            return (key[0], key[1] + self.constants, key[2])
+        return key if key[0] in ("l", "s", "o") else tuple(self.key(k) for k in key)
+
+
+def _unflagged(op: Op) -> Any:
+    """Where the rows are is found by the run, not told by a scan of one trace's input."""
+    if op.kind == READ:
+        return (None, None)
+    return (op.extra[0], None, op.extra[2]) if op.kind == WRITE else op.extra
+
+
+class Flagged(Firing):
+    """A site of which it is known which leaves hold the rows."""
+
+    def batched(self, leaf: int, batched: Any) -> bool | None:
+        return self.flags[leaf]  # type: ignore[attr-defined]
+
+
+class BatchedRun(Run):
+    """A forward in which each plan has its rows."""
+
+    follow: Rows | None = None
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.flags: Flags = {}
+        self.written_rows: dict[
+            int, tuple[torch.Tensor, set]
+        ] = {}  # the leaves of a site that were written, and by whom
+
+    @property
+    def skips(self) -> Any:
+        return self.plan.skips
+
+    def pass_site(self, path: str, kind: str, value: Any) -> Any:
+        follow = self.follow
+        if follow is None:
+            return super().pass_site(path, kind, value)
+        leaves = tree.flatten(value)[0]
+        self.flags[(path, kind, self.counts.get((path, kind), 0))] = tuple(_flag(x, follow) for x in leaves)
+        follow.paused = True
+        try:
+            new = super().pass_site(path, kind, value)
+        finally:
+            follow.paused = False
+        for old, x in zip(leaves, tree.flatten(new)[0], strict=True):
+            if x is not old and follow.dim(old) is not None:
+                follow.dims[x] = follow.dim(old)
+        return new
+
+    def put_rows(self, leaf: Any, new: Any, invoke: int, batched: bool | None) -> Any:
+        """The first write to a leaf makes it anew, the others take place in that: so each keeps what it aliases."""
+        group = self._batched(leaf, invoke, batched)
+        if group is None:
+            raise Mixed("a tensor that all rows share is written")
+        _, rows = self.written_rows.get(id(leaf), (None, set()))
+        if not rows:
+            leaf = super().put_rows(leaf, new, invoke, batched)
+        elif group in rows:
+            raise Mixed("a site is written twice")
+        own = leaf.narrow(0, *group)
+        if rows:
+            own.copy_(new)
+        self.written_rows[id(leaf)] = leaf, {*rows, group}
+        move_aliases(self.env, new, own)
+        return leaf
+
+    def fire(self, firing: Firing) -> None:
+        flags = self.flags.get(firing.site)
+        if flags is None:
+            raise Mixed(f"`{'.'.join(p for p in firing.site[:2] if p)}` was not passed before")
+        made = Flagged(*firing)
+        made.flags = flags  # type: ignore[attr-defined]
+        for n in self.plan.touches.get(firing.site, ()):
+            op = self.plan.ops[n]
+            cell = self.plan.writes or op.kind == WRITE
+            for i, flag in enumerate(flags):
+                if (
+                    flag is not True
+                    and isinstance(firing.leaves[i], torch.Tensor)
+                    and (n, i) in self.plan.users
+                    and cell
+                ):
+                    raise Mixed(f"`{firing.site[0]}` holds a tensor that all rows share")
+                if flag is None and (op.kind == WRITE or (n, i) in self.plan.users):
+                    raise Mixed(f"`{firing.site[0]}` does not hold the rows on dimension 0")
+        super().fire(made)
+        self.written_rows.clear()
+
+
+def move_aliases(env: dict, old: torch.Tensor, new: torch.Tensor) -> None:
+    """What shares memory with a written value shares it with the place that the model now has it in."""
+    for value, x in env.items():
+        if not isinstance(x, torch.Tensor) or not shares_memory(x, old):
+            continue
+        if x is old:
+            env[value] = new
+        elif old.stride() == new.stride() and x.untyped_storage().nbytes() == old.untyped_storage().nbytes():
+            env[value] = new.as_strided(
+                x.shape, x.stride(), new.storage_offset() + x.storage_offset() - old.storage_offset()
+            )
+        else:
+            raise Mixed("a view of a written value is laid out differently among other rows")
+
+
+def _flag(x: Any, follow: Rows) -> bool | None:
+    """Does a leaf hold the rows on dimension 0; `None`: it holds them elsewhere."""
+    if not isinstance(x, torch.Tensor) or (follow.dim(x) is None and x not in follow.decided):
+        return False
+    return True if follow.holds(x) else None

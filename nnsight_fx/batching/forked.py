@@ -1,0 +1,356 @@
+"""Forked batches: traces share the clean run, and each becomes a row of its own where it first changes something.
+
+The captured graph is cut at the sites that the traces touch, and at the model's blocks. Between cuts it runs as compiled
+regions, each distinct one compiled once, over all rows that there are; at a cut the traces' operations run on their rows.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx as fx
+
+from .. import compat
+from ..capture.markers import site
+from ..capture.segment import Segment
+from ..engine import clock
+from ..engine.regions import facts, structure
+from ..engine.spliced import Capture
+from ..passes.causal import APART, causal
+from ..passes.demand import demand, take
+from ..passes.effects import changes
+from ..passes.fork import fork
+from ..passes.outline import outline, seams, unmark
+from ..passes.tokens import Layout, NotCausal
+from ..plan import tree
+from ..report.runs import Group
+from .cells import Cell, Walk
+from .memory import chunks, free, out_of_memory
+from .pending import Pending
+from .positions import positions as follow
+from .reach import reach
+from .rowgraph import annotated, captured, copy_of
+from .rows import Mixed
+from .where import blocks, fork_of, keep_until, positions
+
+WORTH = 0.9  # of the positions: where more must be computed, all are, with the kernels of a batch
+
+_compiled: weakref.WeakKeyDictionary[Segment, dict] = weakref.WeakKeyDictionary()  # regions, by structure
+
+
+_ready: weakref.WeakKeyDictionary[Segment, dict[tuple, Prepared]] = weakref.WeakKeyDictionary()
+
+
+class Prepared(NamedTuple):
+    """A graph for a walk: its compiled regions, is it cut to one position of a row, and how many it holds as tokens."""
+
+    gm: fx.GraphModule
+    regions: dict[str, Callable]
+    demanded: bool
+    tokens: int
+    why: str | None
+
+
+def forked(group: list[Pending], told: Group) -> None:
+    """Run traces as rows that leave the clean run at their own sites; `Mixed` where that gives them other numbers."""
+    _run([p for cells in _bases(group) for p in cells], told)
+
+
+def _run(cells: list[Pending], told: Group, whole: bool = False) -> None:
+    try:
+        sheet = Sheet(cells, told, whole)
+        size = sheet.fits
+        if len(cells) <= size:
+            sheet.run()
+            for p in cells:
+                p.tracer.deliver()
+            return
+    except NotCausal as why:
+        told.note(f"every position was computed: {str(why).partition(chr(10))[0]}")
+        return _run(cells, told, whole=True)
+    except Exception as error:
+        if not out_of_memory(error) or len(cells) == 1:
+            raise
+        told.note(f"out of memory with {len(cells)} traces in a forward: halved")
+        size = -(-len(cells) // 2)
+    for some in chunks(cells, size):
+        _run(some, told, whole)
+
+
+def _bases(group: list[Pending]) -> list[list[Pending]]:
+    """The traces by the values of their input."""
+    found: dict[Any, list[Pending]] = {}
+    for p in group:
+        found.setdefault(_input(p), []).append(p)
+    return list(found.values())
+
+
+def _input(p: Pending) -> tuple:
+    def known(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        if x.device.type == "cpu" and x.numel() * x.element_size() <= 2**16 and x.dtype is not torch.bfloat16:
+            return (tuple(x.shape), x.dtype, x.contiguous().numpy().tobytes())
+        return id(x)
+
+    return tuple(known(x) for x in tree.flatten((p.wave.batch.args, p.wave.batch.kwargs))[0])
+
+
+class Sheet:
+    """One forward of many traces."""
+
+    def __init__(self, pending: list[Pending], told: Group, whole: bool = False):
+        self.pending, self.told = pending, told
+        self.whole = whole  # every position of each row is computed
+        first = pending[0]
+        host = first.host
+        self.capture: Capture = host._capture_for(first.tracer.compile)
+        self.bases = _bases(pending)
+        batches = [cells[0].wave.batch for cells in self.bases]
+        self.size = batches[0].rows  # rows of one trace
+        while len(batches) * self.size < 2:
+            batches = [*batches, batches[0]]
+        self.base_rows = len(batches) * self.size
+        batch = _collated(host, batches)
+        self.segment, self.args = captured(host, self.capture, first.wave.fn, batch, first.line)
+        self.gm = annotated(self.segment, self.args)
+        self.plans = list(dict.fromkeys(p.plan for p in pending))
+        self.order = {where: i for i, (where, _) in enumerate(seams(self.gm))}
+        self.naive = sum(n.meta.get("flops", 0) for n in self.gm.graph.nodes) * self.size
+        touched = {where for plan in self.plans for where in plan.touches}
+        missing = touched - self.order.keys()
+        if missing:
+            raise Mixed(f"`{'.'.join(map(str, min(missing)[:2]))}` is not in the captured graph")
+        self.cuts = touched | blocks(self.order)
+        self.forks = {plan: fork_of(plan, self.order) for plan in self.plans}
+        self.last = max(touched, key=lambda where: self.order[where])
+
+    @property
+    def fits(self) -> int:
+        """How many traces a forward has memory for."""
+        largest, here = 0.0, 0.0
+        for node in self.gm.graph.nodes:
+            here += node.meta.get("bytes", 0)
+            if node.target is site and (*map(str, node.args[1:3]), 0) in self.cuts:
+                largest, here = max(largest, here), 0.0
+        device = next((x.device for x in self.args if isinstance(x, torch.Tensor)), torch.device("cpu"))
+        return max(1, int(free(device) / 4 / max(1.0, largest, here) / self.size))
+
+    def run(self) -> None:
+        for p in self.pending:
+            p.tape.resolve()
+        cells = [self._cell(p, b) for b, group in enumerate(self.bases) for p in group]
+        self.pending = [p for group in self.bases for p in group]
+        leaving = sorted({c.leaves for c in cells if c.leaves is not None}, key=lambda where: self.order[where])
+        joining, bases = [], list(range(self.base_rows))
+        for where in leaving:
+            joining.append([cell for cell in cells if cell.leaves == where])
+            for cell in joining[-1]:
+                cell.joins_at = len(bases)
+                bases += range(cell.base, cell.base + self.size)
+        chosen = None
+        if "demand" not in self.capture.disable:
+            chosen = positions(cells, self.last, len(bases), self.size)
+        starts, at = self._starts(cells, bases)
+        made = self._prepared(chosen is not None, at, tuple(leaving))
+        indices: list[Any] = []
+        if made.demanded:
+            self.told.note(f"`{'.'.join(self.last[:2])}` was computed at one position of a row")
+            indices.append(torch.tensor(chosen, dtype=torch.int64, device=self._device))
+            for cell in cells:
+                cell.constants = cell.ones
+        layout = None
+        if made.tokens:
+            layout = Layout(made.tokens, starts, bases, self._device)
+            indices += [layout, self.base_rows * layout.positions]
+            computed = 1 - sum(starts) / (layout.positions * len(bases))
+            self.told.note(f"{computed:.0%} of the positions were computed: the others are before what a trace changes")
+        elif made.why:
+            self.told.note(f"every position was computed: {made.why}")
+        for cell in cells:
+            cell.layout = layout
+        for some in joining:
+            rows = [row for cell in some for row in range(cell.joins_at, cell.joins_at + self.size)]
+            indices.append(self._joining(rows, bases, layout))
+        walk = Walk(made.gm, made.regions, cells)
+        with torch.no_grad():
+            walk.go(*self.args, *indices)
+        if any(cell.unfinished() and not cell.stopping for cell in cells):
+            raise Mixed("a site that was asked for was never reached")
+        for p, cell in zip(self.pending, cells, strict=True):
+            p.wave.run, p.done = cell, True
+        self.told.forwards += 1
+        self.told.flops = (self.told.flops or 0) + int(walk.flops)
+        self.told.naive = (self.told.naive or 0) + int(self.naive * len(cells))
+
+    def _joining(self, rows: list[int], bases: list[int], layout: Layout | None) -> torch.Tensor:
+        """What rows begin as: of the clean run, or of its tokens."""
+        if layout is None:
+            found = [bases[row] for row in rows]
+        else:
+            count = layout.positions
+            found = [bases[row] * count + t for row in rows for t in range(layout.starts[row], count)]
+        return torch.tensor(found, dtype=torch.int64, device=self._device)
+
+    def _starts(self, cells: list[Cell], bases: list[int]) -> tuple[list[int], frozenset | None]:
+        """The first position that each row can change, and the leaves where traces do; `None` where that saves nothing."""
+        count = self._positions()
+        starts, at = [0] * len(bases), set()
+        if self.whole or count < 2 or "causal" in self.capture.disable:
+            return starts, None
+        for cell in cells:
+            reached = reach(cell.plan, cell.constants, count)
+            at |= reached.keys()
+            cell.changed = frozenset(where for where, _ in reached)
+            if cell.leaves is not None:
+                first = min(reached.values(), default=0)
+                starts[cell.joins_at : cell.joins_at + self.size] = [first] * self.size
+        worth = sum(starts) >= (1 - WORTH) * count * len(bases)
+        return starts, frozenset(at) if worth else None
+
+    def _prepared(self, choose: bool, at: frozenset | None, leaving: tuple) -> Prepared:
+        """The graph, cut and rewritten for traces that do the like; the same for all such groups."""
+        known = _ready.setdefault(self.segment, {})
+        key = (self.last, frozenset(self.cuts), choose, at, leaving)
+        if key not in known:
+            known[key] = self._prepare(choose, at, leaving)
+        return known[key]
+
+    def _prepare(self, choose: bool, at: frozenset | None, leaving: tuple) -> Prepared:
+        keep_until(self.gm, self.last)
+        unmark(self.gm, self.cuts)
+        demanded, tokens, why = choose and self._demanded(), 0, None
+        if at is not None:
+            copied = copy_of(self.gm)
+            try:
+                facts = follow(copied, at)
+                causal(copied, facts=facts)
+                self.gm, tokens = copied, facts.tokens
+            except (Mixed, ValueError) as error:
+                why = str(error).partition("\n")[0]
+        if not outline(self.gm, at=self.cuts, apart=APART):
+            raise Mixed("what lies between two sites gives more than tensors")
+        try:
+            fork(self.gm, at=leaving)
+        except ValueError as error:
+            raise Mixed(str(error)) from error
+        self.gm.graph.lint()
+        self.gm.recompile()
+        return Prepared(self.gm, self._regions(), demanded, tokens, why)
+
+    def _positions(self) -> int:
+        """The size of dimension 1 of what is changed first."""
+        sites = dict(seams(self.gm))
+        found = [w for w in {f for f in self.forks.values() if f is not None} if w in sites]
+        if not found:
+            return 0
+        leaf: Any = sites[min(found, key=lambda w: self.order[w])][0].args[0]
+        value = leaf.meta.get("example_value")
+        size = value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else 0
+        return size if isinstance(size, int) else 0
+
+    def _demanded(self) -> bool:
+        """Leave out all positions but one of each row, where no more is read at the last site.
+
+        The positions are an input of the graph behind those that it has.
+        """
+        group = dict(seams(self.gm)).get(self.last, [])
+        leaf: Any = group[0].args[0] if len(group) == 1 else None
+        if leaf is None or leaf.meta.get("rows") != 0 or group[0].args[3] != 0:
+            return False
+        sources = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        with self.gm.graph.inserting_after(sources[-1]):
+            given = self.gm.graph.placeholder("positions")
+        fake = leaf.meta["example_value"]
+        with fake.fake_mode:
+            given.meta["example_value"] = torch.empty(fake.shape[0], dtype=torch.int64, device=fake.device)
+        with self.gm.graph.inserting_before(group[0]):
+            taken = self.gm.graph.call_function(take, (leaf, given))
+        taken.meta = {**leaf.meta, "flops": 0}
+        group[0].args = (taken, *group[0].args[1:])
+        if demand(self.gm):
+            return True
+        group[0].args = (leaf, *group[0].args[1:])  # nothing to gain
+        self.gm.graph.erase_node(taken)
+        self.gm.graph.erase_node(given)
+        return False
+
+    @property
+    def _device(self) -> Any:
+        return next(x.device for x in self.args if isinstance(x, torch.Tensor))
+
+    def _cell(self, p: Pending, base: int) -> Cell:
+        host = p.host
+        cell = Cell(
+            *(p.plan, p.tape.constants, p.tape.lines, host._markers, lambda: None, host._module.get_submodule, {})
+        )
+        cell.size, cell.start, cell.joins_at, cell.ones = self.size, base * self.size, base * self.size, cell.constants
+        cell.base = cell.start
+        if len(self.bases[base]) > 1:  # else nobody but it has these rows
+            cell.leaves = self.forks[p.plan]
+        return cell
+
+    def _regions(self) -> dict[str, Callable]:
+        """The submodules, compiled: each distinct one once, for any number of rows."""
+        known, keys, new = _compiled.setdefault(self.segment, {}), {}, {}
+        for name, region in self.gm.named_children():
+            assert isinstance(region, fx.GraphModule)
+            if _changes_inputs(region):
+                raise Mixed("the model changes a value in place on which a site may be looked at")
+            given = (n.meta.get("example_value") for n in region.graph.nodes if n.op == "placeholder")
+            keys[name] = key = (structure(region), tuple(facts(x, {}) for x in given))
+            if key not in known:
+                new.setdefault(key, region)
+        for n, (key, region) in enumerate(new.items(), 1):
+            clock.say(f"compiling (region {n} of {len(new)})")
+            known[key] = self._compile(region)
+        clock.say("")
+        return {name: known[key] for name, key in keys.items()}
+
+    def _compile(self, region: fx.GraphModule) -> Callable:
+        fakes = [
+            compat.fakes.as_input(self.segment.context, n.meta.get("example_value"))
+            for n in region.graph.nodes
+            if n.op == "placeholder"
+        ]
+        region.recompile()
+        begun = time.perf_counter()
+        with (
+            compat.symbols.own_sizes(self.segment.context),
+            compat.graphs.tracing(self.segment.context),
+            torch.no_grad(),
+        ):
+            report: list[str] = []
+            call = self.capture.build(region, lambda: fakes, report)
+        for why in report:
+            self.told.note(why)
+        self.capture.note_compile(self.segment, None)
+        shape = self.capture.row_graphs[self.segment]
+        self.capture.took(clock.COMPILE, time.perf_counter() - begun, shape, self.pending[0].line)
+        return call
+
+
+def _collated(host: Any, batches: list) -> Any:
+    joined = host._collate(batches)
+    if len(batches) > 1:
+        return joined
+    args, kwargs = tree.tree_map(
+        lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (joined.args, joined.kwargs)
+    )
+    return type(joined)(args, kwargs, joined.rows, joined.text)
+
+
+def _changes_inputs(region: fx.GraphModule) -> bool:
+    """Does a region change in place what it was given, or what shares its memory? The fakes that capture left tell."""
+    given = {_storage(n) for n in region.graph.nodes if n.op == "placeholder"}
+    targets = [n.kwargs.get("out") or n.args[0] for n in region.graph.nodes if changes(n)]
+    return any(not isinstance(t, fx.Node) or _storage(t) in given for t in targets)
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value")
+    return compat.tensors.memory(value) if isinstance(value, torch.Tensor) else None

@@ -1,0 +1,220 @@
+"""A trace that its session has put off: what it was recorded under, and whether it may wait and run with others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from ..compat.tensors import version
+from ..errors import OutOfOrderError
+from ..plan import tree
+from ..plan.ambient import under
+from ..plan.encode import facts, references
+from ..plan.plan import APPLY, CALL, OBJECT, OBSERVE, REACH, READ, SKIP, SYNC, VISIT, InterventionGraph
+from ..plan.tree import PLAIN
+from ..tracing.functions import INSIDE
+from ..tracing.lazy import LazyTensor
+from .effects import effects
+
+COPIED = 2**20  # bytes: what is larger is watched, not copied (SEMANTICS D23)
+
+
+class Setting(NamedTuple):
+    """What a model's forward depends on beside its input."""
+
+    training: tuple[bool, ...]
+    hooks: tuple
+    weights: tuple
+
+    @classmethod
+    def of(cls, host: Any) -> Setting:
+        modules = host._scanner.modules
+        tables = [t for m in modules for t in (m._forward_hooks, m._forward_pre_hooks) if t]
+        weights = [t for m in modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
+        return cls(
+            tuple([m.training for m in modules]),
+            tuple([id(hook) for table in tables for hook in table.values() if not _library(hook)]),
+            _versions(weights),
+        )
+
+    @contextlib.contextmanager
+    def in_force(self, pending: Pending) -> Iterator[None]:
+        """Run under it: flags are put back for the while, other changes are an error."""
+        modules = pending.host._scanner.modules
+        now = Setting.of(pending.host)
+        if now[1:] != self[1:]:
+            what = "the weights" if now.hooks == self.hooks else "the hooks"
+            raise OutOfOrderError(
+                f"{pending.line}: {what} of the model were changed between this trace and the end of its session at "
+                f"{pending.session_line}, which runs it only then. Look at one of its values (`print(value)`) before the change, or "
+                "leave the session first."
+            )
+        for module, flag in zip(modules, self.training, strict=True):
+            module.training = flag
+        try:
+            yield
+        finally:
+            for module, flag in zip(modules, now.training, strict=True):
+                module.training = flag
+
+
+def _versions(weights: list[torch.Tensor]) -> tuple:
+    try:
+        return *map(id, weights), *[version(t) for t in weights]
+    except RuntimeError:  # an inference tensor does not count its changes
+        return *map(id, weights), *[-1 if t.is_inference() else version(t) for t in weights]
+
+
+def _library(hook: Any) -> bool:
+    """A hook that comes and goes without the user: transformers installs its own at the first call."""
+    return (getattr(hook, "__module__", "") or "").startswith(("nnsight_fx.", "transformers.", "accelerate."))
+
+
+@dataclass(eq=False)
+class Pending:
+    """One recorded trace. `alone` says why it cannot run with others, where it cannot."""
+
+    tracer: Any
+    session_line: Any
+    setting: Setting
+    needs: list[Pending] = field(default_factory=list)  # earlier traces whose values it uses
+    watched: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # large tensors, and their versions
+    alone: str | None = None
+    done: bool = False
+
+    @property
+    def host(self) -> Any:
+        return self.tracer.host
+
+    @property
+    def wave(self) -> Any:
+        return self.tracer.waves[-1]
+
+    @property
+    def tape(self) -> Any:
+        return self.wave.tape
+
+    @property
+    def line(self) -> Any:
+        return self.tracer.line
+
+    @property
+    def plan(self) -> InterventionGraph:
+        return self.tape.plan(self.wave.groups())
+
+    def check(self) -> None:
+        """Is everything large that it holds what it was?"""
+        for tensor, seen in self.watched:
+            if version(tensor) != seen:
+                raise OutOfOrderError(
+                    f"{self.line}: a tensor of shape {tuple(tensor.shape)} that this trace uses was changed in place before the end of "
+                    f"its session at {self.session_line}, which runs the trace only then. Give the trace a copy (`.clone()`), or look "
+                    "at one of its values (`print(value)`) before the change."
+                )
+
+    def keep(self, wanted: set[int] | None) -> None:
+        """Let the run give what was saved, and of the rest what is `wanted` (ids; `None`: all that somebody holds)."""
+        tape = self.tape
+        kept = {v for op in tape.ops if op.kind == "save" for v in references(op.args)}
+        tape.open = True
+        try:
+            with under(tape.base):
+                for lazy in sorted(tape.values.values(), key=lambda x: x._key):
+                    asked = id(lazy) in tape.saved or wanted is None or id(lazy) in wanted
+                    if asked and lazy._key[1] != INSIDE and lazy._key[1:] not in kept:
+                        tape.keep(lazy)
+                for stand_in in tape.objects.held:
+                    if wanted is None or id(stand_in) in tape.objects.asked:
+                        tape.objects.keep(stand_in)
+        finally:
+            tape.open = False
+
+
+def why_now(tracer: Any) -> str | None:
+    """Why a trace cannot be put off, if it cannot: it or its model does more than compute values."""
+    if tracer.generation is not None:
+        return "it generates"
+    if tracer.scan_only:
+        return "it is a scan"
+    if len(tracer.waves) != 1 or tracer.waves[0].started:
+        return "it has looked at a value"
+    wave, host = tracer.waves[0], tracer.host
+    tape, state = wave.tape, tracer.state
+    if state.functions or state.dispatch:
+        return "a mode of yours is active (`TorchFunctionMode`, `TorchDispatchMode`)"
+    if tape.told or tape.objects.kept:
+        return "it keeps objects or a cache"
+    if tape.changed:
+        return "it changes a tensor of yours in place"
+    for op in tape.ops:
+        if op.kind in (APPLY, SYNC):
+            return "it calls a function of yours"
+        if op.kind == CALL and op.effect == "random":
+            return "it draws random numbers"
+        if op.when:
+            return "it has conditions (`tracer.cond`)"
+    if tape.gradients.backwards:
+        return "it runs a backward"
+    batches = [tree.flatten((b.args, b.kwargs))[0] for b in wave.batches]
+    inputs = [x for leaves in batches for x in leaves]
+    if any(not isinstance(x, (torch.Tensor, *PLAIN)) for x in inputs):
+        return "an object is among its inputs"
+    if tape.base.grad and _differentiable(host, [*inputs, *tape.constants]):
+        return "its values are differentiable: put the session under `torch.no_grad()`, or freeze the parameters"
+    return effects(host, wave.tape.sites.signature, tracer.fn)
+
+
+def _differentiable(host: Any, held: list) -> bool:
+    return any(isinstance(x, torch.Tensor) and type(x) is not LazyTensor and x.requires_grad for x in held) or any(
+        p.requires_grad for p in host._module.parameters()
+    )
+
+
+def why_alone(pending: Pending) -> str | None:
+    """Why a trace that may wait cannot run in one forward with others, if it cannot."""
+    wave, plan = pending.wave, pending.plan
+    if not wave.alone:
+        return "it has invokes of its own"
+    if plan.recapture == "changes":
+        return "it changes the shape, dtype or structure of a value"
+    capture = wave.host._capture_for(pending.tracer.compile)
+    if capture is not None and capture.options.passes is not None:
+        return "passes of yours are for the graph of one trace"
+    for op in plan.ops:
+        if op.kind in (SKIP, OBJECT, OBSERVE, REACH, VISIT):
+            return f"it has a `{op.kind}`"
+        if op.kind == READ and (op.extra is None or op.extra[1] is not None):
+            return "it reads what no scan is sure of"
+        if op.kind in ("read", "write") and op.target[1] not in ("input", "output", "result"):
+            return "it looks inside a module (`.source`)"
+    batch = wave.batch
+    for leaf in tree.flatten((batch.args, batch.kwargs))[0]:
+        if isinstance(leaf, torch.Tensor) and (leaf.dim() == 0 or leaf.shape[0] != batch.rows):
+            return "an input of it does not hold the rows on dimension 0"
+    return None
+
+
+class Copies:
+    """The tensors that a session's traces hold, as they were: one copy of each for each change of it."""
+
+    def __init__(self):
+        self.known: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def take(self, tensor: torch.Tensor, watched: list[tuple[torch.Tensor, int]], own: bool) -> torch.Tensor:
+        """A copy of a small tensor; a large one itself, to be `watched`. `own`: a copy for one trace, which may change it."""
+        if tensor.is_inference() or isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        key = (id(tensor), version(tensor))
+        if key not in self.known:
+            size = tensor.numel() * tensor.element_size()
+            copied = tensor.detach().clone() if size <= COPIED and tensor.layout is torch.strided else tensor
+            self.known[key] = (tensor, copied if facts(copied) == facts(tensor) else tensor)
+        found = self.known[key][1]
+        if found is tensor:
+            watched.append((tensor, version(tensor)))
+            return found
+        return found.clone() if own else found

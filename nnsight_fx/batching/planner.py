@@ -1,0 +1,108 @@
+"""Which traces of a session run together, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from ..engine import clock
+from ..engine.spliced import watch
+from ..engine.switch import within
+from ..plan import tree
+from ..report.runs import Group, Report
+from .batch import batched
+from .forked import forked
+from .pending import Pending, why_alone
+from .rows import Mixed
+
+Strategy = Callable[[list[Pending], Group], None]
+
+
+def run(todo: list[Pending], report: Report) -> None:
+    """Run traces, in an order that gives each what it needs, and deliver what they saved."""
+    for group in groups(todo):
+        _run(group, report)
+
+
+def groups(todo: list[Pending]) -> list[list[Pending]]:
+    """Traces that may run in one forward: recorded alike, none in need of another."""
+    level: dict[Pending, int] = {}
+    found: dict[Hashable, list[Pending]] = {}
+    for p in todo:
+        level[p] = 1 + max((level[q] for q in p.needs if q in level), default=0)
+        p.alone = why_alone(p)
+        found.setdefault((level[p], p if p.alone else _kind(p)), []).append(p)
+    return [found[key] for key in sorted(found, key=lambda k: k[0])]  # type: ignore[index]
+
+
+def _kind(p: Pending) -> Hashable:
+    """What traces have in common that can share a forward."""
+    wave, state = p.wave, p.tracer.state
+    leaves, spec = tree.flatten((wave.batch.args, wave.batch.kwargs))
+    inputs = tuple((x.shape[1:], x.dtype, x.device) if isinstance(x, torch.Tensor) else x for x in leaves)
+    flags = (state.ambient, state.autocast_cache, state.dtype, tuple(state.sdpa), state.deterministic)
+    stops = p.plan if p.plan.stops else None
+    options = p.tracer.compile
+    return (
+        *(id(p.host._module), len(p.host._edits), tuple(map(id, p.host._edits)), wave.fn, repr(options)),
+        *(spec, inputs, wave.batch.rows, flags, p.setting, stops),
+    )
+
+
+def _run(group: list[Pending], report: Report) -> None:
+    first = group[0]
+    with within(first.tracer.state), first.setting.in_force(first):
+        for p in group:
+            p.check()
+        strategy, why = choose(group)
+        told = Group(strategy.__name__ if strategy else "one by one", [p.line for p in group], why)
+        told.structures = len({p.plan for p in group})
+        compiles, waited = watch.compiles, clock.process.total
+        try:
+            if strategy is None or not _together(strategy, group, told):
+                _one_by_one([p for p in group if not p.done], told)
+        finally:
+            told.compiles, told.waited = watch.compiles - compiles, clock.process.total - waited
+            report.add(told)
+
+
+def _together(strategy: Strategy, group: list[Pending], told: Group) -> bool:
+    """Did a strategy give every trace its values?"""
+    try:
+        strategy(group, told)
+        return True
+    except Mixed as error:
+        told.why = str(error)
+    except Exception as error:  # one by one it is its own trace's
+        told.why = f"together they failed: {type(error).__name__}: {error}".partition("\n")[0]
+    told.strategy = "one by one"
+    return False
+
+
+def choose(group: list[Pending]) -> tuple[Strategy | None, str | None]:
+    """The strategy for a group, or `None` and the reason for one by one."""
+    first = group[0]
+    if len(group) == 1:
+        return None, first.alone
+    if first.host._capture_for(first.tracer.compile) is None:
+        return batched, None
+    return forked, None
+
+
+def _one_by_one(group: list[Pending], told: Group) -> None:
+    for p in group:
+        p.done = True
+        told.forwards += 1
+        try:
+            p.tracer.run_recorded()
+            told.ran_alone(p.tracer.notes)
+        except Exception as error:
+            note(error, p.line, p.session_line)
+            raise
+
+
+def note(error: BaseException, line: Any, session: Any) -> None:
+    """Say of which trace an error is."""
+    error.add_note(f"nnsight_fx: in the trace at {line}, in the session at {session}")

@@ -1,0 +1,68 @@
+"""Attention weights that a fused kernel keeps to itself: what is said of the `None` in their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import WeightsNotComputedError
+from ..lines import user_line
+from ..plan import tree
+
+FLAG = 'attn_implementation="eager"'
+
+
+def explained(envoy: Any, value: Any) -> Any:
+    """An attention module's output (attention, weights), whose weights say why they are `None` when they are asked for."""
+    if type(value) is not tuple or len(value) < 2 or value[1] is not None:
+        return value
+    kernel = _kernel(envoy._module, envoy._root._module)
+    if kernel is None:
+        return value
+    made = tree.Explained(value)
+    made.why = {1: lambda: WeightsNotComputedError(f"{user_line()}: {_text(envoy, kernel)}")}
+    envoy._root.tracer.withheld = lambda: _text(envoy, kernel)
+    return made
+
+
+def hint(root: Any, name: str) -> str:
+    """What is added where an operation of written-out attention is asked for, and a kernel does it."""
+    kernel = _implementation(root._module, root._module)
+    if kernel is None or not any(part in name for part in ("softmax", "matmul", "dropout")):
+        return ""
+    return f' Under attn_implementation="{kernel}" attention is one kernel: load the model with `{FLAG}` to see its operations.'
+
+
+def _text(envoy: Any, kernel: str) -> str:
+    path = envoy.path
+    inside = _interface(envoy)
+    text = (
+        f'`{path}.output[1]` is None: attn_implementation="{kernel}" computes attention in one kernel, which gives no attention weights. '
+        f"Load the model with `{FLAG}` (`LanguageModel(..., {FLAG})`): then `.output[1]` has them"
+    )
+    if inside is None:
+        return text + "."
+    return (
+        f"{text}, and `{path}.source.{inside}.source.nn_functional_softmax_0.output` can be changed before they are used. Here, "
+        f"`{path}.source.{inside}.inputs` has the query, the key and the value. To go on without the weights, write `None` or `*output[1:]`."
+    )
+
+
+def _interface(envoy: Any) -> str | None:
+    """The operation in which transformers calls the implementation."""
+    try:
+        names = envoy.source.names
+    except Exception:  # no text, no name: the message does without
+        return None
+    return next((name for name in names if name.startswith("attention_interface")), None)
+
+
+def _kernel(module: Any, root: Any) -> str | None:
+    """The kernel that computes a module's attention; `None` if it is no attention, or writes the weights out."""
+    name = type(module).__name__.lower()
+    return _implementation(module, root) if "attention" in name or "attn" in name else None
+
+
+def _implementation(module: Any, root: Any) -> str | None:
+    config = getattr(module, "config", None) or getattr(root, "config", None)
+    found = getattr(config, "_attn_implementation", None)
+    return found if isinstance(found, str) and found != "eager" else None
