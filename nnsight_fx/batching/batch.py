@@ -104,7 +104,7 @@ class Merged:
         self.cells: list[tuple[InterventionGraph, int]] = []
         start = 0
         for p in cells:
-            p.tape.resolve()
+            p.tape.operands.resolve()
             plan, size = p.plan, p.wave.batch.rows
             self.cells.append((plan, len(ops)))
             moved = Moved(len(ops), len(self.constants))

@@ -142,7 +142,7 @@ class Sheet:
 
     def run(self) -> None:
         for p in self.pending:
-            p.tape.resolve()
+            p.tape.operands.resolve()
         cells = [self._cell(p, b) for b, group in enumerate(self.bases) for p in group]
         self.pending = [p for group in self.bases for p in group]
         leaving = sorted({c.leaves for c in cells if c.leaves is not None}, key=lambda where: self.order[where])

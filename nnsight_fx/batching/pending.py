@@ -148,7 +148,7 @@ def why_now(tracer: Any) -> str | None:
         return "a mode of yours is active (`TorchFunctionMode`, `TorchDispatchMode`)"
     if tape.told or tape.objects.kept:
         return "it keeps objects or a cache"
-    if tape.changed:
+    if tape.operands.changed:
         return "it changes a tensor of yours in place"
     for op in tape.ops:
         if op.kind in (APPLY, SYNC):

@@ -140,7 +140,7 @@ class Session:
         pending = Pending(tracer, self.line, self.settings.setdefault(setting, setting))
         used = dict.fromkeys(id(x._tape) for x in tape.constants if type(x) is LazyTensor)
         pending.needs = [self.by_tape[i] for i in used if i in self.by_tape]
-        tape.constants[:] = [self._copied(x, pending, tape.handed.holds(x)) for x in tape.constants]
+        tape.constants[:] = [self._copied(x, pending, tape.operands.handed.holds(x)) for x in tape.constants]
         for i, batch in enumerate(wave.batches):
             copied = _batch(batch, lambda x: self._copied(x, pending))
             wave.batches[i] = copied

@@ -26,7 +26,7 @@ def parts(tape: Tape, members: list[int]) -> list[list[int]]:
     """The invokes of each forward, in order."""
     found: dict[int, list[int]] = {}
     for member in members:
-        found.setdefault(sum(start <= member for start in tape.splits), []).append(member)
+        found.setdefault(sum(start <= member for start in tape.accesses.splits), []).append(member)
     return list(found.values())
 
 

@@ -61,7 +61,7 @@ class Wave:
         self.signature = signature
         sites = WaveSites(scanner, signature, self.rows_of, length, self._signature_of)
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
-        self.tape.handed.apart = getattr(saving.session(), "apart", False)
+        self.tape.operands.handed.apart = getattr(saving.session(), "apart", False)
         host._replay_edits(self.tape)
 
     # -- members -------------------------------------------------------------------------------------------------
@@ -137,11 +137,11 @@ class Wave:
             slots={
                 i: key for i, key in tape.kept.items() if i not in tape.delivered or tape.delivered[i]() is not None
             },
-            changed=set(tape.changed),
+            changed=set(tape.operands.changed),
             waves=len(tracer.waves),
             generates=tracer.generation is not None,
         )
-        constants = [tape.negative.get(slot, value) for slot, value in enumerate(tape.constants)]
+        constants = [tape.operands.negative.get(slot, value) for slot, value in enumerate(tape.constants)]
         return Graph(tape.plan(self.groups()), tape.lines, constants, recording=recording)
 
     def _role(self, i: int) -> str:
@@ -187,12 +187,12 @@ class Wave:
         if not self.alone:
             self.batch = self.host._collate(self.batches, pad_to=self.tracer.pad_to)
             self._check_lengths()
-        self.tape.resolve()
+        self.tape.operands.resolve()
 
     def _check_lengths(self) -> None:
         """A value that was written whole before the padded length was known must have it."""
         known = self.symbols
-        for told, written, site in self.tape.assumed:
+        for told, written, site in self.tape.writes.assumed:
             sizes = tuple(n if isinstance(n, int) else n.node.expr.xreplace(known) for n in site)
             if any(
                 isinstance(n, int) and getattr(m, "is_number", True) and n != m
@@ -247,7 +247,7 @@ class Wave:
     def finish(self) -> None:
         if self.tracer.scan_only:
             return self._scan()
-        if self.tape.splits and self.run is None:
+        if self.tape.accesses.splits and self.run is None:
             return self._finish_parts()
         plan = self.tape.plan(self.groups())
         if self._call(plan):
@@ -264,12 +264,12 @@ class Wave:
         """Several forwards, in order, each with the values of those before it."""
         why = self.host._moves_state(self)
         if why:
-            first = min(self.tape.splits)
+            first = min(self.tape.accesses.splits)
             raise InvokeError(
                 f"{self.tracer.line}: invoke {first} uses early in the model what an earlier invoke computes late, so it needs a "
                 f"forward of its own; {why}, which a second forward would move twice. Use two traces."
             )
-        self.tape.resolve()
+        self.tape.operands.resolve()
         for members in self._parts():
             batches = [b for i in members if (b := getattr(self.members[i], "batch", None)) is not None]
             if not batches:
@@ -317,7 +317,7 @@ class Wave:
             deliver(self.tape, self._meta, lambda: None)
         if self.run is not None or self.done:
             self.notes = notes_of(self.tracer.line, self._runs(), deliver(self.tape, self.value, self._release))
-            self.tape.handed.over()
+            self.tape.operands.handed.over()
             if self.tracer.generation is not None:
                 self.notes.what = "generation"
 
@@ -337,7 +337,7 @@ class Wave:
 
     def _meta(self, key: Key) -> torch.Tensor:
         """What a scan gives for a value: a tensor without data."""
-        fake = self.tape.fake_of(key)
+        fake = self.tape.operands.fake_of(key)
         if fake is None:  # an object
             raise KeyError(key)
         sizes = [n if isinstance(n, int) else 0 for n in fake.shape]

@@ -198,7 +198,7 @@ class Envoy(Observed):
             found = getattr(self._module, name)
             tracer = self._root.tracer
             if isinstance(found, torch.Tensor) and tracer is not None and tracer.waves:
-                return tracer.waves[-1].tape.watch(found)
+                return tracer.waves[-1].tape.operands.watch(found)
             return found if tracer is not None else traceable(self, name, found)
         raise self._unknown(name)
 

@@ -89,10 +89,10 @@ class Cache:
                     known.append((meta.order, (path, kind, call)))
                     call += 1
                 if isinstance(meta, SiteMeta) or not (call or meta.certain):
-                    followed.append((path, kind, tape.follow(path, kind, self.how)))
+                    followed.append((path, kind, tape.accesses.follow(path, kind, self.how)))
         for _, site in sorted(known):
             if site[:2] not in {f[:2] for f in followed}:
-                n, value = tape.observe(site, self.how)
+                n, value = tape.accesses.observe(site, self.how)
                 recorded.append((*site, n, value))
         self.forwards += 1
         tape.told.append(lambda wave: self._fill(wave, recorded, followed))

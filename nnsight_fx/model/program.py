@@ -250,7 +250,7 @@ class Recording:
             self.why = f"{tape.lines[odd]} is of a kind that a recording does not hold ({self.plan.ops[odd].kind})"
         elif tape.told or tape.caches or len(wave.members) > 1 + wave.edits:
             self.why = "it has caches or callbacks"
-        elif tape.changed:
+        elif tape.operands.changed:
             self.why = "it changes tensors of its own in place"
         module = self.program.model._module
         names = {id(x): n for n, x in [*module.named_parameters(), *module.named_buffers()]}

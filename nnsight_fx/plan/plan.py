@@ -289,3 +289,9 @@ def fx_target(func: Any) -> tuple[str, Any, tuple]:
     if getattr(torch.Tensor, name, None) is func:
         return "call_method", name, ()
     return "call_function", func, ()
+
+
+def name_of_site(site: Site) -> str:
+    """A site as it is written in an error: `layers.3.output (call 1)`."""
+    path, kind, call = site
+    return ".".join(p for p in (path, kind) if p) + (f" (call {call})" if call else "")

@@ -263,7 +263,7 @@ class EditWriter(Writer):
     """One edit: `model.export_edits`."""
 
     def __init__(self, draft: Any, parameters: dict[int, str], device: torch.device | None, prefix: str):
-        super().__init__(draft.lines, parameters, device, set(draft.changed), prefix)
+        super().__init__(draft.lines, parameters, device, set(draft.operands.changed), prefix)
         self.draft = draft
 
     def code(self, n: int) -> str:

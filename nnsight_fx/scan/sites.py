@@ -464,7 +464,9 @@ class WaveSites:
         """
         plan = plan or tape.plan(Groups((), 0))
         plan = InterventionGraph.of(plan.ops, Groups((None,) * len(plan.workers), 0), plan.recapture, plan.specs)
-        constants = [tape.fake_of(("c", i)) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)]
+        constants = [
+            tape.operands.fake_of(("c", i)) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)
+        ]
         constants += [_faked(self.scanner.fakes, x) for x in values]
         interleaver = FakeInterleaver(plan, constants, self)
         args, kwargs = self.signature.inputs()

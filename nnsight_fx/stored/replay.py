@@ -84,14 +84,14 @@ class Replay:
         if kind == MODULE:
             return tape.module(target, tuple(args), kwargs)
         if kind == VISIT:
-            made = tape.visit(target[0], target[1], tree.unflatten(list(args[0]), spec_of(op["tree"])))
+            made = tape.modules.visit(target[0], target[1], tree.unflatten(list(args[0]), spec_of(op["tree"])))
             if tape.ops[-1].target != tuple(target):
                 raise self._unfit(op, f"is call {target[2]} of `{target[0]}`, and here call {tape.ops[-1].target[2]}")
             return made
         if kind == SAVE:
             return args[0].save()
         if kind == GRAD:
-            tape.gradients.asked.pop(tape.encode(args[0]), None)
+            tape.gradients.asked.pop(tape.operands.encode(args[0]), None)
             tape.gradients.creating = op["extra"]
             return tape.gradients.get(args[0])
         if kind == SET_GRAD:

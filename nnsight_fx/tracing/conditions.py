@@ -82,7 +82,7 @@ class Conditions:
 
     def open(self) -> tuple[Key, ...]:
         """The predicates of the open blocks."""
-        return tuple(self.tape._tensor_key(block.predicate) for block in self.blocks)
+        return tuple(self.tape.operands.key_of(block.predicate) for block in self.blocks)
 
     def of(self, kind: str, keys: Any) -> tuple[Key, ...]:
         """What must hold for an operation of `kind` on arguments `keys`."""

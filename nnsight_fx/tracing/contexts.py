@@ -17,11 +17,12 @@ from ..lines import Line, user_line
 from ..plan import ambient, tree
 from ..plan.graph import Graph
 from . import saving
+from .calls import held
 from .conditions import Condition, Stopping
 from .iteration import Cursor, Iterations, Never
 from .recorder import Recorder, unrecorded
 from .steps import Invoke
-from .tape import Tape, held
+from .tape import Tape
 
 
 class Wave(Protocol):
@@ -485,7 +486,7 @@ class Tracer:
 
     def apply(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
         """`fn(*args, **kwargs)` on the real values, when the model gets there; a sync point."""
-        return self.tape.apply(fn, args, kwargs)
+        return self.tape.syncs.apply(fn, args, kwargs)
 
     def log(self, *values: Any) -> None:
         """`print` values, in lists and dicts too, when the model gets there; no sync point, the body goes on at once."""
@@ -585,7 +586,7 @@ class Invoker:
                 self._check_second_wave()
                 tracer.waves[-1].tape.settle()
                 saving.collect(tracer.waves[-1].tape)
-                with tracer.waves[-1].tape.running():
+                with tracer.waves[-1].tape.syncs.running():
                     tracer.waves[-1].finish()
             if self.batch is None:
                 raise InvokeError(

@@ -24,7 +24,8 @@ from ..plan.names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY, effect_of
 from ..plan.plan import BARRIER, CALL, MODULE, READ, SKIP, STOP, WRITE, Op, Site
 from .lazy import LazyTensor
 from .recorder import Recorder
-from .steps import Missing, SiteMeta, Step
+from .recording import Recording
+from .steps import Missing, SiteMeta
 from .tape import Tape
 
 SITES = (READ, WRITE, SKIP)
@@ -38,7 +39,7 @@ class DraftTensor(LazyTensor):
     _placed = False
 
     @staticmethod
-    def __new__(cls, tape: Tape, key: tuple, line: Line) -> DraftTensor:
+    def __new__(cls, tape: Recording, key: tuple, line: Line) -> DraftTensor:
         made = wrapper(cls)
         made.__dict__.update(_tape=tape, _key=key, _line=line)
         return made
@@ -71,11 +72,12 @@ class DraftTensor(LazyTensor):
         return f"DraftTensor({self._tape.describe(self._key)}, made at {self._line})"
 
 
-class Draft(Tape):
+class Draft(Recording):
     """The recording of an edit."""
 
     def __init__(self):
-        super().__init__(Step(), None, None, _no_run)  # type: ignore[arg-type]
+        super().__init__()
+        self.fakes = self.sites = None  # type: ignore[assignment]  # there is no input yet
         self.turn: Turn | None = None  # of `tracer.iter`, where one is open
         self.turns: list[Turn | None] = []  # of each operation
 
@@ -98,9 +100,10 @@ class Draft(Tape):
         effect: str = "",
         extra: Any = None,
         result: Any = None,
+        sizes: tuple = (),
     ) -> Any:
         self.check_open(args, kwargs)
-        op = Op(kind, 0, target, self.encode(args), self.encode(kwargs), self.modes(), effect, extra)
+        op = Op(kind, 0, target, self.operands.encode(args), self.operands.encode(kwargs), self.modes(), effect, extra)
         line = user_line()
         self.ops.append(op)
         self.turns.append(self.turn)
@@ -111,7 +114,7 @@ class Draft(Tape):
     def meta(self, site: Site) -> SiteMeta | Missing:
         return Missing("an edit is written before any input is known")
 
-    def fake(self, tensor: torch.Tensor) -> Any:
+    def fake_of_result(self, key: Key) -> NoReturn:
         _refuse("its shape")
 
     def read(self, site: Site) -> Any:
@@ -186,8 +189,11 @@ class Draft(Tape):
             f"{user_line()}: an edit has no values to save; save them in a trace of the edited model."
         )
 
-    def values_of(self, keys: list[Key]) -> NoReturn:
+    def sync(self, lazies: list[LazyTensor]) -> NoReturn:
         _refuse("a number")
+
+    def update(self, lazy: LazyTensor, value: Any) -> NoReturn:
+        _refuse("`.update()`")
 
 
 class Turn(NamedTuple):
@@ -275,10 +281,6 @@ def _refuse(what: str) -> NoReturn:
         f"{user_line()}: an edit is recorded once, before any input is known, so this line cannot have {what}. Compute with "
         "the value as it is (`torch.where` for an `if`, `out[0]` for a part), or do this in the traces."
     )
-
-
-def _no_run(tape: Tape) -> NoReturn:
-    _refuse("a number")
 
 
 def _again(tape: Tape, op: Op, args: tuple, kwargs: dict) -> Any:

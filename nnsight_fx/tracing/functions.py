@@ -58,7 +58,7 @@ def _run(tape: Tape, func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[to
 
 
 def _fake(tape: Tape, x: Any) -> Any:
-    return tape.fake(x) if tape.unsettled(x) else x
+    return tape.operands.fake(x) if tape.operands.unsettled(x) else x
 
 
 class _Numbered(TorchFunctionMode):
@@ -97,7 +97,7 @@ class Scope:
         context.needs_input_grad = tuple(isinstance(a, torch.Tensor) for a in args)  # type: ignore[attr-defined]
         fakes = tree.tree_map(lambda x: _fake(tape, x), args)
         try:
-            with tape.running(), _Numbered(tape) as numbered:
+            with tape.syncs.running(), _Numbered(tape) as numbered:
                 out = cls.forward(*fakes) if separate(cls) else cls.forward(context, *fakes)
         except RuntimeError as e:
             if isinstance(e, NNsightFXError) or not needs_data(e):

@@ -35,9 +35,9 @@ class Gradients:
     def get(self, value: torch.Tensor) -> Any:
         """`value.grad`, in the backward that follows."""
         tape = self.tape
-        key = tape._tensor_key(value)
+        key = tape.operands.key_of(value)
         if key not in self.asked:
-            fake = tape.fake(value)
+            fake = tape.operands.fake(value)
             if not fake.requires_grad:
                 raise NotRecordableError(
                     f"{user_line()}: `{tape.describe(key)}` does not require grad, so it has no gradient: the parameters are frozen, or "
@@ -59,7 +59,7 @@ class Gradients:
     def set(self, value: LazyTensor, new: Any) -> None:
         """`value.grad = new`: what flows on in the backward that follows."""
         gradient = self.get(value)
-        shape = tuple(self.tape.fake(new).shape) if isinstance(new, torch.Tensor) else None
+        shape = tuple(self.tape.operands.fake(new).shape) if isinstance(new, torch.Tensor) else None
         if shape != tuple(value.shape):
             raise RuntimeError(
                 f"{user_line()}: the gradient of `{self.tape.describe(value._key)}` has shape {tuple(value.shape)}; it was set to "
@@ -101,7 +101,7 @@ class Gradients:
         )
 
     def record(self, loss: torch.Tensor, gradient: Any, retain: bool, create: bool, inputs: Any, only: bool) -> None:
-        fake = self.tape.fake(loss)
+        fake = self.tape.operands.fake(loss)
         if not fake.requires_grad:
             raise RuntimeError(
                 f"{user_line()}: this loss does not require grad and has no grad_fn: the parameters are frozen, or grad is off. Make "
@@ -121,10 +121,10 @@ class Gradients:
             extra=only,
             result=lambda: None,
         )
-        key = self.tape._tensor_key(loss)
-        at = self.tape.order.get(key[1]) if key[0] == "v" else None
+        key = self.tape.operands.key_of(loss)
+        at = self.tape.accesses.order.get(key[1]) if key[0] == "v" else None
         if at is not None:  # from here on these gradients are as late as the loss
-            self.tape.order.update({v: at for v, o in self.tape.order.items() if o[0] == LATE})
+            self.tape.accesses.order.update({v: at for v, o in self.tape.accesses.order.items() if o[0] == LATE})
         self.asked = {}
         self.backwards += 1
 

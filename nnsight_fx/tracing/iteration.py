@@ -80,7 +80,7 @@ class Cursor:
                     f"{tracer.step}. Touch it before that, or use `for step in tracer.iter[:]`."
                 )
             if tracer.open_ended(path, kind, tracer.step):
-                if not tracer.can_advance or tracer.tape.reaches((path, kind, want - before)):
+                if not tracer.can_advance or tracer.tape.accesses.reaches((path, kind, want - before)):
                     return want - before
             elif want < before + tracer.calls(path, kind, tracer.step):
                 return want - before
@@ -103,7 +103,7 @@ class Cursor:
                 before = tracer.before(path, kind, tracer.step)
                 if not tracer.open_ended(path, kind, tracer.step):
                     most = before + tracer.calls(path, kind, tracer.step)
-                elif index < before or tracer.tape.reaches((path, kind, index - before)):
+                elif index < before or tracer.tape.accesses.reaches((path, kind, index - before)):
                     return True
             elif tracer.decides():
                 return True  # values decide: who touches a site finds out

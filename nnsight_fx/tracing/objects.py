@@ -110,7 +110,7 @@ def _passed_on(lazy: LazyObject, do: Any, *args: Any, **kwargs: Any) -> Any:
     real = lazy._look()
     if tape is None or not tape.open or tape.busy:
         return do(real, *args, **kwargs)
-    return tape.objects.given(do(real, *tape.real_args(args), **tape.real_args(kwargs)))
+    return tape.objects.given(do(real, *tape.syncs.real_args(args), **tape.syncs.real_args(kwargs)))
 
 
 def become(lazy: LazyObject, real: Any) -> None:
@@ -193,7 +193,9 @@ class Objects:
         if type(value) is tuple:
             return tuple(map(self.given, value))
         if isinstance(value, MethodType | BuiltinMethodType) and value.__self__ is not None:
-            return lambda *args, **kwargs: self.given(value(*self.tape.real_args(args), **self.tape.real_args(kwargs)))
+            return lambda *args, **kwargs: self.given(
+                value(*self.tape.syncs.real_args(args), **self.tape.syncs.real_args(kwargs))
+            )
         if type(value) is not torch.Tensor and not _has_parts(value):
             return value
         if id(value) not in self._given:
@@ -230,9 +232,9 @@ class Objects:
         if not tape.open or tape.closed or "_real" in lazy.__dict__ or id(lazy) in self.kept:
             return
         read = tape.ops[lazy._key[1]]
-        if read.invoke == tape.invoke.index and tape.passed is not None:
+        if read.invoke == tape.invoke.index and tape.accesses.passed is not None:
             try:
-                tape._check_passed(read.target, "saved, or used as an object,")
+                tape.accesses.check_passed(read.target, "saved, or used as an object,")
             except OutOfOrderError:
                 if not asked:
                     return
@@ -273,7 +275,7 @@ class Objects:
             if not isinstance(lazy, LazyObject) or "_real" in lazy.__dict__:
                 return lazy.__dict__.get("_real", lazy)
         if (tape.closed or tape.bridged) and id(lazy) in self.kept:
-            return tape.run_until(tape)(self.kept[id(lazy)][1])
+            return tape.syncs.run_until(tape)(self.kept[id(lazy)][1])
         if not tape.open and id(lazy) in self.kept:
             raise UnsavedValueError(
                 f"{user_line()}: `{tape.describe(lazy._key)}`, made at {lazy._line}, was saved, but there is no object: the trace was a "
@@ -283,6 +285,6 @@ class Objects:
             raise tape.unsaved(lazy)
         tape.check_open((lazy,), {})
         if tape.ops[lazy._key[1]].kind != READ:  # what an operation returned
-            return tape.values_of([lazy._key])[0]
+            return tape.syncs.values_of([lazy._key])[0]
         n = tape.number(READ, tape.ops[lazy._key[1]].target, (), {}, extra=None, result=lambda: None)
-        return tree.flatten(tape.values_of([("v", n, -1)])[0])[0][lazy._key[2]]
+        return tree.flatten(tape.syncs.values_of([("v", n, -1)])[0])[0][lazy._key[2]]

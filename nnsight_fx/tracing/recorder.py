@@ -17,9 +17,8 @@ from ..compat.modes import SET_GRAD, function_modes
 from ..plan import tree
 from ..plan.lifting import name_of
 from ..plan.names import draws, effect_of
-from .functions import set_grad
 from .lazy import LazyTensor
-from .tape import Tape
+from .recording import Recording
 
 _GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
 
@@ -27,7 +26,7 @@ _GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
 class Recorder(TorchFunctionMode):
     """Sends the body's operations to `tape`."""
 
-    def __init__(self, tape: Tape | None = None):
+    def __init__(self, tape: Recording | None = None):
         super().__init__()
         self.tape = tape
         self.inside = True  # not between two invokes, where what names no recorded value is the user's own
@@ -38,7 +37,7 @@ class Recorder(TorchFunctionMode):
         if tape is None or not tape.open:
             return func(*args, **kwargs)
         if func is SET_GRAD:
-            set_grad(tape, args[0])
+            tape.set_grad(args[0])
         if (
             LazyTensor in types
             or any(issubclass(t, LazyTensor) for t in types)
@@ -46,12 +45,12 @@ class Recorder(TorchFunctionMode):
         ):
             return tape.call(func, args, kwargs)
         result = func(*args, **kwargs)
-        tape.handed.note(result)
+        tape.operands.handed.note(result)
         return tape.given.saveable(result) if tape.begun else result  # behind a look
 
-    def _concerns(self, tape: Tape, func: Any, args: tuple, kwargs: dict) -> bool:
+    def _concerns(self, tape: Recording, func: Any, args: tuple, kwargs: dict) -> bool:
         name = name_of(func)
-        if name == "__get__" and not tape.changed and not tape.gradients.backwards:
+        if name == "__get__" and not tape.operands.changed and not tape.gradients.backwards:
             return False
         if self.inside and draws(name, args, kwargs):
             if kwargs.get("generator") is None or tape.fakes is None:  # an edit draws in each trace
@@ -60,12 +59,12 @@ class Recorder(TorchFunctionMode):
         if tape.gradients.backwards and func == _GET_GRAD:
             return True
         leaves: list | None = None
-        if tape.changed or _hidden(args) or _hidden(kwargs.values()):
+        if tape.operands.changed or _hidden(args) or _hidden(kwargs.values()):
             leaves = tree.flatten((args, kwargs))[0]
-            if any(tape.unsettled(x) or _unsized(x) for x in leaves):
+            if any(tape.operands.unsettled(x) or _unsized(x) for x in leaves):
                 return True
         if tape.constants and effect_of(name, kwargs, args) == "inplace":
-            return any(tape.holds(x) for x in leaves or tree.flatten((args, kwargs))[0])
+            return any(tape.operands.holds(x) for x in leaves or tree.flatten((args, kwargs))[0])
         return False
 
 
