@@ -57,7 +57,7 @@ STEPS = {"fork": {"demand", "causal"}, "fork, demand": {"causal"}, "fork, causal
 
 def steps(model: NNsight, clean: torch.Tensor, corrupt: torch.Tensor, cells: list, runs: int) -> dict[str, dict]:
     """What each step of the forked strategy adds: with the others off, compiled first, then timed in turn."""
-    capture = model._capture_for(None)
+    capture = model._host.capture_for(None)
     assert capture is not None
     found: dict[str, dict] = {name: {"ms_a_cell": [], "cpu_ms_a_cell": []} for name in STEPS}
     for run in range(runs + 1):

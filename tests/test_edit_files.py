@@ -289,7 +289,7 @@ def test_a_file_that_is_not_there_or_no_edits(tmp_path):
     tracer.graph.save_plan(tmp_path / "mine" / "c.safetensors")
     with pytest.raises(PlanError, match="its header does not say `nnsight_fx.edits`"):
         model.import_edits("mine", tmp_path, variant="c")
-    assert model._edits == []
+    assert model._host.edits == []
 
 
 def _of(document, target):
@@ -330,7 +330,7 @@ def test_default_places(tmp_path, monkeypatch):
         assert file.metadata()["format"] == "nnsight_fx.edits"
     fresh = NNsight(net())
     fresh.import_edits()
-    assert len(fresh._edits) == 1
+    assert len(fresh._host.edits) == 1
     named = gpt2()
     named.config.name_or_path = "openai-community/gpt2"
     model = LanguageModel(named)

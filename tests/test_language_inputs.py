@@ -23,9 +23,8 @@ from transformers import (
 )
 
 from cache_name import CACHE
-from nnsight_fx import NNsightFXError
-from nnsight_fx.model.language import LanguageModel, ModelNotFoundError, PromptError
-from nnsight_fx.model.model import Batch
+from nnsight_fx import LanguageModel, ModelNotFoundError, NNsightFXError, PromptError
+from nnsight_fx.model.inputs import Batch
 from nnsight_fx.model.tokens import positions
 
 WORDS = ["<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
@@ -64,11 +63,11 @@ def model() -> LanguageModel:
 
 
 def one(model: LanguageModel, *args: Any, pad_to: int | None = None, **kwargs: Any) -> Batch:
-    return model._collate([model._prepare(args, kwargs)], pad_to)
+    return model._host.inputs.collate([model._host.inputs.prepare(args, kwargs)], pad_to)
 
 
 def several(model: LanguageModel, *inputs: Any, pad_to: int | None = None) -> Batch:
-    return model._collate([model._prepare((x,), {}) for x in inputs], pad_to)
+    return model._host.inputs.collate([model._host.inputs.prepare((x,), {}) for x in inputs], pad_to)
 
 
 def values(model: LanguageModel, batch: Batch) -> torch.Tensor:
@@ -203,8 +202,8 @@ def test_invokes_are_padded_and_stacked_in_order(model, inputs, pad_to, expected
 
 
 def test_prepared_inputs_are_left_as_they_were(model):
-    short, long = model._prepare((A,), {}), model._prepare((B,), {})
-    model._collate([short, long], pad_to=9)
+    short, long = model._host.inputs.prepare((A,), {}), model._host.inputs.prepare((B,), {})
+    model._host.inputs.collate([short, long], pad_to=9)
     assert short.kwargs["input_ids"].tolist() == [A] and list(short.kwargs) == ["input_ids", "attention_mask"]
 
 
@@ -270,7 +269,7 @@ def test_positions_that_are_given_stay(model):
 )
 def test_keywords_pass_through_and_merge(model, given, expected):
     (name,) = given
-    batch = model._collate([model._prepare((A,), dict(given)) for _ in range(2)], 5)
+    batch = model._host.inputs.collate([model._host.inputs.prepare((A,), dict(given)) for _ in range(2)], 5)
     assert str(batch.kwargs[name]) == str(torch.tensor(expected) if isinstance(expected, list) else expected)
 
 
@@ -286,7 +285,9 @@ def test_one_row_of_positions_serves_all_prompts(model, given):
 
 
 def test_a_keyword_of_one_invoke_is_for_the_forward(model):
-    batch = model._collate([model._prepare((A,), {}), model._prepare((A,), {"use_cache": False})])
+    batch = model._host.inputs.collate(
+        [model._host.inputs.prepare((A,), {}), model._host.inputs.prepare((A,), {"use_cache": False})]
+    )
     assert batch.kwargs["use_cache"] is False
 
 
@@ -313,17 +314,17 @@ def test_a_keyword_of_one_invoke_is_for_the_forward(model):
     ],
 )
 def test_keywords_that_conflict_are_named(model, first, second, text):
-    batches = [model._prepare((A,), first), model._prepare((A,), second)]
+    batches = [model._host.inputs.prepare((A,), first), model._host.inputs.prepare((A,), second)]
     with pytest.raises(ValueError, match=text):
-        model._collate(batches)
+        model._host.inputs.collate(batches)
 
 
 def test_embeddings_are_padded_too():
     model = make("llama")
     table = model._module.get_parameter("model.embed_tokens.weight").detach()
     by_id = values(model, several(model, A, B))
-    a, b = (model._prepare((), {"inputs_embeds": table[torch.tensor(x)]}) for x in (A, B))
-    batch = model._collate([a, b])
+    a, b = (model._host.inputs.prepare((), {"inputs_embeds": table[torch.tensor(x)]}) for x in (A, B))
+    batch = model._host.inputs.collate([a, b])
     assert batch.kwargs["inputs_embeds"].shape == (2, 5, 16) and batch.rows == 2
     torch.testing.assert_close(values(model, batch)[:, -3:], by_id[:, -3:])
 
@@ -364,9 +365,9 @@ def test_inputs_that_are_no_tokens_go_to_the_model_as_they_are(model):
 
 def test_rows_and_length_of_every_leaf(model):
     kwargs = {"labels": torch.tensor([[1, 2, 3]]), "scale": torch.ones(3), "use_cache": False}
-    batch = model._prepare((A,), kwargs)
-    assert model._length(batch) == 3
-    assert dict(zip(batch.kwargs, model._unknown_dims(batch), strict=True)) == {
+    batch = model._host.inputs.prepare((A,), kwargs)
+    assert model._host.inputs.length(batch) == 3
+    assert dict(zip(batch.kwargs, model._host.inputs.unknown_dims(batch), strict=True)) == {
         "input_ids": (0, 1),
         "attention_mask": (0, 1),
         "labels": (0, 1),
@@ -386,7 +387,7 @@ def test_rows_and_length_of_every_leaf(model):
     ],
 )
 def test_which_keywords_are_an_input(model, kwargs, expected):
-    assert model._has_input(kwargs) is expected
+    assert model._host.inputs.has_input(kwargs) is expected
 
 
 @pytest.mark.gpu
@@ -433,10 +434,10 @@ def test_inputs_come_on_the_model_device(model):
 )
 def test_prompts_that_make_no_tokens_are_errors(model, args, kwargs, text):
     if text is None:
-        assert model._prepare(args, kwargs).kwargs["attention_mask"] == "x"
+        assert model._host.inputs.prepare(args, kwargs).kwargs["attention_mask"] == "x"
         return
     with pytest.raises(PromptError, match=text) as caught:
-        model._prepare(args, kwargs)
+        model._host.inputs.prepare(args, kwargs)
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, NNsightFXError)
     assert Path(__file__).name in str(caught.value), "the user's line comes first"
 

@@ -473,7 +473,7 @@ def test_the_edits_of_the_model_are_part_of_the_plan(engine, tmp_path):
     assert torch.equal(got["acts"]["model.layers.2"].output, cache["model.layers.2"].output)
     with model.trace(OTHER, compile=False):
         clean = model.head.output.save()
-    assert not model._edits and torch.equal(clean, net()(OTHER)) and not torch.equal(clean, out)
+    assert not model._host.edits and torch.equal(clean, net()(OTHER)) and not torch.equal(clean, out)
     with pytest.raises(PlanError, match="this model has edits of its own"):
         load_plan(tmp_path / "p", edited)
 

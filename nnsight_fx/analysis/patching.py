@@ -221,7 +221,7 @@ def _checked(model: Any, verb: Callable, options: dict[str, Any]) -> None:
     """A misspelt keyword is told by the verb that it was written to."""
     own = {"compile", "fn", "pad_to"} | inspect.signature(sweep).parameters.keys()
     model.dispatch()
-    model._check_keywords(options.get("fn"), options.keys() - own, verb.__name__, verb, sweep)
+    model._host.check_keywords(options.get("fn"), options.keys() - own, verb.__name__, verb, sweep)
 
 
 def _write(

@@ -72,7 +72,7 @@ class Site:
     def length(self, item: Any) -> int:
         """How many tokens the model sees of an input."""
         args, kwargs = given(self.model, item)
-        known = self.model._length(self.model._prepare(args, kwargs))
+        known = self.model._host.inputs.length(self.model._host.inputs.prepare(args, kwargs))
         if known is not None:
             return known
         with self.model.scan(*args, **kwargs):
@@ -84,7 +84,7 @@ class Site:
         rows = []
         for item in items:
             args, kwargs = given(self.model, item)
-            ids = self.model._prepare(args, kwargs).kwargs.get("input_ids")
+            ids = self.model._host.inputs.prepare(args, kwargs).kwargs.get("input_ids")
             if tokenizer is None or not isinstance(ids, torch.Tensor) or ids.dim() != 2 or (ids != ids[0]).any():
                 return None
             rows.append(ids[0].tolist())

@@ -61,15 +61,15 @@ def _forward(cells: list[Pending]) -> Run:
     """One forward; afterwards each wave has its share of it."""
     first = cells[0]
     merged = Merged(cells)
-    batch = first.host._collate([p.wave.batch for p in cells])
+    batch = first.host.inputs.collate([p.wave.batch for p in cells])
     signature = first.tape.sites.signature
     flags = _proofs.get(signature)
 
     def call() -> Any:
-        return callee(first.host._module, first.wave.fn)(*batch.args, **batch.kwargs)
+        return callee(first.host.module, first.wave.fn)(*batch.args, **batch.kwargs)
 
     run = BatchedRun(
-        merged.plan, merged.constants, merged.lines, first.host._markers, call, first.host._module.get_submodule, {}
+        merged.plan, merged.constants, merged.lines, first.host.markers, call, first.host.module.get_submodule, {}
     )
     if isinstance(flags, dict):
         run.flags = flags
@@ -77,7 +77,7 @@ def _forward(cells: list[Pending]) -> Run:
     else:
         inputs = [x for x in tree.flatten((batch.args, batch.kwargs))[0] if isinstance(x, torch.Tensor)]
         run.follow = Rows(
-            batch.rows, inputs, {n for t in (*inputs, *first.host._module.parameters()) for n in t.shape[1:]}
+            batch.rows, inputs, {n for t in (*inputs, *first.host.module.parameters()) for n in t.shape[1:]}
         )
         run.everything = True
         with run.follow:

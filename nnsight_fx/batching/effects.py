@@ -32,7 +32,7 @@ def effects(host: Any, signature: Any, fn: str | None) -> str | None:
 def _look(host: Any, signature: Any, fn: str | None) -> str | None:
     if signature.scan.ended is not None:
         return "the model cannot be scanned, so what its forward does is not known"
-    scanner = host._scanner
+    scanner = host.scanner
     copied = scanner.skeleton()
     args, kwargs = signature.inputs()
     tensors = [*copied.parameters(), *copied.buffers(), *tree.flatten((args, kwargs))[0]]

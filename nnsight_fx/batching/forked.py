@@ -108,7 +108,7 @@ class Sheet:
         self.whole = whole  # every position of each row is computed
         first = pending[0]
         host = first.host
-        self.capture: Capture = host._capture_for(first.tracer.compile)
+        self.capture: Capture = host.capture_for(first.tracer.compile)
         self.bases = _bases(pending)
         batches = [cells[0].wave.batch for cells in self.bases]
         self.size = batches[0].rows  # rows of one trace
@@ -286,7 +286,7 @@ class Sheet:
     def _cell(self, p: Pending, base: int) -> Cell:
         host = p.host
         cell = Cell(
-            *(p.plan, p.tape.constants, p.tape.lines, host._markers, lambda: None, host._module.get_submodule, {})
+            *(p.plan, p.tape.constants, p.tape.lines, host.markers, lambda: None, host.module.get_submodule, {})
         )
         cell.size, cell.start, cell.joins_at, cell.ones = self.size, base * self.size, base * self.size, cell.constants
         cell.base = cell.start
@@ -335,7 +335,7 @@ class Sheet:
 
 
 def _collated(host: Any, batches: list) -> Any:
-    joined = host._collate(batches)
+    joined = host.inputs.collate(batches)
     if len(batches) > 1:
         return joined
     args, kwargs = tree.tree_map(

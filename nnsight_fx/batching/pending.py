@@ -32,7 +32,7 @@ class Setting(NamedTuple):
 
     @classmethod
     def of(cls, host: Any) -> Setting:
-        modules = host._scanner.modules
+        modules = host.scanner.modules
         tables = [t for m in modules for t in (m._forward_hooks, m._forward_pre_hooks) if t]
         weights = [t for m in modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
         return cls(
@@ -44,7 +44,7 @@ class Setting(NamedTuple):
     @contextlib.contextmanager
     def in_force(self, pending: Pending) -> Iterator[None]:
         """Run under it: flags are put back for the while, other changes are an error."""
-        modules = pending.host._scanner.modules
+        modules = pending.host.scanner.modules
         now = Setting.of(pending.host)
         if now[1:] != self[1:]:
             what = "the weights" if now.hooks == self.hooks else "the hooks"
@@ -170,7 +170,7 @@ def why_now(tracer: Any) -> str | None:
 
 def _differentiable(host: Any, held: list) -> bool:
     return any(isinstance(x, torch.Tensor) and type(x) is not LazyTensor and x.requires_grad for x in held) or any(
-        p.requires_grad for p in host._module.parameters()
+        p.requires_grad for p in host.module.parameters()
     )
 
 
@@ -181,7 +181,7 @@ def why_alone(pending: Pending) -> str | None:
         return "it has invokes of its own"
     if plan.recapture == "changes":
         return "it changes the shape, dtype or structure of a value"
-    capture = wave.host._capture_for(pending.tracer.compile)
+    capture = wave.host.capture_for(pending.tracer.compile)
     if capture is not None and capture.options.passes is not None:
         return "passes of yours are for the graph of one trace"
     for op in plan.ops:

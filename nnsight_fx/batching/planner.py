@@ -46,7 +46,7 @@ def _kind(p: Pending) -> Hashable:
     stops = p.plan if p.plan.stops else None
     options = p.tracer.compile
     return (
-        *(id(p.host._module), len(p.host._edits), tuple(map(id, p.host._edits)), wave.fn, repr(options)),
+        *(id(p.host.module), len(p.host.edits), tuple(map(id, p.host.edits)), wave.fn, repr(options)),
         *(spec, inputs, wave.batch.rows, flags, p.setting, stops),
     )
 
@@ -86,7 +86,7 @@ def choose(group: list[Pending]) -> tuple[Strategy | None, str | None]:
     first = group[0]
     if len(group) == 1:
         return None, first.alone
-    if first.host._capture_for(first.tracer.compile) is None:
+    if first.host.capture_for(first.tracer.compile) is None:
         return batched, None
     return forked, None
 

@@ -40,18 +40,18 @@ def captured(host: Any, capture: Capture, fn: str | None, batch: Any, line: Any)
     """
     if capture.options.capture == "symbolic":
         raise Mixed("a symbolic capture is for one number of rows")
-    key = (fn, host._markers.own())
+    key = (fn, host.markers.own())
     if key not in capture.rowwise:
-        if host._scanner.collects():
-            settle(host._module)
-        key = (fn, host._markers.own())
+        if host.scanner.collects():
+            settle(host.module)
+        key = (fn, host.markers.own())
         while len(capture.rowwise) >= ENTRIES:
             del capture.rowwise[next(iter(capture.rowwise))]
-        capture.rowwise[key], _ = compat.dynamo.dynamo_compile(entry_point(host._module, fn), _backend, False, True)
+        capture.rowwise[key], _ = compat.dynamo.dynamo_compile(entry_point(host.module, fn), _backend, False, True)
     for x in tree.flatten((batch.args, batch.kwargs))[0]:
         if isinstance(x, torch.Tensor):
             compat.dynamo.any_size(x, 0)
-    markers, begun = host._markers, time.perf_counter()
+    markers, begun = host.markers, time.perf_counter()
     outer, active.run = getattr(active, "run", None), None
     clock.say("capturing the model")
     try:

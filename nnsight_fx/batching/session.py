@@ -82,9 +82,9 @@ class Session:
         finally:
             self._close()
             for host in self.hosts.values():
-                host._latest = self.report
-                if host._shared.verb is not None:
-                    host._shared.verb.take(self.report)
+                host.told.ran = self.report
+                if host.shared.verb is not None:
+                    host.shared.verb.take(self.report)
         return isinstance(error, Leaving) and error.scope is self
 
     def _close(self) -> None:
@@ -112,7 +112,7 @@ class Session:
     def run(self, tracer: Tracer) -> None:
         """A trace is recorded: put it off, or run it now, after everything that waits."""
         tracer.session = self
-        tracer.host._latest = self.report
+        tracer.host.told.ran = self.report
         self.hosts[id(tracer.host)] = tracer.host
         why = why_now(tracer)
         if why is None:

@@ -59,7 +59,7 @@ def compare(
             logits = head.output.save()
         return logits
 
-    batch = model._collate([model._prepare((inputs,), {})])
+    batch = model._host.inputs.collate([model._host.inputs.prepare((inputs,), {})])
 
     def bare() -> None:
         with torch.no_grad():

@@ -40,29 +40,29 @@ class Wave:
     def __init__(self, host: Any, tracer: Tracer, first: Any, alone: bool):
         """`first` is the first input; a list of them when all are given first."""
         self.host, self.tracer, self.alone, self.fn = host, tracer, alone, tracer.fn
-        self.edits = len(host._edits)
+        self.edits = len(host.edits)
         self.members: list[Invoker | Shadow | None] = [None] * (self.edits + alone)  # `None`: over the whole batch
         self.batches: list[Any] = [first] if alone else []
         self.run: Run | None = None
         self.notes: Notes | None = None  # when it has run
         self.done: list[tuple[Part, Run]] = []  # the forwards of a recording that does not fit one
-        scanner = host._scanner
+        scanner = host.scanner
         self.fixed: int | None = tracer.pad_to  # the padded length, once it is known
         if alone:
-            batch = self.batch = host._collate([first], pad_to=tracer.pad_to)
+            batch = self.batch = host.inputs.collate([first], pad_to=tracer.pad_to)
             signature = scanner.signature(batch, self.fn, None)
         else:
             given = first if isinstance(first, list) else [first]
-            signature = scanner.signature(given[0], self.fn, host._unknown_dims(given[0]))
+            signature = scanner.signature(given[0], self.fn, host.inputs.unknown_dims(given[0]))
         length = tracer.pad_to if tracer.pad_to is not None else scanner.length
         if isinstance(first, list):
-            self.batch = host._collate(first, pad_to=tracer.pad_to)
-            length = host._length(self.batch) or length
+            self.batch = host.inputs.collate(first, pad_to=tracer.pad_to)
+            length = host.inputs.length(self.batch) or length
         self.signature = signature
         sites = WaveSites(scanner, signature, self.rows_of, length, self._signature_of)
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
         self.tape.operands.handed.apart = getattr(saving.session(), "apart", False)
-        host._replay_edits(self.tape)
+        host.replay_edits(self.tape)
 
     # -- members -------------------------------------------------------------------------------------------------
 
@@ -91,16 +91,16 @@ class Wave:
         if isinstance(member, Shadow):
             return self.rows_of(member.of)
         if member is None and not self.batches:  # an edit: the inputs are still to come
-            return self.host._scanner.rows
+            return self.host.scanner.rows
         batch = member.batch if member is not None else None
         return batch.rows if batch is not None else sum(b.rows for b in self.batches)
 
     def _signature_of(self, index: int) -> Signature | None:
         """The scan of one invoke's own input, if nothing else decides what its sizes are."""
         batch = self.members[index].batch if index < len(self.members) and self.members[index] is not None else None  # type: ignore[union-attr]
-        if batch is None or any(length is not None for _, length in self.host._unknown_dims(batch)):
+        if batch is None or any(length is not None for _, length in self.host.inputs.unknown_dims(batch)):
             return None
-        return self.host._scanner.signature(batch, self.fn, None)
+        return self.host.scanner.signature(batch, self.fn, None)
 
     def groups(self) -> Groups:
         if self.alone:
@@ -121,7 +121,7 @@ class Wave:
 
     def graph(self) -> Graph:
         """The recording so far, as data."""
-        tape, tracer, module = self.tape, self.tracer, self.host._module
+        tape, tracer, module = self.tape, self.tracer, self.host.module
         tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         recording = Recording(
             parameters={id(tensor): name for name, tensor in tensors},
@@ -179,13 +179,13 @@ class Wave:
         run = self.run
         if run is None:
             self._gather()
-            run = self.run = self.host._run(self, self.tape.plan(self.groups()), self.tape.constants, self.tape.lines)
+            run = self.run = self.host.run(self, self.tape.plan(self.groups()), self.tape.constants, self.tape.lines)
         return run
 
     def _gather(self) -> None:
         """The model is about to run: what it is called with, and the values of earlier traces that the body used."""
         if not self.alone:
-            self.batch = self.host._collate(self.batches, pad_to=self.tracer.pad_to)
+            self.batch = self.host.inputs.collate(self.batches, pad_to=self.tracer.pad_to)
             self._check_lengths()
         self.tape.operands.resolve()
 
@@ -205,14 +205,14 @@ class Wave:
 
     def _call(self, plan: InterventionGraph) -> bool:
         """Run as a call, where an earlier run of the plan has shown to be no more."""
-        capture = self.host._capture_for(self.tracer.compile) if self.run is None else None
+        capture = self.host.capture_for(self.tracer.compile) if self.run is None else None
         steady = None if capture is None else capture.steady.get((self.signature, plan))
         if steady is None:
             return False
         self._gather()
         try:
             inputs = (self.batch.args, self.batch.kwargs)
-            call = steady(inputs, self.tape.constants, self.tape.lines, self.host._markers.own())
+            call = steady(inputs, self.tape.constants, self.tape.lines, self.host.markers.own())
         except NotCaptured:
             return False
         self.run = cast(Any, call)  # it has what is asked of a run that is over
@@ -262,7 +262,7 @@ class Wave:
 
     def _finish_parts(self) -> None:
         """Several forwards, in order, each with the values of those before it."""
-        why = self.host._moves_state(self)
+        why = self.host.moves_state(self)
         if why:
             first = min(self.tape.accesses.splits)
             raise InvokeError(
@@ -276,9 +276,9 @@ class Wave:
                 raise InvokeError(
                     f"{self.tracer.line}: invoke {members[0]} has no input, and its forward has no other invoke."
                 )
-            self.batch = self.host._collate(batches, pad_to=self.tracer.pad_to)
+            self.batch = self.host.inputs.collate(batches, pad_to=self.tracer.pad_to)
             piece = part(self.tape, members, self._groups_of(members), self.value)
-            run = self.host._run(self, piece.plan, piece.constants, piece.lines)
+            run = self.host.run(self, piece.plan, piece.constants, piece.lines)
             self.done.append((piece, run))
             run.finish(piece.plan)
             missed = run.unfinished()
@@ -348,6 +348,6 @@ class Wave:
         """What the sizes that were unknown turned out to be."""
         if self.alone:
             return {}
-        scanner = self.host._scanner
-        known = ((scanner.rows, self.batch.rows), (scanner.length, self.host._length(self.batch)))
+        scanner = self.host.scanner
+        known = ((scanner.rows, self.batch.rows), (scanner.length, self.host.inputs.length(self.batch)))
         return {symbol.node.expr: n for symbol, n in known if n is not None}

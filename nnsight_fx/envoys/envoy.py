@@ -108,6 +108,7 @@ class Envoy(Observed):
 
     def __init__(self, module: nn.Module, path: str, root: Any):
         self._module, self._path, self._root = module, path, root
+        self._tree = root._tree  # of all envoys
 
     @own_error
     def output(self) -> Any:
@@ -179,10 +180,10 @@ class Envoy(Observed):
     def _child(self, name: str) -> Envoy:
         child = self._module._modules.get(name)
         if child is None:
-            child = self._root._names.at.get(self._module, {}).get(name)
+            child = self._tree.names.at.get(self._module, {}).get(name)
         if child is None:
             raise KeyError(name)
-        return self._root._envoy_of(child)
+        return self._tree.envoy_of(child)
 
     def __getattr__(self, name: str) -> Any:
         own_error.reraise(self)
@@ -205,7 +206,7 @@ class Envoy(Observed):
     def _unknown(self, name: str) -> UnknownModuleError:
         known = [
             *(_CHILD * (name in _TAKEN) + name for name in self._module._modules),
-            *self._root._names.at.get(self._module, {}),
+            *self._tree.names.at.get(self._module, {}),
             "output",
             "input",
             "inputs",
@@ -219,8 +220,7 @@ class Envoy(Observed):
             return super().__setattr__(name, value)
         if isinstance(value, nn.Module):
             setattr(self._module, name, value)
-            self._root._attached[".".join(p for p in (self._path, name) if p)] = value
-            self._root._module_changed()
+            self._tree.attach(".".join(p for p in (self._path, name) if p), value)
             return
         if not hasattr(type(self), name) and name not in self.__dict__ and self._root.tracer is not None:
             raise self._unknown(name)
@@ -277,7 +277,7 @@ class Envoy(Observed):
             for child in module._modules.values():
                 if child is not None:
                     walk(child)
-            envoy = self._root._envoy_of(module)
+            envoy = self._tree.envoy_of(module)
             if envoy not in found:
                 found.append(envoy)
 

@@ -37,7 +37,7 @@ class Operation(Observed):
         Raises `SourceNotAvailable` for a function that is not Python, for an assignment, and for a module: that has a
         `.source` of its own.
         """
-        known = self._root._markers.operations.known
+        known = self._root._host.markers.operations.known
         if self._path not in known:
             if self._root.tracer is None:
                 raise OutsideTraceError(
@@ -125,7 +125,7 @@ def source_of(envoy: Any) -> Source:
     """A module's `.source`."""
     module, root = envoy._module, envoy._root
     with _named(envoy.path, user_line()):
-        function, _ = plain(root._markers.forward_of(module))
+        function, _ = plain(root._host.markers.forward_of(module))
         return Source(operations.frame(envoy._path), root, frame_of(function))
 
 
@@ -140,7 +140,7 @@ def at(root: Any, path: str) -> Any:
     Raises `UnknownOperationError`, `SourceNotAvailable`, or torch's own error for a module that is not there.
     """
     module, *names = f".{path}".split(".source.")
-    found: Any = root._envoy_of(root._module.get_submodule(module.removeprefix(".")))
+    found: Any = root._tree.envoy_of(root._module.get_submodule(module.removeprefix(".")))
     for name in names:
         found = getattr(found.source if isinstance(found, Envoy) else found.source, name)
     return found

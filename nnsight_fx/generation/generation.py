@@ -41,7 +41,7 @@ class Generation:
     """One call of `generate`, from forward to forward."""
 
     def __init__(self, host: Any, tracer: Any, args: tuple, kwargs: dict, text: bool = False):
-        self.host, self.tracer, self.module = host, tracer, host._module
+        self.host, self.tracer, self.module = host, tracer, host.module
         self.args, self.kwargs = args, {"disable_compile": True, **kwargs}  # captured by us, or not at all
         if _beams(self.module, kwargs) == 1:
             self.kwargs["streamer"] = Streamer(self, kwargs.get("streamer"))
@@ -49,10 +49,10 @@ class Generation:
         self.calls = 0  # forwards begun
         self.path = ""  # the module whose call the forward is that is to run
         self.inputs: tuple[tuple, dict] = ((), {})  # of that call
-        self.edits = [Repeated(edit) for edit in host._edits]
+        self.edits = [Repeated(edit) for edit in host.edits]
         self.passed: Counter[tuple[str, str]] = Counter()  # sites of the forwards so far, counted for the edits
         # What stands in for each module's call, by the module's attributes.
-        self.stops = [(m.__dict__, functools.partial(self._called, path)) for m, path in host._markers.paths.items()]
+        self.stops = [(m.__dict__, functools.partial(self._called, path)) for m, path in host.markers.paths.items()]
         self.held: dict[str, set[str]] = {}  # `parts` of the modules that were called
         self.run: Run | None = None  # the one of the forward that is running, or has just run
         self.given: list[Any] = []  # what the streamer got: the prompt, and the tokens of each forward
@@ -131,7 +131,7 @@ class Generation:
     def parts(self, path: str) -> set[str]:
         """The paths of a module and all in it, which may be shared with others and named by their place there."""
         if path not in self.held:
-            self.held[path] = {self.host._markers.paths[m] for m in self.module.get_submodule(path).modules()}
+            self.held[path] = {self.host.markers.paths[m] for m in self.module.get_submodule(path).modules()}
         return self.held[path]
 
     def wave(self) -> Wave:
@@ -206,11 +206,11 @@ class Forward(Wave):
         args, kwargs = generation.inputs
         leaves = tree.flatten((args, kwargs))[0]
         rows = next((x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()), 1)
-        batch = generation.host._given(args, kwargs, rows, generation.text)
+        batch = generation.host.inputs.given(args, kwargs, rows, generation.text)
         self.host, self.tracer, self.alone, self.fn = generation.host, generation.tracer, True, generation.path or None
-        self.generation, self.batch, self.batches, self.edits = generation, batch, [batch], len(self.host._edits)
+        self.generation, self.batch, self.batches, self.edits = generation, batch, [batch], len(self.host.edits)
         self.members, self.run, self.done, self.fixed = [None] * (self.edits + 1), None, [], None
-        scanner = self.host._scanner
+        scanner = self.host.scanner
         signature, past = scanner.continued(batch, self.fn)
         sites = ForwardSites(scanner, signature, self.rows_of, None, past=past)
         sites.rows = rows
@@ -290,7 +290,7 @@ class Following(Wave):
         self.members = [None]
         self.generation, self.batches, self.edits = generation, [], 0
         self.run, self.done, self.fixed = None, [], None
-        scanner = self.host._scanner
+        scanner = self.host.scanner
         sites = WaveSites(scanner, Signature(Scan(), None), self.rows_of, None)
         self.tape = Tape(Step(), scanner.fakes, sites, self._until)
 
@@ -298,8 +298,8 @@ class Following(Wave):
         if self.run is None:
             self._groups = Groups((None,), 0)
             plan, tape = self.tape.plan(self._groups), self.tape
-            modules = self.host._module.get_submodule
-            self.run = Run(plan, tape.constants, tape.lines, self.host._markers, lambda: None, modules, {})
+            modules = self.host.module.get_submodule
+            self.run = Run(plan, tape.constants, tape.lines, self.host.markers, lambda: None, modules, {})
             self.run.coroutine = Ended()  # type: ignore[assignment]
             self.run.forwards = 0
         return self.run

@@ -53,7 +53,7 @@ class Reader:
         if not self.tokens:
             return item
         value = item.value
-        ids = self.model._ids_of(value)[0] if isinstance(value, str) else value
+        ids = self.model._host.inputs.ids_of(value)[0] if isinstance(value, str) else value
         ids = torch.as_tensor(ids).reshape(-1).long()[: self.max_length]
         if not len(ids):
             raise PromptError(f"prompt {item.number} of the data set has no tokens. Leave it out.")

@@ -148,7 +148,7 @@ def cache(tracer: Any, modules: list | None, kinds: list[str], how: Observed) ->
             f"{user_line()}: `tracer.cache()` must be declared before reading or modifying a model value: "
             "make it the first line of the trace, or of the invoke."
         )
-    made = Cache(tracer.host, modules, kinds, how)
+    made = Cache(tracer.host.model, modules, kinds, how)
     made.record(tracer.waves[-1])
     if tracer.generation is not None:
         tracer.generation.caches.append(made)
@@ -268,7 +268,7 @@ class CacheView:
         inside = [p for p in self._cache.entries if self._path in (None, "", p) or p.startswith(f"{self._path}.")]
         root = self._cache.root
         return [
-            root._names.spellings(_shown(p), root._module.get_submodule(p))[-1] if alias else _shown(p) for p in inside
+            root._tree.names.spellings(_shown(p), root._module.get_submodule(p))[-1] if alias else _shown(p) for p in inside
         ]
 
     def values(self) -> list[CacheView]:
@@ -322,7 +322,7 @@ def _path(root: Any, module: Any) -> str:
 
 def _names(envoy: Envoy) -> list[str]:
     """What the children of a module are called, aliases last."""
-    return [*envoy._module._modules, *envoy._root._names.at.get(envoy._module, {})]
+    return [*envoy._module._modules, *envoy._tree.names.at.get(envoy._module, {})]
 
 
 def _nobody(envoy: Envoy, name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import InvokeError, NestedTraceError, NotRecordableError, own_error
 from ..lines import user_line
@@ -13,15 +13,17 @@ from ..tracing.contexts import Stopping
 from ..tracing.draft import Draft, Turn
 from ..tracing.iteration import Iterations
 from ..tracing.recorder import Recorder
-from ..tracing.steps import Invoke
-from ..tracing.tape import Tape
+
+if TYPE_CHECKING:
+    from .host import ModelHost
 
 
 class Editor:
     """An open edit: `with model.edit() as (tracer, edited)`, or `as edited`; with `inplace=True`, `as tracer`."""
 
-    def __init__(self, host: Any, inplace: bool):
-        self.host, self.inplace = host if inplace else host._copy(), inplace
+    def __init__(self, model: Any, inplace: bool):
+        self.model, self.inplace = model if inplace else model._copy(), inplace
+        self.host = self.model._host
         self.tape = Draft()
         self.recorder = Recorder(self.tape)
         self.cursor = Every()
@@ -36,21 +38,21 @@ class Editor:
                 "which it is to hold."
             )
         self.host.tracer = self
-        self.resume_body = self.host._suspend()
+        self.resume_body = self.host.suspend()
         self.recorder.__enter__()
         if self.inplace:
             return self
-        self.host._unpacks = self
-        return self.host
+        self.model._unpacks = self
+        return self.model
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         self.recorder.__exit__(None, None, None)
         self.resume_body()
         self.tape.open = False
         self.host.tracer = None
-        self.host._unpacks = None
+        self.model._unpacks = None
         if error is None or type(error) is Stopping:
-            self.host._edits = [*self.host._edits, self.tape]
+            self.host.edits = [*self.host.edits, self.tape]
         return type(error) is Stopping
 
     @property
@@ -82,15 +84,15 @@ class Editor:
 
     def __getattr__(self, name: str) -> Any:
         own_error.reraise(self)
-        if name.startswith("_") or "host" not in self.__dict__:
+        if name.startswith("_") or "model" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.host, name)
+        return getattr(self.model, name)
 
 
 class Edits:
     """The edits of a wrapped model: interventions of every trace of it."""
 
-    _edits: list[Any]  # each can `replay(tape)`
+    _host: ModelHost
 
     def edit(self, *, inplace: bool = False) -> Editor:
         """Record interventions that hold in every later trace, before its own, over the whole batch.
@@ -110,7 +112,7 @@ class Edits:
 
     def clear_edits(self) -> None:
         """Take off every edit of this model."""
-        self._edits = []
+        self._host.edits = []
 
     def export_edits(
         self, name: str | None = None, export_dir: str | os.PathLike | None = None, variant: str = "__default__"
@@ -149,16 +151,7 @@ class Edits:
                 which tells what does not fit, with the line of the edit.
         """
         path = edits.place(self, name, export_dir, variant)
-        self._edits = [*self._edits, *edits.imported(self, path)]
-
-    def _replay_edits(self, tape: Tape) -> None:
-        """The operations of the edits, each in a worker of its own, in front of the trace's."""
-        if not self._edits:
-            return
-        for n, edit in enumerate(self._edits):
-            tape.invoke = Invoke(n)
-            edit.replay(tape)
-        tape.invoke = Invoke(len(self._edits))
+        self._host.edits = [*self._host.edits, *edits.imported(self, path)]
 
 
 class Turns(Iterations):

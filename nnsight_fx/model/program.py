@@ -67,7 +67,7 @@ class Program:
         model.dispatch()
         leaves, spec = tree.flatten((args, kwargs))
         batch = self._batch(inputs)
-        kind = (spec, _described(leaves), *model._edits, model._capture_for(self._of("compile")))
+        kind = (spec, _described(leaves), *model._host.edits, model._host.capture_for(self._of("compile")))
         call = self._call(batch, kind)
         if call in self.calls:
             try:
@@ -77,15 +77,15 @@ class Program:
                 del self.calls[call]
             else:
                 self.runs["recorded"] += 1
-                model._latest = known
+                model._host.told.ran = known
                 return result
-        key = (model._scanner.signature(batch, self._of("fn"), None), *kind)
+        key = (model._host.scanner.signature(batch, self._of("fn"), None), *kind)
         known = self.recordings.get(key)
         if known is not None:
             self.runs["recorded"] += 1
             self.recordings.move_to_end(key)
             result = known.run(self, batch, leaves)
-            model._latest = known
+            model._host.told.ran = known
             if known.steady is not None and call is not None:
                 self.calls[call] = known
                 if len(self.calls) > ENTRIES:
@@ -126,13 +126,15 @@ class Program:
         """The input as the model gets it."""
         model = self.model
         args, kwargs = given(model, inputs)
-        return model._collate([model._prepare(args, {**self.own, **kwargs})], pad_to=self._of("pad_to"))
+        return model._host.inputs.collate(
+            [model._host.inputs.prepare(args, {**self.own, **kwargs})], pad_to=self._of("pad_to")
+        )
 
     def _call(self, batch: Any, kind: tuple) -> Hashable:
         """By what a call is known again without a look at the model, which Dynamo's guards take; `None` with objects."""
         leaves, spec = batch.flat
         plain = all([isinstance(x, _PLAIN) for x in leaves])
-        return (spec, _described(leaves), self.model._scanner, *kind) if plain else None
+        return (spec, _described(leaves), self.model._host.scanner, *kind) if plain else None
 
     def _trace(self, inputs: Any, args: tuple, kwargs: dict, of: Recording | None = None) -> Any:
         call_args, call_kwargs = given(self.model, inputs)
@@ -269,7 +271,7 @@ class Recording:
     def again(self, program: Program, batch: Any, leaves: list) -> Any:
         """Run it as a call; `NotCaptured`, before anything ran, where it is none any more."""
         assert self.steady is not None
-        hooks = program.model._markers.own()
+        hooks = program.model._host.markers.own()
         run = self.steady((batch.args, batch.kwargs), self._lifted(program, leaves), self.lines, hooks)
         self.ran = None
         return self._given(run)
@@ -285,7 +287,7 @@ class Recording:
         """Run it on another input, with other arguments."""
         model, constants = program.model, self._lifted(program, leaves)
         wave: Any = Again(self.tracer, self.tape, batch, program._of("fn"), {})
-        run = model._run(wave, self.plan, constants, self.lines)
+        run = model._host.run(wave, self.plan, constants, self.lines)
         try:
             run.finish(self.plan)
             missed = run.unfinished()

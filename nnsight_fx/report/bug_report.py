@@ -30,13 +30,13 @@ def write(tracer: Any, path: str | os.PathLike, inputs: bool = False) -> None:
     host = tracer.host
     parts: dict[str, str | bytes] = {
         "versions.json": json.dumps(versions(), indent=1),
-        "model.txt": f"{host._module}\n",
-        "explain.txt": f"{host.explain()}\n",
-        "explain.json": json.dumps(host.explain().to_dict(), indent=1, default=str),
+        "model.txt": f"{host.module}\n",
+        "explain.txt": f"{host.model.explain()}\n",
+        "explain.json": json.dumps(host.model.explain().to_dict(), indent=1, default=str),
     }
     for i, wave in enumerate(tracer.waves):
         parts[f"plan_{i}.py"] = f"{wave.graph().code}\n"
-    captures = host.explain().captures
+    captures = host.model.explain().captures
     for i, segment in enumerate(s for capture in captures for s in capture.segments):
         parts[f"segment_{i}.py"] = segment.gm.print_readable(print_output=False)
     entries = [e.inner for capture in captures for e in capture.entries.values() if e.inner is not None]

@@ -33,14 +33,14 @@ def of_model(model: Any) -> dict[str, Any]:
     structure = (str(module), repr(sorted(told.items(), key=lambda kv: kv[0])), [m.training for m in module.modules()])
     return {
         "model": type(module).__name__,
-        "structure": hashed(structure, [[repr(e.ops), e.constants] for e in model._edits]),
+        "structure": hashed(structure, [[repr(e.ops), e.constants] for e in model._host.edits]),
         "weights": hashed([*module.named_parameters(), *module.named_buffers()]),
     }
 
 
 def environment(model: Any, compile: Any) -> dict[str, Any]:
     """The engine, versions, hardware, and when."""
-    capture = model._capture_for(compile)
+    capture = model._host.capture_for(compile)
     return {
         "engine": "hooks" if capture is None else str(capture.options),
         "versions": versions(),

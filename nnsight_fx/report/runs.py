@@ -168,23 +168,23 @@ def _bare(note: str) -> str:
 @contextlib.contextmanager
 def gathered(model: Any, report: Report) -> Iterator[Report]:
     """What runs in the block is told in `report`, and not elsewhere."""
-    outer, model._shared.verb = model._shared.verb, report
+    outer, model._host.shared.verb = model._host.shared.verb, report
     try:
         yield report
     finally:
-        model._shared.verb = outer
+        model._host.shared.verb = outer
 
 
 @contextlib.contextmanager
 def as_one(model: Any, what: str, line: Any) -> Iterator[Report]:
     """Everything that runs in the block is one run, for `model.explain()`: that of the outermost verb, at `line`."""
-    outer = model._shared.verb
+    outer = model._host.shared.verb
     try:
         with gathered(model, Report(what, line)) as report:
             yield report
     finally:
         if outer is None:
-            model._latest = report
+            model._host.told.ran = report
         else:
             outer.take(report)
 

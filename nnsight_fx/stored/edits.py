@@ -33,12 +33,12 @@ def place(model: Any, name: str | None, export_dir: str | os.PathLike | None, va
 
 def export(model: Any, path: str) -> None:
     """Write the edits of a model."""
-    if not model._edits:
+    if not model._host.edits:
         raise PlanError(f"{user_line()}: this model has no edits to export; make one first (`model.edit()`).")
     module = model._module
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     parameters = {id(tensor): name for name, tensor in tensors}
-    writers = [EditWriter(draft, parameters, model.device, f"{i}.") for i, draft in enumerate(model._edits)]
+    writers = [EditWriter(draft, parameters, model.device, f"{i}.") for i, draft in enumerate(model._host.edits)]
     edits = [writer.document() for writer in writers]
     held: dict[str, torch.Tensor] = {}
     for writer in writers:

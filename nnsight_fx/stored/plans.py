@@ -59,7 +59,7 @@ class Plan:
         for _, line, modules, _ in caches:
             for module in modules or ():
                 self._stored.known_module(module.removeprefix("model").lstrip("."), line)
-        if self._edits and model._edits:
+        if self._edits and model._host.edits:
             raise PlanError(
                 f"`{path}` holds the edits that its model had, and this model has edits of its own. Load it for the model without "
                 "them: the one that `edit()` was called on, or after `clear_edits()`."
@@ -136,7 +136,7 @@ class Plan:
         model = self.model
         if self._edits:
             model = model._copy()
-            model._edits = [Edit(replay, self._numbers(i)) for i in range(self._edits)]
+            model._host.edits = [Edit(replay, self._numbers(i)) for i in range(self._edits)]
         open_trace = model.scan if scan else model.trace
         caches: dict[str, Any] = {}
         with open_trace(*(inputs if direct else ()), **(kwargs if direct else {}), **options) as tracer:

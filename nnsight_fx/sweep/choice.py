@@ -43,7 +43,7 @@ class Choice:
 
     def __init__(self, job: Job, engine: str, report: Report, here: bool, known: str | None = None):
         self.job, self.report, self.known = job, report, known
-        self.capture = job.model._capture_for(job.options.get("compile"))
+        self.capture = job.model._host.capture_for(job.options.get("compile"))
         self.shapes = {(job.options.get("fn"), job.shapes[job.prompt(cell)]) for cell in range(len(job.cells))}
         self.pilot: set[int] = set()
         self.pace: list[float] = []  # seconds a cell of what runs on hooks before the choice

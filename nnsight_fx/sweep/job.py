@@ -81,13 +81,13 @@ class Job:
     @contextlib.contextmanager
     def _engine(self) -> Iterator[None]:
         """What runs without a word of its own runs on hooks, where the sweep does."""
-        compiled = self.model._compiled
+        compiled = self.model._host.compiled
         if self.on_hooks:
-            self.model._compiled = None
+            self.model._host.compiled = None
         try:
             yield
         finally:
-            self.model._compiled = compiled
+            self.model._host.compiled = compiled
 
     def __call__(self, chunk: Sequence[int], ready: bool = False) -> Done:
         """Run some cells; `ready`: what they need is `prepared`."""
@@ -136,7 +136,7 @@ def given(model: Any, item: Any) -> tuple[tuple, dict]:
 def look(model: Any, item: Any) -> tuple[str, tuple]:
     """A digest of one input as the model gets it, and the shapes in it."""
     args, kwargs = given(model, item)
-    batch = model._prepare(args, kwargs)
+    batch = model._host.inputs.prepare(args, kwargs)
     leaves = tree.flatten((batch.args, batch.kwargs))[0]
     return hashed(leaves), tuple(tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor))
 

@@ -23,7 +23,7 @@ except ImportError:
     cloudpickle = None
 
 # Made by `NNsight.__init__`, or of this process alone.
-_OWN = {"_shared", "_envoys", "_compiled", "_edits", "_latest", "_unpacks", "_names", "_module", "_root", "_path", "_caller", "_padding_known"}  # fmt: skip
+_OWN = {"_host", "_tree", "_unpacks", "_module", "_root", "_path", "_caller"}
 
 
 def pack(job: Any) -> bytes:
@@ -32,7 +32,7 @@ def pack(job: Any) -> bytes:
         raise MissingExtraError(
             f"{user_line()}: an executor sends bodies to other processes by cloudpickle: pip install 'nnsight-fx[sweep]'."
         )
-    if job.model._edits:
+    if job.model._host.edits:
         raise ValueError(
             f"{user_line()}: a model with edits does not go to other processes. Do in the body what the edit does, or run this sweep "
             "without `executor=`."
@@ -69,6 +69,6 @@ if cloudpickle is not None:
             if obj is not root:
                 return _envoy, (root, obj._path)
             state = {k: v for k, v in vars(root).items() if k not in _OWN}
-            capture = root._compiled
+            capture = root._host.compiled
             options = None if capture is None else vars(capture.options) | {"options": dict(capture.options.options)}
             return _model, (type(root), root._module, state, options)

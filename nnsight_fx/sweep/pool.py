@@ -104,5 +104,5 @@ class Pool:
 
 
 def _compiles(job: Job) -> bool:
-    capture = job.model._capture_for(job.options.get("compile"))
+    capture = job.model._host.capture_for(job.options.get("compile"))
     return not job.on_hooks and capture is not None and capture.options.backend not in ("eager", "aot_eager")

@@ -105,11 +105,11 @@ class Tracer:
         saving.opened(self.early)
         try:
             self.args, self.kwargs = held(self.args), held(self.kwargs)
-            self.state = self.host._state()
-            if self.args or self.host._has_input(self.kwargs):
+            self.state = self.host.state()
+            if self.args or self.host.inputs.has_input(self.kwargs):
                 with unrecorded():
-                    self._begin_alone(self.host._prepare(self.args, self.kwargs))
-            self.resume_body = self.host._suspend()
+                    self._begin_alone(self.host.inputs.prepare(self.args, self.kwargs))
+            self.resume_body = self.host.suspend()
             self.recorder.__enter__()
         except BaseException:
             self._abort()
@@ -179,7 +179,7 @@ class Tracer:
         """Begin with the one input of a forward, or of a generation."""
         if self.fn == "generate":
             saving.catch_up()
-        self.generation = self.host._generation(self, first)
+        self.generation = self.host.generation(self, first)
         if self.generation is not None:
             self.modes = contextlib.ExitStack()
             self.modes.enter_context(ambient.under(self.generation.modes))
@@ -201,7 +201,7 @@ class Tracer:
             self.advance()
 
     def _begin(self, first: Any, alone: bool) -> None:
-        wave = self.host._wave(self, first, alone)
+        wave = self.host.wave(self, first, alone)
         if not self.waves:
             wave.tape.containers = self.early.containers
         self.waves.append(wave)
@@ -267,14 +267,14 @@ class Tracer:
     def _deliver(self) -> None:
         for wave in self.waves:
             wave.deliver()
-        self.host._note(self)
+        self.host.note(self)
 
     def _abort(self) -> None:
         for wave in self.waves:
             wave.abandon()
         if self.generation is not None:
             self.generation.abandon()
-        self.host._scanner.forget_failed()
+        self.host.scanner.forget_failed()
 
     # -- the forwards of a generation ------------------------------------------------------------------------------
 
@@ -357,7 +357,7 @@ class Tracer:
         invokers = [Invoker(self, (p,), {}) for p in prompts]
         with unrecorded():
             for invoker in invokers:
-                invoker.batch, invoker.prepared = self.host._prepare(invoker.args, dict(self.kwargs)), True
+                invoker.batch, invoker.prepared = self.host.inputs.prepare(invoker.args, dict(self.kwargs)), True
             if self.generates:
                 return invokers
             self._begin([i.batch for i in invokers], alone=False)
@@ -394,7 +394,7 @@ class Tracer:
         if self.generation is None:
             return self.tape.read(("", "result", 0))
         if self.invoker is not None and self.invoker.batch is None:
-            return self.known(self.host._results(self.generations))
+            return self.known(self.host.inputs.results(self.generations))
         self._to_the_end()
         return self.known(self.generation.result)
 
@@ -482,7 +482,7 @@ class Tracer:
             InvokeError: a value was read or changed before (a `ValueError`).
             UnknownModuleError: `modules` names one that there is not.
         """
-        return self.host._cache(self, modules, device, dtype, detach, include_output, include_inputs)
+        return self.host.cache(self, modules, device, dtype, detach, include_output, include_inputs)
 
     def apply(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
         """`fn(*args, **kwargs)` on the real values, when the model gets there; a sync point."""
@@ -505,7 +505,7 @@ class Tracer:
     def bug_report(self, path: str | os.PathLike, inputs: bool = False) -> None:
         """Write what happened to a zip archive: plan, segments, guards, versions and `explain()`. No weights and no prompts;
         with `inputs=True` the tensors that the model was given."""
-        self.host._bug_report(self, path, inputs)
+        self.host.bug_report(self, path, inputs)
 
     @property
     def notes(self) -> list:
@@ -536,7 +536,7 @@ class Tracer:
         own_error.reraise(self)
         if name.startswith("_") or "host" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.host, name)
+        return getattr(self.host.model, name)
 
 
 class Leaving(Stopping):
@@ -565,7 +565,7 @@ class Invoker:
             raise InvokeError(
                 f"{user_line()}: this trace is not open. Use `invoke` inside `with model.trace() as tracer:`."
             )
-        if tracer.args or tracer.host._has_input(tracer.kwargs):
+        if tracer.args or tracer.host.inputs.has_input(tracer.kwargs):
             raise InvokeError(
                 f"{user_line()}: the trace at {tracer.line} already has an input, so it takes no invokes. Give every input by "
                 "invoke: `with model.trace() as tracer:`."
@@ -575,10 +575,10 @@ class Invoker:
                 f"{user_line()}: cannot open an invoke with one already open. Leave the other `with` block first."
             )
         self.args, self.kwargs = held(self.args), held(self.kwargs)
-        tracer.host._check_keywords(tracer.fn, self.kwargs, "invoke")
+        tracer.host.check_keywords(tracer.fn, self.kwargs, "invoke")
         if self.batch is None and (self.args or self.kwargs):
             with unrecorded():
-                self.batch = tracer.host._prepare(self.args, {**tracer.kwargs, **self.kwargs})
+                self.batch = tracer.host.inputs.prepare(self.args, {**tracer.kwargs, **self.kwargs})
         if tracer.generates:
             return self._generate()
         if not tracer.waves or (tracer.waves[-1].started and not self.prepared):
@@ -623,7 +623,7 @@ class Invoker:
 
     def _check_second_wave(self) -> None:
         """A second forward that would move state twice is an error (SEMANTICS D12)."""
-        why = self.tracer.host._moves_state(self.tracer.waves[-1])
+        why = self.tracer.host.moves_state(self.tracer.waves[-1])
         if why:
             raise InvokeError(
                 f"{user_line()}: an earlier invoke looked at a value, which ran the model, so this invoke would be a second forward; "

@@ -96,20 +96,20 @@ def test_plans_and_captures_are_bounded(monkeypatch):
         with model.trace(torch.randn(2, 16)):  # another number of rows: a capture of its own
             model[2].output = model[2].output[:1].expand(i + 2, 16)
         assert found.shape == (2, 16)
-    (capture,) = model._captures.values()
+    (capture,) = model._host.captures.values()
     assert len(capture.entries) <= 3
     assert all(len(s.variants) <= 3 for s in capture.segments) and len(capture.segments) <= 8
-    assert all(s._root.size <= 40 + 16 for s in model._scanner.signatures.values())
+    assert all(s._root.size <= 40 + 16 for s in model._host.scanner.signatures.values())
 
 
 def test_clearing():
     model = wrap("eager")
     trace(model, 0)
-    (capture,) = model._captures.values()
+    (capture,) = model._host.captures.values()
     segment = weakref.ref(capture.segments[0])
     model.clear_cache()
     gc.collect()
-    assert segment() is None and not model._scanner.signatures
+    assert segment() is None and not model._host.scanner.signatures
     trace(model, 0)
     with pytest.raises(NestedTraceError, match=r"test_memory\.py:\d+: the open trace"), model.trace(torch.randn(2, 16)):
         model.clear_cache()
@@ -119,7 +119,7 @@ def test_a_model_that_is_dropped_is_gone():
     """Dynamo keeps what it compiled with the code; ours goes with the model."""
     model = wrap("eager")
     trace(model, 0)
-    (capture,) = model._captures.values()
+    (capture,) = model._host.captures.values()
     held = [weakref.ref(capture.segments[0]), weakref.ref(model), weakref.ref(model._module)]
     del model, capture
     gc.collect()

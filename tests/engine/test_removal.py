@@ -22,8 +22,8 @@ def plain():
 
 
 def capture(model):
-    assert model._compiled is not None
-    return model._compiled
+    assert model._host.compiled is not None
+    return model._host.compiled
 
 
 def outcome(module, body, *args, engine=None, warm=True, **kwargs) -> tuple[list, int, Any]:

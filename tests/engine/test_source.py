@@ -208,15 +208,15 @@ def test_a_constant_never_recompiles_and_what_looks_elsewhere_is_captured_once(e
                 (), float(turn)
             )
     if engine != "hooks":
-        captured = model._compiled.captures
+        captured = model._host.compiled.captures
         with model.trace(x()):  # another operation of the same module: the same capture
             model.block.source.torch_cat_0.output.save()
-        assert model._compiled.captures == captured
+        assert model._host.compiled.captures == captured
         with model.trace(x()):  # no operation: the capture without any
             model.block.output.save()
-        assert model._compiled.captures == captured + 1
+        assert model._host.compiled.captures == captured + 1
         assert not any(
-            ".source." in path or path.startswith("source.") for path, _ in model._compiled.segments[-1].sites
+            ".source." in path or path.startswith("source.") for path, _ in model._host.compiled.segments[-1].sites
         )
 
 

@@ -306,6 +306,6 @@ def test_a_graph_gives_out_what_is_saved_and_nothing_else(engine):
         h = model[0].output * 2
         model[2].output = model[2].output + h
         saved = (h + 1).save()
-    (capture,) = model._captures.values()
+    (capture,) = model._host.captures.values()
     ((variant,),) = capture.segments[0].variants.values()
     assert len(variant.gives) == 1 and saved.shape == (2, 8)

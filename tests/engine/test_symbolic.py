@@ -449,7 +449,7 @@ def test_graphs_are_bounded(monkeypatch):
         with assert_no_fallback(), model.trace(torch.ones(rows, 4)):
             out = model.output.save()
         assert out.shape == (rows, 4)
-    (capture,) = model._captures.values()
+    (capture,) = model._host.captures.values()
     assert len(capture.segments) == 3 and capture.captures == 7
 
 
@@ -463,7 +463,7 @@ def test_options():
     with model.trace(torch.ones(2, 4), compile={"backend": "eager"}):
         out = model.output.save()
     assert out.shape == (2, 4)
-    assert [c.options.capture for c in model._captures.values()] == ["symbolic", "dynamo"]
+    assert [c.options.capture for c in model._host.captures.values()] == ["symbolic", "dynamo"]
 
 
 def test_source_is_looked_at_on_hooks():

@@ -407,7 +407,7 @@ def test_fourteen_models_in_one_process(engine):
         with assert_no_fallback(), model.trace(torch.ones(2, 4)):
             out = model[n].output.save()
         same(out, module(torch.ones(2, 4)), engine)
-        assert model._compiled.captures == 1
+        assert model._host.compiled.captures == 1
 
 
 # 13: side effects of a tail that no result needs

@@ -181,7 +181,7 @@ def test_the_engines_pass_the_same_operations_in_the_same_order(name, monkeypatc
                 inner.source.torch_matmul_0.output.save()
                 getattr(model.get(mlp).source, act).output.save()
         if engine == "eager":
-            marked = [s for segment in model._compiled.segments for s in segment.sites]
+            marked = [s for segment in model._host.compiled.segments for s in segment.sites]
     inside = [attn + ".source.", mlp + ".source."]
     lived, spliced = ([s for s in sites if s[0].startswith(tuple(inside))] for sites in (passed, marked))
     assert lived == spliced and len(lived) > 20

@@ -116,7 +116,7 @@ def test_few_are_kept_and_all_are_right(engine, monkeypatch):
     monkeypatch.setattr(spliced, "ENTRIES", 3)
     model, plain, order = built(engine), built("hooks"), random.Random(0)
     seen = []
-    (capture,) = model._captures.values()
+    (capture,) = model._host.captures.values()
     for program in order.choices(PROGRAMS, k=16 if engine == "eager" else 12):
         x = torch.randn(2, 4)
         same(program(model, x), program(plain, x), engine != "aot_eager", program.__name__)
@@ -144,7 +144,7 @@ def test_what_runs_as_a_call_is_used(monkeypatch):
 def test_reasons_are_bounded(monkeypatch):
     monkeypatch.setattr(spliced, "REASONS", 4)
     model = built("eager")
-    (capture,) = model._captures.values()
+    (capture,) = model._host.captures.values()
     before = watch.fell
     for i in range(9):
         capture.fall_back(f"reason {i}")

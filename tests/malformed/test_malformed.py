@@ -37,7 +37,7 @@ def state(model) -> dict:
             torch.overrides._get_current_function_mode_stack(),
             torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
         ),
-        "open": (model.tracer, list(nnsight_fx.tracing.saving._open.stack), len(model._edits)),
+        "open": (model.tracer, list(nnsight_fx.tracing.saving._open.stack), len(model._host.edits)),
         "threads": [t.name for t in threading.enumerate() if t.name != "tqdm_monitor"],  # `fx.Interpreter` has a bar
     }
 

@@ -132,5 +132,5 @@ def outputs(gm: fx.GraphModule) -> Any:
 
 def capture(model: NNsight) -> Capture:
     """What is captured of a model that was compiled."""
-    assert model._compiled is not None
-    return model._compiled
+    assert model._host.compiled is not None
+    return model._host.compiled

@@ -178,5 +178,5 @@ def test_a_logit_lens():
         for a, b, c in zip(found, want, same, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
             assert torch.equal(b, c)
-    report = dict((name, n) for name, n, _ in model._compiled.last[0])
+    report = dict((name, n) for name, n, _ in model._host.compiled.last[0])
     assert report["batch_linears"] == 2  # in front of the change there is one, which is left

@@ -128,7 +128,7 @@ def test_a_sweep_runs_its_cells_one_by_one() -> None:
     model = wrapped(backend="eager", passes=(..., fold))
     with torch.no_grad():
         found = model.sweep(cell, X, over={"layer": [0, 1]}, progress=False)
-        model._compiled = None
+        model._host.compiled = None
         want = model.sweep(cell, X, over={"layer": [0, 1]}, progress=False)
     torch.testing.assert_close(found.array.values, want.array.values)
     with torch.no_grad(), model.session() as session:

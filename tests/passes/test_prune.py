@@ -85,7 +85,7 @@ class Counted(nn.Module):
 
 
 def pruned(model):
-    return dict((name, n) for name, n, _ in model._compiled.last[-1])["prune"]
+    return dict((name, n) for name, n, _ in model._host.compiled.last[-1])["prune"]
 
 
 def test_the_tail_of_a_model_is_left_out():

@@ -77,8 +77,10 @@ def test_a_pipeline_of_ones_own():
 def test_a_pipeline_of_ones_own_on_a_real_model():
     module = net()
     model = NNsight(module)
-    capture = Capture(model._markers, model._captured(backend="eager").options, pipeline=(*passes.PIPELINE, swap_relu))
-    model._compiled = capture
+    capture = Capture(
+        model._host.markers, model._host.captured(backend="eager").options, pipeline=(*passes.PIPELINE, swap_relu)
+    )
+    model._host.compiled = capture
     with model.trace(X):
         out = model.output.save()
     torch.testing.assert_close(out, module.c(torch.tanh(module.b(module.a(X)))))

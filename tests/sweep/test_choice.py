@@ -62,7 +62,7 @@ def test_where_compiling_costs_more_than_it_saves_it_is_hooks(estimated, wanted)
     assert ways(model) == [("batched", 24)]
     assert why(model).startswith("hooks: compiling takes about 1000000 s, more than it saves: 14 cells left at ")
     assert why(model).endswith('`engine="compiled"` compiles')
-    assert model._compiled is not None and model._compiled.captures == 0
+    assert model._host.compiled is not None and model._host.compiled.captures == 0
 
 
 def test_where_it_saves_more_it_compiles_behind_the_first_cells(estimated, wanted):
@@ -79,7 +79,7 @@ def test_where_it_saves_more_it_compiles_behind_the_first_cells(estimated, wante
 def test_sweeps_on_hooks_add_up(estimated, wanted):
     """Who runs one after the other has it compiled in the end."""
     model = compiled()
-    capture: Any = model._compiled
+    capture: Any = model._host.compiled
     estimated(1e6)
     run(model)
     assert capture.hooks_s > 0 and ways(model) == [("batched", 24)]

@@ -158,7 +158,7 @@ def test_a_job_goes_through_bytes():
     job = Job(model, fn, [torch.tensor([[1, 2, 3]])], {"p": [0, 2]}, {"compile": False})
     made = unpack(pack(job), "cpu")
     assert type(made.model) is LanguageModel and made.model is not model
-    assert made.model._compiled.options == model._compiled.options
+    assert made.model._host.compiled.options == model._host.compiled.options
     with torch.no_grad():
         for parameter in made.model._module.parameters():
             parameter += 0.1  # of the copy: its results change, the original's do not

@@ -295,7 +295,7 @@ def test_weights_and_captures_are_shared(engine):
             out = m.output.save()
         assert (out == 7).all()
     if engine != "hooks":
-        assert model._compiled is edited._compiled and model._compiled.captures == 1
+        assert model._host.compiled is edited._host.compiled and model._host.compiled.captures == 1
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -461,7 +461,7 @@ def test_refused_at_the_line(name):
     model = wrap("hooks")
     with pytest.raises(NotRecordableError, match=rf"test_edits.py:\d+.*(\n.*)*{text}"), model.edit(inplace=True):
         write(model)
-    assert not model._edits and model.tracer is None
+    assert not model._host.edits and model.tracer is None
 
 
 def test_no_invokes_and_no_trace_inside():

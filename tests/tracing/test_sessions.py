@@ -138,7 +138,7 @@ def test_only_what_somebody_holds_is_kept():
             unheld = [model[3].output.sum()]
             unheld.clear()
         assert h.sum() is not None  # used outside of traces: it runs
-        (variant,) = [v for vs in model._compiled.segments[-1].variants.values() for v in vs]
+        (variant,) = [v for vs in model._host.compiled.segments[-1].variants.values() for v in vs]
         assert len(variant.gives) == 1
         real = weakref.ref(h._held)
         del h

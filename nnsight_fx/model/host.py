@@ -1,0 +1,272 @@
+"""The wrapped model as traces, sessions and engines see it: what they may ask of it, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+
+from .. import compat
+from ..capture.markers import Markers
+from ..engine.removal import removable
+from ..engine.run import Run
+from ..engine.spliced import Capture, Options, SplicedRun
+from ..engine.switch import State
+from ..engine.wave import Wave
+from ..errors import nearest
+from ..generation.generation import Generation
+from ..lines import user_line
+from ..passes import OPTIONAL, PIPELINE, pipeline
+from ..plan import tree
+from ..plan.tree import PLAIN
+from ..report import bug_report
+from ..scan.scan import callee
+from ..scan.sites import Scanner
+from ..tracing.contexts import Tracer
+from ..tracing.steps import Invoke
+from ..tracing.tape import Tape
+from . import keywords
+from .cache import CacheView, cache, observed
+from .inputs import Batch, ModuleInputs
+
+if TYPE_CHECKING:
+    from .model import NNsight
+
+
+class Shared:
+    """What a wrapped model and its edited copies have in common."""
+
+    def __init__(self, model: NNsight, module: nn.Module):
+        self.module = module
+        self.tracer: Any = None
+        self.captures: dict[Options, Capture] = {}
+        self.verb: Any = None  # what gathers the notes of several traces that are one verb's
+        self.family = weakref.WeakSet([model])
+
+    def renew(self, module: nn.Module) -> None:
+        """Learn the module tree."""
+        self.markers, self.scanner = Markers(module), Scanner(module)
+        for capture in self.captures.values():
+            capture.markers = self.markers
+            capture.reset()
+
+
+class Latest:
+    """What ran last: `Notes`, a session's or sweep's `Report`, or what gives notes when it is asked."""
+
+    def __init__(self) -> None:
+        self.ran: Any = None
+
+
+class ModelHost:
+    """One wrapped model. Its edited copies have hosts of their own, which share what is known of the module."""
+
+    def __init__(self, model: NNsight, module: nn.Module):
+        self.model = model
+        self.shared = Shared(model, module)
+        self.inputs: ModuleInputs = model._inputs(self)
+        self.compiled: Capture | None = None
+        self.edits: list[Any] = []  # each can `replay(tape)`
+        self.told = Latest()
+
+    def copy(self, model: NNsight) -> ModelHost:
+        """The host of an edited copy of the model."""
+        made = copy.copy(self)
+        made.model, made.edits, made.told = model, list(self.edits), Latest()
+        made.told.ran = self.told.ran
+        made.inputs = model._inputs(made)
+        self.shared.family.add(model)
+        return made
+
+    def of_part(self) -> ModelHost:
+        """The host of a trace of one module: its inputs are no prompts, and edits are at sites that it may not have."""
+        made = copy.copy(self)
+        made.inputs, made.edits = ModuleInputs(made), []
+        return made
+
+    @property
+    def tracer(self) -> Any:
+        """The trace or edit that is open."""
+        return self.shared.tracer
+
+    @tracer.setter
+    def tracer(self, tracer: Any) -> None:
+        self.shared.tracer = tracer
+
+    @property
+    def module(self) -> nn.Module:
+        return self.shared.module
+
+    @property
+    def markers(self) -> Markers:
+        return self.shared.markers
+
+    @property
+    def scanner(self) -> Scanner:
+        return self.shared.scanner
+
+    @property
+    def captures(self) -> dict[Options, Capture]:
+        return self.shared.captures
+
+    @property
+    def device(self) -> torch.device | None:
+        return self.model.device
+
+    @property
+    def devices(self) -> set[torch.device]:
+        return self.model.devices
+
+    def replay_edits(self, tape: Tape) -> None:
+        """The operations of the edits, each in a worker of its own, in front of the trace's."""
+        if not self.edits:
+            return
+        for n, edit in enumerate(self.edits):
+            tape.invoke = Invoke(n)
+            edit.replay(tape)
+        tape.invoke = Invoke(len(self.edits))
+
+    def check_keywords(self, fn: str | None, names: Iterable[str], verb: str, *functions: Callable) -> None:
+        keywords.check(self.module, fn, names, verb, *functions)
+
+    def suspend(self) -> Callable[[], None]:
+        """While a body runs, functions that the user compiled run as written; the return undoes it."""
+        old = compat.frames.stance()
+        compat.frames.set_stance(old and (old[0], True))
+        return lambda: compat.frames.set_stance(old)
+
+    def state(self) -> State:
+        return State()
+
+    def wave(self, tracer: Tracer, first: Any, alone: bool) -> Wave:
+        if tracer.generation is not None:
+            return tracer.generation.wave()
+        return Wave(self, tracer, first, alone)
+
+    def generation(self, tracer: Tracer, first: Batch) -> Generation | None:
+        """The generation that a trace is, if its function runs the model many times."""
+        if tracer.fn != "generate" or tracer.scan_only:
+            return None
+        batch = self.inputs.arguments(tracer.fn, [first], tracer.pad_to)
+        return Generation(self, tracer, batch.args, batch.kwargs, batch.text)
+
+    def moves_state(self, wave: Wave) -> str | None:
+        """Why a second forward in one trace would move state twice, if it would."""
+        kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+        active = next((p for m, p in self.markers.paths.items() if m.training and isinstance(m, kinds)), None)
+        if active is not None:
+            return f"`{active}` is in train mode"
+        objects = [
+            x
+            for b in wave.batches
+            for x in tree.flatten((b.args, b.kwargs))[0]
+            if not isinstance(x, (torch.Tensor, *PLAIN))
+        ]
+        return f"a {type(objects[0]).__name__} was given" if objects else None
+
+    def note(self, tracer: Tracer) -> None:
+        """A trace has run."""
+        notes = tracer.notes
+        if notes and tracer.session is None:
+            self.told.ran = functools.reduce(operator.add, notes)
+            if self.shared.verb is not None:
+                self.shared.verb.alone(tracer.line, notes)
+
+    def bug_report(self, tracer: Tracer, path: Any, inputs: bool) -> None:
+        bug_report.write(tracer, path, inputs)
+
+    def cache(
+        self, tracer: Any, modules: Any, device: Any, dtype: Any, detach: bool, output: bool, inputs: bool
+    ) -> CacheView:
+        kinds = [kind for kind, wanted in (("input", inputs), ("output", output)) if wanted]
+        return cache(tracer, modules, kinds, observed(detach, device, dtype))
+
+    def run(self, wave: Wave, plan: Any, constants: list, lines: list) -> Run:
+        fn = wave.fn
+        batch = wave.batch
+
+        def call() -> Any:
+            return callee(self.module, fn)(*batch.args, **batch.kwargs)
+
+        capture = self.capture_for(wave.tracer.compile)
+        why = capture.refusal(plan, wave.tape.sites, batch.flat[0]) if capture is not None else None
+        if capture is not None and why is not None:
+            capture.fall_back(why)
+            capture = None
+        cls = Run if capture is None else SplicedRun
+        run = cls(
+            plan,
+            constants,
+            lines,
+            self.markers,
+            call,
+            self.module.get_submodule,
+            wave.symbols,
+        )
+        run.report += [why] if why is not None else []
+        if isinstance(run, SplicedRun) and capture is not None:
+            sites: Any = wave.tape.sites
+            frames = self.markers.operations.frames(plan)
+            leaves_out = not frames and plan.recapture == "removes" and capture.shares(fn, plan)
+            removes = leaves_out and removable(plan, wave.tape, self.module)
+
+            def stop_at() -> Any:
+                return sites.replay(wave.tape, plan, constants[len(wave.tape.constants) :]).stop_site
+
+            def entry(half: Any) -> Any:
+                return capture.entry(self.module, fn, half, frames, self.scanner.collects)
+
+            run.opened = wave.tracer.line
+            if capture.options.dynamic is None and capture.options.capture == "dynamo":
+                self.inputs.let_vary(batch, wave.tracer.generation is not None)
+            unread = wave.tracer.generation is None  # which goes on with what the model returns
+            run.start(capture, stop_at, sites, entry, (batch.args, batch.kwargs), removes, unread)
+        return run
+
+    def capture_for(self, compile: bool | dict | None) -> Capture | None:
+        """The capture that a trace runs on, or `None` for the hook engine."""
+        if compile is False or (compile is None and self.compiled is None):
+            return None
+        if compile is None or (compile is True and self.compiled is not None):
+            return self.compiled
+        return self.captured(**(compile if isinstance(compile, dict) else {}))
+
+    def captured(
+        self,
+        backend: Any = "inductor",
+        mode: Any = None,
+        dynamic: Any = None,
+        fullgraph: bool = False,
+        options: Any = None,
+        capture: str = "dynamo",
+        regional: bool | None = None,
+        passes: Sequence | None = None,
+        disable: Collection[str] = (),
+    ) -> Capture:
+        if capture not in ("dynamo", "symbolic"):
+            raise ValueError(f'{user_line()}: `capture={capture!r}` is unknown; there is "dynamo" and "symbolic"')
+        if capture == "symbolic" and dynamic:
+            raise ValueError(
+                f"{user_line()}: a symbolic capture is for the sizes that it was made with, so `dynamic=True` cannot hold; "
+                "leave it out, or capture with Dynamo"
+            )
+        needed = {step.__name__ for step in PIPELINE} - OPTIONAL
+        for name in disable:
+            if name not in OPTIONAL:
+                why = "without it a plan would not run" if name in needed else nearest(str(name), OPTIONAL)
+                raise ValueError(f"{user_line()}: the pass `{name}` cannot be left out: {why}")
+        try:
+            steps = None if passes is None else pipeline(passes)
+        except ValueError as error:
+            raise ValueError(f"{user_line()}: {error}") from None
+        further = tuple(sorted((options or {}).items()))
+        chosen = Options(*(backend, mode, dynamic, fullgraph, further, capture, regional), steps, frozenset(disable))
+        if chosen not in self.captures:
+            self.captures[chosen] = Capture(self.markers, chosen)
+        return self.captures[chosen]
