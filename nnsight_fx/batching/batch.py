@@ -53,7 +53,7 @@ def _chunked(group: list[Pending], told: Group, size: int) -> None:
             continue
         told.forwards += 1
         for p in cells:
-            p.tracer.deliver()
+            p.tracer.forwards.deliver()
         del run
 
 

@@ -67,7 +67,7 @@ def _run(cells: list[Pending], told: Group, whole: bool = False) -> None:
         if len(cells) <= size:
             sheet.run()
             for p in cells:
-                p.tracer.deliver()
+                p.tracer.forwards.deliver()
             return
     except NotCausal as why:
         told.note(f"every position was computed: {str(why).partition(chr(10))[0]}")

@@ -96,7 +96,7 @@ def _one_by_one(group: list[Pending], told: Group) -> None:
         p.done = True
         told.forwards += 1
         try:
-            p.tracer.run_recorded()
+            p.tracer.forwards.run_recorded()
             told.ran_alone(p.tracer.notes)
         except Exception as error:
             note(error, p.line, p.session_line)

@@ -122,7 +122,7 @@ class Session:
         for wave in tracer.waves:
             wave.tape.told.append(self._hold)
         try:
-            tracer.run()
+            tracer.forwards.run()
         except Exception as error:
             planner.note(error, tracer.line, self.line)
             raise
@@ -133,7 +133,7 @@ class Session:
         self._flush(self.waiting)
 
     def _put_off(self, tracer: Tracer) -> None:
-        tracer.put_off()
+        tracer.forwards.put_off()
         wave = tracer.waves[-1]
         tape = wave.tape
         setting = Setting.of(tracer.host)

@@ -268,7 +268,8 @@ class CacheView:
         inside = [p for p in self._cache.entries if self._path in (None, "", p) or p.startswith(f"{self._path}.")]
         root = self._cache.root
         return [
-            root._tree.names.spellings(_shown(p), root._module.get_submodule(p))[-1] if alias else _shown(p) for p in inside
+            root._tree.names.spellings(_shown(p), root._module.get_submodule(p))[-1] if alias else _shown(p)
+            for p in inside
         ]
 
     def values(self) -> list[CacheView]:

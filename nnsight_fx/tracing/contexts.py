@@ -14,14 +14,15 @@ import torch
 from ..config import quiet
 from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
 from ..lines import Line, user_line
-from ..plan import ambient, tree
+from ..plan import tree
 from ..plan.graph import Graph
 from . import saving
 from .calls import held
 from .conditions import Condition, Stopping
+from .forwards import Forwards
+from .invoke import Invoker
 from .iteration import Cursor, Iterations, Never
 from .recorder import Recorder, unrecorded
-from .steps import Invoke
 from .tape import Tape
 
 
@@ -76,7 +77,8 @@ class Tracer:
     ):
         self.host, self.args, self.kwargs = host, args, kwargs
         self.compile, self.fn, self.pad_to, self.scan_only = compile, fn, pad_to, scan_only
-        self.waves: list[Any] = []
+        self.forwards = Forwards(self)
+        self.waves = self.forwards.waves
         self.invoker: Invoker | None = None
         self.given: list[Invoker] = []
         self.recorder = Recorder()
@@ -84,14 +86,8 @@ class Tracer:
         self.cursor = Cursor(self)
         self.conditions: list[Condition] = []
         self.early = saving.Early()  # what is saved before there is an input
-        self.generation: Any = None  # a function that runs the model many times, forward by forward
-        self.generations: list[Any] = []  # those that have run, each of an invoke
         self.session: Any = None  # which tells of it, where it is one of several traces
-        self.start = 0  # the first wave of the open generation
-        self.modes: Any = contextlib.nullcontext()  # those that a generation runs under
-        self.missed: MissedSiteError | None = None
         self.withheld: Any = None  # the text about attention weights that a module read here does not give
-        self.counted: dict[tuple[str, str], tuple[int, int]] = {}
 
     # -- the context ---------------------------------------------------------------------------------------------
 
@@ -108,12 +104,12 @@ class Tracer:
             self.state = self.host.state()
             if self.args or self.host.inputs.has_input(self.kwargs):
                 with unrecorded():
-                    self._begin_alone(self.host.inputs.prepare(self.args, self.kwargs))
+                    self.forwards.begin_alone(self.host.inputs.prepare(self.args, self.kwargs))
             self.resume_body = self.host.suspend()
             self.recorder.__enter__()
         except BaseException:
-            self._abort()
-            self.modes.__exit__(None, None, None)
+            self.forwards.abort()
+            self.forwards.modes.__exit__(None, None, None)
             saving.closed(self.early)
             self.host.tracer = None
             raise
@@ -122,7 +118,7 @@ class Tracer:
     @quiet
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         self.recorder.__exit__(None, None, None)
-        self.modes.__exit__(None, None, None)
+        self.forwards.modes.__exit__(None, None, None)
         self.resume_body()
         with unrecorded():
             return self._leave(error)
@@ -131,12 +127,12 @@ class Tracer:
         try:
             if isinstance(error, Never):  # found out before the run, told after it
                 with contextlib.suppress(MissedSiteError):
-                    self.run()
+                    self.forwards.run()
                 return False
             if error is not None and not isinstance(error, Stopping):
-                self._abort()
+                self.forwards.abort()
                 if isinstance(error, MissedSiteError):
-                    self._deliver()
+                    self.forwards.hand_over()
                 refusal = self.waves[-1].tape.refusal if self.waves else None
                 if refusal is not None and "TorchScript" in str(error):
                     raise refusal from error
@@ -155,11 +151,11 @@ class Tracer:
             try:
                 session = saving.session()
                 if session is None:
-                    self.run()
+                    self.forwards.run()
                 else:
                     session.run(self)
             except BaseException:
-                self._abort()
+                self.forwards.abort()
                 raise
         finally:
             for wave in self.waves:
@@ -175,63 +171,7 @@ class Tracer:
         """Does it run the model many times?"""
         return self.fn == "generate" and not self.scan_only
 
-    def _begin_alone(self, first: Any) -> None:
-        """Begin with the one input of a forward, or of a generation."""
-        if self.fn == "generate":
-            saving.catch_up()
-        self.generation = self.host.generation(self, first)
-        if self.generation is not None:
-            self.modes = contextlib.ExitStack()
-            self.modes.enter_context(ambient.under(self.generation.modes))
-        self.start, self.counted = len(self.waves), {}
-        self._begin(first, alone=True)
-
-    def _end_generation(self) -> None:
-        """The body is done: the generation runs to its end."""
-        self._to_the_end()
-        self._run_open()
-        self.missed = self.missed or self.generation.missed()
-        self.generations.append(self.generation)
-        self.modes.__exit__(None, None, None)
-        self.modes = contextlib.nullcontext()
-
-    def _to_the_end(self) -> None:
-        self.generation.to_the_end()
-        while self.can_advance:
-            self.advance()
-
-    def _begin(self, first: Any, alone: bool) -> None:
-        wave = self.host.wave(self, first, alone)
-        if not self.waves:
-            wave.tape.containers = self.early.containers
-        self.waves.append(wave)
-        self.recorder.tape, self.recorder.inside = wave.tape, alone
-        wave.tape.conditions.blocks = self.conditions
-        saving.opened(wave.tape)
-
-    def run(self) -> None:
-        """The body is done: run what is left of it, and deliver what was saved."""
-        self._check_barriers()
-        if self.generation is None:
-            self._run_open()
-        elif self.generation not in self.generations:
-            self._end_generation()
-        self.deliver()
-
-    def put_off(self) -> None:
-        """The body is done, and nothing runs yet: a session does that later, by `run_recorded`."""
-        self._check_barriers()
-        tape = self.waves[-1].tape
-        tape.settle()
-        saving.collect(tape, held=False)
-        tape.forget_reads()
-
-    def run_recorded(self) -> None:
-        """Run what was put off, and deliver what was saved."""
-        self._finish(self.waves[-1])
-        self.deliver()
-
-    def _check_barriers(self) -> None:
+    def check_barriers(self) -> None:
         for n, (reached,), line in self.barriers:
             if reached % n:
                 raise InvokeError(
@@ -239,96 +179,15 @@ class Tracer:
                     "in each of the invokes, or give it their number."
                 )
 
-    def _run_open(self) -> None:
-        """Run what is recorded of the open wave. A site that it never reaches is told when everything else is delivered."""
-        wave = self.waves[-1]
-        wave.tape.settle()
-        for each in self.waves:
-            saving.collect(each.tape)
-        if self.can_advance:
-            wave.tape.close_step()
-        self._finish(wave)
-
-    def _finish(self, wave: Any) -> None:
-        wave.tape.busy = True  # as in `running`
-        try:
-            wave.finish()
-        except MissedSiteError as e:
-            self.missed = self.missed or e
-        finally:
-            wave.tape.busy = False
-
-    def deliver(self) -> None:
-        """What was saved is there; then a site that was never reached is told."""
-        self._deliver()
-        if self.missed is not None:
-            raise self.missed
-
-    def _deliver(self) -> None:
-        for wave in self.waves:
-            wave.deliver()
-        self.host.note(self)
-
-    def _abort(self) -> None:
-        for wave in self.waves:
-            wave.abandon()
-        if self.generation is not None:
-            self.generation.abandon()
-        self.host.scanner.forget_failed()
-
-    # -- the forwards of a generation ------------------------------------------------------------------------------
+    @property
+    def notes(self) -> list:
+        """Of each forward that has run."""
+        return self.forwards.notes
 
     @property
-    def step(self) -> int:
-        """The forward that is open."""
-        return len(self.waves) - 1 - self.start if self.generation is not None else 0
-
-    @property
-    def can_advance(self) -> bool:
-        """Does anything come after the open forward?"""
-        return self.generation is not None and self.waves[-1].forward
-
-    def advance(self) -> None:
-        """Run the open forward. The next one is open then, or, after the last, what follows the generation."""
-        with unrecorded():
-            self._run_open()
-            self._begin(None, alone=True)
-            tape = self.recorder.tape
-        self.recorder.tape = tape
-        for wave in self.waves[:-2]:
-            wave.forget()
-
-    def calls(self, path: str, kind: str, step: int) -> int:
-        """How often a forward passes a site."""
-        return self.waves[self.start + step if self.generation is not None else -1].calls(path, kind)
-
-    def before(self, path: str, kind: str, step: int) -> int:
-        """How often the forwards before one have passed a site."""
-        at, total = self.counted.get((path, kind), (0, 0))
-        if at > step:
-            at, total = 0, 0
-        total += sum(self.waves[self.start + i].came(path, kind) for i in range(at, step))
-        self.counted[(path, kind)] = (step, total)
-        return total
-
-    def open_ended(self, path: str, kind: str, step: int) -> bool:
-        """Is it only known from the run how often a forward passes a site? In a generation one call is taken for the only one."""
-        if self.generation is None:
-            return self.waves[-1].open_ended(path)
-        wave = self.waves[self.start + step]
-        return wave.open_ended(path) and wave.calls(path, kind) != 1
-
-    def decides(self) -> bool:
-        """Do values decide how often any module is called, in the one forward of a trace?"""
-        return self.generation is None and self.waves[-1].open_ended(None)
-
-    def most_calls(self, step: int) -> int:
-        """How often a forward passes the site that it passes most."""
-        return self.waves[self.start + step if self.generation is not None else -1].most_calls()
-
-    def containers(self) -> list:
-        """What `nnsight_fx.save(container)` got."""
-        return [c for wave in self.waves for c in wave.tape.containers]
+    def generation(self) -> Any:
+        """The generation that is open: a function that runs the model many times, forward by forward."""
+        return self.forwards.generation
 
     # -- invokes -------------------------------------------------------------------------------------------------
 
@@ -360,7 +219,7 @@ class Tracer:
                 invoker.batch, invoker.prepared = self.host.inputs.prepare(invoker.args, dict(self.kwargs)), True
             if self.generates:
                 return invokers
-            self._begin([i.batch for i in invokers], alone=False)
+            self.forwards.begin([i.batch for i in invokers], alone=False)
         self.recorder.tape = self.waves[-1].tape
         for invoker in invokers:
             self.waves[-1].add(invoker)
@@ -391,12 +250,12 @@ class Tracer:
     @own_error
     def result(self) -> Any:
         """What the traced function returns, after every intervention. A generation runs to its end for it."""
-        if self.generation is None:
+        if self.forwards.generation is None:
             return self.tape.read(("", "result", 0))
         if self.invoker is not None and self.invoker.batch is None:
-            return self.known(self.host.inputs.results(self.generations))
-        self._to_the_end()
-        return self.known(self.generation.result)
+            return self.known(self.host.inputs.results(self.forwards.generations))
+        self.forwards.to_the_end()
+        return self.known(self.forwards.generation.result)
 
     def known(self, value: Any) -> Any:
         """A real value as a recorded one, to be saved like any other."""
@@ -507,12 +366,6 @@ class Tracer:
         with `inputs=True` the tensors that the model was given."""
         self.host.bug_report(self, path, inputs)
 
-    @property
-    def notes(self) -> list:
-        """Of each forward that has run."""
-        behind = [generation.freed for generation in self.generations if generation.freed is not None]
-        return [*(wave.notes for wave in self.waves if wave.notes is not None), *behind]
-
     def constant(self, value: Any) -> torch.Tensor:
         """`value` (a number, a nested list, an array) as a tensor on the model's device.
 
@@ -544,97 +397,3 @@ class Leaving(Stopping):
 
     def __init__(self, scope: Any):
         self.scope = scope
-
-
-class Invoker:
-    """An open invoke."""
-
-    def __init__(self, tracer: Tracer, args: tuple, kwargs: dict):
-        self.tracer, self.args, self.kwargs = tracer, args, kwargs
-        self.batch: Any = None
-        self.prepared = False
-
-    @property
-    def inputs(self) -> Any:
-        """The prepared input: `(args, kwargs)`."""
-        return (self.batch.args, self.batch.kwargs) if self.batch is not None else None
-
-    def __enter__(self) -> Invoker:
-        tracer = self.tracer
-        if tracer.host.tracer is not tracer:
-            raise InvokeError(
-                f"{user_line()}: this trace is not open. Use `invoke` inside `with model.trace() as tracer:`."
-            )
-        if tracer.args or tracer.host.inputs.has_input(tracer.kwargs):
-            raise InvokeError(
-                f"{user_line()}: the trace at {tracer.line} already has an input, so it takes no invokes. Give every input by "
-                "invoke: `with model.trace() as tracer:`."
-            )
-        if tracer.invoker is not None:
-            raise InvokeError(
-                f"{user_line()}: cannot open an invoke with one already open. Leave the other `with` block first."
-            )
-        self.args, self.kwargs = held(self.args), held(self.kwargs)
-        tracer.host.check_keywords(tracer.fn, self.kwargs, "invoke")
-        if self.batch is None and (self.args or self.kwargs):
-            with unrecorded():
-                self.batch = tracer.host.inputs.prepare(self.args, {**tracer.kwargs, **self.kwargs})
-        if tracer.generates:
-            return self._generate()
-        if not tracer.waves or (tracer.waves[-1].started and not self.prepared):
-            if tracer.waves:
-                self._check_second_wave()
-                tracer.waves[-1].tape.settle()
-                saving.collect(tracer.waves[-1].tape)
-                with tracer.waves[-1].tape.syncs.running():
-                    tracer.waves[-1].finish()
-            if self.batch is None:
-                raise InvokeError(
-                    f"{user_line()}: an invoke without input works on the whole batch, and there is none yet"
-                    + (" (a sync point has closed the last one)" if tracer.waves else "")
-                    + ". Open an invoke with an input first."
-                )
-            tracer._begin(self.batch, alone=False)
-        wave = tracer.waves[-1]
-        wave.add(self)
-        wave.tape.invoke = Invoke(wave.index_of(self))
-        tracer.cursor.reset()
-        if not self.prepared:
-            tracer.given.append(self)
-        tracer.invoker, tracer.recorder.inside = self, True
-        return self
-
-    def _generate(self) -> Invoker:
-        """In `generate`: a generation of its own, in step with the body; without input, what follows those before it."""
-        tracer = self.tracer
-        if self.batch is not None:
-            with unrecorded():
-                tracer._begin_alone(self.batch)
-            tracer.recorder.tape = tracer.waves[-1].tape
-        elif not tracer.generations:
-            raise InvokeError(
-                f"{user_line()}: an invoke without input has the results of all those before it, and there is none yet. Open an "
-                "invoke with an input first."
-            )
-        tracer.cursor.reset()
-        tracer.given.append(self)
-        tracer.invoker, tracer.recorder.inside = self, True
-        return self
-
-    def _check_second_wave(self) -> None:
-        """A second forward that would move state twice is an error (SEMANTICS D12)."""
-        why = self.tracer.host.moves_state(self.tracer.waves[-1])
-        if why:
-            raise InvokeError(
-                f"{user_line()}: an earlier invoke looked at a value, which ran the model, so this invoke would be a second forward; "
-                f"{why}, which a second forward would move twice. Give the prompts first: `a, b = tracer.batch(p1, p2)`, then "
-                "`with a: ...`."
-            )
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        self.tracer.invoker, self.tracer.recorder.inside = None, False
-        if error is None or isinstance(error, Stopping):
-            self.tracer.waves[-1].tape.settle()
-            if self.tracer.generates:
-                self.tracer._end_generation() if self.batch is not None else self.tracer._run_open()
-        return type(error) is Stopping

@@ -56,38 +56,38 @@ class Cursor:
 
     def call(self, path: str, kind: str) -> int:
         """The call, in the open forward, of the occurrence of a site that is meant; opens the forward that has it."""
-        tracer, hit = self.tracer, self.hit
+        tracer, forwards, hit = self.tracer, self.tracer.forwards, self.hit
         if hit is None and self.pin is None and not self.moved and tracer.generation is None:
             return 0  # or never: the run says what there is to say
         moved = self.moved.get(path, 0)
         if hit is None:
             want = (self.pin or 0) + moved
         else:
-            calls = hit.call + 1 if tracer.open_ended(path, kind, hit.step) else tracer.calls(path, kind, hit.step)
-            want = tracer.before(path, kind, hit.step) + max(0, min(hit.call, calls - 1)) + moved
+            calls = hit.call + 1 if forwards.open_ended(path, kind, hit.step) else forwards.calls(path, kind, hit.step)
+            want = forwards.before(path, kind, hit.step) + max(0, min(hit.call, calls - 1)) + moved
         call = self._seek(path, kind, want)
         if self.pin is not None and hit is None and not moved:
-            self.hit = Hit(path, kind, tracer.step, call)
+            self.hit = Hit(path, kind, forwards.step, call)
         return call
 
     def _seek(self, path: str, kind: str, want: int) -> int:
-        tracer = self.tracer
+        tracer, forwards = self.tracer, self.tracer.forwards
         while True:
-            before = tracer.before(path, kind, tracer.step)
+            before = forwards.before(path, kind, forwards.step)
             if want < before:
                 raise OutOfOrderError(
                     f"{user_line()}: occurrence {want} of `{path}.{kind}` was passed: the generation has run to its forward "
-                    f"{tracer.step}. Touch it before that, or use `for step in tracer.iter[:]`."
+                    f"{forwards.step}. Touch it before that, or use `for step in tracer.iter[:]`."
                 )
-            if tracer.open_ended(path, kind, tracer.step):
-                if not tracer.can_advance or tracer.tape.accesses.reaches((path, kind, want - before)):
+            if forwards.open_ended(path, kind, forwards.step):
+                if not forwards.can_advance or tracer.tape.accesses.reaches((path, kind, want - before)):
                     return want - before
-            elif want < before + tracer.calls(path, kind, tracer.step):
+            elif want < before + forwards.calls(path, kind, forwards.step):
                 return want - before
-            if tracer.can_advance:
-                tracer.advance()
+            if forwards.can_advance:
+                forwards.advance()
             else:
-                seen = before + tracer.calls(path, kind, tracer.step)
+                seen = before + forwards.calls(path, kind, forwards.step)
                 raise Never(
                     f"{user_line()}: occurrence {want} of `{path}.{kind}` never came: there were {seen}. "
                     "Everything else that was saved has been delivered."
@@ -95,25 +95,25 @@ class Cursor:
 
     def goes_on(self, index: int) -> bool:
         """Can there be a body for occurrence `index`? Runs the forwards before the one that holds it."""
-        tracer = self.tracer
+        tracer, forwards = self.tracer, self.tracer.forwards
         most = 0
         while True:
             if self.last is not None:
                 path, kind = self.last.path, self.last.kind
-                before = tracer.before(path, kind, tracer.step)
-                if not tracer.open_ended(path, kind, tracer.step):
-                    most = before + tracer.calls(path, kind, tracer.step)
+                before = forwards.before(path, kind, forwards.step)
+                if not forwards.open_ended(path, kind, forwards.step):
+                    most = before + forwards.calls(path, kind, forwards.step)
                 elif index < before or tracer.tape.accesses.reaches((path, kind, index - before)):
                     return True
-            elif tracer.decides():
+            elif forwards.decides():
                 return True  # values decide: who touches a site finds out
             else:
-                most = sum(tracer.most_calls(step) for step in range(tracer.step + 1))
+                most = sum(forwards.most_calls(step) for step in range(forwards.step + 1))
             if index < most:
                 return True
-            if not tracer.can_advance:
+            if not forwards.can_advance:
                 return False
-            tracer.advance()
+            forwards.advance()
 
 
 class Iterations:
@@ -168,9 +168,9 @@ class Iterations:
                 cursor.pin, cursor.hit, cursor.moved = index, None, {}
                 yield index
                 if cursor.hit is None and self._endless:
-                    if not self.tracer.can_advance:
+                    if not self.tracer.forwards.can_advance:
                         return
-                    self.tracer.advance()  # a body without a site: one a forward
+                    self.tracer.forwards.advance()  # a body without a site: one a forward
                 cursor.last = cursor.hit or cursor.last
         finally:
             cursor.pin, cursor.hit, cursor.moved, cursor.last = outer
@@ -195,7 +195,7 @@ class Iterations:
             )
         cursor = self.tracer.cursor
         self.outer = cursor.pin, cursor.hit, cursor.moved
-        self.held = [(c, _contents(c)) for c in self.tracer.containers()]
+        self.held = [(c, _contents(c)) for c in self.tracer.forwards.containers()]
         cursor.pin, cursor.hit, cursor.moved = indices[0], None, {}
         return indices[0]
 

@@ -383,7 +383,7 @@ def test_attention_that_no_hook_sees():
     raw = nn.MultiheadAttention(4, 2, batch_first=True)
     model, v = NNsight(nn.Sequential(raw)), torch.randn(2, 3, 4)
     with model.trace(v) if False else NNsight(raw).trace(v, v, v) as tracer:
-        attention = tracer.host
+        attention = tracer.host.model
         calls = [n for n in attention.source.names if n.startswith("F_multi_head")]
         inside = getattr(attention.source, calls[-1]).source
         projected = inside.linear_0.output.save()
