@@ -48,7 +48,7 @@ from ..plan.interleave import Firing, Stopped, gather
 from ..plan.plan import MODULE, OBJECT, OBSERVE, READ, SKIP, STOP, WRITE, InterventionGraph, Op, Site
 from ..plan.printing import short
 from ..scan.scan import callee
-from ..scan.sites import FakeInterleaver
+from ..scan.wave_sites import FakeInterleaver
 from . import clock, cuda_graphs, gradients
 from .failure import ours, untraceable
 from .run import Run, live, written

@@ -14,7 +14,8 @@ from ..plan.encode import Key
 from ..plan.graph import Graph
 from ..plan.plan import Groups, InterventionGraph
 from ..plan.writing import Recording
-from ..scan.sites import Signature, WaveSites
+from ..scan.scanner import Signature
+from ..scan.wave_sites import WaveSites
 from ..tracing import saving
 from ..tracing.contexts import Invoker, Tracer
 from ..tracing.tape import Tape

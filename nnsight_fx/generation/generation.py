@@ -29,7 +29,8 @@ from ..plan import tree
 from ..plan.interleave import Stopped
 from ..plan.plan import AT_SITE, Groups, Site
 from ..scan.scan import Scan
-from ..scan.sites import Signature, WaveSites
+from ..scan.scanner import Signature
+from ..scan.wave_sites import WaveSites
 from ..tracing.draft import Repeated
 from ..tracing.steps import Invoke, SiteMeta, Step
 from ..tracing.tape import Tape

@@ -27,7 +27,7 @@ from ..plan import tree
 from ..plan.tree import PLAIN
 from ..report import bug_report
 from ..scan.scan import callee
-from ..scan.sites import Scanner
+from ..scan.scanner import Scanner
 from ..tracing.contexts import Tracer
 from ..tracing.steps import Invoke
 from ..tracing.tape import Tape

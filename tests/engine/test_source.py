@@ -13,7 +13,7 @@ import transformers
 from nnsight_fx import LanguageModel, NNsight, assert_max_compiles, assert_no_fallback, save
 from nnsight_fx.capture.source import instrumented, operations
 from nnsight_fx.errors import MissedSiteError, OutsideTraceError, SourceNotAvailable, UnknownOperationError
-from nnsight_fx.scan.sites import Scanner
+from nnsight_fx.scan.scanner import Scanner
 
 ENGINES = ["hooks", "eager", "aot_eager"]
 SCALE = 3.0

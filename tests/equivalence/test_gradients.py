@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nnsight_fx import MissedSiteError, NNsight, NotRecordableError, assert_max_compiles, assert_no_fallback, save
-from nnsight_fx.scan.sites import Scanner
+from nnsight_fx.scan.scanner import Scanner
 
 ENGINES = ("hooks", "eager", "aot_eager")
 

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 import nnsight_fx
 from nnsight_fx import MissedSiteError, NNsight, OutOfOrderError
-from nnsight_fx.scan import sites
+from nnsight_fx.scan import shapes
 
 ENGINES = ["hooks", "eager", "aot_eager"]
 pytestmark = pytest.mark.xdist_group("decided")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("decided")
 @pytest.fixture(autouse=True)
 def _a_scan_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop that values decide is scanned for as many turns as there are experts: seconds."""
-    monkeypatch.setattr(sites, "TURNS", 60)
+    monkeypatch.setattr(shapes, "TURNS", 60)
 
 
 def wrap(module: nn.Module, engine: str) -> NNsight:
