@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import site
 from nnsight_fx.compat.tensors import memory
 
 from .effects import changes, effect

@@ -58,7 +58,3 @@ def forget_tables(start: tuple[str, ...]) -> None:
                 found.discard(guard)
     except (AttributeError, TypeError):  # another torch: guards look different there
         _GUARDS.fails()
-
-
-def of_library(hook: Any) -> bool:
-    return (getattr(hook, "__module__", "") or "").startswith(("nnsight_fx.", "transformers.", "accelerate."))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .. import compat
-from ..capture.markers import Markers, active
+from ..capture.marker import active
+from ..capture.markers import Markers
 from ..errors import MissedSiteError, PlanMismatchError
 from ..lines import Line
 from ..plan import tree

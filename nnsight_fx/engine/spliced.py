@@ -18,21 +18,10 @@ import torch
 
 from .. import compat, passes
 from ..capture import variables
-from ..capture.markers import (
-    SUPPLIED,
-    Markers,
-    Replacement,
-    Stop,
-    active,
-    among,
-    anchor,
-    between,
-    mark,
-    site,
-    supply,
-    taken,
-    uncompiled,
-)
+from ..capture.hook_tables import uncompiled
+from ..capture.marker import active, anchor, site, supply, taken
+from ..capture.markers import Markers, Stop, among, between
+from ..capture.marking import SUPPLIED, Replacement, mark
 from ..capture.segment import Segment
 from ..capture.symbolic import Untraceable
 from ..compat.fakes import FakeTensor, detect_fake_mode

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from .. import compat
-from ..capture.markers import active
+from ..capture.marker import active
 from ..capture.segment import Segment
 from ..lines import Line
 from ..plan.encode import Key

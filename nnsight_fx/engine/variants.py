@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from .. import compat, passes
-from ..capture.markers import WHOLE, supply
+from ..capture.marker import WHOLE, is_marker, marker_of, supply
 from ..capture.segment import Segment
 from ..compat.tensors import memory, whole
 from ..errors import PlanMismatchError
@@ -233,7 +233,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         state["resumed"],
         job.report,
         ends=None in job.removed,
-        whole=job.cut is not None and pristine[job.cut.last].args[4:] == (WHOLE,),
+        whole=job.cut is not None and marker_of(pristine[job.cut.last]).last == WHOLE,
         unread=job.unread and job.cut is None,
         fresh=run.closed and not (run.counts or run.env or run.done or aliases),
         requires=job.requires,
@@ -301,19 +301,15 @@ def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[f
 
 def _group(pristine: list[fx.Node], cut: Cut) -> dict[fx.Node, int]:
     """The markers of the cut site, and what stands for what it is written with, by leaf."""
-    path, kind, _ = cut.site
-    supplied = {n: n.args[3] for n in pristine[cut.last + 1 :] if n.target is supply and n.args[:3] == cut.site}
+    behind = [(n, marker_of(n)) for n in pristine[cut.last + 1 :] if n.target is supply]
+    supplied = {n: marker.leaf for n, marker in behind if marker.site == cut.site}
     found: dict[fx.Node, int] = {}
     for node in reversed(pristine[: cut.last + 1]):
-        if (
-            node.op != "call_function"
-            or len(node.args) != 5
-            or node.args[1:3] != (path, kind)
-            or (found and node.args[4])
-        ):
+        marker = marker_of(node) if is_marker(node) else None
+        if marker is None or marker.name != cut.site[:2] or (found and marker.last):
             break
-        found[node] = node.args[3]  # type: ignore[assignment]
-    return {**found, **supplied}  # type: ignore[dict-item]
+        found[node] = marker.leaf
+    return {**found, **supplied}
 
 
 def _fake(segment: Segment, run: SplicedRun, fakes: list, take: tuple) -> Any:

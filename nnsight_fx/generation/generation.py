@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..capture.markers import active
+from ..capture.marker import active
 from ..engine.notes import Notes, of_run
 from ..engine.run import Run
 from ..engine.switch import Coroutine

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnsight_fx import NNsight
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import site
 from nnsight_fx.engine.spliced import Capture
 from nnsight_fx.passes.demand import take
 from nnsight_fx.passes.job import Entry, Job
