@@ -18,8 +18,8 @@ from .. import compat
 from ..capture.marker import marker_of, pass_through, site
 from ..capture.segment import Segment
 from ..engine import clock
-from ..engine.regions import facts, structure
-from ..engine.spliced import Capture
+from ..engine.captured.capture import Capture
+from ..engine.captured.regions import facts, structure
 from ..passes.causal import APART, causal
 from ..passes.demand import demand, take
 from ..passes.effects import changes
@@ -328,7 +328,7 @@ class Sheet:
             torch.no_grad(),
         ):
             report: list[str] = []
-            call = self.capture.build(region, lambda: fakes, report)
+            call = self.capture.builder.build(region, lambda: fakes, report)
         for why in report:
             self.told.note(why)
         self.capture.note_compile(self.segment, None)

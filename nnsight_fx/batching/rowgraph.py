@@ -16,7 +16,8 @@ from ..capture.marker import active, marker_of, site
 from ..capture.segment import Segment
 from ..compat.transformers import settle
 from ..engine import clock
-from ..engine.spliced import ENTRIES, Capture, entry_point
+from ..engine.captured.capture import Capture
+from ..engine.captured.entries import ENTRIES, entry_point
 from ..plan import tree
 from .rows import Mixed, Rows
 

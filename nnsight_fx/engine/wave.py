@@ -18,12 +18,12 @@ from ..scan.sites import Signature, WaveSites
 from ..tracing import saving
 from ..tracing.contexts import Invoker, Tracer
 from ..tracing.tape import Tape
+from .captured.run import SplicedRun
+from .captured.steady import Steady
 from .deliver import deliver
 from .notes import Notes, notes_of
 from .run import Run
-from .spliced import SplicedRun
 from .split import Part, part, parts
-from .steady import Steady
 
 
 class Shadow(NamedTuple):
@@ -258,7 +258,7 @@ class Wave:
         if missed and not run.stopping:
             raise run.missed_error(missed)
         if self.signature is not None and isinstance(run, SplicedRun):
-            run.capture.settle((self.signature, plan), Steady.of(run))
+            run.capture.entries.remember((self.signature, plan), Steady.of(run))
 
     def _finish_parts(self) -> None:
         """Several forwards, in order, each with the values of those before it."""

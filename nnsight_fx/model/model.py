@@ -18,9 +18,11 @@ import torch.nn as nn
 from .. import compat
 from ..batching.session import Session
 from ..capture.markers import Markers
-from ..engine.removal import removable
+from ..engine.captured.capture import Capture
+from ..engine.captured.options import Options
+from ..engine.captured.removal import removable
+from ..engine.captured.run import SplicedRun
 from ..engine.run import Run
-from ..engine.spliced import Capture, Options, SplicedRun
 from ..engine.switch import State
 from ..engine.wave import Wave
 from ..envoys.envoy import Envoy

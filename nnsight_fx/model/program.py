@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..compat.dynamo import NotCaptured
+from ..engine.captured.steady import Steady
 from ..engine.deliver import own
 from ..engine.notes import Notes, of_run
-from ..engine.steady import Steady
 from ..errors import NotRecordableError
 from ..lines import user_line
 from ..plan import tree

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 
 import torch.nn as nn
 
+from ..engine.captured.options import EXACT
 from ..engine.clock import seconds
-from ..engine.spliced import EXACT
 from ..errors import nearest
 from ..lines import user_line
 from ..report.runs import Report

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import nnsight_fx
 from nnsight_fx import FallbackError, NNsight, assert_max_compiles, assert_no_fallback
 from nnsight_fx.capture.state import State
-from nnsight_fx.engine import symbolic
+from nnsight_fx.engine.captured import symbolic
 
 FILE = re.escape(__file__)
 

@@ -87,7 +87,7 @@ captured: list = []
 
 @pytest.fixture(autouse=True)
 def segments(monkeypatch):
-    from nnsight_fx.engine.spliced import Capture
+    from nnsight_fx.engine.captured.capture import Capture
 
     captured.clear()
     add = Capture.add

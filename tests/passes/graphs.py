@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnsight_fx import NNsight
 from nnsight_fx.capture.marker import site
-from nnsight_fx.engine.spliced import Capture
+from nnsight_fx.engine.captured.capture import Capture
 from nnsight_fx.passes.demand import take
 from nnsight_fx.passes.job import Entry, Job
 from nnsight_fx.plan.plan import InterventionGraph

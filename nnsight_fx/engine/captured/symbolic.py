@@ -11,19 +11,19 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from .. import compat
-from ..capture import streams
-from ..capture.hook_tables import KEY
-from ..capture.marker import active, close
-from ..capture.markers import Markers, Stop
-from ..capture.marking import mark
-from ..capture.segment import Segment
-from ..capture.state import State, changed, described, snapshot
-from ..capture.symbolic import Recorder, SymbolicTracer, Untraceable, observed, why_not
-from ..compat.modules import comes_and_goes
-from ..plan import ambient, tree
-from ..plan.tree import PLAIN
-from ..scan.scan import callee, skeleton
+from ... import compat
+from ...capture import streams
+from ...capture.hook_tables import KEY
+from ...capture.marker import active, close
+from ...capture.markers import Markers, Stop
+from ...capture.marking import mark
+from ...capture.segment import Segment
+from ...capture.state import State, changed, described, snapshot
+from ...capture.symbolic import Recorder, SymbolicTracer, Untraceable, observed, why_not
+from ...compat.modules import comes_and_goes
+from ...plan import ambient, tree
+from ...plan.tree import PLAIN
+from ...scan.scan import callee, skeleton
 
 GRAPHS = 64  # kept an entry
 

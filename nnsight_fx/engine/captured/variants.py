@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx as fx
 
-from .. import compat, passes
-from ..capture.marker import WHOLE, is_marker, marker_of, supply
-from ..capture.segment import Segment
-from ..compat.tensors import memory, whole
-from ..errors import PlanMismatchError
-from ..passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
-from ..plan import ambient
-from ..plan.lifting import EXACT
-from . import clock, following
+from ... import compat, passes
+from ...capture.marker import WHOLE, is_marker, marker_of, supply
+from ...capture.segment import Segment
+from ...compat.tensors import memory, whole
+from ...errors import PlanMismatchError
+from ...passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
+from ...plan import ambient
+from ...plan.lifting import EXACT
+from .. import clock
+from . import following
 from .gradients import differentiable
 from .regions import Whole, regional
 from .removal import check
 
 if TYPE_CHECKING:
-    from .spliced import SplicedRun
+    from .run import SplicedRun
 
 
 @dataclass
@@ -192,7 +193,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         half=frozenset(run.owner.half or ()),
         lines=run.lines,
         modes=ambient.current(),
-        begun=run.capture_half is None and not run.removes,
+        begun=run.entrance.half is None and not run.removes,
         removes=run.removes and segment.pure,
         unread=_unread(segment, run),
     )
@@ -246,9 +247,9 @@ def _built(
     segment: Segment, run: SplicedRun, gm: fx.GraphModule, job: Job, fakes: list, args: tuple, inputs: Callable
 ) -> Callable:
     """A rewritten segment, compiled: by blocks where it has equal ones."""
-    if not run.capture.regional:
+    if not run.capture.options.by_regions:
         compat.graphs.as_dynamos(gm)
-        return run.capture.build(gm, inputs, run.report)
+        return run.capture.builder.build(gm, inputs, run.report)
     cut = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     twins = dict(zip(gm.graph.nodes, cut.graph.nodes, strict=True))
     for old, new in twins.items():
@@ -256,12 +257,12 @@ def _built(
     try:
         job.blocks = [twins[n] for n in job.blocks if n in twins]
         given = [compat.fakes.as_leaf(segment.context, x) for x in inputs()]
-        build = functools.partial(run.capture.build, report=run.report)
+        build = functools.partial(run.capture.builder.build, report=run.report)
         return regional(cut, job, segment, (fakes, given), list(args), build)
     except Whole as why:
         job.whole = str(why)
         compat.graphs.as_dynamos(gm)
-        return run.capture.build(gm, inputs, run.report)
+        return run.capture.builder.build(gm, inputs, run.report)
 
 
 def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[fx.GraphModule, Job], int]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-from ..compat.modules import comes_and_goes, hooked_everywhere
-from ..compat.transformers import collects_states
-from ..errors import PlanMismatchError
-from ..passes.job import Job, Unfit
-from ..plan import tree
-from ..plan.plan import APPLY, SKIP, SYNC, InterventionGraph
-from ..plan.tree import PLAIN
-from ..tracing.steps import SiteMeta
-from ..tracing.tape import Tape
+from ...compat.modules import comes_and_goes, hooked_everywhere
+from ...compat.transformers import collects_states
+from ...errors import PlanMismatchError
+from ...passes.job import Job, Unfit
+from ...plan import tree
+from ...plan.plan import APPLY, SKIP, SYNC, InterventionGraph
+from ...plan.tree import PLAIN
+from ...tracing.steps import SiteMeta
+from ...tracing.tape import Tape
 
 
 def removable(plan: InterventionGraph, tape: Tape, root: nn.Module) -> bool:
