@@ -54,7 +54,7 @@ def functionalize(gm: fx.GraphModule, job: Job, *, example: Callable[[fx.Node], 
     blocked = any(n.target in UNLOWERED or _switches_mode(n) for n in gm.graph.nodes)
     if not writes or blocked or job.cut is not None or any(fake is None for fake in fakes):
         return 0
-    flow = Flow(gm, inputs, list(job.exports.values()))
+    flow = GraphFunction(gm, inputs, list(job.exports.values()))
     with preserve_node_meta():
         traced = make_fx(torch.func.functionalize(flow.values, remove="mutations"))(*fakes)
     _finish(traced.graph, flow)
@@ -68,7 +68,7 @@ def functionalize(gm: fx.GraphModule, job: Job, *, example: Callable[[fx.Node], 
     return writes
 
 
-class Flow(fx.Interpreter):
+class GraphFunction(fx.Interpreter):
     """The graph as a function of its inputs and sources; it also returns the values that leave by `expose`."""
 
     def __init__(self, gm: fx.GraphModule, inputs: list[fx.Node], leaving: list[fx.Node]):
@@ -106,7 +106,7 @@ class Flow(fx.Interpreter):
         return list(made)  # type: ignore[arg-type]
 
 
-def _finish(graph: fx.Graph, flow: Flow) -> None:
+def _finish(graph: fx.Graph, flow: GraphFunction) -> None:
     """Put back what tracing took for granted: sources, markers, and the fakes where other passes look for them."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     first = placeholders[-1].next if placeholders else next(iter(graph.nodes))

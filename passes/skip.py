@@ -14,7 +14,7 @@ from .job import Job
 
 
 @dataclass(frozen=True)
-class Region:
+class SkippedCall:
     """One call of a module: what lies between its input and its output markers."""
 
     call: Site
@@ -60,7 +60,7 @@ def skip(gm: fx.GraphModule, job: Job) -> int:
     return rewrites
 
 
-def match(entry: fx.Node, call: Site) -> Region | None:
+def match(entry: fx.Node, call: Site) -> SkippedCall | None:
     """The region behind a module's last input marker, if nothing but its output leaves it."""
     path = call[0]
     nodes: list[fx.Node] = []
@@ -75,10 +75,10 @@ def match(entry: fx.Node, call: Site) -> Region | None:
     inside = {*nodes, *outputs}
     if any(effect(n) is not None or not inside.issuperset(n.users) for n in nodes):
         return None
-    return Region(call, tuple(nodes), tuple(outputs))
+    return SkippedCall(call, tuple(nodes), tuple(outputs))
 
 
-def _remove(gm: fx.GraphModule, region: Region) -> None:
+def _remove(gm: fx.GraphModule, region: SkippedCall) -> None:
     path, _, call = region.call
     for node in region.outputs:
         with gm.graph.inserting_before(node):

@@ -15,7 +15,7 @@ from nnsight_fx.plan.interleave import Firing
 from nnsight_fx.plan.plan import SKIP, Op
 
 from .emit import Emitter
-from .job import Cut, Job, Unfit
+from .job import CutSite, Job, Unfit
 
 
 def splice(gm: fx.GraphModule, job: Job) -> int:
@@ -87,9 +87,9 @@ class Weaver(Emitter):
             try:
                 self.fire(Firing(here, leaves, None))
             except CutHere:
-                self.job.cut = Cut(here, index, leaves, self.written)
+                self.job.cut = CutSite(here, index, leaves, self.written)
         if self.stopping and self.job.begun:
-            self.job.cut = Cut(here, index, leaves, self.written)
+            self.job.cut = CutSite(here, index, leaves, self.written)
         if here in self.supplied and here not in self.job.half:
             n = next(n for n in self.plan.touches[here] if self.plan.ops[n].kind == "write")
             raise PlanMismatchError(

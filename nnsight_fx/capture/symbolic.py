@@ -149,7 +149,7 @@ def _target(func: Any, args: tuple) -> tuple[str, Any, tuple]:
     return op, target, (*args, *lead)
 
 
-class Recorder(TorchFunctionMode):
+class TracingMode(TorchFunctionMode):
     """Sends every operation to the tracer."""
 
     def __init__(self, tracer: SymbolicTracer):

@@ -26,7 +26,7 @@ from ..tracing.nested import refuse_nested
 from ..tracing.steps import ANY
 from .offload import Offload
 from .retained import retain
-from .switch import Coroutine, State
+from .switch import Coroutine, ThreadState
 
 
 class Run(TensorInterleaver):
@@ -82,7 +82,7 @@ class Run(TensorInterleaver):
         """Around the model: what makes its sites call `pass_site`."""
         return live(self, self.everything)
 
-    def until(self, plan: InterventionGraph, state: State) -> Callable[[Key], Any]:
+    def until(self, plan: InterventionGraph, state: ThreadState) -> Callable[[Key], Any]:
         """Run as far as the plan's last operation, a sync, needs; returns the look-up of values."""
         self.closed = False
         self.extend(plan)

@@ -32,7 +32,7 @@ class Shadow(NamedTuple):
     of: int
 
 
-class Wave:
+class ForwardWave:
     """Invokes that run together. `alone` is a trace with one direct input."""
 
     signature: Signature | None = None  # what the plans that run as a call are found by; none in a generation

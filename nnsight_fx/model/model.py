@@ -23,8 +23,8 @@ from ..engine.captured.options import Options
 from ..engine.captured.removal import removable
 from ..engine.captured.run import SplicedRun
 from ..engine.run import Run
-from ..engine.switch import State
-from ..engine.wave import Wave
+from ..engine.switch import ThreadState
+from ..engine.wave import ForwardWave
 from ..envoys.envoy import Envoy
 from ..errors import InvokeError, NestedTraceError, UnknownModuleError, nearest
 from ..generation.generation import Generation
@@ -413,7 +413,7 @@ class NNsight(Edits, Envoy):
             for x in tree.flatten((batch.args, batch.kwargs))[0]
         )
 
-    def _moves_state(self, wave: Wave) -> str | None:
+    def _moves_state(self, wave: ForwardWave) -> str | None:
         """Why a second forward in one trace would move state twice, if it would."""
         kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
         active = next((p for m, p in self._markers.paths.items() if m.training and isinstance(m, kinds)), None)
@@ -433,8 +433,8 @@ class NNsight(Edits, Envoy):
 
     # -- what a trace asks of its model --------------------------------------------------------------------------
 
-    def _state(self) -> State:
-        return State()
+    def _state(self) -> ThreadState:
+        return ThreadState()
 
     def _suspend(self) -> Callable[[], None]:
         """While a body runs, functions that the user compiled run as written; the return undoes it."""
@@ -442,10 +442,10 @@ class NNsight(Edits, Envoy):
         compat.frames.set_stance(old and (old[0], True))
         return lambda: compat.frames.set_stance(old)
 
-    def _wave(self, tracer: Tracer, first: Any, alone: bool) -> Wave:
+    def _wave(self, tracer: Tracer, first: Any, alone: bool) -> ForwardWave:
         if tracer.generation is not None:
             return tracer.generation.wave()
-        return Wave(self, tracer, first, alone)
+        return ForwardWave(self, tracer, first, alone)
 
     def _generation(self, tracer: Tracer, first: Batch) -> Generation | None:
         """The generation that a trace is, if its function runs the model many times."""
@@ -471,7 +471,7 @@ class NNsight(Edits, Envoy):
             batch.kwargs.pop("position_ids", None)  # it counts them itself, step by step
         return batch
 
-    def _run(self, wave: Wave, plan: Any, constants: list, lines: list) -> Run:
+    def _run(self, wave: ForwardWave, plan: Any, constants: list, lines: list) -> Run:
         fn = wave.fn
         batch = wave.batch
 

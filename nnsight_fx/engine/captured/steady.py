@@ -49,11 +49,11 @@ class Steady:
         whole = found.requires is None and found.cut is None and plan.saved <= set(found.gives)
         return cls(run) if one and plain and found.fresh and whole else None
 
-    def __call__(self, inputs: tuple, constants: list, lines: list[Line], hooks: tuple) -> Call:
+    def __call__(self, inputs: tuple, constants: list, lines: list[Line], hooks: tuple) -> SteadyCall:
         """A run on other inputs and lifted values; `NotCaptured`, before anything ran, where it is no such run."""
         if hooks != self.hooks or not self.entry.whole:
             raise compat.dynamo.NotCaptured
-        call, outer = Call(self, constants, lines), getattr(active, "run", None)
+        call, outer = SteadyCall(self, constants, lines), getattr(active, "run", None)
         active.run = call
         try:
             with compat.frames.as_compiled():
@@ -73,7 +73,7 @@ class Steady:
         return call
 
 
-class Call:
+class SteadyCall:
     """What captured code finds as the run, and whoever asks for its values."""
 
     owner = coroutine = None

@@ -18,8 +18,8 @@ from ...capture.marker import active, close
 from ...capture.markers import Markers, Stop
 from ...capture.marking import mark
 from ...capture.segment import Segment
-from ...capture.state import State, changed, described, snapshot
-from ...capture.symbolic import Recorder, SymbolicTracer, Untraceable, observed, why_not
+from ...capture.state import ModuleState, changed, described, snapshot
+from ...capture.symbolic import SymbolicTracer, TracingMode, Untraceable, observed, why_not
 from ...compat.modules import comes_and_goes
 from ...plan import ambient, tree
 from ...plan.tree import PLAIN
@@ -61,7 +61,7 @@ class Symbolic:
 
     def __call__(self, args: tuple, kwargs: dict) -> Any:
         leaves, spec = tree.flatten((args, kwargs))
-        own = State(self.module, self.markers.forward_of)
+        own = ModuleState(self.module, self.markers.forward_of)
         tensors = [*(x for x in leaves if isinstance(x, torch.Tensor)), *own.tensors]
         _refuse_modules(own.modules, self.markers)
         key = (
@@ -97,7 +97,7 @@ class Symbolic:
                 if getattr(was, "__func__", None) is not type(real).forward:
                     raise Untraceable(f"the `forward` of a {type(real).__name__} was replaced")
                 del copy.forward
-        parts = State(copied).tensors
+        parts = ModuleState(copied).tensors
         if len(parts) != held:
             raise Untraceable("the module cannot be copied as it is")
         made = {id(x): mode.from_tensor(x, static_shapes=True) for x in leaves if isinstance(x, torch.Tensor)}
@@ -115,7 +115,7 @@ class Symbolic:
             compiles,
             mode,
             observed(copied, self.markers, tracer),
-            Recorder(tracer),
+            TracingMode(tracer),
         ):
             try:
                 called = contextvars.copy_context().run(callee(copied, self.fn), *args, **kwargs)

@@ -18,7 +18,7 @@ from ...capture.marker import WHOLE, is_marker, marker_of, supply
 from ...capture.segment import Segment
 from ...compat.tensors import memory, whole
 from ...errors import PlanMismatchError
-from ...passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
+from ...passes.job import CutSite, Job, NotDifferentiable, Progress, Unfit
 from ...plan import ambient
 from ...plan.lifting import EXACT
 from .. import clock
@@ -41,7 +41,7 @@ class Variant:
     gives: list[tuple[int, int]]
     own: int
     exit: Any
-    cut: Cut | None = None
+    cut: CutSite | None = None
     tail: Segment | None = None
     leaves: list[int | None] = field(default_factory=list)  # for each leaf of the cut site, its place in the outputs
     resumed: list[int | tuple] = field(
@@ -185,7 +185,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
     pristine = list(gm.graph.nodes)
     job = Job(
         plan=run.plan,
-        entry=Entry(list(run.at), set(run.done), dict(run.counts), set(run.env), dict(run.skipped)),
+        entry=Progress(list(run.at), set(run.done), dict(run.counts), set(run.env), dict(run.skipped)),
         closed=run.closed,
         raw_numbers=raw_numbers(run),
         skeleton=lambda path: run.skeleton(path),
@@ -300,7 +300,7 @@ def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[f
     return cut
 
 
-def _group(pristine: list[fx.Node], cut: Cut) -> dict[fx.Node, int]:
+def _group(pristine: list[fx.Node], cut: CutSite) -> dict[fx.Node, int]:
     """The markers of the cut site, and what stands for what it is written with, by leaf."""
     behind = [(n, marker_of(n)) for n in pristine[cut.last + 1 :] if n.target is supply]
     supplied = {n: marker.leaf for n, marker in behind if marker.site == cut.site}
