@@ -223,7 +223,7 @@ def _gives_tensors(region: _Region) -> bool:
 
 def _value(node: fx.Node) -> Any:
     while node.target is site:
-        node = node.args[0]  # type: ignore[assignment]
+        node = marker_of(node).value
     return node.meta.get("example_value")
 
 

@@ -84,8 +84,10 @@ class Markers:
         return before, after
 
     def short(self, module: nn.Module) -> Callable | None:
-        """What calls a module of which the capture half says nothing, and which has no hooks but ours and, behind them, those
-        that transformers collects outputs with."""
+        """What calls a module in place of torch's `_call_impl`; `None` where that has to.
+
+        It has to where the capture half says something of the module, and where it has hooks other than ours and, behind
+        them, those by which transformers collects outputs."""
         path, collectors, counted = self.paths[module], tuple(module._forward_hooks.values()), self.half is not None
         if any((path, kind) in self.calls for kind in ("input", "output", "skip")):
             return None
@@ -213,18 +215,20 @@ class Stop(Exception):
 
 
 def between(path: str, counted: bool, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    """A module's `forward` between its two sites: what `__call__` calls for the length of a run. Are the tensors of a value
-    `counted`, for a capture half?"""
+    """A module's `forward` between its two sites. `__call__` calls it for the length of a run.
+
+    `counted` says whether the tensors of a value are counted, for a capture half."""
     return among(path, counted, (), module, *args, **kwargs)
 
 
 def among(
     path: str, counted: bool, collectors: tuple[Callable, ...], module: nn.Module, /, *args: Any, **kwargs: Any
 ) -> Any:
-    """The same, with the hooks behind ours that transformers collects outputs with.
+    """The same, and behind ours run the hooks by which transformers collects outputs.
 
-    On torch's way through hooks Dynamo reads three times the instructions, and guards on what each of them holds. This it does
-    not read either, but for what is rare: `variables.among` does the same on its own variables."""
+    Without it Dynamo would read torch's own code for hooks, which is three times as long, and guard on what each hook holds.
+    Dynamo does not trace this function except for dicts, dataclasses and late hooks: `variables.among` does the same on Dynamo's
+    own variables."""
     if sum([len(getattr(module, table)) for table in TABLES]) != 2 + len(collectors):  # hooked while the model runs
         return module._call_impl(*args, **kwargs)
     if is_compiling():
