@@ -13,11 +13,11 @@ from ..lines import user_line
 from ..plan.encode import Key
 from ..plan.graph import Graph
 from ..plan.plan import Groups, InterventionGraph
-from ..plan.writing import Recording
 from ..scan.sites import Signature, WaveSites
 from ..tracing import saving
 from ..tracing.contexts import Invoker, Tracer
 from ..tracing.tape import Tape
+from .as_data import as_data
 from .captured.run import SplicedRun
 from .captured.steady import Steady
 from .deliver import deliver
@@ -121,30 +121,10 @@ class ForwardWave:
 
     def graph(self) -> Graph:
         """The recording so far, as data."""
-        tape, tracer, module = self.tape, self.tracer, self.host._module
-        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        recording = Recording(
-            parameters={id(tensor): name for name, tensor in tensors},
-            device=self.host.device,
-            members=[self._role(i) for i in range(len(self.members))],
-            inputs=[(b.args, b.kwargs) for b in self.batches],
-            caches=tape.caches,
-            alone=self.alone,
-            together=any(m.prepared for m in self.members if isinstance(m, Invoker)),
-            fn=tracer.fn,
-            pad_to=tracer.pad_to,
-            sites=tape.found(),
-            slots={
-                i: key for i, key in tape.kept.items() if i not in tape.delivered or tape.delivered[i]() is not None
-            },
-            changed=set(tape.changed),
-            waves=len(tracer.waves),
-            generates=tracer.generation is not None,
-        )
-        constants = [tape.negative.get(slot, value) for slot, value in enumerate(tape.constants)]
-        return Graph(tape.plan(self.groups()), tape.lines, constants, recording=recording)
+        return as_data(self)
 
-    def _role(self, i: int) -> str:
+    def role(self, i: int) -> str:
+        """What a member is, as a file names it."""
         member = self.members[i]
         if i < self.edits:
             return "edit"
