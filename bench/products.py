@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nnsight_fx.engine.products import FewRows, worthwhile
+from nnsight_fx.engine.captured.products import FewRows, worthwhile
 
 from .measure import arguments, interleaved, setting, write
 

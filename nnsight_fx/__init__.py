@@ -5,7 +5,7 @@ from .analysis import patching
 from .analysis.helpers import TraceDict, steer
 from .analysis.parts import Parts
 from .config import CONFIG
-from .engine.spliced import assert_max_compiles, assert_no_fallback
+from .engine.captured.watch import assert_max_compiles, assert_no_fallback
 from .envoys.envoy import Envoy
 from .errors import (
     FallbackError,

@@ -21,7 +21,7 @@ from .differentiate import differentiate
 from .erase import erase
 from .expose import expose
 from .functionalize import functionalize
-from .job import Cut, Entry, Job
+from .job import CutSite, Job, Progress
 from .lift_constants import lift_constants
 from .narrow import narrow
 from .prune import prune
@@ -91,8 +91,8 @@ def run(
 __all__ = [
     "OPTIONAL",
     "PIPELINE",
-    "Cut",
-    "Entry",
+    "CutSite",
+    "Progress",
     "Job",
     "Pass",
     "batch_linears",

@@ -6,7 +6,7 @@ import re
 
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import marker_of, site
 
 from .job import Job
 
@@ -39,7 +39,7 @@ def blocks(gm: fx.GraphModule, job: Job) -> int:
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target is not site:
             continue
-        path, kind = str(node.args[1]), str(node.args[2])
+        path, kind = marker_of(node).name
         parts = BLOCK.fullmatch(path)
         if parts is None:
             continue

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import marker_of, pass_through, site
 
 from .demand import take
 from .job import Job
@@ -99,8 +99,9 @@ class _Rewriting:
             self.count = self.graph.placeholder("count")
         known = next((n.meta["example_value"] for n in counts), None)
         first = next(n for n in self.facts.of if n.target is site)
-        self.mode = getattr(_value(first.args[0]), "fake_mode", None) or contextlib.nullcontext()
-        number = _value(first.args[0]).shape[self.facts.of[first].rows] if known is None else known
+        value = _value(marker_of(first).value)
+        self.mode = getattr(value, "fake_mode", None) or contextlib.nullcontext()
+        number = value.shape[self.facts.of[first].rows] if known is None else known
         self.count.meta = {"rows": "count", "example_value": number}
         attentions = 0
         for n in nodes:
@@ -132,7 +133,7 @@ class _Rewriting:
         first = min(place[n] for n in self.facts.of)
         late = [n for n in place if place[n] > first and n not in self.facts.of and n.op.startswith("call")]
         anchor = next(n for n in place if place[n] == first)
-        while anchor.prev.target is site and not anchor.prev.args[4]:
+        while anchor.prev.target is site and not marker_of(anchor.prev).last:
             anchor = anchor.prev
         moved = {n for n, i in place.items() if i < place[anchor]}
         for n in late:
@@ -172,12 +173,12 @@ class _Rewriting:
         return self.count.meta["example_value"]
 
     def _site(self, n: fx.Node, fact: Fact) -> None:
-        source: Any = n.args[0]
+        source = marker_of(n).value
         if source not in self.facts.of:
-            rank = _value(source).dim()
-            n.args = (self._pack(source, fact, rank, n), *n.args[1:])
+            source = self._pack(source, fact, _value(source).dim(), n)
+            pass_through(n, source)
         if fact.kind == "":
-            n.meta |= self._meta(n, fact) | {"example_value": _value(n.args[0])}
+            n.meta |= self._meta(n, fact) | {"example_value": _value(source)}
         self.packed.clear()
 
     def _meta(self, n: fx.Node, fact: Fact) -> dict:
@@ -316,7 +317,7 @@ class _Rewriting:
 
 def _value(node: Any) -> torch.Tensor:
     while node.target is site and "example_value" not in node.meta:
-        node = node.args[0]
+        node = marker_of(node).value
     return node.meta["example_value"]
 
 

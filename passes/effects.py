@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import anchor, site, supply
+from nnsight_fx.capture.marker import anchor, site, supply
 from nnsight_fx.compat.graphs import OpOverload
 from nnsight_fx.plan.names import RANDOM, RANDOM_IN_PLACE
 

@@ -7,7 +7,7 @@ import operator
 import torch
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import anchor, site
+from nnsight_fx.capture.marker import anchor, marker_of, site
 
 from .job import Job
 
@@ -28,7 +28,7 @@ def erase(gm: fx.GraphModule, job: Job | None = None) -> int:
     erased = 0
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target is site:
-            marked = node.args[0]
+            marked = marker_of(node).value
             node.replace_all_uses_with(marked)
             gm.graph.erase_node(node)
             if marked.target is anchor:

@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 from torch.fx.traceback import annotate, preserve_node_meta
 
-from nnsight_fx.capture.markers import site, supply
+from nnsight_fx.capture.marker import Marker, marker_of, site, supply
 from nnsight_fx.compat.graphs import make_fx
 
 from .effects import changes
@@ -54,7 +54,7 @@ def functionalize(gm: fx.GraphModule, job: Job, *, example: Callable[[fx.Node], 
     blocked = any(n.target in UNLOWERED or _switches_mode(n) for n in gm.graph.nodes)
     if not writes or blocked or job.cut is not None or any(fake is None for fake in fakes):
         return 0
-    flow = Flow(gm, inputs, list(job.exports.values()))
+    flow = GraphFunction(gm, inputs, list(job.exports.values()))
     with preserve_node_meta():
         traced = make_fx(torch.func.functionalize(flow.values, remove="mutations"))(*fakes)
     _finish(traced.graph, flow)
@@ -68,13 +68,13 @@ def functionalize(gm: fx.GraphModule, job: Job, *, example: Callable[[fx.Node], 
     return writes
 
 
-class Flow(fx.Interpreter):
+class GraphFunction(fx.Interpreter):
     """The graph as a function of its inputs and sources; it also returns the values that leave by `expose`."""
 
     def __init__(self, gm: fx.GraphModule, inputs: list[fx.Node], leaving: list[fx.Node]):
         super().__init__(gm, garbage_collect_values=False)
         self.inputs, self.leaving = inputs, leaving
-        self.markers: list[tuple] = []
+        self.markers: list[Marker] = []
         self.own: list = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
 
     def values(self, *given: Any) -> list:
@@ -91,10 +91,11 @@ class Flow(fx.Interpreter):
 
     def _mark(self, node: fx.Node) -> Any:
         """A marker as a copy that nobody reads: tracing keeps its place, and aliasing stays what it is."""
-        value = self.env[node.args[0]]  # type: ignore[index]
+        marker = marker_of(node)
+        value = self.env[marker.value]
         with annotate({"marker": len(self.markers)}):
             torch.clone(value)
-        self.markers.append(node.args[1:])
+        self.markers.append(marker)
         return value
 
     def split(self, output: fx.Node) -> list[fx.Node]:
@@ -105,7 +106,7 @@ class Flow(fx.Interpreter):
         return list(made)  # type: ignore[arg-type]
 
 
-def _finish(graph: fx.Graph, flow: Flow) -> None:
+def _finish(graph: fx.Graph, flow: GraphFunction) -> None:
     """Put back what tracing took for granted: sources, markers, and the fakes where other passes look for them."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     first = placeholders[-1].next if placeholders else next(iter(graph.nodes))
@@ -119,7 +120,8 @@ def _finish(graph: fx.Graph, flow: Flow) -> None:
     for node in graph.nodes:
         at = node.meta.get("custom", {}).get("marker")
         if at is not None and node.op == "call_function":
-            node.target, node.args, node.kwargs = site, (node.args[0], *flow.markers[at]), {}
+            copied: Any = node.args[0]
+            node.target, node.args, node.kwargs = site, flow.markers[at].arguments(copied), {}
         if "val" in node.meta:
             node.meta["example_value"] = node.meta["val"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import marker_of, site
 from nnsight_fx.compat.tensors import memory
 
 from .effects import changes, effect
@@ -171,16 +171,24 @@ def _rows(node: fx.Node) -> tuple[fx.Node, int, int] | None:
         if node.target is torch.narrow and node.args[1] == 0 and all(isinstance(n, int) for n in node.args[2:]):
             x, _, start, size = node.args
             return x, start, start + size  # type: ignore[return-value, operator]
-        node = node.args[0]  # type: ignore[assignment]
+        node = _within(node)
     return None
 
 
 def _root(node: fx.Node) -> fx.Node:
     while node.target is site or (_storage(node) is None and (_name(node) in VIEWS or changes(node))):
-        if not node.args or not isinstance(node.args[0], fx.Node):
+        inside = _within(node)
+        if not isinstance(inside, fx.Node):
             break
-        node = node.args[0]
+        node = inside
     return node
+
+
+def _within(node: fx.Node) -> Any:
+    """What a marker, a view or an operation in place is of."""
+    if node.target is site:
+        return marker_of(node).value
+    return node.args[0] if node.args else None
 
 
 def _storage(node: fx.Node) -> int | None:

@@ -14,7 +14,7 @@ Value = tuple[int, int]  # (operation, leaf)
 
 
 @dataclass
-class Entry:
+class Progress:
     """How far a plan has come when a segment starts."""
 
     at: list[int]
@@ -25,7 +25,7 @@ class Entry:
 
 
 @dataclass
-class Cut:
+class CutSite:
     """A site at which a segment is cut in two, because the plan needs real values there."""
 
     site: Site
@@ -39,7 +39,7 @@ class Job:
     """The compile job of one variant of a segment."""
 
     plan: InterventionGraph
-    entry: Entry
+    entry: Progress
     closed: bool = True  # is the plan whole
     raw_numbers: bool = False  # give lifted numbers as Python numbers (a backend that runs the graph as it is)
     skeleton: Callable[[str], Any] | None = None  # the structure of a module, to call it on values
@@ -59,7 +59,7 @@ class Job:
     )  # what lies in an input's memory
     exports: dict[Value, fx.Node] = field(default_factory=dict)
     exit: Any = None  # the interleaver after the segment
-    cut: Cut | None = None
+    cut: CutSite | None = None
     stop: fx.Node | None = None  # the last marker of the site at which the plan stops the model
     removed: set[Site | None] = field(default_factory=set)  # the skips that were made, and `None` for the stop
     inputs: Callable[[], list] | None = None  # the fakes of all inputs, for passes that trace

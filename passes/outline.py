@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import marker_of, site
 from nnsight_fx.compat.graphs import OpOverload
 from nnsight_fx.plan.plan import Site
 
@@ -137,8 +137,9 @@ def seams(gm: fx.GraphModule) -> list[tuple[Site, list[fx.Node]]]:
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is site:
             group.append(node)
-            if node.args[4]:
-                name = (str(node.args[1]), str(node.args[2]))
+            marker = marker_of(node)
+            if marker.last:
+                name = marker.name
                 found.append(((*name, node.meta.get("call", counts.get(name, 0))), group))
                 counts[name] = counts.get(name, 0) + 1
                 group = []
@@ -168,7 +169,7 @@ def unmark(gm: fx.GraphModule, at: Collection[Site]) -> None:
             if where in at:
                 node.meta["call"] = where[2]
             else:
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(marker_of(node).value)
                 gm.graph.erase_node(node)
 
 
@@ -222,7 +223,7 @@ def _gives_tensors(region: _Region) -> bool:
 
 def _value(node: fx.Node) -> Any:
     while node.target is site:
-        node = node.args[0]  # type: ignore[assignment]
+        node = marker_of(node).value
     return node.meta.get("example_value")
 
 

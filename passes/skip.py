@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import site, supply
+from nnsight_fx.capture.marker import marker_of, pass_through, site, supply
 from nnsight_fx.plan.plan import Site
 
 from .effects import effect
@@ -14,7 +14,7 @@ from .job import Job
 
 
 @dataclass(frozen=True)
-class Region:
+class SkippedCall:
     """One call of a module: what lies between its input and its output markers."""
 
     call: Site
@@ -44,9 +44,9 @@ def skip(gm: fx.GraphModule, job: Job) -> int:
     gone: set[fx.Node] = set()
     rewrites = 0
     for node in list(gm.graph.nodes):
-        if node in gone or node.target is not site or not node.args[4]:
+        if node in gone or node.target is not site or not (marker := marker_of(node)).last:
             continue
-        path, kind = node.args[1:3]
+        path, kind = marker.name
         call = counts.get((path, kind), 0)
         counts[(path, kind)] = call + 1
         if kind != "input" or call not in job.plan.skips.get(path, ()) or (path, "skip", call) in job.half:
@@ -60,28 +60,29 @@ def skip(gm: fx.GraphModule, job: Job) -> int:
     return rewrites
 
 
-def match(entry: fx.Node, call: Site) -> Region | None:
+def match(entry: fx.Node, call: Site) -> SkippedCall | None:
     """The region behind a module's last input marker, if nothing but its output leaves it."""
     path = call[0]
     nodes: list[fx.Node] = []
     outputs: list[fx.Node] = []
     node = entry.next
-    while not (outputs and outputs[-1].args[4]):
-        if node.op == "output" or (node.target is site and node.args[1:3] == (path, "input")):
+    while not (outputs and marker_of(outputs[-1]).last):
+        name = marker_of(node).name if node.target is site else None
+        if node.op == "output" or name == (path, "input"):
             return None
-        (outputs if node.target is site and node.args[1:3] == (path, "output") else nodes).append(node)
+        (outputs if name == (path, "output") else nodes).append(node)
         node = node.next
     inside = {*nodes, *outputs}
     if any(effect(n) is not None or not inside.issuperset(n.users) for n in nodes):
         return None
-    return Region(call, tuple(nodes), tuple(outputs))
+    return SkippedCall(call, tuple(nodes), tuple(outputs))
 
 
-def _remove(gm: fx.GraphModule, region: Region) -> None:
+def _remove(gm: fx.GraphModule, region: SkippedCall) -> None:
     path, _, call = region.call
-    for marker in region.outputs:
-        with gm.graph.inserting_before(marker):
-            value = gm.graph.call_function(supply, (path, "skip", call, marker.args[3]))
-        marker.args = (value, *marker.args[1:])
+    for node in region.outputs:
+        with gm.graph.inserting_before(node):
+            value = gm.graph.call_function(supply, (path, "skip", call, marker_of(node).leaf))
+        pass_through(node, value)
     for node in reversed(region.nodes):
         gm.graph.erase_node(node)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from nnsight_fx.capture.markers import anchor, site, supply
+from nnsight_fx.capture.marker import Marker, anchor, marker_of, site, supply
 from nnsight_fx.errors import MissedSiteError, PlanMismatchError
 from nnsight_fx.plan.encode import Keep
 from nnsight_fx.plan.interleave import Cut as CutHere
@@ -15,7 +15,7 @@ from nnsight_fx.plan.interleave import Firing
 from nnsight_fx.plan.plan import SKIP, Op
 
 from .emit import Emitter
-from .job import Cut, Job, Unfit
+from .job import CutSite, Job, Unfit
 
 
 def splice(gm: fx.GraphModule, job: Job) -> int:
@@ -43,16 +43,17 @@ def splice(gm: fx.GraphModule, job: Job) -> int:
     for index, node in enumerate(list(gm.graph.nodes)):
         if node.op != "call_function" or node.target not in (site, supply):
             continue
-        if weaver.stopping and node.args[:3] not in weaver.supplied:
+        marker = marker_of(node)
+        if weaver.stopping and (node.target is site or marker.site not in weaver.supplied):
             continue  # behind the stop: what the site that stops is written with belongs to it still
         if node.target is supply:
-            weaver.written[node] = weaver.supplied_leaf(node)
+            weaver.written[node] = weaver.supplied_leaf(node, marker)
             node.replace_all_uses_with(weaver.written[node])
             gm.graph.erase_node(node)
             rewrites += 1
             continue
         group.append(node)
-        if node.args[4]:
+        if marker.last:
             rewrites += weaver.pass_site(group, index)
             if weaver.stopping:
                 job.stop = node
@@ -73,21 +74,22 @@ class Weaver(Emitter):
 
     def pass_site(self, group: list[fx.Node], index: int) -> int:
         """One site, all its tensor leaves at once, behind the last marker."""
-        path, kind = str(group[0].args[1]), str(group[0].args[2])
+        markers = [marker_of(node) for node in group]
+        path, kind = markers[0].name
         here = (path, kind, self.count(path, kind))
-        leaves: list[Any] = [None] * (max(n.args[3] for n in group) + 1)  # type: ignore[type-var]
-        for node in group:
-            if node.args[0].target is not anchor:  # type: ignore[union-attr]
-                leaves[node.args[3]] = node  # type: ignore[index]
+        leaves: list[Any] = [None] * (max(marker.leaf for marker in markers) + 1)
+        for node, marker in zip(group, markers, strict=True):
+            if marker.value.target is not anchor:
+                leaves[marker.leaf] = node
         before = list(leaves)
         emitted = len(self.job.emitted)
         with self.graph.inserting_before(group[-1].next):
             try:
                 self.fire(Firing(here, leaves, None))
             except CutHere:
-                self.job.cut = Cut(here, index, leaves, self.written)
+                self.job.cut = CutSite(here, index, leaves, self.written)
         if self.stopping and self.job.begun:
-            self.job.cut = Cut(here, index, leaves, self.written)
+            self.job.cut = CutSite(here, index, leaves, self.written)
         if here in self.supplied and here not in self.job.half:
             n = next(n for n in self.plan.touches[here] if self.plan.ops[n].kind == "write")
             raise PlanMismatchError(
@@ -118,15 +120,13 @@ class Weaver(Emitter):
         else:
             self.supplied[firing.site] = self.merged(op, firing, new)
 
-    def supplied_leaf(self, node: fx.Node) -> Any:
+    def supplied_leaf(self, node: fx.Node, marker: Marker) -> Any:
         """The value of a `supply` node: a leaf of a written or skipped output."""
-        path, kind, call, leaf = node.args
-        here = (path, kind, call)
+        here = marker.site
         if here not in self.supplied:
             with self.graph.inserting_before(node):
-                self.supplied[here] = self._gathered(self._parts(str(path), int(call)))  # type: ignore[arg-type]
-        value = self.supplied[here][leaf]  # type: ignore[index]
-        return value
+                self.supplied[here] = self._gathered(self._parts(here[0], here[2]))
+        return self.supplied[here][marker.leaf]
 
     def _parts(self, path: str, call: int) -> dict[int, tuple]:
         at = (path, "output", call)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ..capture.markers import site
+from ..capture.marker import marker_of, site
 from ..engine.run import Run
 from ..passes.outline import seams
 from ..passes.tokens import Layout
@@ -104,23 +104,25 @@ class Walk(fx.Interpreter):
             return None
         if n.target is not site:
             return super().run_node(n)
-        value = self.env[n.args[0]]  # type: ignore[index]
+        marker = marker_of(n)
+        value = self.env[marker.value]
         if n not in self.groups:
             return value
         where, group = self.groups[n]
         leaves = self._fire(where, group, value)
         for other in group[:-1]:
-            self.env[other] = leaves[other.args[3]]  # type: ignore[index]
+            self.env[other] = leaves[marker_of(other).leaf]
         if all(cell.over for cell in self.cells):
             raise Finished
-        return leaves[n.args[3]]  # type: ignore[index]
+        return leaves[marker.leaf]
 
     def _fire(self, where: Site, group: list[fx.Node], last: Any) -> list:
-        leaves: list[Any] = [None] * (max(n.args[3] for n in group) + 1)  # type: ignore[type-var]
+        markers = [marker_of(n) for n in group]
+        leaves: list[Any] = [None] * (max(m.leaf for m in markers) + 1)
         metas: list[dict] = [{}] * len(leaves)
-        for n in group:
-            leaves[n.args[3]] = last if n is group[-1] else self.env[n]  # type: ignore[index]
-            metas[n.args[3]] = n.args[0].meta  # type: ignore[index, union-attr]
+        for n, marker in zip(group, markers, strict=True):
+            leaves[marker.leaf] = last if n is group[-1] else self.env[n]
+            metas[marker.leaf] = marker.value.meta
         written: set[int] = set()
         for cell in self.cells:
             if cell.leaves == where:

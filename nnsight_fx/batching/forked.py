@@ -15,11 +15,11 @@ import torch
 import torch.fx as fx
 
 from .. import compat
-from ..capture.markers import site
+from ..capture.marker import marker_of, pass_through, site
 from ..capture.segment import Segment
 from ..engine import clock
-from ..engine.regions import facts, structure
-from ..engine.spliced import Capture
+from ..engine.captured.capture import Capture
+from ..engine.captured.regions import facts, structure
 from ..passes.causal import APART, causal
 from ..passes.demand import demand, take
 from ..passes.effects import changes
@@ -135,7 +135,7 @@ class Sheet:
         largest, here = 0.0, 0.0
         for node in self.gm.graph.nodes:
             here += node.meta.get("bytes", 0)
-            if node.target is site and (*map(str, node.args[1:3]), 0) in self.cuts:
+            if node.target is site and (*marker_of(node).name, 0) in self.cuts:
                 largest, here = max(largest, here), 0.0
         device = next((x.device for x in self.args if isinstance(x, torch.Tensor)), torch.device("cpu"))
         return max(1, int(free(device) / 4 / max(1.0, largest, here) / self.size))
@@ -248,7 +248,7 @@ class Sheet:
         found = [w for w in {f for f in self.forks.values() if f is not None} if w in sites]
         if not found:
             return 0
-        leaf: Any = sites[min(found, key=lambda w: self.order[w])][0].args[0]
+        leaf = marker_of(sites[min(found, key=lambda w: self.order[w])][0]).value
         value = leaf.meta.get("example_value")
         size = value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else 0
         return size if isinstance(size, int) else 0
@@ -259,8 +259,11 @@ class Sheet:
         The positions are an input of the graph behind those that it has.
         """
         group = dict(seams(self.gm)).get(self.last, [])
-        leaf: Any = group[0].args[0] if len(group) == 1 else None
-        if leaf is None or leaf.meta.get("rows") != 0 or group[0].args[3] != 0:
+        if len(group) != 1:
+            return False
+        marker = marker_of(group[0])
+        leaf = marker.value
+        if leaf.meta.get("rows") != 0 or marker.leaf != 0:
             return False
         sources = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         with self.gm.graph.inserting_after(sources[-1]):
@@ -271,10 +274,10 @@ class Sheet:
         with self.gm.graph.inserting_before(group[0]):
             taken = self.gm.graph.call_function(take, (leaf, given))
         taken.meta = {**leaf.meta, "flops": 0}
-        group[0].args = (taken, *group[0].args[1:])
+        pass_through(group[0], taken)
         if demand(self.gm):
             return True
-        group[0].args = (leaf, *group[0].args[1:])  # nothing to gain
+        pass_through(group[0], leaf)  # nothing to gain
         self.gm.graph.erase_node(taken)
         self.gm.graph.erase_node(given)
         return False
@@ -325,7 +328,7 @@ class Sheet:
             torch.no_grad(),
         ):
             report: list[str] = []
-            call = self.capture.build(region, lambda: fakes, report)
+            call = self.capture.builder.build(region, lambda: fakes, report)
         for why in report:
             self.told.note(why)
         self.capture.note_compile(self.segment, None)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..compat.modules import comes_and_goes
 from ..compat.tensors import version
 from ..errors import OutOfOrderError
 from ..plan import tree
@@ -37,7 +38,7 @@ class Setting(NamedTuple):
         weights = [t for m in modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
         return cls(
             tuple([m.training for m in modules]),
-            tuple([id(hook) for table in tables for hook in table.values() if not _library(hook)]),
+            tuple([id(hook) for table in tables for hook in table.values() if not comes_and_goes(hook)]),
             _versions(weights),
         )
 
@@ -67,11 +68,6 @@ def _versions(weights: list[torch.Tensor]) -> tuple:
         return *map(id, weights), *[version(t) for t in weights]
     except RuntimeError:  # an inference tensor does not count its changes
         return *map(id, weights), *[-1 if t.is_inference() else version(t) for t in weights]
-
-
-def _library(hook: Any) -> bool:
-    """A hook that comes and goes without the user: transformers installs its own at the first call."""
-    return (getattr(hook, "__module__", "") or "").startswith(("nnsight_fx.", "transformers.", "accelerate."))
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..engine import clock
-from ..engine.spliced import watch
+from ..engine.captured.watch import watch
 from ..engine.switch import within
 from ..plan import tree
 from ..report.runs import Group, Report

@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from .. import compat
-from ..capture.markers import site
+from ..capture.marker import marker_of, site
 from ..passes.causal import SCORES, Fact, Facts, is_attention, is_softmax
 from ..passes.demand import take
 from ..passes.outline import seams
@@ -28,13 +28,14 @@ def positions(gm: fx.GraphModule, at: Collection[tuple[Site, int]]) -> Facts:
     The positions are dimension 1 of these leaves. Shapes and the rows' dimension are those on the nodes
     (`meta["example_value"]`, `meta["rows"]`). `Mixed` where an operation lets one position see another and is no attention.
     """
-    seeds = {n for where, group in seams(gm) for n in group if (where, n.args[3]) in at}
+    seeds = {n for where, group in seams(gm) for n in group if (where, marker_of(n).leaf) in at}
     if not seeds:
         raise Mixed("nothing changes a row")
     first = next(n for n in gm.graph.nodes if n in seeds)
-    shape = _shape(first.args[0])
-    if len(shape) < 2 or first.args[0].meta.get("rows") != 0 or not isinstance(shape[1], int):  # type: ignore[union-attr]
-        raise Mixed(f"`{'.'.join(map(str, first.args[1:3]))}` has no positions in dimension 1")
+    marker = marker_of(first)
+    shape = _shape(marker.value)
+    if len(shape) < 2 or marker.value.meta.get("rows") != 0 or not isinstance(shape[1], int):
+        raise Mixed(f"`{'.'.join(marker.name)}` has no positions in dimension 1")
     mode = compat.fakes.FakeTensorMode(allow_non_fake_inputs=True)
     follow = Rows(shape[1], [], {shape[1]})
     follow.paused = True
@@ -83,13 +84,14 @@ class _Following(fx.Interpreter):
         return self._alone(n, given)
 
     def _site(self, n: fx.Node, tainted: bool) -> Any:
-        value = self.env[n.args[0]]  # type: ignore[index]
+        marker = marker_of(n)
+        value = self.env[marker.value]
         if tainted:
-            self.facts[n] = self.facts[n.args[0]]  # type: ignore[index]
+            self.facts[n] = self.facts[marker.value]
         elif n in self.seeds:
             value = torch.empty_like(value)  # another tensor: the clean run's is used, too
             if value.dim() < 2 or value.shape[1] != self.follow.rows:
-                raise Mixed(f"`{'.'.join(map(str, n.args[1:3]))}` has no positions in dimension 1")
+                raise Mixed(f"`{'.'.join(marker.name)}` has no positions in dimension 1")
             self._holds(n, value, 1)
         return value
 
@@ -133,7 +135,7 @@ class _Following(fx.Interpreter):
         return value
 
     def _holds(self, n: fx.Node, value: torch.Tensor, dim: int | None, lifted: tuple = (), kind: str = "") -> None:
-        rows = n.args[0].meta.get("rows") if n.target is site else n.meta.get("rows")  # type: ignore[union-attr]
+        rows = (marker_of(n).value if n.target is site else n).meta.get("rows")
         if dim is None or value.shape[dim] != self.follow.rows:
             raise Mixed(f"`{n.name}` does not hold the positions in a dimension of their own")
         if n.meta.get("mixed"):

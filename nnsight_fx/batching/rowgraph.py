@@ -12,11 +12,12 @@ import torch.fx as fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import compat
-from ..capture.markers import active, site
+from ..capture.marker import active, marker_of, site
 from ..capture.segment import Segment
 from ..compat.transformers import settle
 from ..engine import clock
-from ..engine.spliced import ENTRIES, Capture, entry_point
+from ..engine.captured.capture import Capture
+from ..engine.captured.entries import ENTRIES, entry_point
 from ..plan import tree
 from .rows import Mixed, Rows
 
@@ -149,7 +150,7 @@ class Noting(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         rows = self.follow.rows
-        value = self.env[n.args[0]] if n.target is site else super().run_node(n)  # type: ignore[index]
+        value = self.env[marker_of(n).value] if n.target is site else super().run_node(n)
         total = self.counter.get_total_flops()
         n.meta["flops"], self.total = (total - self.total) / rows, total
         if isinstance(value, torch.Tensor):

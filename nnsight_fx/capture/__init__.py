@@ -1,6 +1,7 @@
 """The model as graphs: a `Segment` for each graph that Dynamo (or the symbolic tracer) makes of it, with a marker at each site.
 
-A marker is a node that stands where a hook would fire. `markers.py` puts them into the model, `segment.py` is a captured
-graph that nothing changes, `source.py` and `operations.py` make sites of the operations inside a `forward`.
-May import: `plan/`, `compat/`, the ground. Start with `segment.py`, then `markers.py`.
+A marker is a node that stands where a hook would fire (`marker.py`). `markers.py` has the hooks that put them into the model,
+`marking.py` what Dynamo reads there, `hook_tables.py` torch's tables. Nothing changes a `Segment`. `source.py` and
+`operations.py` make sites of the operations inside a `forward`.
+May import: `plan/`, `compat/`, the ground. Start with `segment.py`, then `marker.py` and `markers.py`.
 """

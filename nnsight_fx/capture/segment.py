@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from .. import compat
 from ..compat.transformers import restored
-from .markers import close, site, supply
+from .marker import close, marker_of, site, supply
 
 
 class Break(NamedTuple):
@@ -60,7 +60,7 @@ class Segment:
     @property
     def sites(self) -> list[tuple[str, str]]:
         """`(path, kind)` of its sites, in order."""
-        return list(dict.fromkeys((n.args[1], n.args[2]) for n in self.gm.graph.nodes if n.target in (site, supply)))  # type: ignore[misc]
+        return list(dict.fromkeys(marker_of(n).name for n in self.gm.graph.nodes if n.target in (site, supply)))
 
     @functools.cached_property
     def whole(self) -> bool:
@@ -80,8 +80,8 @@ class Segment:
 
     def _cut(self, last: int, call: int) -> tuple[Segment, list[int], list[int]]:
         nodes = list(self.gm.graph.nodes)
-        here = (*nodes[last].args[1:3], call)
-        head = {*nodes[: last + 1], *(n for n in nodes[last + 1 :] if n.target is supply and n.args[:3] == here)}
+        here = (*marker_of(nodes[last]).name, call)
+        head = {*nodes[: last + 1], *(n for n in nodes[last + 1 :] if n.target is supply and marker_of(n).site == here)}
         moved = []
         for index in range(last + 1, len(nodes)):
             node = nodes[index]

@@ -38,7 +38,7 @@ CONTAINERS = (dict, list, tuple, set, frozenset)
 LONG = 1000  # a container with more items than that counts as one thing
 
 
-class State:
+class ModuleState:
     """The facts of a module, in the order of a walk through it, and the tensors and modules that it holds.
 
     Two modules with equal `facts` compute the same with equal tensors, unless their code looks elsewhere: at globals, closures
@@ -114,7 +114,7 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
         for name, value in attributes(m):
             for key, part in value.items() if name in TABLES else ((name, value),):
                 if not isinstance(part, nn.Module):
-                    state = State(part)
+                    state = ModuleState(part)
                     found[".".join(p for p in (path, key) if p)] = (state.facts, [id(t) for t in state.tensors])
     return found
 

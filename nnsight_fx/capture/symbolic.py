@@ -25,7 +25,9 @@ from ..plan import ambient, tree
 from ..plan.names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY
 from ..plan.plan import fx_target
 from ..plan.tree import PLAIN
-from .markers import Markers, active, anchor, override, put, site, supply, take
+from .hook_tables import override, put, take
+from .marker import active, anchor, site, supply
+from .markers import Markers
 
 _LIBRARIES = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
 _NN = os.path.join("torch", "nn", "modules", "")
@@ -147,7 +149,7 @@ def _target(func: Any, args: tuple) -> tuple[str, Any, tuple]:
     return op, target, (*args, *lead)
 
 
-class Recorder(TorchFunctionMode):
+class TracingMode(TorchFunctionMode):
     """Sends every operation to the tracer."""
 
     def __init__(self, tracer: SymbolicTracer):

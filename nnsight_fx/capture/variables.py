@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from .. import compat
-from . import markers
-from .markers import PLAIN, TABLES, anchor, site
+from . import markers, marking
+from .hook_tables import TABLES
+from .marker import anchor, site
+from .marking import PLAIN
 
 
 def between(tx: Any, path: Any, counted: Any, module: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +40,7 @@ def _marked(tx: Any, values: list, path: str, kind: str, counted: bool) -> list:
     count = _count(values) if counted else 0
     if count is None:
         return compat.variables.items(
-            compat.variables.inlined(tx, markers.mark, compat.variables.tuple_of(values), path, kind, True)
+            compat.variables.inlined(tx, marking.mark, compat.variables.tuple_of(values), path, kind, True)
         )
     fresh, _, left = _walk(tx, values, path, kind, 0, count)
     if left == count:
@@ -61,7 +63,7 @@ def _count(values: list) -> int | None:
 
 
 def _walk(tx: Any, values: list, path: str, kind: str, leaf: int, left: int) -> tuple[list, int, int]:
-    """`markers._mark`, which sees to what is no tensor, plain value or tuple of these."""
+    """`marking.mark_inside`, which sees to what is no tensor, plain value or tuple of these."""
     fresh = []
     for value in values:
         value = compat.variables.looked_at(value)
@@ -74,7 +76,7 @@ def _walk(tx: Any, values: list, path: str, kind: str, leaf: int, left: int) -> 
             leaf += 1
         else:
             made = compat.variables.inlined(
-                tx, markers._mark, compat.variables.tuple_of([value]), path, kind, leaf, left
+                tx, marking.mark_inside, compat.variables.tuple_of([value]), path, kind, leaf, left
             )
             one, *counts = compat.variables.items(made)
             (value,) = compat.variables.items(one)

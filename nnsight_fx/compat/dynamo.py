@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 
 from .frames import SET, forced_eager
-from .guards import TABLE, captures, of_library, root
+from .guards import TABLE, captures, root
+from .modules import comes_and_goes
 from .probe import Name
 
 _UNSUPPORTED = Name("torch._dynamo.exc.Unsupported", "Dynamo's errors are told by their names")
@@ -163,7 +164,7 @@ def dynamo_compile(
         user = tuple(
             guard.name
             for guard in guards
-            if guard.guard_type == "CLOSURE_MATCH" and guard.has_value and not of_library(guard.value)
+            if guard.guard_type == "CLOSURE_MATCH" and guard.has_value and not comes_and_goes(guard.value)
         )
         for guard in guards:  # built again, which asserts what a property makes at each look to be one object
             if _ORIGINAL.of(guard) is not None:

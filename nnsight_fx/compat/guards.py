@@ -44,8 +44,11 @@ def root(function: Callable) -> tuple[str, ...]:
 
 
 def forget_tables(start: tuple[str, ...]) -> None:
-    """In a backend's callback for what has that `root`: drop the guards that the filter of `dynamo_compile` drops, where the user has no hooks. Dynamo builds
-    all guards before it asks a filter, and then builds again what is left."""
+    """Called from the backend's callback. Removes the guards on our own hook tables before Dynamo builds them; they never change.
+
+    They are those that the filter of `dynamo_compile` drops. Dynamo asks a filter only when it has built all guards, and then
+    builds again what is left. For functions with that `root`, on models without hooks of the user's.
+    """
     if _TRANSLATOR() is None:
         return
     try:
@@ -58,7 +61,3 @@ def forget_tables(start: tuple[str, ...]) -> None:
                 found.discard(guard)
     except (AttributeError, TypeError):  # another torch: guards look different there
         _GUARDS.fails()
-
-
-def of_library(hook: Any) -> bool:
-    return (getattr(hook, "__module__", "") or "").startswith(("nnsight_fx.", "transformers.", "accelerate."))

@@ -1,4 +1,4 @@
-"""Hooks on all modules."""
+"""Hooks: those on all modules, and whose a hook is."""
 
 from __future__ import annotations
 
@@ -34,3 +34,20 @@ GLOBAL = [_table(*way) for way in _WAYS.items()]  # what torch calls on every mo
 def hooked_everywhere() -> bool:
     """Has anybody put a hook on all modules?"""
     return any(GLOBAL)
+
+
+_LIBRARIES = ("nnsight_fx", "transformers", "accelerate")
+
+
+def library_of(hook: Any) -> str | None:
+    """The library whose own hook it is; `None` where the user put it there."""
+    name = (getattr(hook, "__module__", "") or "").partition(".")[0]
+    return name if name in _LIBRARIES else None
+
+
+def comes_and_goes(hook: Any) -> bool:
+    """Is it a hook that comes and goes without the user: one by which transformers collects outputs, or ours?
+
+    accelerate's only one (context parallel) is not. It stays, and changes what attention is called with.
+    """
+    return library_of(hook) in ("transformers", "nnsight_fx")

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch.nn as nn
 
+from .modules import comes_and_goes
+
 _INSTALLED = "_output_capturing_hooks_installed"
 
 
@@ -62,7 +64,7 @@ def without_library_hooks(module: nn.Module) -> tuple:
     state = reduced[2]
     if isinstance(state, dict) and "_forward_hooks" in state:
         hooks = state["_forward_hooks"]
-        kept = {k: h for k, h in hooks.items() if not (getattr(h, "__module__", "") or "").startswith("transformers.")}
+        kept = {k: h for k, h in hooks.items() if not comes_and_goes(h)}
         state = {**state, "_forward_hooks": type(hooks)(kept)}
         state.pop(_INSTALLED, None)
     return *reduced[:2], state, *reduced[3:]

@@ -1,6 +1,6 @@
-"""How a plan runs on a model: on hooks (`run.py`), or spliced into the model's captured graph (`spliced.py`).
+"""How a plan runs on a model: on hooks (`run.py`), or spliced into the model's captured graph (`captured/`).
 
 `wave.py` runs a trace, `switch.py` hands control between a body that looks and the model, `deliver.py` gives the values to
-the user. A captured run is made of variants (`variants.py`): a segment after the passes, compiled in regions.
-May import: `passes/`, `scan/`, `tracing/`, `capture/`, `plan/`, `compat/`, the ground. Start with `wave.py`, then `spliced.py`.
+the user.
+May import: `passes/`, `scan/`, `tracing/`, `capture/`, `plan/`, `compat/`, the ground. Start with `wave.py`, then `captured/run.py`.
 """

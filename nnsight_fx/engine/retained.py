@@ -16,7 +16,7 @@ from .. import compat
 _NAME = "_nnsight_retained"
 
 
-class Retained:
+class RetainedGrad:
     """The gradient of a value. `part` is `(start, rows)` where the value is an invoke's rows of `tensor`."""
 
     def __init__(self, tensor: torch.Tensor, part: tuple[int, int] | None = None):
@@ -52,10 +52,10 @@ def retain(value: torch.Tensor, tensor: torch.Tensor, part: tuple[int, int] | No
     if not value.requires_grad:
         value.retain_grad()  # torch's own refusal
     if _NAME not in vars(value):
-        setattr(value, _NAME, Retained(tensor, part))
+        setattr(value, _NAME, RetainedGrad(tensor, part))
 
 
-def retained(value: torch.Tensor) -> Retained | None:
+def retained(value: torch.Tensor) -> RetainedGrad | None:
     """What was kept for a value; it is torch's own where a function of the user's called `retain_grad`."""
     kept = vars(value).pop(_NAME, None)
-    return Retained(value) if kept is None and value.retains_grad else kept
+    return RetainedGrad(value) if kept is None and value.retains_grad else kept

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .. import compat
-from ..capture.markers import Markers, active
+from ..capture.marker import active
+from ..capture.markers import Markers
 from ..errors import MissedSiteError, PlanMismatchError
 from ..lines import Line
 from ..plan import tree
@@ -22,10 +23,11 @@ from ..plan.encode import Key
 from ..plan.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..plan.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observed, Op, Site
 from ..tracing.nested import refuse_nested
-from ..tracing.steps import ANY
+from .missed import check, missed_error
 from .offload import Offload
 from .retained import retain
-from .switch import Coroutine, State
+from .switch import Coroutine, ThreadState
+from .taps import Taps
 
 
 class Run(TensorInterleaver):
@@ -53,8 +55,7 @@ class Run(TensorInterleaver):
         self.report: list[str] = []  # why it ran on hooks, where it should not
         self.compiles = self.hits = 0
         self.capture_s = self.compile_s = 0.0  # seconds of this run that went into them
-        self.taps: dict[int, tuple[torch.Tensor, Any]] = {}  # gradient -> the tensor that has it, and its hook
-        self.flowing: int | None = None  # the backward that runs
+        self.taps = Taps()
         self.offload = Offload()
 
     # -- the model -----------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ class Run(TensorInterleaver):
         """Around the model: what makes its sites call `pass_site`."""
         return live(self, self.everything)
 
-    def until(self, plan: InterventionGraph, state: State) -> Callable[[Key], Any]:
+    def until(self, plan: InterventionGraph, state: ThreadState) -> Callable[[Key], Any]:
         """Run as far as the plan's last operation, a sync, needs; returns the look-up of values."""
         self.closed = False
         self.extend(plan)
@@ -124,7 +125,7 @@ class Run(TensorInterleaver):
             else:
                 self.work(None)
         finally:
-            self._untap(list(self.taps))
+            self.taps.remove()
             self.offload.wait()
 
     def extend(self, plan: InterventionGraph) -> None:
@@ -142,7 +143,7 @@ class Run(TensorInterleaver):
         self.result = self.coroutine = None
 
     def abandon(self) -> None:
-        self._untap(list(self.taps))
+        self.taps.remove()
         if self.coroutine is not None:
             self.coroutine.abandon()
 
@@ -260,13 +261,9 @@ class Run(TensorInterleaver):
 
     # -- gradients -----------------------------------------------------------------------------------------------
 
-    def _on_the_way(self, key: Key) -> list:
-        """The tensor that has a value's gradient, and which part of it, where the value is an invoke's rows."""
-        return [*(self.bases.get(key[1:3], ()) if key[0] == "v" else ())] or [self.lookup(key)]
-
     def _retain(self, n: int, op: Op) -> None:
         key = op.args[2][0]
-        tensor, *part = self._on_the_way(key)
+        tensor, *part = self.taps.on_the_way(self, key)
         if self.plan.retains_rows and not part and key[0] == "v" and self.plan.ops[key[1]].kind == READ:
             raise PlanMismatchError(
                 f"{self.lines[n]}: an invoke retains the gradient of its rows after a sync point has begun the "
@@ -275,44 +272,10 @@ class Run(TensorInterleaver):
         retain(self.lookup(key), tensor, self._batched(tensor, *part) if part else None)
 
     def tap(self, n: int, op: Op) -> None:
-        tensor, *part = self._on_the_way(op.args[2][0])
-
-        def arrived(gradient: torch.Tensor) -> torch.Tensor | None:
-            if self.flowing is None or self.plan.binds[n] != self.flowing:
-                return None
-            own = self.rows(gradient, *part) if part else gradient
-            mine = own.clone() if (n, 0) in self.plan.changed else own
-            new = self.arrive(n, mine)
-            if new is own:
-                return None
-            return self.put_rows(gradient, new, *part) if part else new
-
-        self.taps[n] = (tensor, compat.tensors.hook(tensor, arrived))
+        self.taps.tap(self, n, op)
 
     def differentiate(self, n: int, op: Op) -> None:
-        (loss, gradient), options = self.arguments(op)
-        mine = [m for m, b in self.plan.binds.items() if b == n]
-        self.flowing = n
-        try:
-            with under(op.ambient):
-                if op.extra:  # `torch.autograd.grad`: nothing is accumulated
-                    inputs = [self.taps[m][0] for m in mine]
-                    options.pop("inputs")
-                    torch.autograd.grad(loss, inputs, gradient, allow_unused=True, **options)
-                else:
-                    torch.autograd.backward(loss, gradient, **options)
-        except Exception as e:
-            e.add_note(f"nnsight_fx: in the backward at {self.lines[n]}")
-            self.written = None
-            raise
-        finally:
-            self.flowing = None
-            self._untap(mine)
-
-    def _untap(self, gradients: list[int]) -> None:
-        for n in gradients:
-            if n in self.taps:
-                self.taps.pop(n)[1].remove()
+        self.taps.differentiate(self, n, op)
 
     def constant(self, key: Key) -> Any:
         return self.symbols_value(key[1]) if key[0] == "s" else self.constants[key[1]]
@@ -321,80 +284,10 @@ class Run(TensorInterleaver):
         return int(expr.subs(self.symbols))
 
     def check(self, n: int, leaves: list, expected: tuple, spec: tree.Spec) -> None:
-        site = ".".join(p for p in self.plan.ops[n].target[:2] if p)
-        advice = "Look at the value first (`tracer.apply(lambda h: h, value)` or `print(value)` syncs), so that the body follows the model."
-        if spec is not None and spec != self.plan.specs[n]:
-            raise PlanMismatchError(
-                f"{self.lines[n]}: `{site}` has another structure than the body was recorded for: the model takes another way on this "
-                f"input. {advice}"
-            )
-        for leaf, want in zip(leaves, expected, strict=False):
-            got = (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
-            if (
-                isinstance(got, tuple) and isinstance(want, tuple) and len(got[0]) == len(want[0])
-            ):  # a padded length fits
-                want = (tuple(n if m is None else m for m, n in zip(want[0], got[0], strict=True)), want[1])
-            if isinstance(got, tuple) and isinstance(want, tuple) and got != want:
-                raise PlanMismatchError(
-                    f"{self.lines[n]}: `{site}` has shape {got[0]} and dtype {got[1]}, but the body was recorded for {want[0]} and "
-                    f"{want[1]}: the model takes another way on this input. {advice}"
-                )
-            if want is not ANY and (type(got) is not type(want) or got != want):
-                raise PlanMismatchError(
-                    f"{self.lines[n]}: `{site}` holds {_shown(leaf)}, but the body was recorded for {_shown(want)}: the model takes another "
-                    f"way on this input. {advice}"
-                )
-
-    # -- errors --------------------------------------------------------------------------------------------------
-
-    # The call took place, and the operation did not.
-    _passed = (
-        ", but the run had passed it by then: an earlier line of the body has looked at a later site (at a number or an object "
-        "in it, or at a value), or what is written comes from one. Touch sites in the model's order"
-    )
+        check(self, n, leaves, expected, spec)
 
     def missed_error(self, missed: list[int]) -> MissedSiteError:
-        for n in missed:
-            op = self.plan.ops[n]
-            asked = [m for m, _ in self.plan.needs[n] if m in self.plan.binds and (m, 0) not in self.env]
-            if asked:
-                b = self.plan.binds[asked[0]]
-                why = (
-                    f"the backward at {self.lines[b]} did not pass that value: it is not on the way from the loss to what requires grad"
-                    if b < len(self.plan.ops)
-                    else f"{self.lines[-1]} looks at its numbers before a backward has run. Read it where it is, and look at it "
-                    "behind `loss.backward()`, or behind the block of `with loss.backward():`"
-                    if self.plan.ops[-1].kind == SYNC
-                    else "no backward follows it. Read it before `loss.backward()`, or inside `with loss.backward():`"
-                )
-                return MissedSiteError(f"{self.lines[asked[0]]}: `.grad` was used, but {why}.")
-            if op.kind in (READ, WRITE, SKIP):
-                path, kind, call = op.target
-                what = {READ: "read", WRITE: "written", SKIP: "skipped"}[op.kind]
-                inside = path not in self.owner.operations.modules
-                seen = self.counts.get((path, "input" if op.kind == SKIP else kind), 0)
-                missed_it = "the run never reached it"
-                if op.kind == WRITE and seen > call:
-                    missed_it = "it came too late"
-                    why = "its value is computed behind a later site that the body has asked for. Compute it before that line"
-                elif seen:
-                    why = f"its {'operation ran' if inside else 'module was called'} {seen} time(s)"
-                    why += self._passed if seen > call else ""
-                elif inside:
-                    why = (
-                        "that line was not run (its module was skipped, stopped before, or took another branch), or its `forward` had "
-                        "begun when it was first asked for"
-                    )
-                else:
-                    why = (
-                        "its module was not called as a module in this run (it was skipped, stopped before, on a branch not taken, "
-                        "or its parent uses its weight or `forward` directly: try the parent's `.source`)"
-                    )
-                return MissedSiteError(
-                    f"{self.lines[n]}: `{path}.{kind}` (call {call}) was {what}, but {missed_it}: {why}. "
-                    "Everything else that was saved has been delivered."
-                )
-        return MissedSiteError(f"{self.lines[missed[0]]}: the run ended before this operation had what it needs.")
+        return missed_error(self, missed)
 
 
 def written(op: Op, line: Line) -> tuple[str, Line]:
@@ -431,14 +324,3 @@ def live(run: Run, everything: bool) -> Any:
     frames = owner.operations.frames(run.plan)
     with owner.installed(modules, {path: run.skip(path) for path in run.skips}, frames):
         yield
-
-
-def _shown(leaf: Any) -> str:
-    """A leaf of a site, in an error."""
-    return (
-        "a tensor"
-        if isinstance(leaf, torch.Tensor | tuple)
-        else repr(leaf)
-        if isinstance(leaf, bool | str | None)
-        else type(leaf).__name__
-    )

@@ -19,7 +19,7 @@ from ..plan import ambient
 from ..tracing.recorder import Recorder
 
 
-class State:
+class ThreadState:
     """The thread state of one side: looked at, or taken off the thread (`take`)."""
 
     def __init__(self, take: bool = False):
@@ -61,9 +61,9 @@ class State:
 
 
 @contextlib.contextmanager
-def within(state: State) -> Iterator[None]:
+def within(state: ThreadState) -> Iterator[None]:
     """Run a block in the state of another moment, and go on in one's own."""
-    mine = State(take=True)
+    mine = ThreadState(take=True)
     guard = state.restore()
     try:
         yield
@@ -107,15 +107,15 @@ def _from_c(levels: int, function: Callable[[], Any]) -> Any:
 class Coroutine:
     """A run in a greenlet of its own, so that it can stop in the middle of a forward and go on later."""
 
-    def __init__(self, run: Callable[[], Any], state: State):
+    def __init__(self, run: Callable[[], Any], state: ThreadState):
         self.model = greenlet.greenlet(floored(run))
         self.model.gr_context = contextvars.copy_context()
         self.body = greenlet.getcurrent()
-        self.states: dict[Any, State] = {self.model: state}
+        self.states: dict[Any, ThreadState] = {self.model: state}
         self.guard = contextlib.ExitStack()
 
     def _switch(self, to: Any, throw: tuple = ()) -> None:
-        mine = self.states[greenlet.getcurrent()] = State(take=True)
+        mine = self.states[greenlet.getcurrent()] = ThreadState(take=True)
         self.guard.close()
         self.guard = self.states[to].restore()
         try:

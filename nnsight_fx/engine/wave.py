@@ -13,18 +13,18 @@ from ..lines import user_line
 from ..plan.encode import Key
 from ..plan.graph import Graph
 from ..plan.plan import Groups, InterventionGraph
-from ..plan.writing import Recording
 from ..scan.scanner import Signature
 from ..scan.wave_sites import WaveSites
 from ..tracing import saving
 from ..tracing.contexts import Invoker, Tracer
 from ..tracing.tape import Tape
+from .as_data import as_data
+from .captured.run import SplicedRun
+from .captured.steady import Steady
 from .deliver import deliver
 from .notes import Notes, notes_of
 from .run import Run
-from .spliced import SplicedRun
 from .split import Part, part, parts
-from .steady import Steady
 
 
 class Shadow(NamedTuple):
@@ -33,7 +33,7 @@ class Shadow(NamedTuple):
     of: int
 
 
-class Wave:
+class ForwardWave:
     """Invokes that run together. `alone` is a trace with one direct input."""
 
     signature: Signature | None = None  # what the plans that run as a call are found by; none in a generation
@@ -122,30 +122,10 @@ class Wave:
 
     def graph(self) -> Graph:
         """The recording so far, as data."""
-        tape, tracer, module = self.tape, self.tracer, self.host.module
-        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        recording = Recording(
-            parameters={id(tensor): name for name, tensor in tensors},
-            device=self.host.device,
-            members=[self._role(i) for i in range(len(self.members))],
-            inputs=[(b.args, b.kwargs) for b in self.batches],
-            caches=tape.caches,
-            alone=self.alone,
-            together=any(m.prepared for m in self.members if isinstance(m, Invoker)),
-            fn=tracer.fn,
-            pad_to=tracer.pad_to,
-            sites=tape.found(),
-            slots={
-                i: key for i, key in tape.kept.items() if i not in tape.delivered or tape.delivered[i]() is not None
-            },
-            changed=set(tape.operands.changed),
-            waves=len(tracer.waves),
-            generates=tracer.generation is not None,
-        )
-        constants = [tape.operands.negative.get(slot, value) for slot, value in enumerate(tape.constants)]
-        return Graph(tape.plan(self.groups()), tape.lines, constants, recording=recording)
+        return as_data(self)
 
-    def _role(self, i: int) -> str:
+    def role(self, i: int) -> str:
+        """What a member is, as a file names it."""
         member = self.members[i]
         if i < self.edits:
             return "edit"
@@ -259,7 +239,7 @@ class Wave:
         if missed and not run.stopping:
             raise run.missed_error(missed)
         if self.signature is not None and isinstance(run, SplicedRun):
-            run.capture.settle((self.signature, plan), Steady.of(run))
+            run.capture.entries.remember((self.signature, plan), Steady.of(run))
 
     def _finish_parts(self) -> None:
         """Several forwards, in order, each with the values of those before it."""

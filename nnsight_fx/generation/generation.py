@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from ..capture.markers import active
+from ..capture.marker import active
 from ..engine.notes import Notes, of_run
 from ..engine.run import Run
 from ..engine.switch import Coroutine
-from ..engine.wave import Wave
+from ..engine.wave import ForwardWave
 from ..errors import MissedSiteError
 from ..lines import user_line
 from ..plan import tree
@@ -135,7 +135,7 @@ class Generation:
             self.held[path] = {self.host.markers.paths[m] for m in self.module.get_submodule(path).modules()}
         return self.held[path]
 
-    def wave(self) -> Wave:
+    def wave(self) -> ForwardWave:
         """The open forward; what follows the last one."""
         return Following(self) if self.ended else Forward(self)
 
@@ -200,7 +200,7 @@ class Turn:
         self.generation.abandon()
 
 
-class Forward(Wave):
+class Forward(ForwardWave):
     """One forward of a generation, as a wave."""
 
     def __init__(self, generation: Generation):
@@ -281,7 +281,7 @@ class Ended:
         pass
 
 
-class Following(Wave):
+class Following(ForwardWave):
     """What the body does when the generation is over: work on values, and its result."""
 
     forward = False

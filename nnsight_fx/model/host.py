@@ -14,11 +14,13 @@ import torch.nn as nn
 
 from .. import compat
 from ..capture.markers import Markers
-from ..engine.removal import removable
+from ..engine.captured.capture import Capture
+from ..engine.captured.options import Options
+from ..engine.captured.removal import removable
+from ..engine.captured.run import SplicedRun
 from ..engine.run import Run
-from ..engine.spliced import Capture, Options, SplicedRun
-from ..engine.switch import State
-from ..engine.wave import Wave
+from ..engine.switch import ThreadState
+from ..engine.wave import ForwardWave
 from ..errors import nearest
 from ..generation.generation import Generation
 from ..lines import user_line
@@ -141,13 +143,13 @@ class ModelHost:
         compat.frames.set_stance(old and (old[0], True))
         return lambda: compat.frames.set_stance(old)
 
-    def state(self) -> State:
-        return State()
+    def state(self) -> ThreadState:
+        return ThreadState()
 
-    def wave(self, tracer: Tracer, first: Any, alone: bool) -> Wave:
+    def wave(self, tracer: Tracer, first: Any, alone: bool) -> ForwardWave:
         if tracer.generation is not None:
             return tracer.generation.wave()
-        return Wave(self, tracer, first, alone)
+        return ForwardWave(self, tracer, first, alone)
 
     def generation(self, tracer: Tracer, first: Batch) -> Generation | None:
         """The generation that a trace is, if its function runs the model many times."""
@@ -156,7 +158,7 @@ class ModelHost:
         batch = self.inputs.arguments(tracer.fn, [first], tracer.pad_to)
         return Generation(self, tracer, batch.args, batch.kwargs, batch.text)
 
-    def moves_state(self, wave: Wave) -> str | None:
+    def moves_state(self, wave: ForwardWave) -> str | None:
         """Why a second forward in one trace would move state twice, if it would."""
         kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
         active = next((p for m, p in self.markers.paths.items() if m.training and isinstance(m, kinds)), None)
@@ -187,7 +189,7 @@ class ModelHost:
         kinds = [kind for kind, wanted in (("input", inputs), ("output", output)) if wanted]
         return cache(tracer, modules, kinds, observed(detach, device, dtype))
 
-    def run(self, wave: Wave, plan: Any, constants: list, lines: list) -> Run:
+    def run(self, wave: ForwardWave, plan: Any, constants: list, lines: list) -> Run:
         fn = wave.fn
         batch = wave.batch
 

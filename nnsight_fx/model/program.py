@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..compat.dynamo import NotCaptured
+from ..engine.captured.steady import Steady
 from ..engine.deliver import own
 from ..engine.notes import Notes, of_run
-from ..engine.steady import Steady
 from ..errors import NotRecordableError
 from ..lines import user_line
 from ..plan import tree
@@ -223,7 +223,7 @@ class Recording:
                 return x
             if id(x) not in lent:
                 self.slots.append(Slot(len(tape.constants), argument=self.arguments[id(x)]))
-                lent[id(x)] = tape.lend(x)
+                lent[id(x)] = tape.operands.lend(x)
             return lent[id(x)]
 
         return one

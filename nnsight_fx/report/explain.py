@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 
 from .. import compat
+from ..engine.captured.capture import Capture
 from ..engine.clock import seconds
 from ..engine.notes import Notes
-from ..engine.spliced import Capture
 from .runs import Report
 
 SHAPES = 16  # rows of what capturing and compiling took: the latest
@@ -93,8 +93,8 @@ def _of(capture: Capture) -> dict[str, Any]:
         "fallbacks": list(capture.fallbacks),
         "passes": passes,
         "whole": capture.whole,
-        "few_rows": capture.few_rows,
-        "cuda_graphs": None if not capture.options.replays else capture.unrecorded,
+        "few_rows": capture.builder.few_rows,
+        "cuda_graphs": None if not capture.options.replays else capture.builder.unrecorded,
     }
 
 

@@ -16,10 +16,11 @@ import torch
 import torch.nn as nn
 
 from ..capture import operations, source, streams
-from ..capture.markers import override, put, take
+from ..capture.hook_tables import override, put, take
 from ..compat.fakes import FakeCopyMode, FakeTensorMode
 from ..compat.frames import compiled_from
 from ..compat.modes import TorchDispatchMode
+from ..compat.modules import library_of
 from ..plan import tree
 from ..plan.interleave import Firing, Stopped, TensorInterleaver, gather
 from ..plan.plan import Site
@@ -49,7 +50,10 @@ def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
         for table in ("_forward_hooks", "_forward_pre_hooks"):
             hooks = getattr(m, table)
             for key in list(hooks):
-                if not (getattr(hooks[key], "__module__", "") or "").startswith(("transformers.", "accelerate.")):
+                if library_of(hooks[key]) not in (
+                    "transformers",
+                    "accelerate",
+                ):  # theirs are part of what the model computes
                     del hooks[key]
                     for flags in (
                         "_forward_hooks_with_kwargs",

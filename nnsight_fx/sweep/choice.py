@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 
 import torch.nn as nn
 
+from ..engine.captured.options import EXACT
 from ..engine.clock import seconds
-from ..engine.spliced import EXACT
 from ..errors import nearest
 from ..lines import user_line
 from ..report.runs import Report
-from .job import Done, Job
+from .job import Done, SweepJob
 
 ENGINES = ("auto", "hooks", "compiled")
 WARM, TIMED = 2, 8  # cells on hooks before the choice: those that learn the model, and those by the watch
@@ -41,7 +41,7 @@ def checked(engine: str) -> str:
 class Choice:
     """The engine of one sweep; under "auto" found out by its first cells. `known` is what a store says of it."""
 
-    def __init__(self, job: Job, engine: str, report: Report, here: bool, known: str | None = None):
+    def __init__(self, job: SweepJob, engine: str, report: Report, here: bool, known: str | None = None):
         self.job, self.report, self.known = job, report, known
         self.capture = job.model._host.capture_for(job.options.get("compile"))
         self.shapes = {(job.options.get("fn"), job.shapes[job.prompt(cell)]) for cell in range(len(job.cells))}

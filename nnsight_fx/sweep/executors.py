@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ..errors import nearest
 from ..lines import user_line
-from .job import Done, Job
+from .job import Done, SweepJob
 from .processes import Devices
 from .rays import Ray
 
@@ -25,13 +25,13 @@ from .rays import Ray
 class Executor(Protocol):
     """Runs a job's chunks: `job(chunk)` is what one gives. They may come in any order."""
 
-    def run(self, job: Job, chunks: Sequence[list[int]]) -> Iterator[tuple[list[int], Done]]: ...
+    def run(self, job: SweepJob, chunks: Sequence[list[int]]) -> Iterator[tuple[list[int], Done]]: ...
 
 
 class Serial:
     """Here, one after the other."""
 
-    def run(self, job: Job, chunks: Sequence[list[int]]) -> Iterator[tuple[list[int], Done]]:
+    def run(self, job: SweepJob, chunks: Sequence[list[int]]) -> Iterator[tuple[list[int], Done]]:
         for chunk in chunks:
             yield chunk, job(chunk)
 

@@ -36,7 +36,7 @@ class Done(NamedTuple):
 
 
 @dataclass
-class Job:
+class SweepJob:
     """One body over a grid. Called with the numbers of some cells it runs them, in one session."""
 
     model: Any

@@ -11,7 +11,7 @@ import torch
 from ..engine.clock import say
 from ..errors import WorkerLostError
 from ..lines import user_line
-from .job import Done, Job
+from .job import Done, SweepJob
 from .packing import pack, unpack
 
 TRIES = 3
@@ -30,7 +30,7 @@ class Worker:
             torch.cuda.set_device(device)
         if artifacts is not None:
             torch.compiler.load_cache_artifacts(artifacts)
-        self.job: Job = unpack(packed, device)
+        self.job: SweepJob = unpack(packed, device)
 
     def work(self, chunk: list[int], wanted: bool) -> tuple[Done, bytes | None]:
         """A chunk's results, and what was compiled for it where that is `wanted`."""
@@ -44,7 +44,7 @@ class Pool:
 
     size: int
 
-    def run(self, job: Job, chunks: Sequence[list[int]]) -> Iterator[tuple[list[int], Done]]:
+    def run(self, job: SweepJob, chunks: Sequence[list[int]]) -> Iterator[tuple[list[int], Done]]:
         """Each chunk's results, as they come. Where the model is compiled, one worker begins; the others get what it compiled."""
         todo, lost = collections.deque(chunks), collections.Counter()
         artifacts, first = None, _compiles(job)
@@ -103,6 +103,6 @@ class Pool:
         raise NotImplementedError
 
 
-def _compiles(job: Job) -> bool:
+def _compiles(job: SweepJob) -> bool:
     capture = job.model._host.capture_for(job.options.get("compile"))
     return not job.on_hooks and capture is not None and capture.options.backend not in ("eager", "aot_eager")

@@ -14,7 +14,7 @@ from ..lines import user_line
 from ..report.runs import Report, as_one
 from .choice import Choice, checked
 from .executors import Executor, Serial, chosen
-from .job import PROMPT, Job, is_dataset, look
+from .job import PROMPT, SweepJob, is_dataset, look
 from .results import Results
 from .store import Store, manifest
 
@@ -100,7 +100,7 @@ def sweep(
     items = list(inputs) if many else [inputs]
     looked = [look(model, item) for item in items]
     options = {"compile": compile, **options}
-    job = Job(model, fn, items, axes, options, many, prepare, stop, shapes=[shapes for _, shapes in looked])
+    job = SweepJob(model, fn, items, axes, options, many, prepare, stop, shapes=[shapes for _, shapes in looked])
     kept = None
     if store is not None:
         about = manifest(model, (fn, prepare), [digest for digest, _ in looked], axes, {**options, "stop": stop})
@@ -122,7 +122,12 @@ def sweep(
 
 
 def _run(
-    job: Job, chunks: list[list[int]], kept: Store | None, runner: Executor | Choice, progress: bool, report: Report
+    job: SweepJob,
+    chunks: list[list[int]],
+    kept: Store | None,
+    runner: Executor | Choice,
+    progress: bool,
+    report: Report,
 ) -> dict[int, dict]:
     """The results of all cells, by number."""
     found: dict[int, dict[str, torch.Tensor]] = {}
@@ -158,7 +163,7 @@ def _run(
     return found
 
 
-def _check(job: Job, cell: int, results: dict, first: dict, of: int) -> None:
+def _check(job: SweepJob, cell: int, results: dict, first: dict, of: int) -> None:
     if {n: t.shape for n, t in results.items()} != {n: t.shape for n, t in first.items()}:
         raise ValueError(
             f"{user_line()}: cell {job.named(cell)} has results {_shapes(results)}, cell {job.named(of)} {_shapes(first)}; one "

@@ -6,7 +6,7 @@ import torch.nn as nn
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 from nnsight_fx import NNsight
-from nnsight_fx.engine.cuda_graphs import apart, recorded
+from nnsight_fx.engine.captured.cuda_graphs import apart, recorded
 
 
 class Net(nn.Module):

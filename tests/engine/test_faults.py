@@ -372,7 +372,7 @@ def ambient() -> tuple:
         [t.name for t in threading.enumerate() if t.name != "tqdm_monitor"],
         len(torch.overrides._get_current_function_mode_stack()),
         len(torch.utils._python_dispatch._get_current_dispatch_mode_stack()),
-        getattr(nnsight_fx.capture.markers.active, "run", None),
+        getattr(nnsight_fx.capture.marker.active, "run", None),
         list(nnsight_fx.tracing.saving._open.stack),
     )
 

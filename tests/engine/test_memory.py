@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from nnsight_fx import NestedTraceError, NNsight
-from nnsight_fx.engine import spliced, variants
+from nnsight_fx.engine.captured import entries, variants
 from nnsight_fx.scan import scanner
 
 ENGINES = ["hooks", "eager", "aot_eager", pytest.param("symbolic", marks=pytest.mark.slow)]
@@ -83,7 +83,7 @@ def test_nothing_is_held_after_a_trace(engine):
 
 def test_plans_and_captures_are_bounded(monkeypatch):
     monkeypatch.setattr(variants, "VARIANTS", 3)
-    monkeypatch.setattr(spliced, "ENTRIES", 3)
+    monkeypatch.setattr(entries, "ENTRIES", 3)
     monkeypatch.setattr(scanner, "STEPS", 40)
     model = wrap("eager")
     for i in range(8):

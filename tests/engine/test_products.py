@@ -6,8 +6,8 @@ import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from nnsight_fx import NNsight
-from nnsight_fx.engine import products
-from nnsight_fx.engine.products import BY_ONEDNN, IN_BLOCKS, FewRows, few_rows
+from nnsight_fx.engine.captured import products
+from nnsight_fx.engine.captured.products import BY_ONEDNN, IN_BLOCKS, FewRows, few_rows
 
 WIDE, ROWS = 512, IN_BLOCKS[0]
 INNER, LARGE = IN_BLOCKS[1] // WIDE, BY_ONEDNN[1] // WIDE

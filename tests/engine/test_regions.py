@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import nnsight_fx
 from nnsight_fx import LanguageModel, NNsight, assert_max_compiles, assert_no_fallback
-from nnsight_fx.engine.regions import Whole, regional
+from nnsight_fx.engine.captured.regions import Whole, regional
 
 LAYERS = 8
 

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback
 from nnsight_fx.capture import markers
-from nnsight_fx.engine.steady import Steady
+from nnsight_fx.engine.captured.steady import Steady
 
 
 def wrapped(backend="eager"):

@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 import random
 import torch
-from nnsight_fx.engine.switch import Coroutine, State
+from nnsight_fx.engine.switch import Coroutine, ThreadState
 
 def run():
     for _ in range(50):
@@ -20,7 +20,7 @@ def junk():
     import json
     json.loads("[" * 200 + "]" * 200)
 
-each, draw = Coroutine(run, State()), random.Random(0)
+each, draw = Coroutine(run, ThreadState()), random.Random(0)
 deeper(40, each.go_on)
 for _ in range(50):
     deeper(draw.randrange(60), junk)

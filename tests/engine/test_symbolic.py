@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 import nnsight_fx
 from nnsight_fx import FallbackError, NNsight, assert_max_compiles, assert_no_fallback
-from nnsight_fx.capture.state import State
-from nnsight_fx.engine import symbolic
+from nnsight_fx.capture.state import ModuleState
+from nnsight_fx.engine.captured import symbolic
 
 FILE = re.escape(__file__)
 
@@ -231,15 +231,15 @@ def test_what_changes_between_traces_is_seen(change):
 
 def test_the_state_of_a_module_is_what_it_holds():
     one, other = Holds(), Holds()
-    assert State(one).facts == State(one).facts
+    assert ModuleState(one).facts == ModuleState(one).facts
     other.load_state_dict(one.state_dict())
     other.config, other.how = one.config, {"bias": [1, 2.0]}
-    assert State(one).facts == State(other).facts
-    assert [id(t) for t in State(one).tensors] == [id(t) for t in (one.a.weight, one.a.bias, one.plain)] or len(
-        State(one).tensors
+    assert ModuleState(one).facts == ModuleState(other).facts
+    assert [id(t) for t in ModuleState(one).tensors] == [id(t) for t in (one.a.weight, one.a.bias, one.plain)] or len(
+        ModuleState(one).tensors
     ) == 3
     other.a.requires_grad_(False)
-    assert State(one).facts != State(other).facts
+    assert ModuleState(one).facts != ModuleState(other).facts
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import torch.nn as nn
 from transformers.utils.generic import ModelOutput
 
 from nnsight_fx import NNsight, assert_max_compiles, compat
-from nnsight_fx.capture import markers, variables
-from nnsight_fx.capture.markers import close, site
+from nnsight_fx.capture import markers, marking, variables
+from nnsight_fx.capture.marker import close, site
 
 Pair = namedtuple("Pair", "a b")
 
@@ -87,7 +87,7 @@ captured: list = []
 
 @pytest.fixture(autouse=True)
 def segments(monkeypatch):
-    from nnsight_fx.engine.spliced import Capture
+    from nnsight_fx.engine.captured.capture import Capture
 
     captured.clear()
     add = Capture.add
@@ -116,7 +116,7 @@ def test_no_text_is_read_for_what_is_common(half, monkeypatch):
     assert read == []
     captured.clear()
     marked("dicts", half)
-    assert set(read) == {markers.mark if half else markers._mark}
+    assert set(read) == {marking.mark if half else marking.mark_inside}
 
 
 def test_a_number_that_passes_by_is_not_guarded():

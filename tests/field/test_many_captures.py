@@ -11,8 +11,9 @@ import torch
 import torch.nn as nn
 
 from nnsight_fx import NNsight, assert_max_compiles
-from nnsight_fx.engine import spliced
-from nnsight_fx.engine.spliced import watch
+from nnsight_fx.engine.captured import entries
+from nnsight_fx.engine.captured import watch as watching
+from nnsight_fx.engine.captured.watch import watch
 
 from ..equivalence.harness import same, wrap
 
@@ -113,7 +114,7 @@ def built(engine: str) -> NNsight:
 
 @pytest.mark.parametrize("engine", ["eager", "aot_eager", "symbolic"])
 def test_few_are_kept_and_all_are_right(engine, monkeypatch):
-    monkeypatch.setattr(spliced, "ENTRIES", 3)
+    monkeypatch.setattr(entries, "ENTRIES", 3)
     model, plain, order = built(engine), built("hooks"), random.Random(0)
     seen = []
     (capture,) = model._host.captures.values()
@@ -131,7 +132,7 @@ def test_few_are_kept_and_all_are_right(engine, monkeypatch):
 
 def test_what_runs_as_a_call_is_used(monkeypatch):
     """A plan that runs again and again, as a call, keeps its capture while others come and go."""
-    monkeypatch.setattr(spliced, "ENTRIES", 3)
+    monkeypatch.setattr(entries, "ENTRIES", 3)
     model = built("eager")
     for _ in range(3):
         steered(model, torch.randn(2, 4))
@@ -142,7 +143,7 @@ def test_what_runs_as_a_call_is_used(monkeypatch):
 
 
 def test_reasons_are_bounded(monkeypatch):
-    monkeypatch.setattr(spliced, "REASONS", 4)
+    monkeypatch.setattr(watching, "REASONS", 4)
     model = built("eager")
     (capture,) = model._host.captures.values()
     before = watch.fell

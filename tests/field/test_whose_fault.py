@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from nnsight_fx import NNsight
-from nnsight_fx.engine import spliced
+from nnsight_fx.engine.captured import capture_half
 
 from ..equivalence.harness import same, wrap
 
@@ -123,9 +123,9 @@ def test_a_model_that_dynamo_cannot_take(body, engine):
 
 @pytest.mark.parametrize("body", [more_rows, another_input, the_last])
 def test_a_fault_of_ours(body, monkeypatch):
-    monkeypatch.setattr(spliced.DynamoInterleaver, "leaf", None)
+    monkeypatch.setattr(capture_half.DynamoInterleaver, "leaf", None)
     model = built("eager")
-    with pytest.warns(UserWarning, match=r"nnsight_fx failed at .*spliced\.py:\d+ while Dynamo traced the model"):
+    with pytest.warns(UserWarning, match=r"nnsight_fx failed at .*capture_half\.py:\d+ while Dynamo traced the model"):
         got = run(model, body)
     same(got, run(built("hooks"), body), True)
     assert "its own fault (TypeError" in reason(model) and "written" not in reason(model)

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from nnsight_fx import NNsight, assert_max_compiles
-from nnsight_fx.engine.spliced import watch
+from nnsight_fx.engine.captured.watch import watch
 from nnsight_fx.errors import MissedSiteError, PlanMismatchError
 from nnsight_fx.plan.tree import tree_map
 from nnsight_fx.tracing.lazy import LazyTensor

@@ -11,8 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import nnsight_fx
 from nnsight_fx import LanguageModel, MissedSiteError, OutOfOrderError, assert_max_compiles, assert_no_fallback
-from nnsight_fx.capture.markers import KEY
-from nnsight_fx.engine.spliced import watch
+from nnsight_fx.capture.hook_tables import KEY
+from nnsight_fx.engine.captured.watch import watch
 
 pytestmark = pytest.mark.xdist_group("generation")  # one worker: one capture of a model
 ENGINES = ["hooks", "eager", pytest.param("aot_eager", marks=pytest.mark.slow)]  # `make test-slow`

@@ -10,10 +10,10 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnsight_fx import NNsight
-from nnsight_fx.capture.markers import site
-from nnsight_fx.engine.spliced import Capture
+from nnsight_fx.capture.marker import site
+from nnsight_fx.engine.captured.capture import Capture
 from nnsight_fx.passes.demand import take
-from nnsight_fx.passes.job import Entry, Job
+from nnsight_fx.passes.job import Job, Progress
 from nnsight_fx.plan.plan import InterventionGraph
 
 Body = Callable[[Any, Any, list], None]  # model, tracer, and the list for what it saves
@@ -91,7 +91,7 @@ def record(body: Body, *inputs: torch.Tensor, module: nn.Module | None = None) -
 
 def job_of(recorded: Recorded, **options: Any) -> Job:
     """The job of a segment with which the model begins."""
-    return Job(recorded.plan, Entry([0] * len(recorded.plan.workers), set(), {}, set()), **options)
+    return Job(recorded.plan, Progress([0] * len(recorded.plan.workers), set(), {}, set()), **options)
 
 
 def call(

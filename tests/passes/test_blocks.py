@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import site
 from nnsight_fx.passes.blocks import blocks
 
 from .graphs import graph, targets

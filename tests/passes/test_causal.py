@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nnsight_fx.batching.positions import positions
 from nnsight_fx.batching.rows import Mixed
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import site
 from nnsight_fx.passes.causal import Facts, causal
 from nnsight_fx.passes.fork import fork
 from nnsight_fx.passes.tokens import Layout, NotCausal, attend, choose, pack, repack, unpack

@@ -7,7 +7,7 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import site
 from nnsight_fx.passes.effects import changes, effect
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx import NNsight, passes
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import site
 
 from .graphs import capture, graph, job_of, net, net_graph, outputs, record, targets
 

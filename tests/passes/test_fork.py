@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import site
 from nnsight_fx.passes.fork import fork, join, more
 
 from .graphs import graph, targets

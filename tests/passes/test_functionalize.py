@@ -8,7 +8,7 @@ import torch.fx as fx
 import torch.nn as nn
 
 from nnsight_fx import NNsight, passes
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import site
 from nnsight_fx.passes.effects import changes
 from nnsight_fx.passes.job import constant
 

@@ -7,7 +7,7 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx import NNsight, assert_max_compiles, passes
-from nnsight_fx.passes.job import Cut, Entry, Job, constant, fetch, parameter
+from nnsight_fx.passes.job import CutSite, Job, Progress, constant, fetch, parameter
 from nnsight_fx.plan.plan import Groups, InterventionGraph
 
 from .graphs import call, eager, job_of, net, net_graph, outputs, record, targets
@@ -17,7 +17,7 @@ EMPTY = InterventionGraph.of((), Groups((None,), 0), "", ())
 
 
 def job_for(**options) -> Job:
-    return Job(EMPTY, Entry([0], set(), {}, set()), **options)
+    return Job(EMPTY, Progress([0], set(), {}, set()), **options)
 
 
 def by_hand(build):
@@ -128,7 +128,7 @@ def test_several_users_and_chains():
 
     gm, job = by_hand(build), job_for()
     row, number, _ = outputs(gm)
-    job.exports, job.cut = {(0, 0): row}, Cut(("a", "output", 0), 0, [number, None])
+    job.exports, job.cut = {(0, 0): row}, CutSite(("a", "output", 0), 0, [number, None])
     assert passes.lift_constants(gm, job) == 1  # one input for all uses
     made = outputs(gm)
     assert job.exports == {(0, 0): made[0]} and job.cut.leaves == [made[1], None]

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from nnsight_fx import NNsight
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import site
 from nnsight_fx.passes.outline import outline, seams, sink_views
 
 from .graphs import capture, graph, net, net_graph, targets

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import nnsight_fx
 from nnsight_fx import NNsight, assert_max_compiles, assert_no_fallback, passes
-from nnsight_fx.passes.job import Cut
+from nnsight_fx.passes.job import CutSite
 
 from .graphs import graph, targets
 from .test_lift_constants import job_for
@@ -49,7 +49,7 @@ def test_leaves_what_is_shared():
 def test_does_not_fire(case):
     gm, job = by_hand(lambda x, w: (torch.relu(x), x @ w))
     job.unread = case != "read"
-    job.cut = Cut(("a", "output", 0), 0, []) if case == "cut" else None
+    job.cut = CutSite(("a", "output", 0), 0, []) if case == "cut" else None
     assert passes.prune(gm, job) == 0 and len(run(gm)) == 2
 
 

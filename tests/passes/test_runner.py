@@ -7,7 +7,7 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx import NNsight, passes
-from nnsight_fx.engine.spliced import Capture
+from nnsight_fx.engine.captured.capture import Capture
 from nnsight_fx.passes.job import constant
 
 from .graphs import call, eager, graph, job_of, net, net_graph, record, targets

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from nnsight_fx import NNsight, passes
-from nnsight_fx.capture.markers import site, supply
+from nnsight_fx.capture.marker import site, supply
 from nnsight_fx.plan.plan import SKIP, InterventionGraph
 
 from .graphs import call, capture, eager, graph, job_of, net, net_graph, outputs, record, targets

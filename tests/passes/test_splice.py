@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from nnsight_fx import NNsight, passes
-from nnsight_fx.capture.markers import site, supply
+from nnsight_fx.capture.marker import site, supply
 from nnsight_fx.errors import PlanMismatchError
 from nnsight_fx.passes.job import Unfit, constant, fetch
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from nnsight_fx import NNsight, passes
-from nnsight_fx.capture.markers import site
+from nnsight_fx.capture.marker import site
 
 from .graphs import call, capture, eager, graph, job_of, net, net_graph, record, targets
 

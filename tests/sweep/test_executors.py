@@ -16,7 +16,7 @@ import torch
 from nnsight_fx import LanguageModel, NNsight, WorkerLostError
 from nnsight_fx.sweep import pool
 from nnsight_fx.sweep.executors import Devices, Ray
-from nnsight_fx.sweep.job import Job
+from nnsight_fx.sweep.job import SweepJob
 from nnsight_fx.sweep.packing import pack, unpack
 
 from .programs import X, mlp
@@ -122,7 +122,7 @@ def test_names_and_objects():
 
     class Backwards:
         def run(self, job, chunks):
-            assert isinstance(job, Job)
+            assert isinstance(job, SweepJob)
             for chunk in reversed(chunks):
                 yield chunk, job(chunk)
 
@@ -155,7 +155,7 @@ def test_a_job_goes_through_bytes():
     def fn(tracer, p):
         return probe(block.output[:, p])
 
-    job = Job(model, fn, [torch.tensor([[1, 2, 3]])], {"p": [0, 2]}, {"compile": False})
+    job = SweepJob(model, fn, [torch.tensor([[1, 2, 3]])], {"p": [0, 2]}, {"compile": False})
     made = unpack(pack(job), "cpu")
     assert type(made.model) is LanguageModel and made.model is not model
     assert made.model._host.compiled.options == model._host.compiled.options

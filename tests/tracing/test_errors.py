@@ -75,7 +75,7 @@ def clean(model: NNsight) -> None:
     assert not torch.overrides._get_current_function_mode_stack()
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     assert not nnsight_fx.tracing.saving._open.stack
-    assert getattr(nnsight_fx.capture.markers.active, "run", None) is None
+    assert getattr(nnsight_fx.capture.marker.active, "run", None) is None
     with model.trace(x()):
         got = model.output.save()
     assert type(got) is torch.Tensor and torch.equal(got, module(x()))

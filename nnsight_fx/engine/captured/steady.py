@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from .. import compat
-from ..capture.markers import active
-from ..capture.segment import Segment
-from ..lines import Line
-from ..plan.encode import Key
-from ..plan.interleave import Value
-from ..plan.plan import CALL, MODULE, READ, SAVE, WRITE
-from .run import Run, blame, written
-from .spliced import SplicedRun, Unread
+from ... import compat
+from ...capture.marker import active
+from ...capture.segment import Segment
+from ...lines import Line
+from ...plan.encode import Key
+from ...plan.interleave import Value
+from ...plan.plan import CALL, MODULE, READ, SAVE, WRITE
+from ..run import Run, blame, written
+from .entrance import Unread
+from .run import SplicedRun
 from .variants import extras
 
 KINDS = frozenset({READ, WRITE, CALL, MODULE, SAVE})
@@ -23,8 +24,8 @@ class Steady:
     """What a finished run has shown of its plan. Dynamo checks its guards at each call, and we the hooks on the modules."""
 
     def __init__(self, run: SplicedRun):
-        assert run.entry is not None and run.variant is not None
-        self.capture, self.entry, self.segment, self.variant = run.capture, run.entry, run.segment, run.variant
+        assert run.entrance.entry is not None and run.variant is not None
+        self.capture, self.entry, self.segment, self.variant = run.capture, run.entrance.entry, run.segment, run.variant
         self.plan, self.modules, self.hooks = run.plan, run.modules, run.owner.own()
         self.call = compat.frames.inside(run.variant.call)
         self.write = max((n for n, op in enumerate(run.plan.ops) if op.kind == WRITE), default=None)
@@ -32,21 +33,27 @@ class Steady:
     @classmethod
     def of(cls, run: Run) -> Steady | None:
         """A finished run that missed nothing as a call, if it was no more than that."""
-        if not isinstance(run, SplicedRun) or run.entry is None or run.variant is None or run.segment is None:
+        if not isinstance(run, SplicedRun) or run.entrance.entry is None or run.variant is None or run.segment is None:
             return None
         found, plan = run.variant, run.plan
-        one = run.entry.whole and run.segments_run == 1 and not run.on_hooks and not run.report and not run.replays
+        one = (
+            run.entrance.entry.whole
+            and run.segments_run == 1
+            and not run.entrance.on_hooks
+            and not run.report
+            and not run.replays
+        )
         plain = not (run.frames or plan.recapture or plan.backs or run.live_sites) and all(
             op.kind in KINDS and not op.when for op in plan.ops
         )
         whole = found.requires is None and found.cut is None and plan.saved <= set(found.gives)
         return cls(run) if one and plain and found.fresh and whole else None
 
-    def __call__(self, inputs: tuple, constants: list, lines: list[Line], hooks: tuple) -> Call:
+    def __call__(self, inputs: tuple, constants: list, lines: list[Line], hooks: tuple) -> SteadyCall:
         """A run on other inputs and lifted values; `NotCaptured`, before anything ran, where it is no such run."""
         if hooks != self.hooks or not self.entry.whole:
             raise compat.dynamo.NotCaptured
-        call, outer = Call(self, constants, lines), getattr(active, "run", None)
+        call, outer = SteadyCall(self, constants, lines), getattr(active, "run", None)
         active.run = call
         try:
             with compat.frames.as_compiled():
@@ -62,11 +69,11 @@ class Steady:
         finally:
             active.run = outer
         self.capture.hits += 1
-        self.capture.touch(self.entry)
+        self.capture.entries.touch(self.entry)
         return call
 
 
-class Call:
+class SteadyCall:
     """What captured code finds as the run, and whoever asks for its values."""
 
     owner = coroutine = None

@@ -11,15 +11,19 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from .. import compat
-from ..capture import streams
-from ..capture.markers import KEY, Markers, Stop, active, close, mark
-from ..capture.segment import Segment
-from ..capture.state import State, changed, described, snapshot
-from ..capture.symbolic import Recorder, SymbolicTracer, Untraceable, observed, why_not
-from ..plan import ambient, tree
-from ..plan.tree import PLAIN
-from ..scan.scan import callee, skeleton
+from ... import compat
+from ...capture import streams
+from ...capture.hook_tables import KEY
+from ...capture.marker import active, close
+from ...capture.markers import Markers, Stop
+from ...capture.marking import mark
+from ...capture.segment import Segment
+from ...capture.state import ModuleState, changed, described, snapshot
+from ...capture.symbolic import SymbolicTracer, TracingMode, Untraceable, observed, why_not
+from ...compat.modules import comes_and_goes
+from ...plan import ambient, tree
+from ...plan.tree import PLAIN
+from ...scan.scan import callee, skeleton
 
 GRAPHS = 64  # kept an entry
 
@@ -57,7 +61,7 @@ class Symbolic:
 
     def __call__(self, args: tuple, kwargs: dict) -> Any:
         leaves, spec = tree.flatten((args, kwargs))
-        own = State(self.module, self.markers.forward_of)
+        own = ModuleState(self.module, self.markers.forward_of)
         tensors = [*(x for x in leaves if isinstance(x, torch.Tensor)), *own.tensors]
         _refuse_modules(own.modules, self.markers)
         key = (
@@ -93,7 +97,7 @@ class Symbolic:
                 if getattr(was, "__func__", None) is not type(real).forward:
                     raise Untraceable(f"the `forward` of a {type(real).__name__} was replaced")
                 del copy.forward
-        parts = State(copied).tensors
+        parts = ModuleState(copied).tensors
         if len(parts) != held:
             raise Untraceable("the module cannot be copied as it is")
         made = {id(x): mode.from_tensor(x, static_shapes=True) for x in leaves if isinstance(x, torch.Tensor)}
@@ -111,7 +115,7 @@ class Symbolic:
             compiles,
             mode,
             observed(copied, self.markers, tracer),
-            Recorder(tracer),
+            TracingMode(tracer),
         ):
             try:
                 called = contextvars.copy_context().run(callee(copied, self.fn), *args, **kwargs)
@@ -160,7 +164,7 @@ def _refuse_modules(modules: list[nn.Module], markers: Markers) -> None:
                 "(`torch.backends.mha.set_fastpath_enabled(False)` turns it off)"
             )
         for table in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
-            if table and any(key != KEY and not _collects(hook) for key, hook in table.items()):
+            if table and any(key != KEY and not comes_and_goes(hook) for key, hook in table.items()):
                 name = markers.paths.get(m) or "the model"
                 raise Untraceable(f"`{name}` has hooks, which a traced graph would not call")
     if compat.modules.hooked_everywhere():
@@ -178,11 +182,6 @@ def _refuse(leaves: list, tensors: list[torch.Tensor]) -> None:
     places = {id(x): place for x, place in zip(tensors, _shared(tensors), strict=True) if place >= 0}
     if len(set(places.values())) < len(places):
         raise Untraceable("two of its tensors lie in the same memory")
-
-
-def _collects(hook: Any) -> bool:
-    """Is it a hook by which transformers collects outputs? It runs at each forward, and while one is traced."""
-    return (getattr(hook, "__module__", "") or "").startswith("transformers.")
 
 
 def _signature(leaves: list) -> tuple:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..compat import inductor
-from ..compat.tensors import memory
+from ...compat import inductor
+from ...compat.tensors import memory
 
 MODES = ("reduce-overhead", "max-autotune")
 

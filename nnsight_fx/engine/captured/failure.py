@@ -6,11 +6,11 @@ import re
 import traceback
 from typing import TYPE_CHECKING
 
-from ..config import OURS
-from ..plan.plan import SKIP, WRITE
+from ...config import OURS
+from ...plan.plan import SKIP, WRITE
 
 if TYPE_CHECKING:
-    from .spliced import SplicedRun
+    from .run import SplicedRun
 
 _FROM = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -39,7 +39,7 @@ def untraceable(error: Exception, run: SplicedRun) -> str:
         return f"hook engine: nnsight_fx failed at {line} while Dynamo traced the model, which is its own fault ({reason}). Please report it"
     told = _FROM.findall(str(error).partition("from user code")[2])
     at = f" at {told[-1][0]}:{told[-1][1]}" if told else ""
-    plan = run.capture_half
+    plan = run.entrance.half
     if plan is not None and plan.recapture == "changes":
         writes = [n for n, op in enumerate(plan.ops) if op.kind == SKIP or (op.kind == WRITE and not op.extra[2])]
         lines = ", ".join(dict.fromkeys(str(run.lines[n]) for n in writes if n < len(run.lines)))

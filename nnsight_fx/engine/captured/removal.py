@@ -6,20 +6,18 @@ a pass finds that it does not hold, `Unfit` leads back to the capture half befor
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn as nn
 
-from ..compat.modules import hooked_everywhere
-from ..compat.transformers import collects_states
-from ..errors import PlanMismatchError
-from ..passes.job import Job, Unfit
-from ..plan import tree
-from ..plan.plan import APPLY, SKIP, SYNC, InterventionGraph
-from ..plan.tree import PLAIN
-from ..tracing.steps import SiteMeta
-from ..tracing.tape import Tape
+from ...compat.modules import comes_and_goes, hooked_everywhere
+from ...compat.transformers import collects_states
+from ...errors import PlanMismatchError
+from ...passes.job import Job, Unfit
+from ...plan import tree
+from ...plan.plan import APPLY, SKIP, SYNC, InterventionGraph
+from ...plan.tree import PLAIN
+from ...tracing.steps import SiteMeta
+from ...tracing.tape import Tape
 
 
 def removable(plan: InterventionGraph, tape: Tape, root: nn.Module) -> bool:
@@ -47,16 +45,12 @@ def _alone(plan: InterventionGraph, tape: Tape, root: nn.Module, path: str, call
 def _hooked(module: nn.Module) -> bool:
     """Would calling the module call Python beside its forward, or a part of it count its calls?"""
     for m in module.modules():
-        theirs = [h for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) if not _transformers(h)]
+        theirs = [h for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) if not comes_and_goes(h)]
         if theirs or m._backward_hooks or m._backward_pre_hooks:
             return True
         if m is not module and any(collects_states(h) for h in m._forward_hooks.values()):
             return True
     return False
-
-
-def _transformers(hook: Any) -> bool:
-    return (getattr(hook, "__module__", "") or "").startswith("transformers.")
 
 
 def check(job: Job, tries: bool) -> None:

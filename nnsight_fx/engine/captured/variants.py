@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx as fx
 
-from .. import compat, passes
-from ..capture.markers import WHOLE, supply
-from ..capture.segment import Segment
-from ..compat.tensors import memory, whole
-from ..errors import PlanMismatchError
-from ..passes.job import Cut, Entry, Job, NotDifferentiable, Unfit
-from ..plan import ambient
-from ..plan.lifting import EXACT
-from . import clock, following
+from ... import compat, passes
+from ...capture.marker import WHOLE, is_marker, marker_of, supply
+from ...capture.segment import Segment
+from ...compat.tensors import memory, whole
+from ...errors import PlanMismatchError
+from ...passes.job import CutSite, Job, NotDifferentiable, Progress, Unfit
+from ...plan import ambient
+from ...plan.lifting import EXACT
+from .. import clock
+from . import following
 from .gradients import differentiable
 from .regions import Whole, regional
 from .removal import check
 
 if TYPE_CHECKING:
-    from .spliced import SplicedRun
+    from .run import SplicedRun
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Variant:
     gives: list[tuple[int, int]]
     own: int
     exit: Any
-    cut: Cut | None = None
+    cut: CutSite | None = None
     tail: Segment | None = None
     leaves: list[int | None] = field(default_factory=list)  # for each leaf of the cut site, its place in the outputs
     resumed: list[int | tuple] = field(
@@ -184,7 +185,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
     pristine = list(gm.graph.nodes)
     job = Job(
         plan=run.plan,
-        entry=Entry(list(run.at), set(run.done), dict(run.counts), set(run.env), dict(run.skipped)),
+        entry=Progress(list(run.at), set(run.done), dict(run.counts), set(run.env), dict(run.skipped)),
         closed=run.closed,
         raw_numbers=raw_numbers(run),
         skeleton=lambda path: run.skeleton(path),
@@ -192,7 +193,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         half=frozenset(run.owner.half or ()),
         lines=run.lines,
         modes=ambient.current(),
-        begun=run.capture_half is None and not run.removes,
+        begun=run.entrance.half is None and not run.removes,
         removes=run.removes and segment.pure,
         unread=_unread(segment, run),
     )
@@ -233,7 +234,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         state["resumed"],
         job.report,
         ends=None in job.removed,
-        whole=job.cut is not None and pristine[job.cut.last].args[4:] == (WHOLE,),
+        whole=job.cut is not None and marker_of(pristine[job.cut.last]).last == WHOLE,
         unread=job.unread and job.cut is None,
         fresh=run.closed and not (run.counts or run.env or run.done or aliases),
         requires=job.requires,
@@ -246,9 +247,9 @@ def _built(
     segment: Segment, run: SplicedRun, gm: fx.GraphModule, job: Job, fakes: list, args: tuple, inputs: Callable
 ) -> Callable:
     """A rewritten segment, compiled: by blocks where it has equal ones."""
-    if not run.capture.regional:
+    if not run.capture.options.by_regions:
         compat.graphs.as_dynamos(gm)
-        return run.capture.build(gm, inputs, run.report)
+        return run.capture.builder.build(gm, inputs, run.report)
     cut = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     twins = dict(zip(gm.graph.nodes, cut.graph.nodes, strict=True))
     for old, new in twins.items():
@@ -256,12 +257,12 @@ def _built(
     try:
         job.blocks = [twins[n] for n in job.blocks if n in twins]
         given = [compat.fakes.as_leaf(segment.context, x) for x in inputs()]
-        build = functools.partial(run.capture.build, report=run.report)
+        build = functools.partial(run.capture.builder.build, report=run.report)
         return regional(cut, job, segment, (fakes, given), list(args), build)
     except Whole as why:
         job.whole = str(why)
         compat.graphs.as_dynamos(gm)
-        return run.capture.build(gm, inputs, run.report)
+        return run.capture.builder.build(gm, inputs, run.report)
 
 
 def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[fx.GraphModule, Job], int]:
@@ -299,21 +300,17 @@ def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[f
     return cut
 
 
-def _group(pristine: list[fx.Node], cut: Cut) -> dict[fx.Node, int]:
+def _group(pristine: list[fx.Node], cut: CutSite) -> dict[fx.Node, int]:
     """The markers of the cut site, and what stands for what it is written with, by leaf."""
-    path, kind, _ = cut.site
-    supplied = {n: n.args[3] for n in pristine[cut.last + 1 :] if n.target is supply and n.args[:3] == cut.site}
+    behind = [(n, marker_of(n)) for n in pristine[cut.last + 1 :] if n.target is supply]
+    supplied = {n: marker.leaf for n, marker in behind if marker.site == cut.site}
     found: dict[fx.Node, int] = {}
     for node in reversed(pristine[: cut.last + 1]):
-        if (
-            node.op != "call_function"
-            or len(node.args) != 5
-            or node.args[1:3] != (path, kind)
-            or (found and node.args[4])
-        ):
+        marker = marker_of(node) if is_marker(node) else None
+        if marker is None or marker.name != cut.site[:2] or (found and marker.last):
             break
-        found[node] = node.args[3]  # type: ignore[assignment]
-    return {**found, **supplied}  # type: ignore[dict-item]
+        found[node] = marker.leaf
+    return {**found, **supplied}
 
 
 def _fake(segment: Segment, run: SplicedRun, fakes: list, take: tuple) -> Any:

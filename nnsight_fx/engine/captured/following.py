@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .. import compat
+from ... import compat
 
 if TYPE_CHECKING:
-    from .spliced import SplicedRun
+    from .run import SplicedRun
 
 
 def kin(key: tuple) -> tuple:

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 import torch.fx as fx
 
-from ..compat import inductor
-from ..compat.graphs import make_fx
+from ...compat import inductor
+from ...compat.graphs import make_fx
 
 # Up to how many rows, and from how many elements of a weight, it pays (`bench/products.py`).
 IN_BLOCKS = 64, 2**16

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx as fx
 
-from .. import compat
-from ..passes.effects import changes
-from ..passes.job import Job
-from ..passes.outline import outline, sink_views
-from . import clock
+from ... import compat
+from ...passes.effects import changes
+from ...passes.job import Job
+from ...passes.outline import outline, sink_views
+from .. import clock
 
 if TYPE_CHECKING:
-    from ..capture.segment import Segment
+    from ...capture.segment import Segment
 
 KEPT = 256  # compiled regions a segment
 SMALL = 8  # operations a block, below which its calls cost more than its compiling

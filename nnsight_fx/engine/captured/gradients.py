@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..compat.tensors import shares_memory
-from ..passes.job import NotDifferentiable
+from ...compat.tensors import shares_memory
+from ...passes.job import NotDifferentiable
 
 if TYPE_CHECKING:
-    from .spliced import SplicedRun
+    from .run import SplicedRun
     from .variants import Variant
 
 
