@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from ..envoys.envoy import host_of
 from ..lines import user_line
 from ..report.runs import one_run
 from ..sweep.job import given, is_dataset
@@ -221,7 +222,7 @@ def _checked(model: Any, verb: Callable, options: dict[str, Any]) -> None:
     """A misspelt keyword is told by the verb that it was written to."""
     own = {"compile", "fn", "pad_to"} | inspect.signature(sweep).parameters.keys()
     model.dispatch()
-    model._host.check_keywords(options.get("fn"), options.keys() - own, verb.__name__, verb, sweep)
+    host_of(model).check_keywords(options.get("fn"), options.keys() - own, verb.__name__, verb, sweep)
 
 
 def _write(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..envoys.envoy import host_of
 from ..lines import user_line
 from ..plan.tree import first
 from ..sweep.job import given
@@ -72,7 +73,7 @@ class Site:
     def length(self, item: Any) -> int:
         """How many tokens the model sees of an input."""
         args, kwargs = given(self.model, item)
-        known = self.model._host.inputs.length(self.model._host.inputs.prepare(args, kwargs))
+        known = host_of(self.model).inputs.length(host_of(self.model).inputs.prepare(args, kwargs))
         if known is not None:
             return known
         with self.model.scan(*args, **kwargs):
@@ -84,7 +85,7 @@ class Site:
         rows = []
         for item in items:
             args, kwargs = given(self.model, item)
-            ids = self.model._host.inputs.prepare(args, kwargs).kwargs.get("input_ids")
+            ids = host_of(self.model).inputs.prepare(args, kwargs).kwargs.get("input_ids")
             if tokenizer is None or not isinstance(ids, torch.Tensor) or ids.dim() != 2 or (ids != ids[0]).any():
                 return None
             rows.append(ids[0].tolist())

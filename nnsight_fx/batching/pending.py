@@ -18,7 +18,7 @@ from ..plan.encode import facts, references
 from ..plan.plan import APPLY, CALL, OBJECT, OBSERVE, REACH, READ, SKIP, SYNC, VISIT, InterventionGraph
 from ..plan.tree import PLAIN
 from ..tracing.functions import INSIDE
-from ..tracing.lazy import LazyTensor
+from ..tracing.lazy import LazyTensor, key_of
 from .effects import effects
 
 COPIED = 2**20  # bytes: what is larger is watched, not copied (SEMANTICS D23)
@@ -119,9 +119,9 @@ class Pending:
         tape.open = True
         try:
             with under(tape.base):
-                for lazy in sorted(tape.values.values(), key=lambda x: x._key):
+                for lazy in sorted(tape.values.values(), key=lambda x: key_of(x)):
                     asked = id(lazy) in tape.saved or wanted is None or id(lazy) in wanted
-                    if asked and lazy._key[1] != INSIDE and lazy._key[1:] not in kept:
+                    if asked and key_of(lazy)[1] != INSIDE and key_of(lazy)[1:] not in kept:
                         tape.keep(lazy)
                 for stand_in in tape.objects.held:
                     if wanted is None or id(stand_in) in tape.objects.asked:

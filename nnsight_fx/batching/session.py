@@ -13,7 +13,7 @@ from ..plan import tree
 from ..report.runs import Report
 from ..tracing import saving
 from ..tracing.contexts import Leaving, Tracer
-from ..tracing.lazy import LazyTensor
+from ..tracing.lazy import LazyTensor, held_by, hold, key_of, tape_of
 from ..tracing.tape import Tape
 from . import planner
 from .pending import Copies, Pending, Setting, why_now
@@ -66,12 +66,12 @@ class Session:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         saving.closed(self)
-        kept = [x for c in self.containers for x in saving.lazies(c) if x._tape.bridged]
+        kept = [x for c in self.containers for x in saving.lazies(c) if tape_of(x).bridged]
         for lazy in kept:
             if type(lazy) is LazyTensor:
                 lazy.save()
             else:
-                lazy._tape.objects.asked.add(id(lazy))
+                tape_of(lazy).objects.asked.add(id(lazy))
         try:
             if error is None or isinstance(error, Exception | Leaving):
                 self._flush(self.waiting, held=False)
@@ -138,7 +138,7 @@ class Session:
         tape = wave.tape
         setting = Setting.of(tracer.host)
         pending = Pending(tracer, self.line, self.settings.setdefault(setting, setting))
-        used = dict.fromkeys(id(x._tape) for x in tape.constants if type(x) is LazyTensor)
+        used = dict.fromkeys(id(tape_of(x)) for x in tape.constants if type(x) is LazyTensor)
         pending.needs = [self.by_tape[i] for i in used if i in self.by_tape]
         tape.constants[:] = [self._copied(x, pending, tape.operands.handed.holds(x)) for x in tape.constants]
         for i, batch in enumerate(wave.batches):
@@ -196,14 +196,14 @@ class Session:
             if type(lazy) is LazyTensor and id(lazy) not in tape.saved:
                 with contextlib.suppress(KeyError):
                     if tape.conditions.hold(lazy, wave.value):
-                        lazy._held = wave.value(lazy._key)
+                        hold(lazy, wave.value(key_of(lazy)))
 
 
 def _held(tape: Tape, key: Any) -> Any:
     lazy = tape.values.get(key)
-    if lazy is None or lazy._held is None:
+    if lazy is None or held_by(lazy) is None:
         raise KeyError(key)
-    return lazy._held
+    return held_by(lazy)
 
 
 def _raiser(error: BaseException) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..analysis.parts import Parts, parts_of
+from ..envoys.envoy import host_of
 from ..plan.tree import first
 from ..tracing.saving import save
 
@@ -59,7 +60,7 @@ def compare(
             logits = head.output.save()
         return logits
 
-    batch = model._host.inputs.collate([model._host.inputs.prepare((inputs,), {})])
+    batch = host_of(model).inputs.collate([host_of(model).inputs.prepare((inputs,), {})])
 
     def bare() -> None:
         with torch.no_grad():

@@ -11,8 +11,8 @@ import torch
 
 from .. import compat
 from ..plan.encode import Key
-from ..tracing.lazy import LazyTensor
-from ..tracing.objects import become
+from ..tracing.lazy import LazyTensor, key_of
+from ..tracing.objects import become, real_of
 from ..tracing.saving import put_objects
 from ..tracing.tape import Tape
 from .retained import retained
@@ -35,7 +35,7 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
         if type(lazy) is LazyTensor:
             try:
                 if not tape.conditions.used or tape.conditions.hold(lazy, value):
-                    found.append((lazy, [value(lazy._key)]))
+                    found.append((lazy, [value(key_of(lazy))]))
             except KeyError:  # the run did not come to it
                 pass
     for lazy, held in found:
@@ -46,7 +46,7 @@ def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]
     tape.containers = []
     for stand_in in objects.held:
         if "_real" in stand_in.__dict__:
-            become(stand_in, stand_in._look())
+            become(stand_in, real_of(stand_in))
     release()
     tape.forget_reads()
     delivered = []

@@ -332,6 +332,11 @@ def _moved(x: Any, device: torch.device) -> Any:
     return x.to(device) if isinstance(x, torch.Tensor) and x.device != device else x
 
 
+def host_of(model: Envoy) -> Any:
+    """The `ModelHost` of a wrapped model: what traces, sessions and engines may ask of it."""
+    return model._host
+
+
 def _old_name(name: str) -> property:
     """`.nns_<name>`, which was a value's name where a child had its short one."""
 

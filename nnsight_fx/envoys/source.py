@@ -14,7 +14,7 @@ from ..capture.source import operations as frame_of
 from ..errors import OutsideTraceError, SourceNotAvailable, UnknownOperationError, nearest
 from ..lines import Line, user_line
 from . import attention
-from .envoy import Envoy, Observed
+from .envoy import Envoy, Observed, host_of
 
 
 class Operation(Observed):
@@ -125,7 +125,7 @@ def source_of(envoy: Any) -> Source:
     """A module's `.source`."""
     module, root = envoy._module, envoy._root
     with _named(envoy.path, user_line()):
-        function, _ = plain(root._host.markers.forward_of(module))
+        function, _ = plain(host_of(root).markers.forward_of(module))
         return Source(operations.frame(envoy._path), root, frame_of(function))
 
 

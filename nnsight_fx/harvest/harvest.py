@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .. import atomic
 from ..draws import draw_for, own_draws
 from ..engine.clock import listening
-from ..envoys.envoy import Envoy
+from ..envoys.envoy import Envoy, host_of
 from ..errors import StoreError
 from ..folder import Folder
 from ..lines import user_line
@@ -190,7 +190,7 @@ class Shape:
             tracer.stop()
         chosen: Any = slice(None)
         if self.positions is not None and width is not None:
-            starts = [width - item.length if self.model._host.inputs.left else 0 for item in items]
+            starts = [width - item.length if host_of(self.model).inputs.left else 0 for item in items]
             columns = [start + p for start, ps in zip(starts, places, strict=True) for p in ps]
             rows = [i for i, ps in enumerate(places) for _ in ps]
             chosen = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)

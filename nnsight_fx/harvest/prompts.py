@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..envoys.envoy import host_of
 from ..errors import PromptError
 from ..lines import user_line
 from ..report.provenance import hashed
@@ -53,7 +54,7 @@ class Reader:
         if not self.tokens:
             return item
         value = item.value
-        ids = self.model._host.inputs.ids_of(value)[0] if isinstance(value, str) else value
+        ids = host_of(self.model).inputs.ids_of(value)[0] if isinstance(value, str) else value
         ids = torch.as_tensor(ids).reshape(-1).long()[: self.max_length]
         if not len(ids):
             raise PromptError(f"prompt {item.number} of the data set has no tokens. Leave it out.")

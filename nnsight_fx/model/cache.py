@@ -17,7 +17,7 @@ from ..errors import InvokeError, UnknownModuleError, nearest
 from ..lines import user_line
 from ..plan import tree
 from ..plan.plan import Observed
-from ..tracing.lazy import LazyTensor
+from ..tracing.lazy import LazyTensor, key_of
 from ..tracing.steps import DeclaredCache, Invoke, SiteMeta
 from ..tracing.tape import Tape
 
@@ -133,7 +133,7 @@ def _real(leaf: Any, wave: Any) -> Any:
     if not isinstance(leaf, LazyTensor):
         return leaf
     try:
-        real = wave.value(leaf._key)
+        real = wave.value(key_of(leaf))
     except KeyError:
         return None
     return leaf if isinstance(real, torch.Tensor) else real

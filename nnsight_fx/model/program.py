@@ -14,6 +14,7 @@ from ..compat.dynamo import NotCaptured
 from ..engine.captured.steady import Steady
 from ..engine.deliver import own
 from ..engine.notes import Notes, of_run
+from ..envoys.envoy import host_of
 from ..errors import NotRecordableError
 from ..lines import user_line
 from ..plan import tree
@@ -24,7 +25,7 @@ from ..plan.tree import PLAIN
 from ..sweep.job import given
 from ..tracing import saving
 from ..tracing.contexts import Tracer
-from ..tracing.lazy import LazyTensor
+from ..tracing.lazy import LazyTensor, key_of
 
 _PLAIN = (torch.Tensor, *PLAIN)
 ENTRIES = 64  # recordings that a program keeps
@@ -67,7 +68,7 @@ class Program:
         model.dispatch()
         leaves, spec = tree.flatten((args, kwargs))
         batch = self._batch(inputs)
-        kind = (spec, _described(leaves), *model._host.edits, model._host.capture_for(self._of("compile")))
+        kind = (spec, _described(leaves), *host_of(model).edits, host_of(model).capture_for(self._of("compile")))
         call = self._call(batch, kind)
         if call in self.calls:
             try:
@@ -77,15 +78,15 @@ class Program:
                 del self.calls[call]
             else:
                 self.runs["recorded"] += 1
-                model._host.told.ran = known
+                host_of(model).told.ran = known
                 return result
-        key = (model._host.scanner.signature(batch, self._of("fn"), None), *kind)
+        key = (host_of(model).scanner.signature(batch, self._of("fn"), None), *kind)
         known = self.recordings.get(key)
         if known is not None:
             self.runs["recorded"] += 1
             self.recordings.move_to_end(key)
             result = known.run(self, batch, leaves)
-            model._host.told.ran = known
+            host_of(model).told.ran = known
             if known.steady is not None and call is not None:
                 self.calls[call] = known
                 if len(self.calls) > ENTRIES:
@@ -126,15 +127,15 @@ class Program:
         """The input as the model gets it."""
         model = self.model
         args, kwargs = given(model, inputs)
-        return model._host.inputs.collate(
-            [model._host.inputs.prepare(args, {**self.own, **kwargs})], pad_to=self._of("pad_to")
+        return host_of(model).inputs.collate(
+            [host_of(model).inputs.prepare(args, {**self.own, **kwargs})], pad_to=self._of("pad_to")
         )
 
     def _call(self, batch: Any, kind: tuple) -> Hashable:
         """By what a call is known again without a look at the model, which Dynamo's guards take; `None` with objects."""
         leaves, spec = batch.flat
         plain = all([isinstance(x, _PLAIN) for x in leaves])
-        return (spec, _described(leaves), self.model._host.scanner, *kind) if plain else None
+        return (spec, _described(leaves), host_of(self.model).scanner, *kind) if plain else None
 
     def _trace(self, inputs: Any, args: tuple, kwargs: dict, of: Recording | None = None) -> Any:
         call_args, call_kwargs = given(self.model, inputs)
@@ -223,13 +224,13 @@ class Recording:
                 return x
             if id(x) not in lent:
                 self.slots.append(Slot(len(tape.constants), argument=self.arguments[id(x)]))
-                lent[id(x)] = tape.operands.lend(x)
+                lent[id(x)] = tape.lend(x)
             return lent[id(x)]
 
         return one
 
     def keep(self, tracer: Tracer, leaves: list, spec: tree.Spec) -> None:
-        self.keys, self.spec = [x._key for x in leaves], spec
+        self.keys, self.spec = [key_of(x) for x in leaves], spec
         if tracer.tape.begun:
             self.why = "it looks at values"
         elif tracer.tape.drew:
@@ -271,7 +272,7 @@ class Recording:
     def again(self, program: Program, batch: Any, leaves: list) -> Any:
         """Run it as a call; `NotCaptured`, before anything ran, where it is none any more."""
         assert self.steady is not None
-        hooks = program.model._host.markers.own()
+        hooks = host_of(program.model).markers.own()
         run = self.steady((batch.args, batch.kwargs), self._lifted(program, leaves), self.lines, hooks)
         self.ran = None
         return self._given(run)
@@ -287,7 +288,7 @@ class Recording:
         """Run it on another input, with other arguments."""
         model, constants = program.model, self._lifted(program, leaves)
         wave: Any = Again(self.tracer, self.tape, batch, program._of("fn"), {})
-        run = model._host.run(wave, self.plan, constants, self.lines)
+        run = host_of(model).run(wave, self.plan, constants, self.lines)
         try:
             run.finish(self.plan)
             missed = run.unfinished()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
-from ..envoys.envoy import Envoy
+from ..envoys.envoy import Envoy, host_of
 from .aliasing import Names, Rename
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class EnvoyTree:
         """The module tree is new: everything learnt of the old one is forgotten, and the envoys that a user holds stay good."""
         model = self.model()
         assert model is not None
-        host = model._host
+        host = host_of(model)
         host.shared.renew(host.module)
         for each in host.shared.family:
             each._tree.know(host.markers.paths)
@@ -53,9 +53,9 @@ class EnvoyTree:
         if id(module) not in self.envoys:
             model = self.model()
             assert model is not None
-            if module not in model._host.markers.paths:
+            if module not in host_of(model).markers.paths:
                 self.changed()
-            path = model._host.markers.paths[module]
+            path = host_of(model).markers.paths[module]
             cls = self.names.chosen(self.classes, module, Envoy)
             self.envoys[id(module)] = cls(module, path, model)
         return self.envoys[id(module)]
@@ -72,7 +72,7 @@ class EnvoyTree:
         for path, attached in self.attached.items():
             where, _, name = path.rpartition(".")
             setattr(module.get_submodule(where), name, attached)
-        for envoy in [e for each in model._host.shared.family for e in each._tree.envoys.values()]:
+        for envoy in [e for each in host_of(model).shared.family for e in each._tree.envoys.values()]:
             envoy._module = module.get_submodule(envoy._path)
-        model._host.shared.module = module
+        host_of(model).shared.module = module
         self.changed()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from ..envoys.envoy import Observed
+from ..envoys.envoy import Observed, host_of
 from ..plan import tree
 from .bug_report import versions
 
@@ -33,14 +33,14 @@ def of_model(model: Any) -> dict[str, Any]:
     structure = (str(module), repr(sorted(told.items(), key=lambda kv: kv[0])), [m.training for m in module.modules()])
     return {
         "model": type(module).__name__,
-        "structure": hashed(structure, [[repr(e.ops), e.constants] for e in model._host.edits]),
+        "structure": hashed(structure, [[repr(e.ops), e.constants] for e in host_of(model).edits]),
         "weights": hashed([*module.named_parameters(), *module.named_buffers()]),
     }
 
 
 def environment(model: Any, compile: Any) -> dict[str, Any]:
     """The engine, versions, hardware, and when."""
-    capture = model._host.capture_for(compile)
+    capture = host_of(model).capture_for(compile)
     return {
         "engine": "hooks" if capture is None else str(capture.options),
         "versions": versions(),

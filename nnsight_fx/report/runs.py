@@ -12,6 +12,7 @@ from typing import Any
 
 from ..engine.clock import seconds
 from ..engine.notes import SHARED, Notes
+from ..envoys.envoy import host_of
 from ..lines import user_line
 from ..plan.printing import short
 
@@ -168,23 +169,23 @@ def _bare(note: str) -> str:
 @contextlib.contextmanager
 def gathered(model: Any, report: Report) -> Iterator[Report]:
     """What runs in the block is told in `report`, and not elsewhere."""
-    outer, model._host.shared.verb = model._host.shared.verb, report
+    outer, host_of(model).shared.verb = host_of(model).shared.verb, report
     try:
         yield report
     finally:
-        model._host.shared.verb = outer
+        host_of(model).shared.verb = outer
 
 
 @contextlib.contextmanager
 def as_one(model: Any, what: str, line: Any) -> Iterator[Report]:
     """Everything that runs in the block is one run, for `model.explain()`: that of the outermost verb, at `line`."""
-    outer = model._host.shared.verb
+    outer = host_of(model).shared.verb
     try:
         with gathered(model, Report(what, line)) as report:
             yield report
     finally:
         if outer is None:
-            model._host.told.ran = report
+            host_of(model).told.ran = report
         else:
             outer.take(report)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..envoys.envoy import host_of
 from ..errors import PlanError
 from ..lines import user_line
 from ..plan import files
@@ -33,12 +34,12 @@ def place(model: Any, name: str | None, export_dir: str | os.PathLike | None, va
 
 def export(model: Any, path: str) -> None:
     """Write the edits of a model."""
-    if not model._host.edits:
+    if not host_of(model).edits:
         raise PlanError(f"{user_line()}: this model has no edits to export; make one first (`model.edit()`).")
     module = model._module
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     parameters = {id(tensor): name for name, tensor in tensors}
-    writers = [EditWriter(draft, parameters, model.device, f"{i}.") for i, draft in enumerate(model._host.edits)]
+    writers = [EditWriter(draft, parameters, model.device, f"{i}.") for i, draft in enumerate(host_of(model).edits)]
     edits = [writer.document() for writer in writers]
     held: dict[str, torch.Tensor] = {}
     for writer in writers:

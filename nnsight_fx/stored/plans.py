@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..envoys.envoy import host_of
 from ..errors import PlanError, nearest
 from ..lines import user_line
 from ..plan import files
@@ -59,7 +60,7 @@ class Plan:
         for _, line, modules, _ in caches:
             for module in modules or ():
                 self._stored.known_module(module.removeprefix("model").lstrip("."), line)
-        if self._edits and model._host.edits:
+        if self._edits and host_of(model).edits:
             raise PlanError(
                 f"`{path}` holds the edits that its model had, and this model has edits of its own. Load it for the model without "
                 "them: the one that `edit()` was called on, or after `clear_edits()`."
@@ -136,7 +137,7 @@ class Plan:
         model = self.model
         if self._edits:
             model = model._copy()
-            model._host.edits = [Edit(replay, self._numbers(i)) for i in range(self._edits)]
+            host_of(model).edits = [Edit(replay, self._numbers(i)) for i in range(self._edits)]
         open_trace = model.scan if scan else model.trace
         caches: dict[str, Any] = {}
         with open_trace(*(inputs if direct else ()), **(kwargs if direct else {}), **options) as tracer:

@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from ..engine.captured.options import EXACT
 from ..engine.clock import seconds
+from ..envoys.envoy import host_of
 from ..errors import nearest
 from ..lines import user_line
 from ..report.runs import Report
@@ -43,7 +44,7 @@ class Choice:
 
     def __init__(self, job: SweepJob, engine: str, report: Report, here: bool, known: str | None = None):
         self.job, self.report, self.known = job, report, known
-        self.capture = job.model._host.capture_for(job.options.get("compile"))
+        self.capture = host_of(job.model).capture_for(job.options.get("compile"))
         self.shapes = {(job.options.get("fn"), job.shapes[job.prompt(cell)]) for cell in range(len(job.cells))}
         self.pilot: set[int] = set()
         self.pace: list[float] = []  # seconds a cell of what runs on hooks before the choice

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..draws import draw_for, own_draws
+from ..envoys.envoy import host_of
 from ..errors import NotRecordableError
 from ..lines import user_line
 from ..plan import tree
@@ -81,13 +82,13 @@ class SweepJob:
     @contextlib.contextmanager
     def _engine(self) -> Iterator[None]:
         """What runs without a word of its own runs on hooks, where the sweep does."""
-        compiled = self.model._host.compiled
+        compiled = host_of(self.model).compiled
         if self.on_hooks:
-            self.model._host.compiled = None
+            host_of(self.model).compiled = None
         try:
             yield
         finally:
-            self.model._host.compiled = compiled
+            host_of(self.model).compiled = compiled
 
     def __call__(self, chunk: Sequence[int], ready: bool = False) -> Done:
         """Run some cells; `ready`: what they need is `prepared`."""
@@ -136,7 +137,7 @@ def given(model: Any, item: Any) -> tuple[tuple, dict]:
 def look(model: Any, item: Any) -> tuple[str, tuple]:
     """A digest of one input as the model gets it, and the shapes in it."""
     args, kwargs = given(model, item)
-    batch = model._host.inputs.prepare(args, kwargs)
+    batch = host_of(model).inputs.prepare(args, kwargs)
     leaves = tree.flatten((batch.args, batch.kwargs))[0]
     return hashed(leaves), tuple(tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor))
 

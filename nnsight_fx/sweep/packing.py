@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..compat.transformers import without_library_hooks
-from ..envoys.envoy import Envoy
+from ..envoys.envoy import Envoy, host_of
 from ..errors import MissingExtraError
 from ..lines import user_line
 
@@ -32,7 +32,7 @@ def pack(job: Any) -> bytes:
         raise MissingExtraError(
             f"{user_line()}: an executor sends bodies to other processes by cloudpickle: pip install 'nnsight-fx[sweep]'."
         )
-    if job.model._host.edits:
+    if host_of(job.model).edits:
         raise ValueError(
             f"{user_line()}: a model with edits does not go to other processes. Do in the body what the edit does, or run this sweep "
             "without `executor=`."
@@ -69,6 +69,6 @@ if cloudpickle is not None:
             if obj is not root:
                 return _envoy, (root, obj._path)
             state = {k: v for k, v in vars(root).items() if k not in _OWN}
-            capture = root._host.compiled
+            capture = host_of(root).compiled
             options = None if capture is None else vars(capture.options) | {"options": dict(capture.options.options)}
             return _model, (type(root), root._module, state, options)

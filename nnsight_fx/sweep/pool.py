@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..engine.clock import say
+from ..envoys.envoy import host_of
 from ..errors import WorkerLostError
 from ..lines import user_line
 from .job import Done, SweepJob
@@ -104,5 +105,5 @@ class Pool:
 
 
 def _compiles(job: SweepJob) -> bool:
-    capture = job.model._host.capture_for(job.options.get("compile"))
+    capture = host_of(job.model).capture_for(job.options.get("compile"))
     return not job.on_hooks and capture is not None and capture.options.backend not in ("eager", "aot_eager")

@@ -17,7 +17,7 @@ from ..plan import tree
 from ..plan.interleave import observed
 from ..plan.plan import CALL, EVERY, GRAD, OBSERVE, REACH, READ, SAVE, WRITE, Observed, Op, Site, name_of_site
 from .gradients import LATE
-from .lazy import LazyTensor
+from .lazy import LazyTensor, fake_in
 from .nested import refuse_nested
 from .steps import ANY, Beaten, Missing, SiteMeta
 
@@ -232,7 +232,7 @@ class Accesses:
 def _memory(value: Any) -> set[int]:
     """The storages that the recorded tensors in a value lie in."""
     with NoTorchFunction():
-        return {memory(x._fake) for x in tree.flatten(value)[0] if type(x) is LazyTensor}
+        return {memory(fake_in(x)) for x in tree.flatten(value)[0] if type(x) is LazyTensor}
 
 
 def _expected(meta: SiteMeta) -> tuple | None:

@@ -29,8 +29,8 @@ from ..plan.names import (
 )
 from ..plan.plan import APPLY, CALL, READ, Site, name_of_site
 from .functions import INSIDE, custom_function
-from .lazy import LazyTensor
-from .objects import LazyObject
+from .lazy import LazyTensor, key_of, tape_of
+from .objects import LazyObject, real_of
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -137,7 +137,7 @@ class TorchCalls:
         for x in args:
             cls = type(x)
             if cls is LazyTensor:
-                part = x._key if x._tape is self.tape and x._key[1] != INSIDE else None
+                part = key_of(x) if tape_of(x) is self.tape and key_of(x)[1] != INSIDE else None
             elif cls is tuple:
                 part = tuple(map(_position, x))
                 part = None if None in part else part
@@ -171,8 +171,8 @@ class TorchCalls:
 
     def read_at(self, x: Any) -> Site | None:
         """The site that a recorded value was read at."""
-        own = isinstance(x, LazyTensor) and x._tape is self.tape and x._key[0] == "v" and x._key[1] != INSIDE
-        return self.tape.ops[x._key[1]].target if own and self.tape.ops[x._key[1]].kind == READ else None
+        own = isinstance(x, LazyTensor) and tape_of(x) is self.tape and key_of(x)[0] == "v" and key_of(x)[1] != INSIDE
+        return self.tape.ops[key_of(x)[1]].target if own and self.tape.ops[key_of(x)[1]].kind == READ else None
 
     def _note_first_row(self, func: Any, args: tuple) -> None:
         """`output[0]` was a block's tensor while a block gave a tuple; of a tensor it is the first prompt alone."""
@@ -217,5 +217,5 @@ def held(args: Any) -> Any:
 
 def _held(x: Any) -> Any:
     if isinstance(x, LazyObject):
-        return x._look()
-    return x._tape.syncs.earlier(x) if type(x) is LazyTensor and x._tape.bridged else x
+        return real_of(x)
+    return tape_of(x).syncs.earlier(x) if type(x) is LazyTensor and tape_of(x).bridged else x

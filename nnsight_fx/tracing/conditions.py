@@ -16,7 +16,7 @@ from ..errors import NotRecordableError, UnsavedValueError
 from ..lines import user_line
 from ..plan.encode import Key, references
 from ..plan.plan import BACKWARD, BARRIER, GRAD, OBJECT, OBSERVE, REACH, READ, SET_GRAD, VISIT
-from .lazy import LazyTensor
+from .lazy import LazyTensor, key_of, line_of
 from .objects import LazyObject
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Conditions:
         """Has the run made a value, and saved it?"""
         if not self.used:
             return True
-        when = [*self._made([lazy._key[1:3]] if lazy._key[0] == "v" else []), *self.saves.get(id(lazy), ())]
+        when = [*self._made([key_of(lazy)[1:3]] if key_of(lazy)[0] == "v" else []), *self.saves.get(id(lazy), ())]
         try:
             return all(held.is_meta or bool(held) for held in map(value, when))  # a scan cannot tell
         except KeyError:  # a predicate in a block that did not hold
@@ -120,11 +120,11 @@ class Conditions:
 
     def undefined(self, lazy: LazyTensor) -> bool:
         """Can a value be without data because a block did not take effect?"""
-        return id(lazy) in self.saves or bool(lazy._key[0] == "v" and self._made([lazy._key[1:3]]))
+        return id(lazy) in self.saves or bool(key_of(lazy)[0] == "v" and self._made([key_of(lazy)[1:3]]))
 
     def error(self, lazy: LazyTensor) -> UnsavedValueError:
         return UnsavedValueError(
-            f"{user_line()}: `{self.tape.describe(lazy._key)}`, made at {lazy._line}, has no value: it was made or saved in a "
+            f"{user_line()}: `{self.tape.describe(key_of(lazy))}`, made at {line_of(lazy)}, has no value: it was made or saved in a "
             "`tracer.cond` that did not hold in this run."
         )
 

@@ -23,7 +23,7 @@ from ..plan.encode import Identity
 from ..plan.lifting import name_of
 from ..plan.names import draws, needs_data
 from ..plan.plan import CALL
-from .lazy import LazyTensor, _first
+from .lazy import LazyTensor, first_lazy
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -154,7 +154,7 @@ def custom_function(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Inside 
 
 def _lazy_args(frame: FrameType) -> bool:
     _, args, kwargs = applied(frame)
-    return _first(args, kwargs) is not None
+    return first_lazy(args, kwargs) is not None
 
 
 def set_grad(tape: Tape, enabled: bool) -> None:

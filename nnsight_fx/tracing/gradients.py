@@ -15,7 +15,7 @@ from ..errors import NotRecordableError
 from ..lines import user_line
 from ..plan import tree
 from ..plan.plan import BACKWARD, GRAD, SET_GRAD
-from .lazy import LazyTensor
+from .lazy import LazyTensor, key_of
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -62,7 +62,7 @@ class Gradients:
         shape = tuple(self.tape.operands.fake(new).shape) if isinstance(new, torch.Tensor) else None
         if shape != tuple(value.shape):
             raise RuntimeError(
-                f"{user_line()}: the gradient of `{self.tape.describe(value._key)}` has shape {tuple(value.shape)}; it was set to "
+                f"{user_line()}: the gradient of `{self.tape.describe(key_of(value))}` has shape {tuple(value.shape)}; it was set to "
                 + (
                     f"a tensor of shape {shape}."
                     if shape is not None
@@ -70,7 +70,7 @@ class Gradients:
                 )
             )
         self.tape.add(SET_GRAD, None, (gradient, new), {}, effect="gradient", result=lambda: None)
-        self.asked[value._key] = new
+        self.asked[key_of(value)] = new
 
     def of_parameter(self, parameter: torch.Tensor) -> Any:
         """`.grad` of a real tensor: nobody's business here, unless a recorded backward is to fill it."""

@@ -6,8 +6,10 @@ can compute on it in silence: below the Python API it always raises.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -42,7 +44,7 @@ class LazyTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        lazy = _first(args, kwargs or {})
+        lazy = first_lazy(args, kwargs or {})
         if lazy is None:
             return NotImplemented
         return lazy._tape.call(func, args, kwargs or {})
@@ -54,7 +56,7 @@ class LazyTensor(torch.Tensor):
             "(torch.func transforms, scripted functions and C++ extensions go that way). "
             "Call the function on real values instead: `tracer.apply(fn, value)`."
         )
-        lazy = _first(args, kwargs or {})
+        lazy = first_lazy(args, kwargs or {})
         if lazy is not None:
             lazy._tape.refusal = refusal  # TorchScript loses it on its way up
         raise refusal
@@ -180,12 +182,35 @@ class Given:
         self.latest.clear()
 
 
-def _first(args: Any, kwargs: dict) -> LazyTensor | None:
+def first_lazy(args: Any, kwargs: dict) -> LazyTensor | None:
     for a in (*args, *kwargs.values()):
         if isinstance(a, LazyTensor):
             return a
         if isinstance(a, list | tuple):
-            found = _first(a, {})
+            found = first_lazy(a, {})
             if found is not None:
                 return found
     return None
+
+
+# What other files may ask of a recorded value. Its own names begin with an underscore: all others are a tensor's.
+key_of: Callable[[Any], tuple] = operator.attrgetter("_key")
+tape_of: Callable[[Any], Tape] = operator.attrgetter("_tape")
+fake_in: Callable[[Any], torch.Tensor] = operator.attrgetter("_fake")
+line_of: Callable[[Any], Line] = operator.attrgetter("_line")
+held_by: Callable[[Any], torch.Tensor | None] = operator.attrgetter("_held")
+
+
+def rebind(lazy: LazyTensor, fake: torch.Tensor) -> None:
+    """An operation has changed a value in place: from here on `fake` is what is known of it."""
+    lazy._fake = fake
+
+
+def hold(lazy: LazyTensor, real: torch.Tensor) -> None:
+    """The run of its trace has given `real`, and its session goes on."""
+    lazy._held = real
+
+
+def stand_for(lazy: LazyTensor, other: LazyTensor) -> None:
+    """From here on `lazy` is `other`."""
+    lazy._key, lazy._fake, lazy._line = other._key, other._fake, user_line()

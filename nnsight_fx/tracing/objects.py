@@ -143,6 +143,11 @@ def _filled(made: Any, values: dict) -> Any:
     return made
 
 
+def real_of(lazy: LazyObject) -> Any:
+    """The object that `lazy` stands for; in an open body the model runs for it."""
+    return lazy._look()
+
+
 def lazies(value: Any) -> list:
     """The recorded values in a container, nested ones too."""
     found, seen, left = [], set(), [value]

@@ -12,7 +12,7 @@ from ..compat.tensors import shares_memory
 from ..plan import tree
 from ..plan.encode import Key, Lifted, encode, facts
 from .handed import Handed
-from .lazy import LazyTensor
+from .lazy import LazyTensor, fake_in, key_of, tape_of
 
 if TYPE_CHECKING:
     from .recording import Recording
@@ -44,10 +44,10 @@ class Operands:
 
     def key_of(self, tensor: torch.Tensor) -> Key:
         if isinstance(tensor, LazyTensor):
-            if tensor._tape is self.tape:
-                return tensor._key
-            if tensor._tape.pending is None or self.tape.begun:
-                tensor = tensor._tape.syncs.earlier(tensor)
+            if tape_of(tensor) is self.tape:
+                return key_of(tensor)
+            if tape_of(tensor).pending is None or self.tape.begun:
+                tensor = tape_of(tensor).syncs.earlier(tensor)
             elif id(tensor) not in self.slots:
                 self.awaited[len(self.constants)] = facts(tensor)
         key = self.slots.get(id(tensor))
@@ -65,7 +65,7 @@ class Operands:
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake of a tensor, recorded or real."""
         if isinstance(tensor, LazyTensor):
-            return tensor._fake if tensor._tape is self.tape else self.fake_of(self.key_of(tensor))
+            return fake_in(tensor) if tape_of(tensor) is self.tape else self.fake_of(self.key_of(tensor))
         key = self.slots.get(id(tensor))
         return self.fake_of(key) if key is not None else tensor
 
@@ -80,9 +80,9 @@ class Operands:
         if slot not in self.const_fakes:
             value = self.constants[slot]
             if (
-                type(value) is LazyTensor and value._tape.fakes is self.tape.fakes
+                type(value) is LazyTensor and tape_of(value).fakes is self.tape.fakes
             ):  # of a trace that its session has put off
-                self.const_fakes[slot] = value._fake
+                self.const_fakes[slot] = fake_in(value)
             elif type(value) is LazyTensor:
                 shape, stride, dtype, device, *_ = facts(value)
                 with NoTorchFunction(), self.tape.fakes:
@@ -95,7 +95,7 @@ class Operands:
         """The values of earlier traces that this recording uses, as the real tensors: the model is about to run."""
         for slot, (shape, stride, dtype, device, *_) in self.awaited.items():
             value = self.constants[slot]
-            real = value._tape.syncs.earlier(value) if type(value) is LazyTensor else value
+            real = tape_of(value).syncs.earlier(value) if type(value) is LazyTensor else value
             if facts(real)[:4] != (shape, stride, dtype, device):  # the scan saw other strides
                 real = torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(real)
             self.constants[slot] = real

@@ -17,7 +17,7 @@ from ..plan.encode import Identity, Key
 from ..plan.plan import APPLY, BARRIER, READ, STOP, Op
 from .conditions import Conditions
 from .gradients import Gradients
-from .lazy import Given, LazyTensor
+from .lazy import Given, LazyTensor, key_of, line_of
 from .objects import LazyObject, Objects
 from .operands import Operands
 from .steps import DeclaredCache, Invoke, Sites
@@ -154,7 +154,7 @@ class Recording:
         )
 
     def made(self, lazy: LazyTensor | LazyObject | None) -> str:
-        return f"`{self.describe(lazy._key)}`, made at {lazy._line}," if lazy is not None else "a value"
+        return f"`{self.describe(key_of(lazy))}`, made at {line_of(lazy)}," if lazy is not None else "a value"
 
     def describe(self, key: Key) -> str:
         op = self.ops[key[1]] if key[0] == "v" and key[1] < len(self.ops) else None

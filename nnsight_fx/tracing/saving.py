@@ -9,8 +9,8 @@ from ..errors import OutsideTraceError
 from ..lines import user_line
 from ..plan import tree
 from .functions import INSIDE
-from .lazy import LazyTensor
-from .objects import LazyObject, lazies
+from .lazy import LazyTensor, key_of, tape_of
+from .objects import LazyObject, lazies, real_of
 from .tape import Tape
 
 T = TypeVar("T")
@@ -92,11 +92,11 @@ def collect(tape: Tape, held: bool = True) -> None:
             if isinstance(lazy, LazyTensor):
                 lazy.save()
             else:
-                lazy._tape.objects.keep(lazy)
+                tape_of(lazy).objects.keep(lazy)
     if held and session() is not None:
         tape.forget_reads()
         for lazy in list(tape.values.values()):
-            if id(lazy) not in tape.saved and lazy._key[1] != INSIDE:
+            if id(lazy) not in tape.saved and key_of(lazy)[1] != INSIDE:
                 tape.keep(lazy)
         for stand_in in tape.objects.held:
             tape.objects.keep(stand_in, asked=False)
@@ -124,4 +124,4 @@ def _real(child: Any) -> Any:
     """The real object that something stands for, if it is known: a value that no scan could tell may be none of a tensor's."""
     if type(child) is LazyTensor:
         return child.__dict__.get("_real_object", child)
-    return child._look() if isinstance(child, LazyObject) and "_real" in child.__dict__ else child
+    return real_of(child) if isinstance(child, LazyObject) and "_real" in child.__dict__ else child

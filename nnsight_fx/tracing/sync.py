@@ -15,8 +15,8 @@ from ..plan import tree
 from ..plan.encode import Identity, Key
 from ..plan.plan import APPLY, SYNC, Op
 from .functions import INSIDE
-from .lazy import LazyTensor
-from .objects import LazyObject
+from .lazy import LazyTensor, held_by, key_of
+from .objects import LazyObject, real_of
 from .steps import NO_KWARGS, Step
 
 if TYPE_CHECKING:
@@ -34,14 +34,15 @@ class SyncPoints:
 
     def earlier(self, lazy: LazyTensor) -> torch.Tensor:
         """The real tensor of a value of an earlier wave of the same trace, or of an earlier trace of the session."""
-        if lazy._held is None and self.tape.pending is not None:
+        if held_by(lazy) is None and self.tape.pending is not None:
             self.tape.pending()
             if type(lazy) is not LazyTensor:
                 return lazy  # it was saved
-        if lazy._held is not None:
-            return lazy._held
+        real = held_by(lazy)
+        if real is not None:
+            return real
         self.tape.check_open((lazy,), {})
-        key = lazy._key
+        key = key_of(lazy)
         if key not in self.reals:
             value = self.run_until(self.tape)
             if not self.tape.conditions.hold(lazy, value):
@@ -61,11 +62,11 @@ class SyncPoints:
         if self.tape.bridged:
             return [self.earlier(x) for x in lazies]
         self.tape.check_open(lazies, {})
-        if any(x._key[1] == INSIDE for x in lazies):
+        if any(key_of(x)[1] == INSIDE for x in lazies):
             raise NotRecordableError(
                 f"{user_line()}: a value inside a custom `forward` has no numbers while it is recorded."
             )
-        return self.values_of([x._key for x in lazies])
+        return self.values_of([key_of(x) for x in lazies])
 
     def values_of(self, keys: list[Key]) -> list[Any]:
         """What the run gives for keys; the model runs as far as they need."""
@@ -115,7 +116,7 @@ class SyncPoints:
     def real_args(self, args: Any) -> Any:
         """Arguments with every recorded value, and what stands for an object, replaced by the real one."""
         if any(isinstance(x, LazyObject) for x in tree.flatten(args)[0]):
-            args = tree.tree_map(lambda x: x._look() if isinstance(x, LazyObject) else x, args)
+            args = tree.tree_map(lambda x: real_of(x) if isinstance(x, LazyObject) else x, args)
         lazies = [x for x in tree.flatten(args)[0] if self.tape.operands.unsettled(x)]
         if not lazies:
             return args

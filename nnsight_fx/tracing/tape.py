@@ -28,7 +28,7 @@ from .accesses import Accesses
 from .called import CalledModules
 from .calls import TorchCalls
 from .functions import INSIDE, set_grad
-from .lazy import LazyTensor
+from .lazy import LazyTensor, fake_in, key_of, rebind, stand_for
 from .recording import Recording
 from .steps import NO_ARGS, NO_KWARGS, Beaten, Invoke, Living, Missing, Opaque, SiteMeta, Sites, Step
 from .sync import SyncPoints
@@ -215,7 +215,7 @@ class Tape(Recording):
     def fake_of_result(self, key: Key) -> torch.Tensor:
         lazy = self.values.get(key)
         if lazy is not None:
-            return lazy._fake
+            return fake_in(lazy)
         step: Step | None = self.step
         for _ in range(len(self.ops) - 1 - key[1]):
             step = step.parent if step is not None else None
@@ -235,7 +235,7 @@ class Tape(Recording):
         else:
             living = self.values.get(key)
             if living is not None:
-                living._fake = fake
+                rebind(living, fake)
 
     def undo(self) -> None:
         """Take back the last operation, which nothing has used."""
@@ -273,8 +273,8 @@ class Tape(Recording):
         self.check_open((lazy,), {})
         tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
         now = self.calls.call(torch.Tensor.view_as, (tensor, tensor), {})
-        lazy._key, lazy._fake, lazy._line = now._key, now._fake, user_line()
-        self.values[lazy._key] = lazy
+        stand_for(lazy, now)
+        self.values[key_of(lazy)] = lazy
         if self.saved.pop(id(lazy), None) is not None:
             self.save(lazy)
 
@@ -287,7 +287,7 @@ class Tape(Recording):
         if self.conditions.blocks or self.conditions.saves:
             self.conditions.save(lazy)
         if id(lazy) not in self.saved:
-            self.saved[id(lazy)], self.kept[id(lazy)] = lazy, lazy._key
+            self.saved[id(lazy)], self.kept[id(lazy)] = lazy, key_of(lazy)
             self.keep(lazy)
 
     def keep(self, lazy: LazyTensor) -> None:
@@ -296,21 +296,21 @@ class Tape(Recording):
             return
         if self.invoke.containers:
             self.accesses.settle()
-        again = self.beaten(lazy._key)
+        again = self.beaten(key_of(lazy))
         if again is not None:
             self.advance(again.step, again.op)
             return
         before = self.step
-        with self.within(self.ops[lazy._key[1]].invoke):  # who waits for nobody
+        with self.within(self.ops[key_of(lazy)[1]].invoke):  # who waits for nobody
             self.add(SAVE, None, (lazy,), {}, result=lambda: None)
-        self.beat(before, lazy._key)
+        self.beat(before, key_of(lazy))
 
     def close_step(self) -> None:
         """Nothing is recorded here any more: keep, for what comes later, the values that the body still holds."""
         self.accesses.settle()
         self.invoke = Invoke(self.invoke.index)
-        for lazy in sorted(self.values.values(), key=lambda x: x._key):
-            if id(lazy) not in self.saved and lazy._key[1] != INSIDE:
+        for lazy in sorted(self.values.values(), key=lambda x: key_of(x)):
+            if id(lazy) not in self.saved and key_of(lazy)[1] != INSIDE:
                 self.add(SAVE, None, (lazy,), {}, result=lambda: None)
         for stand_in in self.objects.held:
             self.objects.keep(stand_in, asked=False)

@@ -12,7 +12,7 @@ from ..plan import tree
 from ..plan.encode import Keep
 from ..plan.plan import READ, SKIP, WRITE, Site, name_of_site
 from .accesses import place_of
-from .lazy import LazyTensor
+from .lazy import LazyTensor, key_of, tape_of
 from .steps import Missing, SiteMeta
 
 if TYPE_CHECKING:
@@ -124,7 +124,11 @@ class Writes:
         self.write(site, (args, kwargs))
 
     def written_order(self, leaves: list) -> tuple[float, Site, int] | None:
-        own = [x._key[1] for x in leaves if isinstance(x, LazyTensor) and x._tape is self.tape and x._key[0] == "v"]
+        own = [
+            key_of(x)[1]
+            for x in leaves
+            if isinstance(x, LazyTensor) and tape_of(x) is self.tape and key_of(x)[0] == "v"
+        ]
         found = [self.tape.accesses.order[n] for n in own if n in self.tape.accesses.order]
         return max(found, key=place_of) if found else None
 
@@ -167,7 +171,7 @@ class Writes:
             x = leaves[i]
             if isinstance(x, Keep):
                 return "kept", meta.same[x.index]
-            key: tuple = x._key if isinstance(x, LazyTensor) and x._tape is self.tape else ("", 0)
+            key: tuple = key_of(x) if isinstance(x, LazyTensor) and tape_of(x) is self.tape else ("", 0)
             own = key[0] == "v" and self.tape.ops[key[1]].kind == READ and self.tape.ops[key[1]].target == site
             return ("kept", meta.same[key[2]]) if own else id(x)
 

@@ -111,7 +111,7 @@ class Module:
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("nnsight_fx")):
                 count += sum(alias.name.startswith("_") and not alias.name.startswith("__") for alias in node.names)
             elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-                count += not _is_self(node) and node.attr not in self.own and node.attr in OURS
+                count += not _is_self(node) and node.attr not in self.own and node.attr in OURS - DOCUMENTED
         return count
 
     def private_torch(self) -> int:
@@ -133,6 +133,8 @@ def _is_self(node: ast.Attribute) -> bool:
     return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
 
 
+# Documented names that begin with an underscore: nnsight's, torch's, and of named tuples.
+DOCUMENTED = {"_module", "_parameters", "_buffers", "_modules", "_check", "_replace", "_fields", "_asdict"}
 OURS: set[str] = set()  # every name with an underscore that is defined somewhere in the package
 
 
