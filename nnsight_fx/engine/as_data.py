@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..plan.graph import Graph
-from ..plan.writing import Recording
+from ..plan.writing import Origin
 from ..tracing.contexts import Invoker
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ def as_data(wave: ForwardWave) -> Graph:
     """The recording so far, as data."""
     tape, tracer, module = wave.tape, wave.tracer, wave.host.module
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    recording = Recording(
+    recording = Origin(
         parameters={id(tensor): name for name, tensor in tensors},
         device=wave.host.device,
         members=[wave.role(i) for i in range(len(wave.members))],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..plan.plan import Observed
+from ..plan.plan import Observation
 
 
 class Offload:
@@ -14,7 +14,7 @@ class Offload:
     def __init__(self):
         self.streams: set[torch.cuda.Stream] = set()
 
-    def begin(self, x: torch.Tensor, how: Observed) -> torch.Tensor:
+    def begin(self, x: torch.Tensor, how: Observation) -> torch.Tensor:
         """A copy of `x` in memory, which will be there."""
         copied = torch.empty(x.shape, dtype=how.to.get("dtype") or x.dtype, pin_memory=True)
         copied.copy_(x.detach(), non_blocking=True)

@@ -21,7 +21,7 @@ from ..plan import tree
 from ..plan.ambient import under
 from ..plan.encode import Key
 from ..plan.interleave import Firing, Stopped, TensorInterleaver, gather
-from ..plan.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observed, Op, Site
+from ..plan.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observation, Op, Site
 from ..tracing.nested import refuse_nested
 from .missed import check, missed_error
 from .offload import Offload
@@ -201,7 +201,7 @@ class Run(TensorInterleaver):
 
     # -- operations ----------------------------------------------------------------------------------------------
 
-    def observed(self, leaf: Any, how: Observed) -> Any:
+    def observed(self, leaf: Any, how: Observation) -> Any:
         if isinstance(leaf, torch.Tensor) and how.leaves_gpu(leaf):
             return self.offload.begin(leaf, how)
         return super().observed(leaf, how)

@@ -180,7 +180,7 @@ class Streamer:
             self.users.end()
 
 
-class Turn:
+class ForwardTurn:
     """The coroutine of a generation as the run of one forward has it: over when the next forward is to begin."""
 
     def __init__(self, generation: Generation):
@@ -229,7 +229,7 @@ class Forward(ForwardWave):
         begun = self.run is not None
         run = super()._start()
         if not begun:
-            run.coroutine = Turn(self.generation)  # type: ignore[assignment]
+            run.coroutine = ForwardTurn(self.generation)  # type: ignore[assignment]
             self.generation.run = run
         return run
 

@@ -9,7 +9,7 @@ from ..lines import user_line
 from .generation import streamed
 
 
-class Values:
+class GenerationValue:
     """Something of a generation that has an `.output` and is no module."""
 
     def __init__(self, root: Any, name: str):
@@ -24,7 +24,7 @@ class Values:
         return self._root.tracer
 
 
-class Generator(Values):
+class Generator(GenerationValue):
     """`model.generator.output` is `tracer.result`; `model.generator.streamer.output` the tokens, step by step."""
 
     @own_error
@@ -38,7 +38,7 @@ class Generator(Values):
         return Streamed(self._root, "model.generator.streamer")
 
 
-class Streamed(Values):
+class Streamed(GenerationValue):
     """The tokens behind a step, int64 of shape (rows,) on the CPU. Not with beams, which stream nothing."""
 
     @own_error

@@ -123,14 +123,14 @@ def harvest(
 
 
 @dataclass
-class Site:
+class HarvestedSite:
     """A value that is harvested: what gives it, and what the manifest says of it."""
 
     read: Callable[[], Any]
     told: str
 
 
-def named_sites(model: Any, sites: Any) -> dict[str, Site]:
+def named_sites(model: Any, sites: Any) -> dict[str, HarvestedSite]:
     """The sites by name."""
     if not isinstance(sites, Mapping):
         several = list(sites) if isinstance(sites, list | tuple) else [sites]
@@ -152,16 +152,16 @@ def _bare(model: Any, path: Any) -> Any:
     return path if module in own else path.removeprefix("model.")
 
 
-def _site(model: Any, what: Any) -> Site:
+def _site(model: Any, what: Any) -> HarvestedSite:
     if isinstance(what, Envoy):
-        return Site(lambda: first(what.output), f"{what.path}.output")
+        return HarvestedSite(lambda: first(what.output), f"{what.path}.output")
     if not isinstance(what, str):
-        return Site(lambda: first(what()), f"function {hashed(what)}")
+        return HarvestedSite(lambda: first(what()), f"function {hashed(what)}")
     path, _, kind = what.rpartition(".")
     if kind in ("input", "output") and what not in dict(model._module.named_modules(remove_duplicate=False)):
         envoy = model.get(path) if path else model
         read = (lambda: envoy.input) if kind == "input" else (lambda: first(envoy.output))
-        return Site(read, f"{envoy.path}.{kind}")
+        return HarvestedSite(read, f"{envoy.path}.{kind}")
     return _site(model, model.get(what))
 
 
@@ -171,7 +171,7 @@ class Shape:
 
     model: Any
     reader: Reader
-    sites: dict[str, Site]
+    sites: dict[str, HarvestedSite]
     positions: Positions
     dtype: torch.dtype | None
     options: dict[str, Any]

@@ -16,7 +16,7 @@ from ..envoys.envoy import Envoy
 from ..errors import InvokeError, UnknownModuleError, nearest
 from ..lines import user_line
 from ..plan import tree
-from ..plan.plan import Observed
+from ..plan.plan import Observation
 from ..tracing.lazy import LazyTensor, key_of
 from ..tracing.steps import DeclaredCache, Invoke, SiteMeta
 from ..tracing.tape import Tape
@@ -43,7 +43,7 @@ class Entry:
 class Cache:
     """The values of one `tracer.cache(...)`, by module path: an `Entry` for each visit."""
 
-    def __init__(self, root: Any, modules: list | None, kinds: list[str], how: Observed):
+    def __init__(self, root: Any, modules: list | None, kinds: list[str], how: Observation):
         self.root, self.kinds, self.how = root, kinds, how
         self.named = modules is not None
         self.paths = list(dict.fromkeys(_path(root, m) for m in (root.modules() if modules is None else modules)))
@@ -139,7 +139,7 @@ def _real(leaf: Any, wave: Any) -> Any:
     return leaf if isinstance(real, torch.Tensor) else real
 
 
-def cache(tracer: Any, modules: list | None, kinds: list[str], how: Observed) -> CacheView:
+def cache(tracer: Any, modules: list | None, kinds: list[str], how: Observation) -> CacheView:
     """Record a cache in the invoke of `tracer` that is open; in a generation, in every forward from there on."""
     tape = tracer.tape
     mine = tape.invoke
@@ -330,10 +330,10 @@ def _nobody(envoy: Envoy, name: str) -> Any:
     raise KeyError(f"`{envoy.path}` has no module `{name}`; {nearest(name, _names(envoy))}")
 
 
-def observed(detach: bool, device: Any, dtype: torch.dtype | None) -> Observed:
+def observed(detach: bool, device: Any, dtype: torch.dtype | None) -> Observation:
     """What is done to each tensor that is cached: detached, then moved, then cast."""
     steps: list[tuple[str, tuple]] = [("detach", ())] if detach else []
     if device is not None or dtype is not None:
         given = {"device": None if device is None else torch.device(device), "dtype": dtype}
         steps.append(("to", tuple((k, v) for k, v in given.items() if v is not None)))
-    return Observed(tuple(steps))
+    return Observation(tuple(steps))

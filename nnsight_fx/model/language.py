@@ -11,7 +11,7 @@ from ..generation.generator import Generator
 from .aliasing import Rename
 from .host import ModelHost
 from .loading import ModelNotFoundError as ModelNotFoundError
-from .loading import Source
+from .loading import ModelSource
 from .model import NNsight
 from .prompts import PromptInputs
 
@@ -57,9 +57,9 @@ class LanguageModel(NNsight):
         dispatch: bool = False,
         **from_pretrained: Any,
     ):
-        self._source: Source | None = None
+        self._source: ModelSource | None = None
         if not isinstance(model, nn.Module):
-            source = Source(model, from_pretrained)
+            source = ModelSource(model, from_pretrained)
             found = None if dispatch else source.structure()
             model, self._source = (source.model(), None) if found is None else (found, source)
             tokenizer = source.tokenizer() if tokenizer is None else tokenizer

@@ -28,7 +28,7 @@ class ModelNotFoundError(NNsightFXError, FileNotFoundError):
     """A model folder or hub id with no model, or no tokenizer, that can be loaded from here."""
 
 
-class Source:
+class ModelSource:
     """A model that can be loaded, by folder or hub id, with the options of `from_pretrained`."""
 
     def __init__(self, name: str | os.PathLike, options: dict[str, Any]):

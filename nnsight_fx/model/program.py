@@ -47,8 +47,8 @@ class Program:
 
     def __init__(self, model: Any, fn: Callable[..., Any], stop: bool, options: dict[str, Any]):
         self.model, self.fn, self.stop, self.options = model, fn, stop, options
-        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-        self.calls: OrderedDict[Hashable, Recording] = (
+        self.recordings: OrderedDict[Hashable, RecordedBody] = OrderedDict()
+        self.calls: OrderedDict[Hashable, RecordedBody] = (
             OrderedDict()
         )  # those that run as a call, by what they are called with
         self.refused: dict[Hashable, str] = {}
@@ -95,7 +95,7 @@ class Program:
         self.runs["traced"] += 1
         if key in self.refused:
             return self._trace(inputs, args, kwargs)
-        made = Recording(self, leaves)
+        made = RecordedBody(self, leaves)
         result = self._trace(inputs, *tree.unflatten(leaves, spec), of=made)
         if made.why is None:
             self.recordings[key] = made
@@ -137,7 +137,7 @@ class Program:
         plain = all([isinstance(x, _PLAIN) for x in leaves])
         return (spec, _described(leaves), host_of(self.model).scanner, *kind) if plain else None
 
-    def _trace(self, inputs: Any, args: tuple, kwargs: dict, of: Recording | None = None) -> Any:
+    def _trace(self, inputs: Any, args: tuple, kwargs: dict, of: RecordedBody | None = None) -> Any:
         call_args, call_kwargs = given(self.model, inputs)
         leaves = None
         with self.model.trace(*call_args, **{**self.options, **call_kwargs}) as tracer:
@@ -200,7 +200,7 @@ class Slot:
     name: str = ""
 
 
-class Recording:
+class RecordedBody:
     """A body, recorded: its plan, and where the arguments are among the lifted values."""
 
     plan: InterventionGraph

@@ -15,7 +15,7 @@ from .plan import AT_SITE, InterventionGraph, Site
 
 
 @dataclass(frozen=True)
-class Operation:
+class RecordedOperation:
     """One recorded operation."""
 
     index: int
@@ -63,10 +63,10 @@ class Graph:
         self.recording = recording  # what `save_plan` needs besides: a `writing.Recording`
 
     @cached_property
-    def operations(self) -> tuple[Operation, ...]:
+    def operations(self) -> tuple[RecordedOperation, ...]:
         printer = printing.Printer(self.plan, self.names)
         return tuple(
-            Operation(
+            RecordedOperation(
                 n,
                 op.kind,
                 printing.function_name(op),
@@ -80,13 +80,13 @@ class Graph:
             for n, op in enumerate(self.plan.ops)
         )
 
-    def __iter__(self) -> Iterator[Operation]:
+    def __iter__(self) -> Iterator[RecordedOperation]:
         return iter(self.operations)
 
     def __len__(self) -> int:
         return len(self.plan.ops)
 
-    def __getitem__(self, index: int) -> Operation:
+    def __getitem__(self, index: int) -> RecordedOperation:
         return self.operations[index]
 
     @cached_property

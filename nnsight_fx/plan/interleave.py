@@ -34,7 +34,7 @@ from .plan import (
     VISIT,
     WRITE,
     InterventionGraph,
-    Observed,
+    Observation,
     Op,
     Site,
 )
@@ -97,7 +97,7 @@ class Interleaver:
         """A leaf with an invoke's rows replaced."""
         raise NotImplementedError
 
-    def observed(self, leaf: Any, how: Observed) -> Any:
+    def observed(self, leaf: Any, how: Observation) -> Any:
         """A leaf as an observation keeps it."""
         raise NotImplementedError
 
@@ -407,7 +407,7 @@ class TensorInterleaver(Interleaver):
     def constant(self, key: Key) -> Any:
         return self.constants[key[1]]
 
-    def observed(self, leaf: Any, how: Observed) -> Any:
+    def observed(self, leaf: Any, how: Observation) -> Any:
         return observed(leaf, how)
 
     def _batched(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:
@@ -432,7 +432,7 @@ class TensorInterleaver(Interleaver):
         return torch.cat([*before, new, *behind])  # no empty parts: they would hang the old leaf's graph on it
 
 
-def observed(leaf: Any, how: Observed) -> Any:
+def observed(leaf: Any, how: Observation) -> Any:
     """A leaf as an observation keeps it."""
     for name, kwargs in how.steps if isinstance(leaf, torch.Tensor) else ():
         leaf = getattr(leaf, name)(**dict(kwargs))

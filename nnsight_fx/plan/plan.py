@@ -53,7 +53,7 @@ class Op(NamedTuple):
         return self.kind == APPLY and self.target.obj is torch.Tensor.retain_grad
 
 
-class Observed(NamedTuple):
+class Observation(NamedTuple):
     """What an observation does to each tensor leaf: methods by name, with their keywords."""
 
     steps: tuple[tuple[str, tuple], ...]

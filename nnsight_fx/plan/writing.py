@@ -36,7 +36,7 @@ from .printing import leaf_paths, short
 
 
 @dataclass
-class Recording:
+class Origin:
     """What a plan is saved with besides its operations."""
 
     parameters: dict[int, str]  # id of a parameter or buffer of the model -> its name

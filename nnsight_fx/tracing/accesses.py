@@ -15,7 +15,7 @@ from ..errors import NotRecordableError, OutOfOrderError
 from ..lines import Line, user_line
 from ..plan import tree
 from ..plan.interleave import observed
-from ..plan.plan import CALL, EVERY, GRAD, OBSERVE, REACH, READ, SAVE, WRITE, Observed, Op, Site, name_of_site
+from ..plan.plan import CALL, EVERY, GRAD, OBSERVE, REACH, READ, SAVE, WRITE, Observation, Op, Site, name_of_site
 from .gradients import LATE
 from .lazy import LazyTensor, fake_in
 from .nested import refuse_nested
@@ -124,7 +124,7 @@ class Accesses:
             self.over = (site, line)
         return found
 
-    def observe(self, site: Site, how: Observed) -> tuple[int, Any]:
+    def observe(self, site: Site, how: Observation) -> tuple[int, Any]:
         """A saved read of a site as everybody leaves it; the operation's number and the value."""
         meta = self.meta(site)
         assert isinstance(meta, SiteMeta)
@@ -139,7 +139,7 @@ class Accesses:
         self.tape.add(SAVE, None, tuple(kept), {}, result=lambda: None)
         return n, value
 
-    def follow(self, path: str, kind: str, how: Observed) -> int:
+    def follow(self, path: str, kind: str, how: Observation) -> int:
         """An observation of every call of a module, of which nothing is known before the run."""
         return self.tape.number(OBSERVE, (path, kind, EVERY), (), {}, extra=(None, how), result=lambda: None)
 

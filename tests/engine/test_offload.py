@@ -10,7 +10,7 @@ from nnsight_fx import NNsight
 from nnsight_fx.engine.offload import Offload
 from nnsight_fx.model.cache import observed
 from nnsight_fx.passes.emit import Emitter
-from nnsight_fx.plan.plan import Observed
+from nnsight_fx.plan.plan import Observation
 
 TO_CPU = observed(True, "cpu", torch.float16)
 
@@ -57,7 +57,7 @@ def test_a_graph_leaves_the_move_to_the_run(on_gpu):
 
 def test_nothing_to_wait_for():
     Offload().wait()
-    assert Observed(()).to == {}
+    assert Observation(()).to == {}
 
 
 class Net(nn.Module):
