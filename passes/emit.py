@@ -16,6 +16,7 @@ from nnsight_fx.plan.interleave import Cut as CutHere
 from nnsight_fx.plan.interleave import Firing, Interleaver
 from nnsight_fx.plan.plan import MODULE, SKIP, STOP, Observed, Op, Site, fx_target
 
+from ..plan.skips import skip_of
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
 from .job import Job, backward, constant, fetch, gradient, parameter, put_rows, rows, select, set_gradient, settled, tap
 
@@ -270,7 +271,9 @@ class Emitter(Interleaver):
     def wanted(self) -> list[tuple[int, int]]:
         """The values made here that leave the segment: saved, used by what is still to come, or, while the plan may grow, any."""
         used = {v for n, needed in enumerate(self.plan.needs) if n not in self.done for v in needed}
-        ahead = {self.skip_of(at, i) for at, parts in self.skipped.items() for i in parts if at not in self.supplied}
+        ahead = {
+            skip_of(self.plan, at, i) for at, parts in self.skipped.items() for i in parts if at not in self.supplied
+        }
         used |= {v for v in self.made if v[0] in ahead}
         return sorted(v for v in self.made if v in self.plan.saved or v in used or not self.closed)
 

@@ -14,6 +14,7 @@ from nnsight_fx.plan.interleave import Cut as CutHere
 from nnsight_fx.plan.interleave import Firing
 from nnsight_fx.plan.plan import SKIP, Op
 
+from ..plan.skips import skip_of
 from .emit import Emitter
 from .job import CutSite, Job, Unfit
 
@@ -140,7 +141,7 @@ class Weaver(Emitter):
                 "there yet when the model calls it: an earlier line waits for a later site. Move the skip in front of it."
             )
         return {
-            i: (spec, [self._from_before(x, self.skip_of(at, i), j) for j, x in enumerate(leaves)], batched)
+            i: (spec, [self._from_before(x, skip_of(self.plan, at, i), j) for j, x in enumerate(leaves)], batched)
             for i, (spec, leaves, batched) in parts.items()
         }
 

@@ -33,7 +33,7 @@ from ..sweep.results import Results
 from ..sweep.sweep import sweep
 from ..tracing.saving import save
 from .parts import Parts
-from .places import HEADED, PartValues, Place
+from .places import HEADED, PartPlace, PartValues
 
 Metric = Callable[..., torch.Tensor]
 
@@ -41,7 +41,7 @@ Metric = Callable[..., torch.Tensor]
 @one_run
 def activations(model: Any, inputs: Any, part: str = "residual", parts: Parts | None = None) -> list[torch.Tensor]:
     """A part of every layer on a prompt: tensors (batch, length, width)."""
-    found = PartValues(Place(model, part, parts), [inputs])
+    found = PartValues(PartPlace(model, part, parts), [inputs])
     found.prepare([0])
     return found.held[0]
 
@@ -75,7 +75,7 @@ def patch(
         options: `store=`, `chunk=`, `progress=` and others of `model.sweep`.
     """
     _checked(model, patch, options)
-    site = Place(model, part, parts)
+    site = PartPlace(model, part, parts)
     source, items = PartValues(site, _several(model, clean)), _several(model, corrupted)
     _paired(site, source.items, items, "patch")
     other = lambda h, *at: source(*at)  # noqa: E731
@@ -108,7 +108,7 @@ def ablate(
         raise ValueError(f"{user_line()}: `by` is zero, mean or resample; not `{by}`.")
     if by == "resample" and reference is None:
         raise ValueError(f"{user_line()}: resample ablation takes its values from another prompt: give `reference=`.")
-    site = Place(model, part, parts)
+    site = PartPlace(model, part, parts)
     items = _several(model, inputs)
     source = PartValues(site, items if reference is None else _several(model, reference))
     prepare: Any = None
@@ -139,7 +139,7 @@ def steering(
 ) -> Results:
     """Add `scale * vector` to the residual stream behind a layer, for every layer and scale. `vector` is (width,)."""
     _checked(model, steering, options)
-    site = Place(model, "residual", parts)
+    site = PartPlace(model, "residual", parts)
     where = slice(None) if positions is None else positions
 
     measure = _measure(model, site, metric)
@@ -172,13 +172,13 @@ def attribution(
     arXiv:1703.01365). Results: layer x position, for "z", "q", "k", "v" layer x head, summed over the batch. Parameters
     get no gradients.
     """
-    site = Place(model, part, parts)
+    site = PartPlace(model, part, parts)
     _paired(site, [clean], [corrupted], "attribution")
     there, here = activations(model, clean, part, parts), activations(model, corrupted, part, parts)
     _same_shape(there, here)
     ends = [activations(model, x, "residual_pre", parts)[0] for x in (corrupted, clean)]
     total = [torch.zeros_like(h) for h in here]
-    start = Place(model, "residual_pre", parts)
+    start = PartPlace(model, "residual_pre", parts)
     for step in range(steps):
         with model.trace(corrupted):
             entry = start.value(0)
@@ -205,11 +205,14 @@ def logit_lens(model: Any, inputs: Any, *, position: int | None = -1, parts: Par
     Results (nostalgebraist 2020, "interpreting GPT: the logit lens"): an axis `layer`, of "embedding" and the layers' numbers,
     then (batch, vocabulary) at one position, (batch, length, vocabulary) for `position=None`.
     """
-    site = Place(model, "residual", parts)
+    site = PartPlace(model, "residual", parts)
     norm, unembed = model.get(site.table.norm), model.get(site.table.unembed)
     with torch.no_grad(), model.trace(inputs):
         found = []
-        for h in (Place(model, "residual_pre", parts).value(0), *(site.value(layer) for layer in range(site.layers))):
+        for h in (
+            PartPlace(model, "residual_pre", parts).value(0),
+            *(site.value(layer) for layer in range(site.layers)),
+        ):
             h = h if position is None else h[:, position]
             found.append(save(unembed(norm(h))))
     layers = ["embedding", *range(site.layers)]
@@ -226,7 +229,7 @@ def _checked(model: Any, verb: Callable, options: dict[str, Any]) -> None:
 
 
 def _write(
-    site: Place,
+    site: PartPlace,
     inputs: Any,
     metric: Metric,
     over: Sequence[str] | None,
@@ -262,7 +265,7 @@ def _write(
     return model.sweep(body, inputs, {name: every[name] for name in chosen}, prepare=prepare, **options)
 
 
-def _beside(found: Results, site: Place, metric: Metric, runs: dict[str, list], options: dict[str, Any]) -> Results:
+def _beside(found: Results, site: PartPlace, metric: Metric, runs: dict[str, list], options: dict[str, Any]) -> Results:
     """Add what the metric is with nothing patched, of each prompt and run, and the tokens at the positions."""
     model, measure = site.model, _measure(site.model, site, metric)
     plain = {k: v for k, v in options.items() if k not in inspect.signature(sweep).parameters}
@@ -282,7 +285,7 @@ def _beside(found: Results, site: Place, metric: Metric, runs: dict[str, list], 
     return found
 
 
-def _measure(model: Any, site: Place, metric: Metric) -> Callable[[int], torch.Tensor]:
+def _measure(model: Any, site: PartPlace, metric: Metric) -> Callable[[int], torch.Tensor]:
     """The metric of the logits; it gets the prompt's number where it has a parameter `prompt`."""
     takes = "prompt" in inspect.signature(metric).parameters
 
@@ -298,7 +301,7 @@ def _several(model: Any, inputs: Any) -> list:
     return list(inputs) if is_dataset(model, inputs) else [inputs]
 
 
-def _paired(site: Place, ours: list, theirs: list, verb: str) -> None:
+def _paired(site: PartPlace, ours: list, theirs: list, verb: str) -> None:
     """Raise a `ValueError`, before anything runs, where prompts are no pairs of the same length."""
     if len(ours) != len(theirs):
         raise ValueError(
@@ -315,7 +318,7 @@ def _paired(site: Place, ours: list, theirs: list, verb: str) -> None:
             )
 
 
-def _length(site: Place, items: list) -> int:
+def _length(site: PartPlace, items: list) -> int:
     lengths = [site.length(item) for item in items]
     if len(set(lengths)) > 1:
         raise ValueError(

@@ -18,7 +18,7 @@ HEADED = ("z", "q", "k", "v")
 PARTS = ("residual", "residual_pre", "attention", "mlp", *HEADED)
 
 
-class Place:
+class PartPlace:
     """One part of every layer: its value, and the index of a position and a head in it."""
 
     def __init__(self, model: Any, part: str, given: Parts | None):
@@ -96,7 +96,7 @@ class Place:
 class PartValues:
     """The part's values on some inputs: of those that a chunk is about, computed when it begins."""
 
-    def __init__(self, site: Place, items: list):
+    def __init__(self, site: PartPlace, items: list):
         self.site, self.items = site, items
         self.held: dict[int, list[torch.Tensor]] = {}
 

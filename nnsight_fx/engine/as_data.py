@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..plan.graph import Graph
 from ..plan.writing import Origin
-from ..tracing.contexts import Invoker
+from ..tracing.invoke import Invoker
 
 if TYPE_CHECKING:
     from .wave import ForwardWave

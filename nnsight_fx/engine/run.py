@@ -20,8 +20,9 @@ from ..lines import Line
 from ..plan import tree
 from ..plan.ambient import under
 from ..plan.encode import Key
-from ..plan.interleave import Firing, Stopped, TensorInterleaver, gather
+from ..plan.interleave import Firing, Stopped, TensorInterleaver
 from ..plan.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observation, Op, Site
+from ..plan.skips import check_skips, gather
 from ..tracing.nested import refuse_nested
 from .missed import check, missed_error
 from .offload import Offload
@@ -116,7 +117,7 @@ class Run(TensorInterleaver):
     def finish(self, plan: InterventionGraph) -> None:
         """The body is done: run the model to its end."""
         self.extend(plan)
-        self.check_skips(self.lines)
+        check_skips(self.plan, self.lines)
         try:
             if self.coroutine is None:
                 self.forward()

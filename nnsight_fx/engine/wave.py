@@ -16,7 +16,8 @@ from ..plan.plan import Groups, InterventionGraph
 from ..scan.scanner import Signature
 from ..scan.wave_sites import WaveSites
 from ..tracing import saving
-from ..tracing.contexts import Invoker, Tracer
+from ..tracing.contexts import Tracer
+from ..tracing.invoke import Invoker
 from ..tracing.tape import Tape
 from .as_data import as_data
 from .captured.run import SplicedRun

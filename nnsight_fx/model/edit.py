@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import InvokeError, NestedTraceError, NotRecordableError, own_error
 from ..lines import user_line
 from ..stored import edits
-from ..tracing.contexts import Stopping
+from ..tracing.conditions import Stopping
 from ..tracing.draft import Draft, Turn
 from ..tracing.iteration import Iterations
 from ..tracing.recorder import Recorder

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import SkipError
 from . import tree
 from .encode import Keep, Key, decode
 from .plan import (
@@ -38,6 +37,7 @@ from .plan import (
     Op,
     Site,
 )
+from .skips import check_skip, in_force
 
 Value = tuple[int, int]  # (operation, leaf)
 
@@ -358,36 +358,12 @@ class Interleaver:
             if n not in self.done and i not in self.plan.observers
         ]
 
-    def skip_of(self, at: Site, invoke: int) -> int:
-        """The operation by which an invoke skips a call."""
-        ops = self.plan.ops
-        return next(n for n in self.plan.touches[at] if ops[n].kind == SKIP and ops[n].invoke == invoke)
-
     def skip_parts(self, at: Site, lines: Sequence) -> dict[int, tuple] | None:
         """What each invoke gives for a skipped call, or `None` where none does."""
         parts = in_force(self.skipped.get(at), self.plan.groups)
         if parts is not None:
-            self._check_all(at, set(parts), lines)
+            check_skip(self.plan, at, set(parts), lines)
         return parts
-
-    def check_skips(self, lines: Sequence) -> None:
-        """Before anything runs: is each call that is skipped skipped by everybody?"""
-        for path, calls in self.plan.skips.items():
-            for call in calls:
-                at = (path, "output", call)
-                self._check_all(at, {op.invoke for op in self.plan.ops if op.kind == SKIP and op.target == at}, lines)
-
-    def _check_all(self, at: Site, invokes: set[int], lines: Sequence) -> None:
-        groups = self.plan.groups
-        if not {groups.rows[i] for i in invokes} < groups.inputs:
-            return
-        written = ", ".join(
-            str(lines[n]) for n in self.plan.touches[at] if self.plan.ops[n].kind == SKIP and n < len(lines)
-        )
-        raise SkipError(
-            f"`{at[0]}` is skipped in {len(invokes)} of {len(groups.inputs)} invokes ({written}); "
-            "one forward cannot both run and skip a module. Skip it in every invoke, or use two traces."
-        )
 
     def extend(self, plan: InterventionGraph) -> None:
         """Go on with a plan that this one is the beginning of."""
@@ -437,25 +413,3 @@ def observed(leaf: Any, how: Observation) -> Any:
     for name, kwargs in how.steps if isinstance(leaf, torch.Tensor) else ():
         leaf = getattr(leaf, name)(**dict(kwargs))
     return leaf
-
-
-def in_force(parts: dict[int, tuple] | None, groups: Any) -> dict[int, tuple] | None:
-    """Who of those that skip a call has the last word: one over the whole batch, or those over rows behind it."""
-    found: dict[int, tuple] = {}
-    for i in sorted(parts or ()):
-        whole = i >= len(groups.rows) or groups.rows[i] is None
-        keep = {} if whole else {j: p for j, p in found.items() if groups.rows[j] is not None}
-        found = {**keep, i: parts[i]}  # type: ignore[index]
-    return found if parts is not None else None
-
-
-def gather(parts: dict[int, tuple], groups: Any) -> tuple[list, tree.Spec]:
-    """The output of a skipped module from what each invoke gave: rows concatenated leaf by leaf."""
-    ordered = list((in_force(parts, groups) or {}).values())
-    if len(ordered) == 1:
-        return ordered[0][1], ordered[0][0]
-    leaves = [
-        torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0]
-        for column in zip(*(p[1] for p in ordered), strict=True)
-    ]
-    return leaves, ordered[0][0]

@@ -6,8 +6,8 @@ import contextlib
 import functools
 import operator
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,41 +24,6 @@ from .invoke import Invoker
 from .iteration import Cursor, Iterations, Never
 from .recorder import Recorder, unrecorded
 from .tape import Tape
-
-
-class Wave(Protocol):
-    """One forward in the making, as a trace sees it."""
-
-    tape: Tape
-    notes: Any
-
-    def calls(self, path: str, kind: str) -> int: ...
-
-    def came(self, path: str, kind: str) -> int: ...
-
-    def open_ended(self, path: str | None) -> bool: ...
-
-    def finish(self) -> None: ...
-
-    def abandon(self) -> None: ...
-
-    def deliver(self) -> None: ...
-
-    def graph(self) -> Graph: ...
-
-
-class Host(Protocol):
-    """What a trace needs of its model."""
-
-    tracer: Tracer | None
-
-    def _prepare(self, args: tuple, kwargs: dict) -> Any: ...
-
-    def _wave(self, tracer: Tracer, first: Any, alone: bool) -> Any: ...
-
-    def _suspend(self) -> Callable[[], None]: ...
-
-    def _check_keywords(self, fn: str | None, names: Iterable[str], verb: str) -> None: ...
 
 
 class Tracer:
@@ -133,15 +98,7 @@ class Tracer:
                 self.forwards.abort()
                 if isinstance(error, MissedSiteError):
                     self.forwards.hand_over()
-                refusal = self.waves[-1].tape.refusal if self.waves else None
-                if refusal is not None and "TorchScript" in str(error):
-                    raise refusal from error
-                if self.withheld is not None and "'NoneType'" in str(error):  # unpacked: `attention, weights = ...`
-                    error.add_note(f"nnsight_fx: {self.withheld()}")
-                if isinstance(error, AttributeError) and error.name == "save" and tree.children(error.obj) is not None:
-                    error.add_note(
-                        "nnsight_fx: `.save()` is a method of tensors; a container is saved with `nnsight_fx.save(value)`."
-                    )
+                tell_more(self, error)
                 return False
             if not self.waves and not self.given:
                 raise InvokeError(
@@ -390,6 +347,19 @@ class Tracer:
         if name.startswith("_") or "host" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.host.model, name)
+
+
+def tell_more(tracer: Tracer, error: BaseException) -> None:
+    """What is known of an error of the body beside its text."""
+    refusal = tracer.waves[-1].tape.refusal if tracer.waves else None
+    if refusal is not None and "TorchScript" in str(error):
+        raise refusal from error
+    if tracer.withheld is not None and "'NoneType'" in str(error):  # unpacked: `attention, weights = ...`
+        error.add_note(f"nnsight_fx: {tracer.withheld()}")
+    if isinstance(error, AttributeError) and error.name == "save" and tree.children(error.obj) is not None:
+        error.add_note(
+            "nnsight_fx: `.save()` is a method of tensors; a container is saved with `nnsight_fx.save(value)`."
+        )
 
 
 class Leaving(Stopping):

@@ -18,8 +18,9 @@ from ...errors import SkipError
 from ...passes.calls import ModuleCall
 from ...plan.ambient import under
 from ...plan.encode import Keep
-from ...plan.interleave import Firing, gather
+from ...plan.interleave import Firing
 from ...plan.plan import MODULE, SKIP, WRITE, InterventionGraph, Op, Site
+from ...plan.skips import gather
 from ...scan.wave_sites import FakeInterleaver
 
 if TYPE_CHECKING:

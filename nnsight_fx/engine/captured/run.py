@@ -16,6 +16,7 @@ from ...plan import tree
 from ...plan.encode import facts
 from ...plan.interleave import Firing, Stopped
 from ...plan.plan import OBJECT, OBSERVE, READ, SKIP, STOP, WRITE, InterventionGraph, Site
+from ...plan.skips import skip_of
 from ...scan.wave_sites import WaveSites
 from ..run import Run
 from . import cuda_graphs, gradients
@@ -143,7 +144,7 @@ class SplicedRun(Run):
         self.at, self.done, self.counts = list(found.exit.at), set(found.exit.done), dict(found.exit.counts)
         self.skipped = {
             at: {
-                i: (spec, [self.env.get((self.skip_of(at, i), j), x) for j, x in enumerate(leaves)], batched)
+                i: (spec, [self.env.get((skip_of(self.plan, at, i), j), x) for j, x in enumerate(leaves)], batched)
                 for i, (spec, leaves, batched) in parts.items()
             }
             for at, parts in found.exit.skipped.items()
