@@ -189,6 +189,10 @@ class LanguageModel(NNsight):
             if past.mask is not None:
                 compat.dynamo.may_vary(past.mask, *rows, 1)
 
+    def _let_lengths_vary(self, batch: Batch) -> None:
+        for x in self._along_tokens(batch).values():
+            compat.dynamo.may_vary(x, 1)
+
     def _unknown_dims(self, batch: Batch) -> tuple:
         along = {id(value) for value in self._along_tokens(batch).values()}
         leaves = tree.flatten((batch.args, batch.kwargs))[0]

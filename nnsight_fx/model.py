@@ -391,6 +391,9 @@ class NNsight(Edits, Envoy):
     def _let_vary(self, batch: Batch, generates: bool) -> None:
         """Tell Dynamo beforehand which sizes of an input will be others in the next."""
 
+    def _let_lengths_vary(self, batch: Batch) -> None:
+        """Tell Dynamo beforehand that the number of tokens will be another in the next input."""
+
     def _unknown_dims(self, batch: Batch) -> tuple:
         """For each leaf of an input, the dims that hold the rows and the (padded) length, or `None`."""
         return tuple(

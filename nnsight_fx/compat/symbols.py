@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -101,6 +101,35 @@ def sizes_of(fakes: Sequence, values: Sequence) -> dict[Any, sympy.Integer]:
             if isinstance(size, torch.SymInt) and isinstance(number, int) and size.node._expr.is_symbol:
                 found[size.node._expr] = sympy.Integer(number)
     return found
+
+
+def size_at(size: int | torch.SymInt, numbers: Mapping[sympy.Expr, int]) -> int | None:
+    """A size, with numbers for its symbols; `None` where one is missing."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    found = size.node.expr.xreplace({s: sympy.Integer(n) for s, n in numbers.items()})
+    return int(found) if found.is_number else None
+
+
+def symbols_of(size: int | torch.SymInt) -> set[sympy.Expr]:
+    """The symbols in a size."""
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Are two sizes written alike? Asked without a guard."""
+    plain = [size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size) for size in (a, b)]
+    return plain[0] == plain[1]
+
+
+def may_be(context: Any, numbers: Mapping[sympy.Expr, int]) -> bool:
+    """Could the inputs of a captured graph have these sizes, by its own guards?"""
+    env = context.fake_mode.shape_env
+    if env is None:
+        return False
+    values = {s: sympy.Integer(n) for s, n in numbers.items()}
+    inside = all(n in env.var_to_range[s] for s, n in values.items() if s in env.var_to_range)
+    return inside and not any(g.expr.xreplace(values) == False for g in env.guards)  # noqa: E712  (sympy's)
 
 
 def input_of_size(fakes: Sequence, size: int, dim: int) -> int | None:

@@ -119,6 +119,12 @@ class Capture:
         default_factory=weakref.WeakKeyDictionary
     )  # what it captured -> of what input
     ledger: clock.Ledger = field(default_factory=clock.Ledger)
+    lengths: dict[str | None, set[int]] = field(
+        default_factory=dict
+    )  # by function: the numbers of tokens that its sweeps and sessions had
+    one_length: dict[str | None, str] = field(
+        default_factory=dict
+    )  # functions of which each length has a graph for many rows, and why
     swept: set = field(default_factory=set)  # the inputs' shapes that a sweep has compiled for
     hooks_s: float = 0.0  # seconds of sweeps on hooks, for which nothing was compiled
     entries: dict[tuple, Entry] = field(default_factory=dict)
@@ -174,8 +180,17 @@ class Capture:
         self.entries.clear()
         self.rowwise.clear()
         self.row_graphs.clear()
+        self.lengths.clear()
+        self.one_length.clear()
         self.swept.clear()
         self.steady.clear()
+
+    def lets_vary(self, fn: str | None, length: int | None, text: bool) -> bool:
+        """Is a function captured for any number of tokens, where it is for many rows: text has another length each time, ids
+        once there were two."""
+        if length is None or length < 2 or fn in self.one_length or self.options.dynamic is False:
+            return False
+        return text or bool(self.options.dynamic) or len(self.lengths.get(fn, ())) > 1
 
     def entry(
         self,

@@ -11,6 +11,7 @@ import torch.fx as fx
 
 from ..capture.markers import site
 from ..engine.run import Run
+from ..passes.cost import cost
 from ..passes.outline import seams
 from ..passes.tokens import Layout
 from ..tracing.encode import Keep
@@ -77,13 +78,14 @@ class Walk(fx.Interpreter):
         gm: fx.GraphModule,
         regions: dict[str, Callable],
         cells: list[Cell],
+        positions: int = 1,
     ):
         super().__init__(gm)
         self.regions, self.cells = regions, cells
         self.groups = {group[-1]: (where, group) for where, group in seams(gm)}
         self.flops = 0.0
         self.cost = {
-            name: sum(n.meta.get("flops", 0) for n in region.graph.nodes)  # type: ignore[union-attr]
+            name: cost(region.graph.nodes, "flops", positions)  # type: ignore[union-attr]
             for name, region in gm.named_children()
         }
 

@@ -6,9 +6,10 @@ regions, each distinct one compiled once, over all rows that there are; at a cut
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from ..engine import clock
 from ..engine.regions import facts, structure
 from ..engine.spliced import Capture
 from ..passes.causal import APART, causal
+from ..passes.cost import cost
 from ..passes.demand import demand, take
 from ..passes.effects import changes
 from ..passes.fork import fork
@@ -33,7 +35,7 @@ from .pending import Pending
 from .positions import positions as follow
 from .reach import reach
 from .report import Group
-from .rowgraph import annotated, captured, copy_of
+from .rowgraph import annotated, captured, copy_of, lengths
 from .rows import Mixed
 from .where import blocks, fork_of, keep_until, positions
 
@@ -46,13 +48,17 @@ _ready: weakref.WeakKeyDictionary[Segment, dict[tuple, Prepared]] = weakref.Weak
 
 
 class Prepared(NamedTuple):
-    """A graph for a walk: its compiled regions, is it cut to one position of a row, and how many it holds as tokens."""
+    """A graph for a walk: its compiled regions, is it cut to one position of a row, and does it hold rows as tokens."""
 
     gm: fx.GraphModule
     regions: dict[str, Callable]
     demanded: bool
-    tokens: int
+    tokens: bool
     why: str | None
+
+
+class OneLength(Mixed):
+    """What a graph for any length does not allow, one for a single length may. Never reaches the user."""
 
 
 def forked(group: list[Pending], told: Group) -> None:
@@ -72,6 +78,8 @@ def _run(cells: list[Pending], told: Group, whole: bool = False) -> None:
     except NotCausal as why:
         told.note(f"every position was computed: {str(why).partition(chr(10))[0]}")
         return _run(cells, told, whole=True)
+    except OneLength as why:
+        return _of_one_length(cells, told, whole, str(why))
     except Exception as error:
         if not out_of_memory(error) or len(cells) == 1:
             raise
@@ -79,6 +87,18 @@ def _run(cells: list[Pending], told: Group, whole: bool = False) -> None:
         size = -(-len(cells) // 2)
     for some in chunks(cells, size):
         _run(some, told, whole)
+
+
+def _of_one_length(cells: list[Pending], told: Group, whole: bool, why: str) -> None:
+    """Run with a graph for the length of these traces: that for any length does not do."""
+    first = cells[0]
+    fixed = first.host._capture_for(first.tracer.compile).one_length
+    fixed[first.wave.fn] = why
+    try:
+        _run(cells, told, whole)
+    except Mixed:
+        del fixed[first.wave.fn]  # it was not the length
+        raise
 
 
 def _bases(group: list[Pending]) -> list[list[Pending]]:
@@ -116,11 +136,19 @@ class Sheet:
             batches = [*batches, batches[0]]
         self.base_rows = len(batches) * self.size
         batch = _collated(host, batches)
-        self.segment, self.args = captured(host, self.capture, first.wave.fn, batch, first.line)
-        self.gm = annotated(self.segment, self.args)
+        fn, length = first.wave.fn, host._length(batch)
+        vary = self.capture.lets_vary(fn, length, batch.text)
+        self.segment, self.args = captured(host, self.capture, fn, batch, first.line, vary)
+        self.sizes = compat.symbols.sizes_of(self.segment.fakes, self.args)
+        self.any_length = bool(lengths(self.segment))
+        with self._for_any_length():
+            self.gm = annotated(self.segment, self.args)
+        if vary and not self.any_length:
+            told.note(f"captured for {length} tokens alone: the model's Python looks at their number")
+        elif fn in self.capture.one_length and length is not None:
+            told.note(f"captured for {length} tokens alone: {self.capture.one_length[fn]}")
         self.plans = list(dict.fromkeys(p.plan for p in pending))
         self.order = {where: i for i, (where, _) in enumerate(seams(self.gm))}
-        self.naive = sum(n.meta.get("flops", 0) for n in self.gm.graph.nodes) * self.size
         touched = {where for plan in self.plans for where in plan.touches}
         missing = touched - self.order.keys()
         if missing:
@@ -128,13 +156,28 @@ class Sheet:
         self.cuts = touched | blocks(self.order)
         self.forks = {plan: fork_of(plan, self.order) for plan in self.plans}
         self.last = max(touched, key=lambda where: self.order[where])
+        self.positions = self._positions()
+        self.length = max(1, self.positions or length or 1)
+        self.naive = cost(self.gm.graph.nodes, "flops", self.length) * self.size
+
+    @contextlib.contextmanager
+    def _for_any_length(self) -> Iterator[None]:
+        """What fails here may do with a graph for one length."""
+        try:
+            yield
+        except OneLength:
+            raise
+        except Mixed as why:
+            if not self.any_length:
+                raise
+            raise OneLength(str(why)) from why
 
     @property
     def fits(self) -> int:
         """How many traces a forward has memory for."""
         largest, here = 0.0, 0.0
         for node in self.gm.graph.nodes:
-            here += node.meta.get("bytes", 0)
+            here += cost([node], "bytes", self.length)
             if node.target is site and (*map(str, node.args[1:3]), 0) in self.cuts:
                 largest, here = max(largest, here), 0.0
         device = next((x.device for x in self.args if isinstance(x, torch.Tensor)), torch.device("cpu"))
@@ -156,7 +199,8 @@ class Sheet:
         if "demand" not in self.capture.disable:
             chosen = positions(cells, self.last, len(bases), self.size)
         starts, at = self._starts(cells, bases)
-        made = self._prepared(chosen is not None, at, tuple(leaving))
+        with self._for_any_length():
+            made = self._prepared(chosen is not None, at, tuple(leaving))
         indices: list[Any] = []
         if made.demanded:
             self.told.note(f"`{'.'.join(self.last[:2])}` was computed at one position of a row")
@@ -165,7 +209,7 @@ class Sheet:
                 cell.constants = cell.ones
         layout = None
         if made.tokens:
-            layout = Layout(made.tokens, starts, bases, self._device)
+            layout = Layout(self.positions, starts, bases, self._device)
             indices += [layout, self.base_rows * layout.positions]
             computed = 1 - sum(starts) / (layout.positions * len(bases))
             self.told.note(f"{computed:.0%} of the positions were computed: the others are before what a trace changes")
@@ -176,7 +220,7 @@ class Sheet:
         for some in joining:
             rows = [row for cell in some for row in range(cell.joins_at, cell.joins_at + self.size)]
             indices.append(self._joining(rows, bases, layout))
-        walk = Walk(made.gm, made.regions, cells)
+        walk = Walk(made.gm, made.regions, cells, self.length)
         with torch.no_grad():
             walk.go(*self.args, *indices)
         if any(cell.unfinished() and not cell.stopping for cell in cells):
@@ -198,7 +242,7 @@ class Sheet:
 
     def _starts(self, cells: list[Cell], bases: list[int]) -> tuple[list[int], frozenset | None]:
         """The first position that each row can change, and the leaves where traces do; `None` where that saves nothing."""
-        count = self._positions()
+        count = self.positions
         starts, at = [0] * len(bases), set()
         if self.whole or count < 2 or "causal" in self.capture.disable:
             return starts, None
@@ -223,13 +267,13 @@ class Sheet:
     def _prepare(self, choose: bool, at: frozenset | None, leaving: tuple) -> Prepared:
         keep_until(self.gm, self.last)
         unmark(self.gm, self.cuts)
-        demanded, tokens, why = choose and self._demanded(), 0, None
+        demanded, tokens, why = choose and self._demanded(), False, None
         if at is not None:
             copied = copy_of(self.gm)
             try:
                 facts = follow(copied, at)
                 causal(copied, facts=facts)
-                self.gm, tokens = copied, facts.tokens
+                self.gm, tokens = copied, True
             except (Mixed, ValueError) as error:
                 why = str(error).partition("\n")[0]
         if not outline(self.gm, at=self.cuts, apart=APART):
@@ -251,7 +295,7 @@ class Sheet:
         leaf: Any = sites[min(found, key=lambda w: self.order[w])][0].args[0]
         value = leaf.meta.get("example_value")
         size = value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else 0
-        return size if isinstance(size, int) else 0
+        return compat.symbols.size_at(size, self.sizes) or 0
 
     def _demanded(self) -> bool:
         """Leave out all positions but one of each row, where no more is read at the last site.

@@ -116,6 +116,14 @@ class Pending:
                     "at one of its values (`print(value)`) before the change."
                 )
 
+    def note_length(self) -> None:
+        """Its number of tokens is one that its model runs with."""
+        capture, length = self.host._capture_for(self.tracer.compile), None
+        if capture is not None and self.wave.alone:
+            length = self.host._length(self.wave.batch)
+        if length is not None:
+            capture.lengths.setdefault(self.wave.fn, set()).add(length)
+
     def keep(self, wanted: set[int] | None) -> None:
         """Let the run give what was saved, and of the rest what is `wanted` (ids; `None`: all that somebody holds)."""
         tape = self.tape

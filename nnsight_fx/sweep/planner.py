@@ -22,6 +22,8 @@ Strategy = Callable[[list[Pending], Group], None]
 
 def run(todo: list[Pending], report: Report) -> None:
     """Run traces, in an order that gives each what it needs, and deliver what they saved."""
+    for p in todo:
+        p.note_length()
     for group in groups(todo):
         _run(group, report)
 
