@@ -268,6 +268,17 @@ def _true(guards: list, sizes: dict) -> bool:
     return all(g.expr.xreplace(sizes) == True for g in guards)  # noqa: E712  (sympy's)
 
 
+def guards_since(context: Any, since: int) -> list:
+    """The guards on sizes that were added since there were `since`."""
+    env = context.fake_mode.shape_env
+    return [] if env is None else list(env.guards[since:])
+
+
+def hold(guards: Sequence, fakes: Sequence, values: Sequence) -> bool:
+    """Do guards hold for the sizes of these values? Not, where one is on a size that no input has."""
+    return not guards or _true(list(guards), sizes_of(fakes, values))
+
+
 def guards_hold(env: Any, since: int, fakes: list) -> Callable[[list], bool]:
     """The check of the guards on sizes added since `since`, over the values of the symbols `fakes`."""
     new = env.guards[since:]

@@ -7,9 +7,10 @@ regions, each distinct one compiled once, over all rows that there are; at a cut
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,17 +42,30 @@ from .where import blocks, fork_of, keep_until, positions
 
 WORTH = 0.9  # of the positions: where more must be computed, all are, with the kernels of a batch
 
-_compiled: weakref.WeakKeyDictionary[Segment, dict] = weakref.WeakKeyDictionary()  # regions, by structure
-
-
+_compiled: weakref.WeakKeyDictionary[Segment, dict[tuple, Region]] = weakref.WeakKeyDictionary()  # by structure
 _ready: weakref.WeakKeyDictionary[Segment, dict[tuple, Prepared]] = weakref.WeakKeyDictionary()
+
+
+class Region:
+    """What lies between two cuts, compiled: once, and again for sizes that the guards of that rule out."""
+
+    def __init__(self, graph: fx.GraphModule, context: Any):
+        self.graph = graph
+        given = (n.meta.get("example_value") for n in graph.graph.nodes if n.op == "placeholder")
+        self.fakes = [compat.fakes.as_input(context, x) for x in given]
+        self.calls: list[tuple[list, Callable]] = []  # the guards of each, and it
+
+    def call_for(self, values: Sequence) -> Callable | None:
+        """What is compiled for these inputs."""
+        found = (call for guards, call in self.calls if compat.symbols.hold(guards, self.fakes, values))
+        return next(found, None)
 
 
 class Prepared(NamedTuple):
     """A graph for a walk: its compiled regions, is it cut to one position of a row, and does it hold rows as tokens."""
 
     gm: fx.GraphModule
-    regions: dict[str, Callable]
+    regions: dict[str, Region]
     demanded: bool
     tokens: bool
     why: str | None
@@ -220,7 +234,7 @@ class Sheet:
         for some in joining:
             rows = [row for cell in some for row in range(cell.joins_at, cell.joins_at + self.size)]
             indices.append(self._joining(rows, bases, layout))
-        walk = Walk(made.gm, made.regions, cells, self.length)
+        walk = Walk(made.gm, made.regions.__getitem__, self._call, cells, self.length)
         with torch.no_grad():
             walk.go(*self.args, *indices)
         if any(cell.unfinished() and not cell.stopping for cell in cells):
@@ -261,7 +275,11 @@ class Sheet:
         known = _ready.setdefault(self.segment, {})
         key = (self.last, frozenset(self.cuts), choose, at, leaving)
         if key not in known:
-            known[key] = self._prepare(choose, at, leaving)
+            guards = compat.symbols.guard_count(self.segment.context)
+            made = self._prepare(choose, at, leaving)
+            if self.any_length and compat.symbols.guard_count(self.segment.context) > guards:
+                raise Mixed("what is left out of it depends on the number of tokens")
+            known[key] = made
         return known[key]
 
     def _prepare(self, choose: bool, at: frozenset | None, leaving: tuple) -> Prepared:
@@ -338,38 +356,47 @@ class Sheet:
             cell.leaves = self.forks[p.plan]
         return cell
 
-    def _regions(self) -> dict[str, Callable]:
+    def _regions(self) -> dict[str, Region]:
         """The submodules, compiled: each distinct one once, for any number of rows."""
         known, keys, new = _compiled.setdefault(self.segment, {}), {}, {}
-        for name, region in self.gm.named_children():
-            assert isinstance(region, fx.GraphModule)
-            if _changes_inputs(region):
+        for name, graph in self.gm.named_children():
+            assert isinstance(graph, fx.GraphModule)
+            if _changes_inputs(graph):
                 raise Mixed("the model changes a value in place on which a site may be looked at")
-            given = (n.meta.get("example_value") for n in region.graph.nodes if n.op == "placeholder")
-            keys[name] = key = (structure(region), tuple(facts(x, {}) for x in given))
+            given = (n.meta.get("example_value") for n in graph.graph.nodes if n.op == "placeholder")
+            keys[name] = key = (structure(graph), tuple(facts(x, {}) for x in given))
             if key not in known:
-                new.setdefault(key, region)
-        for n, (key, region) in enumerate(new.items(), 1):
+                new.setdefault(key, graph)
+        for n, (key, graph) in enumerate(new.items(), 1):
             clock.say(f"compiling (region {n} of {len(new)})")
-            known[key] = self._compile(region)
+            region = Region(graph, self.segment.context)
+            self._compile(region, ())
+            known[key] = region
         clock.say("")
         return {name: known[key] for name, key in keys.items()}
 
-    def _compile(self, region: fx.GraphModule) -> Callable:
-        fakes = [
-            compat.fakes.as_input(self.segment.context, n.meta.get("example_value"))
-            for n in region.graph.nodes
-            if n.op == "placeholder"
-        ]
-        region.recompile()
-        begun = time.perf_counter()
+    def _call(self, region: Region, values: Sequence) -> Any:
+        """Run a region; where what is compiled of it is not for these sizes, compile it for them."""
+        call = region.call_for(values)
+        if call is None:
+            clock.say("compiling (a region for other sizes)")
+            call = self._compile(region, values)
+            clock.say("")
+        return call(*values)
+
+    def _compile(self, region: Region, values: Sequence) -> Callable:
+        context, begun = self.segment.context, time.perf_counter()
+        graph = fx.GraphModule(region.graph, copy.deepcopy(region.graph.graph))  # compilers rewrite what they get
         with (
-            compat.symbols.own_sizes(self.segment.context),
-            compat.graphs.tracing(self.segment.context),
+            compat.symbols.own_sizes(context, region.fakes, values) as fakes,
+            compat.graphs.tracing(context),
             torch.no_grad(),
         ):
             report: list[str] = []
-            call = self.capture.build(region, lambda: fakes, report)
+            before = compat.symbols.guard_count(context)
+            call = self.capture.build(graph, lambda: fakes, report)
+            guards = compat.symbols.guards_since(context, before)
+        region.calls.append((guards, call))
         for why in report:
             self.told.note(why)
         self.capture.note_compile(self.segment, None)
