@@ -152,7 +152,7 @@ class LanguageModel(NNsight):
             ones = [torch.ones(n, dtype=torch.long, device=main.device) for n in lengths]
             given["attention_mask"] = tokens.sequences("attention_mask", ones, 0, self._left)[0]
         batch = super()._prepare((), {source: main, "attention_mask": None} | given)
-        return dataclasses.replace(batch, rows=len(lengths), text=text)
+        return dataclasses.replace(batch, rows=len(lengths), text=text, length=main.shape[1])
 
     def _collate(self, batches: list[Batch], pad_to: int | None = None) -> Batch:
         lengths = [n for b in batches if (n := self._length(b)) is not None]
@@ -169,7 +169,7 @@ class LanguageModel(NNsight):
         if len(padded) > 1:
             names = dict.fromkeys(name for each in padded for name in each)
             kwargs = {n: tokens.merge(n, [each[n] for each in padded if n in each], rows) for n in names}
-        return Batch((), self._positioned(kwargs), sum(rows), any(b.text for b in batches))
+        return Batch((), self._positioned(kwargs), sum(rows), any(b.text for b in batches), pad_to or max(lengths))
 
     def _length(self, batch: Batch) -> int | None:
         source = _source(batch.kwargs)
@@ -188,10 +188,6 @@ class LanguageModel(NNsight):
                 compat.dynamo.may_vary(layer.values, *rows, 2)
             if past.mask is not None:
                 compat.dynamo.may_vary(past.mask, *rows, 1)
-
-    def _let_lengths_vary(self, batch: Batch) -> None:
-        for x in self._along_tokens(batch).values():
-            compat.dynamo.may_vary(x, 1)
 
     def _unknown_dims(self, batch: Batch) -> tuple:
         along = {id(value) for value in self._along_tokens(batch).values()}

@@ -53,11 +53,19 @@ class Batch:
     kwargs: dict
     rows: int
     text: bool = False  # was it text, whose length is another one in the next
+    length: int | None = None  # how many tokens a row of prompts has
 
     @functools.cached_property
     def flat(self) -> tuple[list, tree.Spec]:
         """The leaves of both, and their structure."""
         return tree.flatten((self.args, self.kwargs))
+
+    def let_lengths_vary(self) -> None:
+        """Tell Dynamo beforehand that the number of tokens will be another in the next input."""
+        shape = (self.rows, self.length)
+        for x in self.flat[0]:
+            if isinstance(x, torch.Tensor) and x.dim() in (2, 3) and x.shape[:2] == shape:
+                compat.dynamo.may_vary(x, 1)
 
 
 class Plain:
@@ -391,9 +399,6 @@ class NNsight(Edits, Envoy):
     def _let_vary(self, batch: Batch, generates: bool) -> None:
         """Tell Dynamo beforehand which sizes of an input will be others in the next."""
 
-    def _let_lengths_vary(self, batch: Batch) -> None:
-        """Tell Dynamo beforehand that the number of tokens will be another in the next input."""
-
     def _unknown_dims(self, batch: Batch) -> tuple:
         """For each leaf of an input, the dims that hold the rows and the (padded) length, or `None`."""
         return tuple(
@@ -497,6 +502,8 @@ class NNsight(Edits, Envoy):
             run.opened = wave.tracer.line
             if capture.options.dynamic is None and capture.options.capture == "dynamo":
                 self._let_vary(batch, wave.tracer.generation is not None)
+                if wave.tracer.session is not None and capture.lets_vary(fn, batch.length, batch.text):
+                    batch.let_lengths_vary()
             unread = wave.tracer.generation is None  # which goes on with what the model returns
             run.start(capture, stop_at, sites, entry, (batch.args, batch.kwargs), removes, unread)
         return run

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 
 from .fakes import fake_like
 from .probe import Name, needed
+
+if TYPE_CHECKING:
+    from torch._guards import TracingContext
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv as SizeTable
 
 _SYMBOLS = "torch.fx.experimental.symbolic_shapes"
 ShapeEnv, DimDynamic, StatelessSymbolicContext, free_symbols, free_unbacked_symbols = (
@@ -103,7 +107,7 @@ def sizes_of(fakes: Sequence, values: Sequence) -> dict[Any, sympy.Integer]:
     return found
 
 
-def size_at(size: int | torch.SymInt, numbers: Mapping[sympy.Expr, int]) -> int | None:
+def size_at(size: int | torch.SymInt, numbers: Mapping[sympy.Symbol, int | sympy.Integer]) -> int | None:
     """A size, with numbers for its symbols; `None` where one is missing."""
     if not isinstance(size, torch.SymInt):
         return size
@@ -122,9 +126,9 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     return plain[0] == plain[1]
 
 
-def may_be(context: Any, numbers: Mapping[sympy.Expr, int]) -> bool:
+def may_be(context: TracingContext, numbers: Mapping[sympy.Symbol, int]) -> bool:
     """Could the inputs of a captured graph have these sizes, by its own guards?"""
-    env = context.fake_mode.shape_env
+    env = _env(context)
     if env is None:
         return False
     values = {s: sympy.Integer(n) for s, n in numbers.items()}
@@ -268,10 +272,14 @@ def _true(guards: list, sizes: dict) -> bool:
     return all(g.expr.xreplace(sizes) == True for g in guards)  # noqa: E712  (sympy's)
 
 
-def guards_since(context: Any, since: int) -> list:
+def guards_since(context: TracingContext, since: int) -> list:
     """The guards on sizes that were added since there were `since`."""
-    env = context.fake_mode.shape_env
+    env = _env(context)
     return [] if env is None else list(env.guards[since:])
+
+
+def _env(context: TracingContext) -> SizeTable | None:
+    return None if context.fake_mode is None else context.fake_mode.shape_env
 
 
 def hold(guards: Sequence, fakes: Sequence, values: Sequence) -> bool:

@@ -76,13 +76,12 @@ class Walk(fx.Interpreter):
     def __init__(
         self,
         gm: fx.GraphModule,
-        region_of: Callable[[str], Any],
-        call: Callable[[Any, Sequence], Any],
+        call: Callable[[str, Sequence], object],
         cells: list[Cell],
         positions: int = 1,
     ):
         super().__init__(gm)
-        self.region_of, self.call, self.cells = region_of, call, cells
+        self.call, self.cells = call, cells
         self.groups = {group[-1]: (where, group) for where, group in seams(gm)}
         self.flops = 0.0
         self.cost = {
@@ -102,7 +101,7 @@ class Walk(fx.Interpreter):
             held = [(x, _rows(a)) for a, x in zip(n.args, args, strict=True)]
             rows = max((x.shape[d] for x, d in held if d is not None), default=0)
             self.flops += self.cost[str(n.target)] * rows
-            return self.call(self.region_of(str(n.target)), args)
+            return self.call(str(n.target), args)
         if n.op == "output":
             return None
         if n.target is not site:

@@ -43,7 +43,7 @@ class Choice:
 
     def __init__(self, job: Job, engine: str, report: Report, here: bool, known: str | None = None):
         self.job, self.report, self.known = job, report, known
-        self.capture = job.model._capture_for(job.options.get("compile"))
+        self.capture = job.capture
         job.note_lengths()
         self.shapes = {self._shape(prompt) for prompt in {job.prompt(cell) for cell in range(len(job.cells))}}
         self.pilot: set[int] = set()

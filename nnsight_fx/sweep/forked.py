@@ -42,17 +42,17 @@ from .where import blocks, fork_of, keep_until, positions
 
 WORTH = 0.9  # of the positions: where more must be computed, all are, with the kernels of a batch
 
-_compiled: weakref.WeakKeyDictionary[Segment, dict[tuple, Region]] = weakref.WeakKeyDictionary()  # by structure
+_compiled: weakref.WeakKeyDictionary[Segment, dict[tuple, SizedRegion]] = weakref.WeakKeyDictionary()  # by structure
 _ready: weakref.WeakKeyDictionary[Segment, dict[tuple, Prepared]] = weakref.WeakKeyDictionary()
 
 
-class Region:
+class SizedRegion:
     """What lies between two cuts, compiled: once, and again for sizes that the guards of that rule out."""
 
-    def __init__(self, graph: fx.GraphModule, context: Any):
+    def __init__(self, graph: fx.GraphModule, segment: Segment):
         self.graph = graph
         given = (n.meta.get("example_value") for n in graph.graph.nodes if n.op == "placeholder")
-        self.fakes = [compat.fakes.as_input(context, x) for x in given]
+        self.fakes = [compat.fakes.as_input(segment.context, x) for x in given]
         self.calls: list[tuple[list, Callable]] = []  # the guards of each, and it
 
     def call_for(self, values: Sequence) -> Callable | None:
@@ -65,7 +65,7 @@ class Prepared(NamedTuple):
     """A graph for a walk: its compiled regions, is it cut to one position of a row, and does it hold rows as tokens."""
 
     gm: fx.GraphModule
-    regions: dict[str, Region]
+    regions: dict[str, SizedRegion]
     demanded: bool
     tokens: bool
     why: str | None
@@ -73,6 +73,10 @@ class Prepared(NamedTuple):
 
 class OneLength(Mixed):
     """What a graph for any length does not allow, one for a single length may. Never reaches the user."""
+
+    def __init__(self, why: str, capture: Capture):
+        super().__init__(why)
+        self.capture = capture
 
 
 def forked(group: list[Pending], told: Group) -> None:
@@ -93,7 +97,7 @@ def _run(cells: list[Pending], told: Group, whole: bool = False) -> None:
         told.note(f"every position was computed: {str(why).partition(chr(10))[0]}")
         return _run(cells, told, whole=True)
     except OneLength as why:
-        return _of_one_length(cells, told, whole, str(why))
+        return _of_one_length(cells, told, whole, why)
     except Exception as error:
         if not out_of_memory(error) or len(cells) == 1:
             raise
@@ -103,15 +107,14 @@ def _run(cells: list[Pending], told: Group, whole: bool = False) -> None:
         _run(some, told, whole)
 
 
-def _of_one_length(cells: list[Pending], told: Group, whole: bool, why: str) -> None:
+def _of_one_length(cells: list[Pending], told: Group, whole: bool, why: OneLength) -> None:
     """Run with a graph for the length of these traces: that for any length does not do."""
-    first = cells[0]
-    fixed = first.host._capture_for(first.tracer.compile).one_length
-    fixed[first.wave.fn] = why
+    fixed, fn = why.capture.one_length, cells[0].wave.fn
+    fixed[fn] = str(why)
     try:
         _run(cells, told, whole)
     except Mixed:
-        del fixed[first.wave.fn]  # it was not the length
+        del fixed[fn]  # it was not the length
         raise
 
 
@@ -142,7 +145,8 @@ class Sheet:
         self.whole = whole  # every position of each row is computed
         first = pending[0]
         host = first.host
-        self.capture: Capture = host._capture_for(first.tracer.compile)
+        assert first.capture is not None
+        self.capture = first.capture
         self.bases = _bases(pending)
         batches = [cells[0].wave.batch for cells in self.bases]
         self.size = batches[0].rows  # rows of one trace
@@ -150,7 +154,7 @@ class Sheet:
             batches = [*batches, batches[0]]
         self.base_rows = len(batches) * self.size
         batch = _collated(host, batches)
-        fn, length = first.wave.fn, host._length(batch)
+        fn, length = first.wave.fn, batch.length
         vary = self.capture.lets_vary(fn, length, batch.text)
         self.segment, self.args = captured(host, self.capture, fn, batch, first.line, vary)
         self.sizes = compat.symbols.sizes_of(self.segment.fakes, self.args)
@@ -184,7 +188,7 @@ class Sheet:
         except Mixed as why:
             if not self.any_length:
                 raise
-            raise OneLength(str(why)) from why
+            raise OneLength(str(why), self.capture) from why
 
     @property
     def fits(self) -> int:
@@ -234,7 +238,7 @@ class Sheet:
         for some in joining:
             rows = [row for cell in some for row in range(cell.joins_at, cell.joins_at + self.size)]
             indices.append(self._joining(rows, bases, layout))
-        walk = Walk(made.gm, made.regions.__getitem__, self._call, cells, self.length)
+        walk = Walk(made.gm, lambda name, values: self._call(made.regions[name], values), cells, self.length)
         with torch.no_grad():
             walk.go(*self.args, *indices)
         if any(cell.unfinished() and not cell.stopping for cell in cells):
@@ -356,7 +360,7 @@ class Sheet:
             cell.leaves = self.forks[p.plan]
         return cell
 
-    def _regions(self) -> dict[str, Region]:
+    def _regions(self) -> dict[str, SizedRegion]:
         """The submodules, compiled: each distinct one once, for any number of rows."""
         known, keys, new = _compiled.setdefault(self.segment, {}), {}, {}
         for name, graph in self.gm.named_children():
@@ -369,13 +373,13 @@ class Sheet:
                 new.setdefault(key, graph)
         for n, (key, graph) in enumerate(new.items(), 1):
             clock.say(f"compiling (region {n} of {len(new)})")
-            region = Region(graph, self.segment.context)
+            region = SizedRegion(graph, self.segment)
             self._compile(region, ())
             known[key] = region
         clock.say("")
         return {name: known[key] for name, key in keys.items()}
 
-    def _call(self, region: Region, values: Sequence) -> Any:
+    def _call(self, region: SizedRegion, values: Sequence) -> object:
         """Run a region; where what is compiled of it is not for these sizes, compile it for them."""
         call = region.call_for(values)
         if call is None:
@@ -384,7 +388,7 @@ class Sheet:
             clock.say("")
         return call(*values)
 
-    def _compile(self, region: Region, values: Sequence) -> Callable:
+    def _compile(self, region: SizedRegion, values: Sequence) -> Callable:
         context, begun = self.segment.context, time.perf_counter()
         graph = fx.GraphModule(region.graph, copy.deepcopy(region.graph.graph))  # compilers rewrite what they get
         with (
@@ -412,7 +416,7 @@ def _collated(host: Any, batches: list) -> Any:
     args, kwargs = tree.tree_map(
         lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (joined.args, joined.kwargs)
     )
-    return type(joined)(args, kwargs, joined.rows, joined.text)
+    return type(joined)(args, kwargs, joined.rows, joined.text, joined.length)
 
 
 def _changes_inputs(region: fx.GraphModule) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..draws import draw_for, own_draws
+from ..engine.spliced import Capture
 from ..errors import NotRecordableError
 from ..provenance import hashed
 from ..tracing import tree
@@ -65,11 +66,15 @@ class Job:
             order = sorted(order, key=lambda i: first[self.shapes[self.prompt(i)]])
         return [list(order[start : start + size]) for start in range(0, len(self.cells), size)]
 
+    @property
+    def capture(self) -> Capture | None:
+        """What the model's graphs are kept in; `None`: it runs on hooks."""
+        return self.model._capture_for(self.options.get("compile"))
+
     def note_lengths(self) -> None:
         """The model is going to run with all these numbers of tokens: its graphs are captured for any, where there are several."""
-        capture = self.model._capture_for(self.options.get("compile"))
-        if capture is not None:
-            known = capture.lengths.setdefault(self.options.get("fn"), set())
+        if self.capture is not None:
+            known = self.capture.lengths.setdefault(self.options.get("fn"), set())
             known |= {length for length, _ in self.texts if length is not None}
 
     def prompt(self, cell: int) -> int:
@@ -148,7 +153,7 @@ def look(model: Any, item: Any) -> tuple[str, tuple, tuple[int | None, bool]]:
     batch = model._prepare(args, kwargs)
     leaves = tree.flatten((batch.args, batch.kwargs))[0]
     shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor))
-    return hashed(leaves), shapes, (model._length(batch), batch.text)
+    return hashed(leaves), shapes, (batch.length, batch.text)
 
 
 def is_dataset(model: Any, inputs: Any) -> bool:

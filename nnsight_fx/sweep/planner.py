@@ -88,7 +88,7 @@ def choose(group: list[Pending]) -> tuple[Strategy | None, str | None]:
     first = group[0]
     if len(group) == 1:
         return None, first.alone
-    if first.host._capture_for(first.tracer.compile) is None:
+    if first.capture is None:
         return batched, None
     return forked, None
 

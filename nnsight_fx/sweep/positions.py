@@ -36,17 +36,17 @@ def positions(gm: fx.GraphModule, at: Collection[tuple[Site, int]]) -> Facts:
         raise Mixed("nothing changes a row")
     first = next(n for n in gm.graph.nodes if n in seeds)
     shape = _shape(first.args[0])
-    found = [_followed(gm, seeds, shape, numbers) for numbers in gm.meta.get("lengths", [{}])] if len(shape) > 1 else []
-    if not found or first.args[0].meta.get("rows") != 0:  # type: ignore[union-attr]
+    if len(shape) < 2 or first.args[0].meta.get("rows") != 0:  # type: ignore[union-attr]
         raise Mixed(f"`{'.'.join(map(str, first.args[1:3]))}` has no positions in dimension 1")
+    found = [_followed(gm, seeds, shape[1], numbers) for numbers in gm.meta.get("lengths", [{}])]
     if any(facts != found[0] for facts in found):
         raise Mixed("which values hold the positions depends on their number")
     return Facts(shape[1], found[0])
 
 
-def _followed(gm: fx.GraphModule, seeds: set[fx.Node], shape: tuple, numbers: dict) -> dict[fx.Node, Fact]:
+def _followed(gm: fx.GraphModule, seeds: set[fx.Node], size: int | torch.SymInt, numbers: dict) -> dict[fx.Node, Fact]:
     """The facts, found with these numbers for the symbols of the positions."""
-    count = compat.symbols.size_at(shape[1], numbers)
+    count = compat.symbols.size_at(size, numbers)
     if count is None:
         raise Mixed("the number of positions is not known")
     mode = compat.fakes.FakeTensorMode(allow_non_fake_inputs=True)
@@ -65,9 +65,10 @@ def _of_one_row(node: fx.Node, numbers: dict) -> Any:
     if not isinstance(value, torch.Tensor):
         return compat.symbols.size_at(value, numbers) if isinstance(value, torch.SymInt) else value
     sizes = [1 if i == dim else compat.symbols.size_at(n, numbers) for i, n in enumerate(value.shape)]
-    if None in sizes:
+    known = [n for n in sizes if n is not None]
+    if len(known) < len(sizes):
         return None  # the positions that are chosen: they only go where one is taken of each row
-    return torch.empty(sizes, dtype=value.dtype, device=value.device)
+    return torch.empty(known, dtype=value.dtype, device=value.device)
 
 
 class _Following(fx.Interpreter):

@@ -57,7 +57,7 @@ def captured(
         if isinstance(x, torch.Tensor):
             compat.dynamo.any_size(x, 0)
     if vary:
-        host._let_lengths_vary(batch)
+        batch.let_lengths_vary()
     markers, begun = host._markers, time.perf_counter()
     outer, active.run = getattr(active, "run", None), None
     clock.say("capturing the model")
