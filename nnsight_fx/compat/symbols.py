@@ -60,7 +60,7 @@ def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iter
         yield list(fakes)
         return
     captured: dict = tables[0]
-    now = {s: n for s, n in sizes_of(fakes, values).items() if s in captured and captured[s] != n}
+    now = {s: n for s, n in _alike(env, sizes_of(fakes, values)).items() if s in captured and captured[s] != n}
     before = {s: captured[s] for s in now}
     captured.update(now)
     if now:
@@ -68,7 +68,7 @@ def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iter
         _refresh(env)
     ranges, guards = dict(env.var_to_range), list(env.guards)
     kept = {name: dict(getattr(env, name)) for name in ("replacements", "replacements_slocs") if hasattr(env, name)}
-    divisible = set(env.divisible)
+    divisible, known = set(env.divisible), dict(getattr(env, "axioms", {}))  # what guards imply
     try:
         yield list(fakes)
     finally:
@@ -82,7 +82,17 @@ def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iter
             now.update(made | old)
         env.divisible.clear()
         env.divisible.update(divisible)
+        if hasattr(env, "axioms"):
+            env.axioms.clear()
+            env.axioms.update(known)
         _refresh(env)
+
+
+def _alike(env: SizeTable, sizes: dict) -> dict:
+    """Sizes of a call, and of the symbols that are equal to theirs by the graph's own guards."""
+    equal = [(a, b) for a, b in getattr(env, "replacements", {}).items() if b.is_symbol]
+    sizes = sizes | {b: sizes[a] for a, b in equal if a in sizes}
+    return sizes | {a: sizes[b] for a, b in equal if b in sizes}
 
 
 def _refresh(env: Any) -> None:
@@ -115,7 +125,7 @@ def size_at(size: int | torch.SymInt, numbers: Mapping[sympy.Symbol, int | sympy
     return int(found) if found.is_number else None
 
 
-def symbols_of(size: int | torch.SymInt) -> set[sympy.Expr]:
+def symbols_of(size: int | torch.SymInt) -> set[sympy.Symbol]:
     """The symbols in a size."""
     return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
 
@@ -282,9 +292,10 @@ def _env(context: TracingContext) -> SizeTable | None:
     return None if context.fake_mode is None else context.fake_mode.shape_env
 
 
-def hold(guards: Sequence, fakes: Sequence, values: Sequence) -> bool:
+def hold(context: TracingContext, guards: Sequence, fakes: Sequence, values: Sequence) -> bool:
     """Do guards hold for the sizes of these values? Not, where one is on a size that no input has."""
-    return not guards or _true(list(guards), sizes_of(fakes, values))
+    env = _env(context)
+    return not guards or env is None or _true(list(guards), _alike(env, sizes_of(fakes, values)))
 
 
 def guards_hold(env: Any, since: int, fakes: list) -> Callable[[list], bool]:

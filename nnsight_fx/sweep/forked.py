@@ -40,6 +40,7 @@ from .rowgraph import annotated, captured, copy_of, lengths
 from .rows import Mixed
 from .where import blocks, fork_of, keep_until, positions
 
+KEPT = 16  # compiles of a region, for sizes that the guards of one another rule out
 WORTH = 0.9  # of the positions: where more must be computed, all are, with the kernels of a batch
 
 _compiled: weakref.WeakKeyDictionary[Segment, dict[tuple, SizedRegion]] = weakref.WeakKeyDictionary()  # by structure
@@ -55,10 +56,10 @@ class SizedRegion:
         self.fakes = [compat.fakes.as_input(segment.context, x) for x in given]
         self.calls: list[tuple[list, Callable]] = []  # the guards of each, and it
 
-    def call_for(self, values: Sequence) -> Callable | None:
+    def call_for(self, segment: Segment, values: Sequence) -> Callable | None:
         """What is compiled for these inputs."""
-        found = (call for guards, call in self.calls if compat.symbols.hold(guards, self.fakes, values))
-        return next(found, None)
+        hold, context = compat.symbols.hold, segment.context
+        return next((call for guards, call in self.calls if hold(context, guards, self.fakes, values)), None)
 
 
 class Prepared(NamedTuple):
@@ -381,7 +382,7 @@ class Sheet:
 
     def _call(self, region: SizedRegion, values: Sequence) -> object:
         """Run a region; where what is compiled of it is not for these sizes, compile it for them."""
-        call = region.call_for(values)
+        call = region.call_for(self.segment, values)
         if call is None:
             clock.say("compiling (a region for other sizes)")
             call = self._compile(region, values)
@@ -400,7 +401,7 @@ class Sheet:
             before = compat.symbols.guard_count(context)
             call = self.capture.build(graph, lambda: fakes, report)
             guards = compat.symbols.guards_since(context, before)
-        region.calls.append((guards, call))
+        region.calls = [*region.calls[1 - KEPT :], (guards, call)]
         for why in report:
             self.told.note(why)
         self.capture.note_compile(self.segment, None)

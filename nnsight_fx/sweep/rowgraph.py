@@ -127,10 +127,16 @@ def lengths(segment: Segment) -> set:
     return {s for shape in shapes for n in shape for s in compat.symbols.symbols_of(n)}
 
 
+def _fixed(segment: Segment) -> set[int]:
+    """The sizes of its inputs that are no symbols."""
+    found = (compat.symbols.size_at(n, {}) for x in segment.fakes if isinstance(x, torch.Tensor) for n in x.shape)
+    return {n for n in found if n is not None}
+
+
 def _shape(segment: Segment) -> str:
     """Of what inputs a graph is: `any x 14`; `any x any`."""
     numbers = (x for x in segment.fakes if isinstance(x, torch.Tensor))
-    sizes = (["any" if isinstance(n, torch.SymInt) else str(n) for n in x.shape] for x in numbers)
+    sizes = ([str(compat.symbols.size_at(n, {}) or "any") for n in x.shape] for x in numbers)
     found = dict.fromkeys(" x ".join(each) for each in sizes if each[:1] == ["any"])
     return ", ".join(found) or "no tensor"
 
@@ -163,7 +169,7 @@ def _numbers(segment: Segment, many: set) -> list[dict]:
     several |= {s for x in segment.fakes for s in compat.symbols.symbols_of(x) if isinstance(x, torch.SymInt)} - many
     if several & many:
         raise Mixed("the number of rows and that of tokens are one size in it")
-    sizes = {n for x in fakes for n in x.shape if isinstance(n, int)}
+    sizes = _fixed(segment)
     rows = next(n for n in PRIMES if n not in sizes)
     if not many:
         return [dict.fromkeys(several, rows)]
@@ -190,7 +196,7 @@ def _noted(gm: fx.GraphModule, segment: Segment, args: list, numbers: dict, many
     """What one run finds of each node, with these numbers for the symbols."""
     rows = next((n for s, n in numbers.items() if s not in many), 0)
     count = next((numbers[s] for s in many), 1)
-    sizes = {n for x in segment.fakes if isinstance(x, torch.Tensor) for n in x.shape if isinstance(n, int)}
+    sizes = _fixed(segment)
     mode = compat.fakes.FakeTensorMode(allow_non_fake_inputs=True)
     given, held = [], []
     for fake, arg in zip(segment.fakes, args, strict=True):
