@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import pytest
 import torch
@@ -75,10 +75,11 @@ def programs(model, layers, head, prompt, clean):
 
 
 def session(wrapped, lengths, seed=0):
+    model, layers, head = wrapped
     found = []
-    with torch.no_grad(), wrapped[0].session() as ran:
+    with torch.no_grad(), model.session() as ran:
         for n in lengths:
-            found.append(programs(*wrapped, ids(n, seed), ids(n, seed + 50)))
+            found.append(programs(model, layers, head, ids(n, seed), ids(n, seed + 50)))
     return [torch.cat([x.flatten() for x in each]) for each in found], ran
 
 
@@ -96,9 +97,9 @@ def row_graphs(model):
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        *((name, "eager") for name in MODELS),
-        ("llama", "aot_eager"),
-        *(pytest.param(n, "aot_eager", marks=pytest.mark.slow) for n in ("gpt2", "gemma", "qwen, a sliding window")),
+        *((name, "eager") for name in ("llama", "gpt2", "qwen, a sliding window")),
+        *(pytest.param(n, "eager", marks=pytest.mark.slow) for n in ("llama, written out", "neox", "gemma")),
+        *(pytest.param(n, "aot_eager", marks=pytest.mark.slow) for n in ("llama", "gpt2", "gemma")),
     ],
 )
 def test_one_capture_for_all_lengths(name, backend):
@@ -216,17 +217,17 @@ def test_as_many_rows_as_tokens_and_as_wide_as_a_head():
 class Looks(tf.GPT2LMHeadModel):
     """Its Python takes the number of tokens for a number."""
 
-    def forward(self, input_ids=None, **kwargs):
-        out = super().forward(input_ids, **kwargs)
-        out.logits = out.logits * math.sqrt({n: n for n in range(40)}[input_ids.shape[1]])
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        out: Any = super().forward(input_ids, **kwargs)
+        out.logits = out.logits * {n: n / 4 for n in range(40)}[input_ids.shape[1]]
         return out
 
 
 class Even(tf.GPT2LMHeadModel):
     """One graph for even numbers of tokens and one for odd ones: too little is known of each to prove anything."""
 
-    def forward(self, input_ids=None, **kwargs):
-        out = super().forward(input_ids, **kwargs)
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        out: Any = super().forward(input_ids, **kwargs)
         if input_ids.shape[1] % 2 == 0:
             out.logits = out.logits * 2
         return out
@@ -235,8 +236,8 @@ class Even(tf.GPT2LMHeadModel):
 class Long(tf.GPT2LMHeadModel):
     """One graph for short prompts, one for long ones: each for any length that is."""
 
-    def forward(self, input_ids=None, **kwargs):
-        out = super().forward(input_ids, **kwargs)
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        out: Any = super().forward(input_ids, **kwargs)
         if input_ids.shape[1] > 6:
             out.logits = out.logits * 2
         return out
