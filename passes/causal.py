@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 
+from nnsight_fx import compat
 from nnsight_fx.capture.marker import marker_of, pass_through, site
 
 from .demand import take
@@ -37,7 +38,7 @@ class Fact(NamedTuple):
 class Facts(NamedTuple):
     """The number of positions, and a `Fact` for each node whose value differs from row to row."""
 
-    tokens: int
+    tokens: int | torch.SymInt
     of: dict[fx.Node, Fact]
 
 
@@ -237,7 +238,9 @@ class _Rewriting:
                 return n.args, dict(n.kwargs)
             sizes = sizes.args[0]
         new: list[Any] = list(sizes)
-        if new[fact.position] == self.facts.tokens:
+        size = new[fact.position]
+        size = size.meta.get("example_value") if isinstance(size, fx.Node) else size
+        if isinstance(size, int | torch.SymInt) and compat.symbols.same_size(size, self.facts.tokens):
             new[fact.position] = 1
         return (n.args[0], tuple(new)), dict(n.kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.fx as fx
 
 from ..capture.marker import marker_of, site
 from ..engine.run import Run
+from ..passes.cost import cost
 from ..passes.outline import seams
 from ..passes.tokens import Layout
 from ..plan.encode import Keep
@@ -75,15 +76,16 @@ class Walk(fx.Interpreter):
     def __init__(
         self,
         gm: fx.GraphModule,
-        regions: dict[str, Callable],
+        call: Callable[[str, Sequence], object],
         cells: list[Cell],
+        positions: int = 1,
     ):
         super().__init__(gm)
-        self.regions, self.cells = regions, cells
+        self.call, self.cells = call, cells
         self.groups = {group[-1]: (where, group) for where, group in seams(gm)}
         self.flops = 0.0
         self.cost = {
-            name: sum(n.meta.get("flops", 0) for n in region.graph.nodes)  # type: ignore[union-attr]
+            name: cost(region.graph.nodes, "flops", positions)  # type: ignore[union-attr]
             for name, region in gm.named_children()
         }
 
@@ -99,7 +101,7 @@ class Walk(fx.Interpreter):
             held = [(x, _rows(a)) for a, x in zip(n.args, args, strict=True)]
             rows = max((x.shape[d] for x, d in held if d is not None), default=0)
             self.flops += self.cost[str(n.target)] * rows
-            return self.regions[str(n.target)](*args)
+            return self.call(str(n.target), args)
         if n.op == "output":
             return None
         if n.target is not site:

@@ -6,9 +6,11 @@ regions, each distinct one compiled once, over all rows that there are; at a cut
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from ..engine import clock
 from ..engine.captured.capture import Capture
 from ..engine.captured.regions import facts, structure
 from ..passes.causal import APART, causal
+from ..passes.cost import cost
 from ..passes.demand import demand, take
 from ..passes.effects import changes
 from ..passes.fork import fork
@@ -33,26 +36,48 @@ from .memory import chunks, free, out_of_memory
 from .pending import Pending
 from .positions import positions as follow
 from .reach import reach
-from .rowgraph import annotated, captured, copy_of
+from .rowgraph import annotated, captured, copy_of, lengths
 from .rows import Mixed
 from .where import blocks, fork_of, keep_until, positions
 
+KEPT = 16  # compiles of a region, for sizes that the guards of one another rule out
 WORTH = 0.9  # of the positions: where more must be computed, all are, with the kernels of a batch
 
-_compiled: weakref.WeakKeyDictionary[Segment, dict] = weakref.WeakKeyDictionary()  # regions, by structure
-
-
+_compiled: weakref.WeakKeyDictionary[Segment, dict[tuple, SizedRegion]] = weakref.WeakKeyDictionary()  # by structure
 _ready: weakref.WeakKeyDictionary[Segment, dict[tuple, Prepared]] = weakref.WeakKeyDictionary()
 
 
+class SizedRegion:
+    """What lies between two cuts, compiled: once, and again for sizes that the guards of that rule out."""
+
+    def __init__(self, graph: fx.GraphModule, segment: Segment):
+        self.graph = graph
+        given = (n.meta.get("example_value") for n in graph.graph.nodes if n.op == "placeholder")
+        self.fakes = [compat.fakes.as_input(segment.context, x) for x in given]
+        self.calls: list[tuple[list, Callable]] = []  # the guards of each, and it
+
+    def call_for(self, segment: Segment, values: Sequence) -> Callable | None:
+        """What is compiled for these inputs."""
+        hold, context = compat.symbols.hold, segment.context
+        return next((call for guards, call in self.calls if hold(context, guards, self.fakes, values)), None)
+
+
 class Prepared(NamedTuple):
-    """A graph for a walk: its compiled regions, is it cut to one position of a row, and how many it holds as tokens."""
+    """A graph for a walk: its compiled regions, is it cut to one position of a row, and does it hold rows as tokens."""
 
     gm: fx.GraphModule
-    regions: dict[str, Callable]
+    regions: dict[str, SizedRegion]
     demanded: bool
-    tokens: int
+    tokens: bool
     why: str | None
+
+
+class OneLength(Mixed):
+    """What a graph for any length does not allow, one for a single length may. Never reaches the user."""
+
+    def __init__(self, why: str, capture: Capture):
+        super().__init__(why)
+        self.capture = capture
 
 
 def forked(group: list[Pending], told: Group) -> None:
@@ -72,6 +97,8 @@ def _run(cells: list[Pending], told: Group, whole: bool = False) -> None:
     except NotCausal as why:
         told.note(f"every position was computed: {str(why).partition(chr(10))[0]}")
         return _run(cells, told, whole=True)
+    except OneLength as why:
+        return _of_one_length(cells, told, whole, why)
     except Exception as error:
         if not out_of_memory(error) or len(cells) == 1:
             raise
@@ -79,6 +106,17 @@ def _run(cells: list[Pending], told: Group, whole: bool = False) -> None:
         size = -(-len(cells) // 2)
     for some in chunks(cells, size):
         _run(some, told, whole)
+
+
+def _of_one_length(cells: list[Pending], told: Group, whole: bool, why: OneLength) -> None:
+    """Run with a graph for the length of these traces: that for any length does not do."""
+    fixed, fn = why.capture.one_length, cells[0].wave.fn
+    fixed[fn] = str(why)
+    try:
+        _run(cells, told, whole)
+    except Mixed:
+        del fixed[fn]  # it was not the length
+        raise
 
 
 def _bases(group: list[Pending]) -> list[list[Pending]]:
@@ -108,7 +146,8 @@ class Sheet:
         self.whole = whole  # every position of each row is computed
         first = pending[0]
         host = first.host
-        self.capture: Capture = host.capture_for(first.tracer.compile)
+        assert first.capture is not None
+        self.capture = first.capture
         self.bases = _bases(pending)
         batches = [cells[0].wave.batch for cells in self.bases]
         self.size = batches[0].rows  # rows of one trace
@@ -116,11 +155,19 @@ class Sheet:
             batches = [*batches, batches[0]]
         self.base_rows = len(batches) * self.size
         batch = _collated(host, batches)
-        self.segment, self.args = captured(host, self.capture, first.wave.fn, batch, first.line)
-        self.gm = annotated(self.segment, self.args)
+        fn, length = first.wave.fn, batch.length
+        vary = self.capture.lets_vary(fn, length, batch.text)
+        self.segment, self.args = captured(host, self.capture, fn, batch, first.line, vary)
+        self.sizes = compat.symbols.sizes_of(self.segment.fakes, self.args)
+        self.any_length = bool(lengths(self.segment))
+        with self._for_any_length():
+            self.gm = annotated(self.segment, self.args)
+        if vary and not self.any_length:
+            told.note(f"captured for {length} tokens alone: the model's Python looks at their number")
+        elif fn in self.capture.one_length and length is not None:
+            told.note(f"captured for {length} tokens alone: {self.capture.one_length[fn]}")
         self.plans = list(dict.fromkeys(p.plan for p in pending))
         self.order = {where: i for i, (where, _) in enumerate(seams(self.gm))}
-        self.naive = sum(n.meta.get("flops", 0) for n in self.gm.graph.nodes) * self.size
         touched = {where for plan in self.plans for where in plan.touches}
         missing = touched - self.order.keys()
         if missing:
@@ -128,13 +175,28 @@ class Sheet:
         self.cuts = touched | blocks(self.order)
         self.forks = {plan: fork_of(plan, self.order) for plan in self.plans}
         self.last = max(touched, key=lambda where: self.order[where])
+        self.positions = self._positions()
+        self.length = max(1, self.positions or length or 1)
+        self.naive = cost(self.gm.graph.nodes, "flops", self.length) * self.size
+
+    @contextlib.contextmanager
+    def _for_any_length(self) -> Iterator[None]:
+        """What fails here may do with a graph for one length."""
+        try:
+            yield
+        except OneLength:
+            raise
+        except Mixed as why:
+            if not self.any_length:
+                raise
+            raise OneLength(str(why), self.capture) from why
 
     @property
     def fits(self) -> int:
         """How many traces a forward has memory for."""
         largest, here = 0.0, 0.0
         for node in self.gm.graph.nodes:
-            here += node.meta.get("bytes", 0)
+            here += cost([node], "bytes", self.length)
             if node.target is site and (*marker_of(node).name, 0) in self.cuts:
                 largest, here = max(largest, here), 0.0
         device = next((x.device for x in self.args if isinstance(x, torch.Tensor)), torch.device("cpu"))
@@ -156,7 +218,8 @@ class Sheet:
         if "demand" not in self.capture.disable:
             chosen = positions(cells, self.last, len(bases), self.size)
         starts, at = self._starts(cells, bases)
-        made = self._prepared(chosen is not None, at, tuple(leaving))
+        with self._for_any_length():
+            made = self._prepared(chosen is not None, at, tuple(leaving))
         indices: list[Any] = []
         if made.demanded:
             self.told.note(f"`{'.'.join(self.last[:2])}` was computed at one position of a row")
@@ -165,7 +228,7 @@ class Sheet:
                 cell.constants = cell.ones
         layout = None
         if made.tokens:
-            layout = Layout(made.tokens, starts, bases, self._device)
+            layout = Layout(self.positions, starts, bases, self._device)
             indices += [layout, self.base_rows * layout.positions]
             computed = 1 - sum(starts) / (layout.positions * len(bases))
             self.told.note(f"{computed:.0%} of the positions were computed: the others are before what a trace changes")
@@ -176,7 +239,7 @@ class Sheet:
         for some in joining:
             rows = [row for cell in some for row in range(cell.joins_at, cell.joins_at + self.size)]
             indices.append(self._joining(rows, bases, layout))
-        walk = Walk(made.gm, made.regions, cells)
+        walk = Walk(made.gm, lambda name, values: self._call(made.regions[name], values), cells, self.length)
         with torch.no_grad():
             walk.go(*self.args, *indices)
         if any(cell.unfinished() and not cell.stopping for cell in cells):
@@ -198,7 +261,7 @@ class Sheet:
 
     def _starts(self, cells: list[Cell], bases: list[int]) -> tuple[list[int], frozenset | None]:
         """The first position that each row can change, and the leaves where traces do; `None` where that saves nothing."""
-        count = self._positions()
+        count = self.positions
         starts, at = [0] * len(bases), set()
         if self.whole or count < 2 or "causal" in self.capture.disable:
             return starts, None
@@ -217,19 +280,23 @@ class Sheet:
         known = _ready.setdefault(self.segment, {})
         key = (self.last, frozenset(self.cuts), choose, at, leaving)
         if key not in known:
-            known[key] = self._prepare(choose, at, leaving)
+            guards = compat.symbols.guard_count(self.segment.context)
+            made = self._prepare(choose, at, leaving)
+            if self.any_length and compat.symbols.guard_count(self.segment.context) > guards:
+                raise Mixed("what is left out of it depends on the number of tokens")
+            known[key] = made
         return known[key]
 
     def _prepare(self, choose: bool, at: frozenset | None, leaving: tuple) -> Prepared:
         keep_until(self.gm, self.last)
         unmark(self.gm, self.cuts)
-        demanded, tokens, why = choose and self._demanded(), 0, None
+        demanded, tokens, why = choose and self._demanded(), False, None
         if at is not None:
             copied = copy_of(self.gm)
             try:
                 facts = follow(copied, at)
                 causal(copied, facts=facts)
-                self.gm, tokens = copied, facts.tokens
+                self.gm, tokens = copied, True
             except (Mixed, ValueError) as error:
                 why = str(error).partition("\n")[0]
         if not outline(self.gm, at=self.cuts, apart=APART):
@@ -251,7 +318,7 @@ class Sheet:
         leaf = marker_of(sites[min(found, key=lambda w: self.order[w])][0]).value
         value = leaf.meta.get("example_value")
         size = value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else 0
-        return size if isinstance(size, int) else 0
+        return compat.symbols.size_at(size, self.sizes) or 0
 
     def _demanded(self) -> bool:
         """Leave out all positions but one of each row, where no more is read at the last site.
@@ -297,38 +364,47 @@ class Sheet:
             cell.leaves = self.forks[p.plan]
         return cell
 
-    def _regions(self) -> dict[str, Callable]:
+    def _regions(self) -> dict[str, SizedRegion]:
         """The submodules, compiled: each distinct one once, for any number of rows."""
         known, keys, new = _compiled.setdefault(self.segment, {}), {}, {}
-        for name, region in self.gm.named_children():
-            assert isinstance(region, fx.GraphModule)
-            if _changes_inputs(region):
+        for name, graph in self.gm.named_children():
+            assert isinstance(graph, fx.GraphModule)
+            if _changes_inputs(graph):
                 raise Mixed("the model changes a value in place on which a site may be looked at")
-            given = (n.meta.get("example_value") for n in region.graph.nodes if n.op == "placeholder")
-            keys[name] = key = (structure(region), tuple(facts(x, {}) for x in given))
+            given = (n.meta.get("example_value") for n in graph.graph.nodes if n.op == "placeholder")
+            keys[name] = key = (structure(graph), tuple(facts(x, {}) for x in given))
             if key not in known:
-                new.setdefault(key, region)
-        for n, (key, region) in enumerate(new.items(), 1):
+                new.setdefault(key, graph)
+        for n, (key, graph) in enumerate(new.items(), 1):
             clock.say(f"compiling (region {n} of {len(new)})")
-            known[key] = self._compile(region)
+            region = SizedRegion(graph, self.segment)
+            self._compile(region, ())
+            known[key] = region
         clock.say("")
         return {name: known[key] for name, key in keys.items()}
 
-    def _compile(self, region: fx.GraphModule) -> Callable:
-        fakes = [
-            compat.fakes.as_input(self.segment.context, n.meta.get("example_value"))
-            for n in region.graph.nodes
-            if n.op == "placeholder"
-        ]
-        region.recompile()
-        begun = time.perf_counter()
+    def _call(self, region: SizedRegion, values: Sequence) -> object:
+        """Run a region; where what is compiled of it is not for these sizes, compile it for them."""
+        call = region.call_for(self.segment, values)
+        if call is None:
+            clock.say("compiling (a region for other sizes)")
+            call = self._compile(region, values)
+            clock.say("")
+        return call(*values)
+
+    def _compile(self, region: SizedRegion, values: Sequence) -> Callable:
+        context, begun = self.segment.context, time.perf_counter()
+        graph = fx.GraphModule(region.graph, copy.deepcopy(region.graph.graph))  # compilers rewrite what they get
         with (
-            compat.symbols.own_sizes(self.segment.context),
-            compat.graphs.tracing(self.segment.context),
+            compat.symbols.own_sizes(context, region.fakes, values) as fakes,
+            compat.graphs.tracing(context),
             torch.no_grad(),
         ):
             report: list[str] = []
-            call = self.capture.builder.build(region, lambda: fakes, report)
+            before = compat.symbols.guard_count(context)
+            call = self.capture.builder.build(graph, lambda: fakes, report)
+            guards = compat.symbols.guards_since(context, before)
+        region.calls = [*region.calls[1 - KEPT :], (guards, call)]
         for why in report:
             self.told.note(why)
         self.capture.note_compile(self.segment, None)
@@ -344,7 +420,7 @@ def _collated(host: Any, batches: list) -> Any:
     args, kwargs = tree.tree_map(
         lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (joined.args, joined.kwargs)
     )
-    return type(joined)(args, kwargs, joined.rows, joined.text)
+    return type(joined)(args, kwargs, joined.rows, joined.text, joined.length)
 
 
 def _changes_inputs(region: fx.GraphModule) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 
 from ..compat.modules import comes_and_goes
 from ..compat.tensors import version
+from ..engine.captured.capture import Capture
 from ..errors import OutOfOrderError
 from ..plan import tree
 from ..plan.ambient import under
@@ -86,6 +88,11 @@ class Pending:
     def host(self) -> Any:
         return self.tracer.host
 
+    @functools.cached_property
+    def capture(self) -> Capture | None:
+        """What its model's graphs are kept in; `None`: it runs on hooks."""
+        return self.host.capture_for(self.tracer.compile)
+
     @property
     def wave(self) -> Any:
         return self.tracer.waves[-1]
@@ -111,6 +118,12 @@ class Pending:
                     f"its session at {self.session_line}, which runs the trace only then. Give the trace a copy (`.clone()`), or look "
                     "at one of its values (`print(value)`) before the change."
                 )
+
+    def note_length(self) -> None:
+        """Its number of tokens is one that its model runs with."""
+        length = self.wave.batch.length if self.wave.alone else None
+        if self.capture is not None and length is not None:
+            self.capture.lengths.setdefault(self.wave.fn, set()).add(length)
 
     def keep(self, wanted: set[int] | None) -> None:
         """Let the run give what was saved, and of the rest what is `wanted` (ids; `None`: all that somebody holds)."""
@@ -177,7 +190,7 @@ def why_alone(pending: Pending) -> str | None:
         return "it has invokes of its own"
     if plan.recapture == "changes":
         return "it changes the shape, dtype or structure of a value"
-    capture = wave.host.capture_for(pending.tracer.compile)
+    capture = pending.capture
     if capture is not None and capture.options.passes is not None:
         return "passes of yours are for the graph of one trace"
     for op in plan.ops:

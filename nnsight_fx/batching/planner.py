@@ -22,6 +22,8 @@ Strategy = Callable[[list[Pending], Group], None]
 
 def run(todo: list[Pending], report: Report) -> None:
     """Run traces, in an order that gives each what it needs, and deliver what they saved."""
+    for p in todo:
+        p.note_length()
     for group in groups(todo):
         _run(group, report)
 
@@ -86,7 +88,7 @@ def choose(group: list[Pending]) -> tuple[Strategy | None, str | None]:
     first = group[0]
     if len(group) == 1:
         return None, first.alone
-    if first.host.capture_for(first.tracer.compile) is None:
+    if first.capture is None:
         return batched, None
     return forked, None
 

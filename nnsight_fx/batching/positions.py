@@ -27,6 +27,9 @@ def positions(gm: fx.GraphModule, at: Collection[tuple[Site, int]]) -> Facts:
 
     The positions are dimension 1 of these leaves. Shapes and the rows' dimension are those on the nodes
     (`meta["example_value"]`, `meta["rows"]`). `Mixed` where an operation lets one position see another and is no attention.
+
+    Where the number of positions is a symbol, the graph is followed with each of the numbers in `gm.meta["lengths"]`, and
+    what is found must be the same.
     """
     seeds = {n for where, group in seams(gm) for n in group if (where, marker_of(n).leaf) in at}
     if not seeds:
@@ -34,27 +37,39 @@ def positions(gm: fx.GraphModule, at: Collection[tuple[Site, int]]) -> Facts:
     first = next(n for n in gm.graph.nodes if n in seeds)
     marker = marker_of(first)
     shape = _shape(marker.value)
-    if len(shape) < 2 or marker.value.meta.get("rows") != 0 or not isinstance(shape[1], int):
+    if len(shape) < 2 or marker.value.meta.get("rows") != 0:
         raise Mixed(f"`{'.'.join(marker.name)}` has no positions in dimension 1")
+    found = [_followed(gm, seeds, shape[1], numbers) for numbers in gm.meta.get("lengths", [{}])]
+    if any(facts != found[0] for facts in found):
+        raise Mixed("which values hold the positions depends on their number")
+    return Facts(shape[1], found[0])
+
+
+def _followed(gm: fx.GraphModule, seeds: set[fx.Node], size: int | torch.SymInt, numbers: dict) -> dict[fx.Node, Fact]:
+    """The facts, found with these numbers for the symbols of the positions."""
+    count = compat.symbols.size_at(size, numbers)
+    if count is None:
+        raise Mixed("the number of positions is not known")
     mode = compat.fakes.FakeTensorMode(allow_non_fake_inputs=True)
-    follow = Rows(shape[1], [], {shape[1]})
+    follow = Rows(count, [], {count})
     follow.paused = True
     with torch.no_grad(), mode, follow:
         found = _Following(gm, seeds, follow)
-        found.run(*[_of_one_row(n) for n in gm.graph.nodes if n.op == "placeholder"])
-    return Facts(shape[1], found.facts)
+        found.run(*[_of_one_row(n, numbers) for n in gm.graph.nodes if n.op == "placeholder"])
+    return found.facts
 
 
-def _of_one_row(node: fx.Node) -> Any:
+def _of_one_row(node: fx.Node, numbers: dict) -> Any:
     value, dim = node.meta.get("example_value"), node.meta.get("rows")
     if dim == "count":
         return 1
     if not isinstance(value, torch.Tensor):
-        return value
-    sizes = [1 if i == dim else n for i, n in enumerate(value.shape)]
-    if any(isinstance(n, torch.SymInt) for n in sizes):
+        return compat.symbols.size_at(value, numbers) if isinstance(value, torch.SymInt) else value
+    sizes = [1 if i == dim else compat.symbols.size_at(n, numbers) for i, n in enumerate(value.shape)]
+    known = [n for n in sizes if n is not None]
+    if len(known) < len(sizes):
         return None  # the positions that are chosen: they only go where one is taken of each row
-    return torch.empty(sizes, dtype=value.dtype, device=value.device)
+    return torch.empty(known, dtype=value.dtype, device=value.device)
 
 
 class _Following(fx.Interpreter):

@@ -216,4 +216,4 @@ def _raiser(error: BaseException) -> Any:
 def _batch(batch: Any, copied: Any) -> Any:
     """A prepared input with its tensors copied."""
     args, kwargs = tree.tree_map(copied, (batch.args, batch.kwargs))
-    return type(batch)(args, kwargs, batch.rows, batch.text)
+    return type(batch)(args, kwargs, batch.rows, batch.text, batch.length)

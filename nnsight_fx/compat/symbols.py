@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 
 from .fakes import fake_like
 from .probe import Name, needed
+
+if TYPE_CHECKING:
+    from torch._guards import TracingContext
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv as SizeTable
 
 _SYMBOLS = "torch.fx.experimental.symbolic_shapes"
 ShapeEnv, DimDynamic, StatelessSymbolicContext, free_symbols, free_unbacked_symbols = (
@@ -56,7 +60,7 @@ def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iter
         yield list(fakes)
         return
     captured: dict = tables[0]
-    now = {s: n for s, n in sizes_of(fakes, values).items() if s in captured and captured[s] != n}
+    now = {s: n for s, n in _alike(env, sizes_of(fakes, values)).items() if s in captured and captured[s] != n}
     before = {s: captured[s] for s in now}
     captured.update(now)
     if now:
@@ -64,7 +68,7 @@ def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iter
         _refresh(env)
     ranges, guards = dict(env.var_to_range), list(env.guards)
     kept = {name: dict(getattr(env, name)) for name in ("replacements", "replacements_slocs") if hasattr(env, name)}
-    divisible = set(env.divisible)
+    divisible, known = set(env.divisible), dict(getattr(env, "axioms", {}))  # what guards imply
     try:
         yield list(fakes)
     finally:
@@ -78,7 +82,17 @@ def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iter
             now.update(made | old)
         env.divisible.clear()
         env.divisible.update(divisible)
+        if hasattr(env, "axioms"):
+            env.axioms.clear()
+            env.axioms.update(known)
         _refresh(env)
+
+
+def _alike(env: SizeTable, sizes: dict) -> dict:
+    """Sizes of a call, and of the symbols that are equal to theirs by the graph's own guards."""
+    equal = [(a, b) for a, b in getattr(env, "replacements", {}).items() if b.is_symbol]
+    sizes = sizes | {b: sizes[a] for a, b in equal if a in sizes}
+    return sizes | {a: sizes[b] for a, b in equal if b in sizes}
 
 
 def _refresh(env: Any) -> None:
@@ -101,6 +115,35 @@ def sizes_of(fakes: Sequence, values: Sequence) -> dict[Any, sympy.Integer]:
             if isinstance(size, torch.SymInt) and isinstance(number, int) and size.node._expr.is_symbol:
                 found[size.node._expr] = sympy.Integer(number)
     return found
+
+
+def size_at(size: int | torch.SymInt, numbers: Mapping[sympy.Symbol, int | sympy.Integer]) -> int | None:
+    """A size, with numbers for its symbols; `None` where one is missing."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    found = size.node.expr.xreplace({s: sympy.Integer(n) for s, n in numbers.items()})
+    return int(found) if found.is_number else None
+
+
+def symbols_of(size: int | torch.SymInt) -> set[sympy.Symbol]:
+    """The symbols in a size."""
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Are two sizes written alike? Asked without a guard."""
+    plain = [size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size) for size in (a, b)]
+    return plain[0] == plain[1]
+
+
+def may_be(context: TracingContext, numbers: Mapping[sympy.Symbol, int]) -> bool:
+    """Could the inputs of a captured graph have these sizes, by its own guards?"""
+    env = _env(context)
+    if env is None:
+        return False
+    values = {s: sympy.Integer(n) for s, n in numbers.items()}
+    inside = all(n in env.var_to_range[s] for s, n in values.items() if s in env.var_to_range)
+    return inside and not any(g.expr.xreplace(values) == False for g in env.guards)  # noqa: E712  (sympy's)
 
 
 def input_of_size(fakes: Sequence, size: int, dim: int) -> int | None:
@@ -237,6 +280,22 @@ def _check(env: Any, guards: list, fakes: list) -> Callable[[list], bool] | None
 
 def _true(guards: list, sizes: dict) -> bool:
     return all(g.expr.xreplace(sizes) == True for g in guards)  # noqa: E712  (sympy's)
+
+
+def guards_since(context: TracingContext, since: int) -> list:
+    """The guards on sizes that were added since there were `since`."""
+    env = _env(context)
+    return [] if env is None else list(env.guards[since:])
+
+
+def _env(context: TracingContext) -> SizeTable | None:
+    return None if context.fake_mode is None else context.fake_mode.shape_env
+
+
+def hold(context: TracingContext, guards: Sequence, fakes: Sequence, values: Sequence) -> bool:
+    """Do guards hold for the sizes of these values? Not, where one is on a size that no input has."""
+    env = _env(context)
+    return not guards or env is None or _true(list(guards), _alike(env, sizes_of(fakes, values)))
 
 
 def guards_hold(env: Any, since: int, fakes: list) -> Callable[[list], bool]:

@@ -67,11 +67,10 @@ class Ledger:
 process = Ledger()  # of all models
 
 
-def shape_of(inputs: Any, any_rows: bool = False) -> str:
-    """The shapes of an input's tensors, each once: `1 x 14`; `any x 14`."""
+def shape_of(inputs: Any) -> str:
+    """The shapes of an input's tensors, each once: `1 x 14`."""
     tensors = [x for x in tree.flatten(inputs)[0] if isinstance(x, torch.Tensor) and x.dim()]
-    sizes = (["any", *x.shape[1:]] if any_rows else x.shape for x in tensors)
-    found = dict.fromkeys(" x ".join(map(str, each)) for each in sizes)
+    found = dict.fromkeys(" x ".join(map(str, x.shape)) for x in tensors)
     return ", ".join(found) or "no tensor"
 
 

@@ -227,6 +227,8 @@ class ModelHost:
             run.opened = wave.tracer.line
             if capture.options.dynamic is None and capture.options.capture == "dynamo":
                 self.inputs.let_vary(batch, wave.tracer.generation is not None)
+                if wave.tracer.session is not None and capture.lets_vary(fn, batch.length, batch.text):
+                    batch.let_lengths_vary()
             unread = wave.tracer.generation is None  # which goes on with what the model returns
             run.start(capture, stop_at, sites, entry, (batch.args, batch.kwargs), removes, unread)
         return run

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import compat
 from ..errors import InvokeError
 from ..lines import user_line
 from ..plan import tree
@@ -26,11 +27,19 @@ class Batch:
     kwargs: dict
     rows: int
     text: bool = False  # was it text, whose length is another one in the next
+    length: int | None = None  # how many tokens a row of prompts has
 
     @functools.cached_property
     def flat(self) -> tuple[list, tree.Spec]:
         """The leaves of both, and their structure."""
         return tree.flatten((self.args, self.kwargs))
+
+    def let_lengths_vary(self) -> None:
+        """Tell Dynamo beforehand that the number of tokens will be another in the next input."""
+        shape = (self.rows, self.length)
+        for x in self.flat[0]:
+            if isinstance(x, torch.Tensor) and x.dim() in (2, 3) and x.shape[:2] == shape:
+                compat.dynamo.may_vary(x, 1)
 
 
 class ModuleInputs:

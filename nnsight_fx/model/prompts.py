@@ -55,7 +55,7 @@ class PromptInputs(ModuleInputs):
             ones = [torch.ones(n, dtype=torch.long, device=main.device) for n in lengths]
             given["attention_mask"] = tokens.sequences("attention_mask", ones, 0, self.left)[0]
         batch = super().prepare((), {source: main, "attention_mask": None} | given)
-        return dataclasses.replace(batch, rows=len(lengths), text=text)
+        return dataclasses.replace(batch, rows=len(lengths), text=text, length=main.shape[1])
 
     def collate(self, batches: list[Batch], pad_to: int | None = None) -> Batch:
         lengths = [n for b in batches if (n := self.length(b)) is not None]
@@ -72,7 +72,7 @@ class PromptInputs(ModuleInputs):
         if len(padded) > 1:
             names = dict.fromkeys(name for each in padded for name in each)
             kwargs = {n: tokens.merge(n, [each[n] for each in padded if n in each], rows) for n in names}
-        return Batch((), self.positioned(kwargs), sum(rows), any(b.text for b in batches))
+        return Batch((), self.positioned(kwargs), sum(rows), any(b.text for b in batches), pad_to or max(lengths))
 
     def length(self, batch: Batch) -> int | None:
         source = _source(batch.kwargs)

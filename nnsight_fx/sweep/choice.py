@@ -15,7 +15,6 @@ import torch.nn as nn
 
 from ..engine.captured.options import EXACT
 from ..engine.clock import seconds
-from ..envoys.envoy import host_of
 from ..errors import nearest
 from ..lines import user_line
 from ..report.runs import Report
@@ -44,8 +43,9 @@ class Choice:
 
     def __init__(self, job: SweepJob, engine: str, report: Report, here: bool, known: str | None = None):
         self.job, self.report, self.known = job, report, known
-        self.capture = host_of(job.model).capture_for(job.options.get("compile"))
-        self.shapes = {(job.options.get("fn"), job.shapes[job.prompt(cell)]) for cell in range(len(job.cells))}
+        self.capture = job.capture
+        job.note_lengths()
+        self.shapes = {self._shape(prompt) for prompt in {job.prompt(cell) for cell in range(len(job.cells))}}
         self.pilot: set[int] = set()
         self.pace: list[float] = []  # seconds a cell of what runs on hooks before the choice
         self.ran = self._begin(engine, here)
@@ -76,6 +76,14 @@ class Choice:
             self.pilot = set()
             return self._told(COMPILED, "its graphs are compiled already")
         return None
+
+    def _shape(self, prompt: int) -> tuple:
+        """Of what input a graph has to be, to serve one prompt: of any length, where its graph is."""
+        fn, shapes = self.job.options.get("fn"), self.job.shapes[prompt]
+        length, text = self.job.texts[prompt]
+        if self.capture is not None and self.capture.lets_vary(fn, length, text):
+            shapes = tuple((s[0], "any", *s[2:]) if s[1:2] == (length,) else s for s in shapes)
+        return fn, shapes
 
     def _told(self, ran: str, why: str) -> str:
         self.report.notes = [f"{ran}: {why}"]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..draws import draw_for, own_draws
+from ..engine.captured.capture import Capture
 from ..envoys.envoy import host_of
 from ..errors import NotRecordableError
 from ..lines import user_line
@@ -51,6 +52,7 @@ class SweepJob:
     seed: int = 0
     stored: bool = False
     shapes: list[tuple] = field(default_factory=list)  # of each input's tensors
+    texts: list[tuple[int | None, bool]] = field(default_factory=list)  # how many tokens each input has, and is it text
     on_hooks: bool = False  # whatever the model is compiled for
 
     def __post_init__(self):
@@ -65,6 +67,17 @@ class SweepJob:
             first = {shape: n for n, shape in reversed(list(enumerate(self.shapes)))}
             order = sorted(order, key=lambda i: first[self.shapes[self.prompt(i)]])
         return [list(order[start : start + size]) for start in range(0, len(self.cells), size)]
+
+    @property
+    def capture(self) -> Capture | None:
+        """What the model's graphs are kept in; `None`: it runs on hooks."""
+        return host_of(self.model).capture_for(self.options.get("compile"))
+
+    def note_lengths(self) -> None:
+        """The model is going to run with all these numbers of tokens: its graphs are captured for any, where there are several."""
+        if self.capture is not None:
+            known = self.capture.lengths.setdefault(self.options.get("fn"), set())
+            known |= {length for length, _ in self.texts if length is not None}
 
     def prompt(self, cell: int) -> int:
         """Which input a cell is about."""
@@ -95,6 +108,8 @@ class SweepJob:
         saved: list[dict[str, Any]] = []
         plans: list[str] = []
         options = {**self.options, "compile": False} if self.on_hooks else self.options
+        if not self.on_hooks:
+            self.note_lengths()
         with gathered(self.model, Report()) as report:
             if not ready:
                 self.prepared(chunk)
@@ -134,12 +149,13 @@ def given(model: Any, item: Any) -> tuple[tuple, dict]:
     return (item,), {}
 
 
-def look(model: Any, item: Any) -> tuple[str, tuple]:
-    """A digest of one input as the model gets it, and the shapes in it."""
+def look(model: Any, item: Any) -> tuple[str, tuple, tuple[int | None, bool]]:
+    """A digest of one input as the model gets it, the shapes in it, how many tokens it has, and is it text."""
     args, kwargs = given(model, item)
     batch = host_of(model).inputs.prepare(args, kwargs)
     leaves = tree.flatten((batch.args, batch.kwargs))[0]
-    return hashed(leaves), tuple(tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor))
+    shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor))
+    return hashed(leaves), shapes, (batch.length, batch.text)
 
 
 def is_dataset(model: Any, inputs: Any) -> bool:

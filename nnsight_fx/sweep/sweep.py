@@ -100,10 +100,11 @@ def sweep(
     items = list(inputs) if many else [inputs]
     looked = [look(model, item) for item in items]
     options = {"compile": compile, **options}
-    job = SweepJob(model, fn, items, axes, options, many, prepare, stop, shapes=[shapes for _, shapes in looked])
+    job = SweepJob(model, fn, items, axes, options, many, prepare, stop)
+    job.shapes, job.texts = [shapes for _, shapes, _ in looked], [text for _, _, text in looked]
     kept = None
     if store is not None:
-        about = manifest(model, (fn, prepare), [digest for digest, _ in looked], axes, {**options, "stop": stop})
+        about = manifest(model, (fn, prepare), [digest for digest, _, _ in looked], axes, {**options, "stop": stop})
         begun = {"seed": torch.initial_seed() if seed is None else seed, "chunk": chunk or CHUNK}
         kept, job.stored = Store(store, about | begun), True
         seed, chunk = kept.adopt("seed", seed), kept.manifest["chunk"]

@@ -55,6 +55,10 @@ class Capture:
     # What batches and sweeps know.
     rowwise: dict[tuple, Callable] = field(default_factory=dict)  # what captures a function for any number of rows
     row_graphs: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # graph -> of what input
+    lengths: dict[str | None, set[int]] = field(default_factory=dict)  # by function: how many tokens its inputs had
+    one_length: dict[str | None, str] = field(
+        default_factory=dict
+    )  # functions with a row graph for each length, and why
     swept: set = field(default_factory=set)  # the inputs' shapes that a sweep has compiled for
     hooks_s: float = 0.0  # seconds of sweeps on hooks, for which nothing was compiled
 
@@ -74,7 +78,16 @@ class Capture:
         self.entries.clear()
         self.rowwise.clear()
         self.row_graphs.clear()
+        self.lengths.clear()
+        self.one_length.clear()
         self.swept.clear()
+
+    def lets_vary(self, fn: str | None, length: int | None, text: bool) -> bool:
+        """Is a function captured for any number of tokens, where it is for many rows: text has another length each time, ids
+        once there were two."""
+        if length is None or length < 2 or fn in self.one_length or self.options.dynamic is False:
+            return False
+        return text or bool(self.options.dynamic) or len(self.lengths.get(fn, ())) > 1
 
     # -- entries -------------------------------------------------------------------------------------------------
 
