@@ -59,7 +59,7 @@ def quiet(leave: Callable[..., bool]) -> Callable[..., bool]:
     """
 
     @functools.wraps(leave)
-    def wrapped(self: Any, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def wrapped(self: Any, kind: object, error: BaseException | None, trace: object) -> bool:
         try:
             swallowed = leave(self, kind, error, trace)
         except BaseException as arisen:

@@ -14,7 +14,7 @@ from nnsight_fx.compat.modes import SET_GRAD, enter_autocast, exit_autocast
 from nnsight_fx.plan.encode import Identity, Key
 from nnsight_fx.plan.interleave import Cut as CutHere
 from nnsight_fx.plan.interleave import Firing, Interleaver
-from nnsight_fx.plan.plan import MODULE, SKIP, STOP, Observed, Op, Site, fx_target
+from nnsight_fx.plan.plan import MODULE, SKIP, STOP, Observation, Op, Site, fx_target
 
 from ..plan.skips import skip_of
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
@@ -97,7 +97,7 @@ class Emitter(Interleaver):
             return new
         return self._emit("call_function", put_rows, (leaf, new, *group, self.plan.groups.total, batched))
 
-    def observed(self, leaf: Any, how: Observed) -> Any:
+    def observed(self, leaf: Any, how: Observation) -> Any:
         of = leaf.args[0] if isinstance(leaf, fx.Node) and leaf.target is rows else leaf
         fake = of.meta.get("example_value") if isinstance(of, fx.Node) else None
         moved = isinstance(fake, torch.Tensor) and how.leaves_gpu(fake)  # by the run, behind the graph

@@ -71,7 +71,7 @@ class TraceDict(dict[str, Retained]):
         self.outer, self.model._caller = self.model._caller, self._call
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.model._caller = self.outer
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:

@@ -64,7 +64,7 @@ class Session:
         saving.opened(self)
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         saving.closed(self)
         kept = [x for c in self.containers for x in saving.lazies(c) if tape_of(x).bridged]
         for lazy in kept:

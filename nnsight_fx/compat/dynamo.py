@@ -181,7 +181,7 @@ def dynamo_compile(
     return context(function), _cached_only(context, function)
 
 
-def _never(*_: Any) -> Any:
+def _never(*_: object) -> Any:
     raise NotCaptured
 
 
@@ -190,7 +190,7 @@ def _cached_only(context: Any, function: Callable) -> Callable:
     if None in (found, put, callback, depth_of, undo):
         return _never
 
-    def refuse(frame: Any, *_: Any) -> Any:
+    def refuse(frame: Any, *_: object) -> Any:
         if frame.f_code is code:
             raise NotCaptured
         return found()  # a finalizer, say, that happens to run now: as it is

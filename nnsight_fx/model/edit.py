@@ -45,7 +45,7 @@ class Editor:
         self.model._unpacks = self
         return self.model
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         self.recorder.__exit__(None, None, None)
         self.resume_body()
         self.tape.open = False
@@ -74,7 +74,7 @@ class Editor:
         self.tape.stop()
         raise Stopping
 
-    def _not_here(self, *_: Any, **__: Any) -> NoReturn:
+    def _not_here(self, *_: object, **__: object) -> NoReturn:
         raise InvokeError(
             f"{user_line()}: an edit has no inputs and runs nothing, so it has no invokes, caches, `apply` or `cond`. Use them in a "
             "trace of the edited model."
@@ -189,7 +189,7 @@ class Turns(Iterations):
             )
         return first
 
-    def __exit__(self, *_: Any) -> bool:
+    def __exit__(self, *_: object) -> bool:
         self.open.close()  # type: ignore[attr-defined]
         return False
 
@@ -197,7 +197,7 @@ class Turns(Iterations):
 class Unnumbered:
     """The number of an occurrence, in a body that is for all of them."""
 
-    def _refuse(self, *_: Any) -> NoReturn:
+    def _refuse(self, *_: object) -> NoReturn:
         raise NotRecordableError(
             f"{user_line()}: an edit's `for step in tracer.iter[...]` without an end is recorded once, for all occurrences, so `step` is "
             "no number. Give an end (`tracer.iter[0:8]`), or do this in the traces."

@@ -225,5 +225,5 @@ def _facts(value: Any) -> str:
     )
 
 
-def _no(*_: Any) -> Any:
+def _no(*_: object) -> Any:
     raise ValueError("an input holds no values")

@@ -54,7 +54,7 @@ class Condition:
         self.predicate = predicate(self.value, self.tracer.constant)
         self.tracer.conditions.append(self)
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         self.tracer.conditions.remove(self)
         return type(error) is Stopping or (isinstance(error, Left) and error.block is self)
 

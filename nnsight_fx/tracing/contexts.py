@@ -81,7 +81,7 @@ class Tracer:
         return self
 
     @quiet
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         self.recorder.__exit__(None, None, None)
         self.forwards.modes.__exit__(None, None, None)
         self.resume_body()

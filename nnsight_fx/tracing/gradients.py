@@ -186,7 +186,7 @@ class Backward:
         self.gradients.asked, self.gradients.creating = self.asked, self.creates
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.gradients.creating = False
         if error is None:
             self.record()

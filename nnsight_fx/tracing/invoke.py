@@ -101,7 +101,7 @@ class Invoker:
                 "`with a: ...`."
             )
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         self.tracer.invoker, self.tracer.recorder.inside = None, False
         if error is None or isinstance(error, Stopping):
             self.tracer.waves[-1].tape.settle()

@@ -199,7 +199,7 @@ class Iterations:
         cursor.pin, cursor.hit, cursor.moved = indices[0], None, {}
         return indices[0]
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         cursor = self.tracer.cursor
         cursor.pin, cursor.hit, cursor.moved = self.outer
         if not isinstance(error, Never):

@@ -39,7 +39,7 @@ class LazyTensor(torch.Tensor):
         made._tape, made._key, made._fake, made._line = tape, key, fake, line
         return made
 
-    def __init__(self, *_: Any):
+    def __init__(self, *_: object):
         pass
 
     @classmethod
