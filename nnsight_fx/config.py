@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 from .lines import BELOW, OURS
 
@@ -59,7 +58,7 @@ def quiet(leave: Callable[..., bool]) -> Callable[..., bool]:
     """
 
     @functools.wraps(leave)
-    def wrapped(self: Any, kind: object, error: BaseException | None, trace: object) -> bool:
+    def wrapped(self: object, kind: object, error: BaseException | None, trace: object) -> bool:
         try:
             swallowed = leave(self, kind, error, trace)
         except BaseException as arisen:

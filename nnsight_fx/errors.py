@@ -110,7 +110,7 @@ class own_error(property):  # noqa: N801  (used as `@property` is)
     The error (a model that cannot use what was written, say) is kept, for `__getattr__` to raise by `reraise`.
     """
 
-    def __get__(self, obj: Any, cls: type | None = None) -> Any:
+    def __get__(self, obj: object, cls: type | None = None) -> Any:
         if obj is None:
             return self
         try:
@@ -120,7 +120,7 @@ class own_error(property):  # noqa: N801  (used as `@property` is)
             raise
 
     @staticmethod
-    def reraise(obj: Any) -> None:
+    def reraise(obj: object) -> None:
         error = obj.__dict__.pop("_own_error", None)
         if error is not None:
             raise error

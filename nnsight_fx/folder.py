@@ -43,7 +43,7 @@ class Folder:
         for left in self.path.glob(".nnsight_fx-*"):  # of a run that was killed in the middle of a file
             left.unlink(missing_ok=True)
 
-    def write(self, **more: Any) -> None:
+    def write(self, **more: object) -> None:
         """Write the manifest, with `more` in it."""
         self.manifest = {**self.manifest, **more}
         atomic.write(self.file, json.dumps(self.manifest, indent=1).encode())
@@ -60,6 +60,6 @@ def read(path: Any) -> dict[str, Any]:
         raise StoreError(f"{user_line()}: `{file}` is damaged: {error}. Take a copy of it, or begin anew.") from error
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) < 80 else f"{text[:77]}..."

@@ -101,8 +101,8 @@ class TraceDict(dict[str, Retained]):
             if self.retain_grad:  # a copy goes on, so that the model can change it in place
                 layer.output = tree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, kept.output)
 
-    def _copy(self, value: Any, grad: bool) -> Any:
-        def copied(x: Any) -> Any:
+    def _copy(self, value: object, grad: bool) -> Any:
+        def copied(x: object) -> Any:
             if not isinstance(x, torch.Tensor):
                 return x
             if grad:

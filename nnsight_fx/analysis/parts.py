@@ -61,7 +61,7 @@ class Parts:
         return self
 
 
-def _llama(**other: Any) -> Parts:
+def _llama(**other: object) -> Parts:
     q, k, v = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     made = Parts("model.layers", "self_attn", "mlp", "self_attn.o_proj", "model.norm", "lm_head", q, k, v)
     return replace(made, **other)

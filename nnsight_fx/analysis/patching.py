@@ -39,7 +39,9 @@ Metric = Callable[..., torch.Tensor]
 
 
 @one_run
-def activations(model: Any, inputs: Any, part: str = "residual", parts: Parts | None = None) -> list[torch.Tensor]:
+def activations(
+    model: object, inputs: object, part: str = "residual", parts: Parts | None = None
+) -> list[torch.Tensor]:
     """A part of every layer on a prompt: tensors (batch, length, width)."""
     found = PartValues(PartPlace(model, part, parts), [inputs])
     found.prepare([0])
@@ -48,9 +50,9 @@ def activations(model: Any, inputs: Any, part: str = "residual", parts: Parts | 
 
 @one_run
 def patch(
-    model: Any,
-    clean: Any,
-    corrupted: Any,
+    model: object,
+    clean: object,
+    corrupted: object,
     metric: Metric,
     *,
     part: str = "residual",
@@ -58,7 +60,7 @@ def patch(
     layers: Iterable[int] | None = None,
     positions: Iterable[int] | None = None,
     parts: Parts | None = None,
-    **options: Any,
+    **options: object,
 ) -> Results:
     """Run `corrupted` with one place of it as it is in `clean`, for every place.
 
@@ -85,18 +87,18 @@ def patch(
 
 @one_run
 def ablate(
-    model: Any,
-    inputs: Any,
+    model: object,
+    inputs: object,
     metric: Metric,
     *,
     by: str = "zero",
-    reference: Any = None,
+    reference: object = None,
     part: str = "z",
     over: Sequence[str] | None = None,
     layers: Iterable[int] | None = None,
     positions: Iterable[int] | None = None,
     parts: Parts | None = None,
-    **options: Any,
+    **options: object,
 ) -> Results:
     """Run `inputs` without one place of it, for every place: set to zero, to its mean, or to another prompt's value.
 
@@ -230,7 +232,7 @@ def _checked(model: Any, verb: Callable, options: dict[str, Any]) -> None:
 
 def _write(
     site: PartPlace,
-    inputs: Any,
+    inputs: object,
     metric: Metric,
     over: Sequence[str] | None,
     layers: Iterable[int] | None,
@@ -255,7 +257,7 @@ def _write(
     }
     measure = _measure(model, site, metric)
 
-    def body(tracer: Any, prompt: int = 0, **cell: int) -> torch.Tensor:
+    def body(tracer: object, prompt: int = 0, **cell: int) -> torch.Tensor:
         here = site.value(cell["layer"])
         there = source(here, cell["layer"], prompt)
         index = site.index(here.shape[-1], cell.get("position"), cell.get("head"))

@@ -70,7 +70,7 @@ class PartPlace:
     def axes(self) -> tuple[str, ...]:
         return ("layer", "head") if self.part in HEADED else ("layer", "position")
 
-    def length(self, item: Any) -> int:
+    def length(self, item: object) -> int:
         """How many tokens the model sees of an input."""
         args, kwargs = given(self.model, item)
         known = host_of(self.model).inputs.length(host_of(self.model).inputs.prepare(args, kwargs))

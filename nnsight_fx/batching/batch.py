@@ -177,7 +177,7 @@ def _unflagged(op: Op) -> Any:
 class Flagged(Firing):
     """A site of which it is known which leaves hold the rows."""
 
-    def batched(self, leaf: int, batched: Any) -> bool | None:
+    def batched(self, leaf: int, batched: object) -> bool | None:
         return self.flags[leaf]  # type: ignore[attr-defined]
 
 
@@ -197,7 +197,7 @@ class BatchedRun(Run):
     def skips(self) -> Any:
         return self.plan.skips
 
-    def pass_site(self, path: str, kind: str, value: Any) -> Any:
+    def pass_site(self, path: str, kind: str, value: object) -> Any:
         follow = self.follow
         if follow is None:
             return super().pass_site(path, kind, value)
@@ -268,7 +268,7 @@ def move_aliases(env: dict, old: torch.Tensor, new: torch.Tensor) -> None:
             raise Mixed("a view of a written value is laid out differently among other rows")
 
 
-def _flag(x: Any, follow: Rows) -> bool | None:
+def _flag(x: object, follow: Rows) -> bool | None:
     """Does a leaf hold the rows on dimension 0; `None`: it holds them elsewhere."""
     if not isinstance(x, torch.Tensor) or (follow.dim(x) is None and x not in follow.decided):
         return False

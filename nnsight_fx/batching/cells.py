@@ -89,7 +89,7 @@ class Walk(fx.Interpreter):
             for name, region in gm.named_children()
         }
 
-    def go(self, *args: Any) -> None:
+    def go(self, *args: object) -> None:
         for cell in self.cells:
             cell.work(None)
         with contextlib.suppress(Finished):
@@ -118,7 +118,7 @@ class Walk(fx.Interpreter):
             raise Finished
         return leaves[marker.leaf]
 
-    def _fire(self, where: Site, group: list[fx.Node], last: Any) -> list:
+    def _fire(self, where: Site, group: list[fx.Node], last: object) -> list:
         markers = [marker_of(n) for n in group]
         leaves: list[Any] = [None] * (max(m.leaf for m in markers) + 1)
         metas: list[dict] = [{}] * len(leaves)
@@ -160,6 +160,6 @@ class Walk(fx.Interpreter):
             move_aliases(cell.env, new, place)
 
 
-def _rows(node: Any) -> int | None:
+def _rows(node: object) -> int | None:
     dim = node.meta.get("rows") if isinstance(node, fx.Node) else None
     return dim if isinstance(dim, int) else None

@@ -18,7 +18,7 @@ from ..scan.scan import callee, scan
 _known: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 
 
-def effects(host: Any, signature: Any, fn: str | None) -> str | None:
+def effects(host: object, signature: object, fn: str | None) -> str | None:
     """In words, what the forward does to the model, its input or the random state; `None` when that is nothing.
 
     Python's own state is compared by the attributes of the modules. What no fake forward gets through counts as doing

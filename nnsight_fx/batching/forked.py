@@ -128,7 +128,7 @@ def _bases(group: list[Pending]) -> list[list[Pending]]:
 
 
 def _input(p: Pending) -> tuple:
-    def known(x: Any) -> Any:
+    def known(x: object) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
         if x.device.type == "cpu" and x.numel() * x.element_size() <= 2**16 and x.dtype is not torch.bfloat16:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import torch
 
@@ -105,6 +104,6 @@ def _one_by_one(group: list[Pending], told: Group) -> None:
             raise
 
 
-def note(error: BaseException, line: Any, session: Any) -> None:
+def note(error: BaseException, line: object, session: object) -> None:
     """Say of which trace an error is."""
     error.add_note(f"nnsight_fx: in the trace at {line}, in the session at {session}")

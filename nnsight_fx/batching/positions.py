@@ -140,7 +140,7 @@ class _Following(fx.Interpreter):
             return self._note(n, value, tuple(x for x, _ in lifted))
         raise why or Mixed(f"`{n.name}` cannot be followed")
 
-    def _note(self, n: fx.Node, value: Any, lifted: tuple) -> Any:
+    def _note(self, n: fx.Node, value: object, lifted: tuple) -> Any:
         if isinstance(value, torch.Tensor):
             self._holds(n, value, self.follow.dim(value), lifted)
         elif isinstance(value, list | tuple) and all(isinstance(x, torch.Tensor) for x in value):
@@ -272,6 +272,6 @@ def _count(node: fx.Node) -> bool:
     return node.meta.get("rows") == "count"
 
 
-def _shape(node: Any) -> tuple:
+def _shape(node: object) -> tuple:
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()

@@ -51,7 +51,7 @@ IMAGES = {
 }
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
+def tensors(value: object) -> list[torch.Tensor]:
     """The tensors in arguments or a result."""
     return [x for x in tree.flatten([value])[0] if isinstance(x, torch.Tensor)]
 

@@ -85,7 +85,7 @@ def _backend(gm: fx.GraphModule, inputs: list) -> Callable:
     segment = Segment.captured(gm)
 
     @compat.frames.undisturbed
-    def found(*args: Any) -> Any:
+    def found(*args: object) -> Any:
         raise Captured(segment, args)
 
     return found

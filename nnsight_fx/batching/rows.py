@@ -44,7 +44,7 @@ class Rows(TorchDispatchMode):
         for x in inputs:
             self.dims[x] = 0
 
-    def dim(self, x: Any) -> int | None:
+    def dim(self, x: object) -> int | None:
         """The dimension that holds the rows."""
         return self.dims.get(x) if isinstance(x, torch.Tensor) else None
 
@@ -78,7 +78,7 @@ class Rows(TorchDispatchMode):
         self.decides = True
         return value
 
-    def _follow(self, call: Call, out: Any) -> list[int | None]:
+    def _follow(self, call: Call, out: object) -> list[int | None]:
         found = tensors(out)
         if call.writes_shared():
             raise Mixed(f"`{call.func}` writes rows into what all of them share")

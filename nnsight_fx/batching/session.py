@@ -151,7 +151,7 @@ class Session:
         self.waiting.append(pending)
         self.by_tape[id(tape)] = pending
 
-    def _copied(self, x: Any, pending: Pending, own: bool = False) -> Any:
+    def _copied(self, x: object, pending: Pending, own: bool = False) -> Any:
         import torch
 
         if not isinstance(x, torch.Tensor) or type(x) is LazyTensor or x.requires_grad:

@@ -85,7 +85,7 @@ def marker_of(node: fx.Node) -> Marker:
     return Marker(path, kind, leaf, value, last)
 
 
-def is_marker(node: Any) -> bool:
+def is_marker(node: object) -> bool:
     """Is it a `site` node?"""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is site
 

@@ -27,7 +27,7 @@ class Passing(Protocol):
 
     owner: Markers
 
-    def pass_site(self, path: str, kind: str, value: Any) -> Any: ...
+    def pass_site(self, path: str, kind: str, value: object) -> Any: ...
 
     def skip(self, path: str, forward: Callable, args: tuple, kwargs: dict) -> Any: ...
 
@@ -72,7 +72,7 @@ class Markers:
             new = run.pass_site(path, "input", old)
             return None if new is old else new
 
-        def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> Any:
             if is_compiling():
                 return self.traced(output, path, "output")
             run = getattr(active, "run", None)
@@ -104,7 +104,7 @@ class Markers:
             made = self.calls_of[module, counted] = partial(call, module)
         return made
 
-    def traced(self, value: Any, path: str, kind: str) -> Any:
+    def traced(self, value: object, path: str, kind: str) -> Any:
         """A site while Dynamo traces: the graph half is left to splicing, the capture half is applied now."""
         value = mark(value, path, kind, self.half is not None)
         if self.half is None or (path, kind) not in self.calls:
@@ -160,7 +160,7 @@ class Markers:
             path, original = self.paths[module], module.forward
             self.originals[module] = original
 
-            def forward(*args: Any, **kwargs: Any) -> Any:
+            def forward(*args: object, **kwargs: object) -> Any:
                 body = self.operations.bodies.get(path, original)
                 if is_compiling():
                     skipped, out = self.skip_traced(path)
@@ -214,7 +214,7 @@ class Stop(Exception):
     """Ends a forward that Dynamo traces; the captured function catches it."""
 
 
-def between(path: str, counted: bool, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+def between(path: str, counted: bool, module: nn.Module, /, *args: object, **kwargs: object) -> Any:
     """A module's `forward` between its two sites. `__call__` calls it for the length of a run.
 
     `counted` says whether the tensors of a value are counted, for a capture half."""
@@ -222,7 +222,7 @@ def between(path: str, counted: bool, module: nn.Module, /, *args: Any, **kwargs
 
 
 def among(
-    path: str, counted: bool, collectors: tuple[Callable, ...], module: nn.Module, /, *args: Any, **kwargs: Any
+    path: str, counted: bool, collectors: tuple[Callable, ...], module: nn.Module, /, *args: object, **kwargs: object
 ) -> Any:
     """The same, and behind ours run the hooks by which transformers collects outputs.
 

@@ -46,7 +46,7 @@ CONSTANT = (
 )
 
 
-def _children(value: Any) -> Any:
+def _children(value: object) -> Any:
     """What a container has in it; None of a leaf."""
     if isinstance(value, ModelOutput) or type(value) is dict or type(value) is OrderedDict:
         return list(value.values())
@@ -62,7 +62,7 @@ def _children(value: Any) -> Any:
     return None
 
 
-def mark_inside(value: Any, path: str, kind: str, leaf: int, left: int) -> tuple[Any, int, int]:
+def mark_inside(value: object, path: str, kind: str, leaf: int, left: int) -> tuple[Any, int, int]:
     """A value that is no tensor, with each tensor in it passed through `site`; the next leaf index; the tensors left.
 
     Leaves are looked at where they are found: a call is dear in Dynamo."""
@@ -101,7 +101,7 @@ def _with(value: Any, fresh: list) -> Any:
     return value
 
 
-def mark(value: Any, path: str, kind: str, counted: bool = False) -> Any:
+def mark(value: object, path: str, kind: str, counted: bool = False) -> Any:
     """`value` with markers, while Dynamo traces: one at least, also where it has no tensor. Its tensors are counted for a
     capture half, which wants to know of the last one when it comes by; else `marker.close` does it."""
     if isinstance(value, Tensor):
@@ -113,7 +113,7 @@ def mark(value: Any, path: str, kind: str, counted: bool = False) -> Any:
     return value
 
 
-def _leaves(value: Any) -> list:
+def _leaves(value: object) -> list:
     if not isinstance(value, Tensor):
         kids = _children(value)
         if kids is not None:
@@ -180,7 +180,7 @@ def _filled(value: Any, spec: tree.Spec, leaves: list, at: int) -> tuple[Any, in
     return value, at
 
 
-def replaced(value: Any, path: str, kind: str, call: int, half: Replacement) -> Any:
+def replaced(value: object, path: str, kind: str, call: int, half: Replacement) -> Any:
     """The capture half, as Dynamo traces it."""
     old = _leaves(value)
     new = []

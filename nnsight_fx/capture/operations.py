@@ -62,7 +62,7 @@ def alike(frames: Iterable[str], root: nn.Module, called: Mapping[str, Any]) -> 
     return frozenset(found)
 
 
-def _function(called: Any) -> Any:
+def _function(called: object) -> Any:
     return getattr(called, "__func__", called)
 
 
@@ -128,7 +128,7 @@ class Operations:
             return MethodType(made, fn.__self__) if getattr(fn, "__func__", None) is function else fn
         return made if fn is function else fn
 
-    def traced(self, path: str, fn: Any, args: tuple, kwargs: dict) -> Any:
+    def traced(self, path: str, fn: object, args: tuple, kwargs: dict) -> Any:
         """An operation while Dynamo traces."""
         args, kwargs = self.markers.traced((args, kwargs), path, "input")
         skipped, out = self.markers.skip_traced(path)
@@ -137,6 +137,6 @@ class Operations:
         return self.markers.traced(out, path, "output")
 
 
-def identity(value: Any) -> Any:
+def identity(value: object) -> Any:
     """What an assignment calls."""
     return value

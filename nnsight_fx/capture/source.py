@@ -286,7 +286,7 @@ def _like(function: FunctionType, code: CodeType, closure: tuple) -> FunctionTyp
     return made
 
 
-def plain(called: Any) -> tuple[FunctionType, bool]:
+def plain(called: object) -> tuple[FunctionType, bool]:
     """The Python function behind something that is called, and whether its receiver comes first. Raises `SourceNotAvailable`."""
     if inspect.ismethod(called) and isinstance(called.__func__, FunctionType):
         return called.__func__, True

@@ -67,7 +67,7 @@ class ModuleState:
             self._seen[id(x)] = len(self._seen)
             self._inside(x, kind)
 
-    def _inside(self, x: Any, kind: type) -> None:
+    def _inside(self, x: object, kind: type) -> None:
         if isinstance(x, torch.Tensor):
             self.tensors.append(x)
             self.facts.append(described(x))
@@ -88,7 +88,7 @@ class ModuleState:
                 self._walk(value)
 
 
-def attributes(x: Any, forward_of: Callable[[nn.Module], Any] | None = None) -> list[tuple[str, Any]]:
+def attributes(x: object, forward_of: Callable[[nn.Module], Any] | None = None) -> list[tuple[str, Any]]:
     """What an object has of its own; of a module what is not torch's bookkeeping, and no table that is empty."""
     own = getattr(x, "__dict__", {})
     if not isinstance(x, nn.Module):

@@ -58,13 +58,13 @@ class SymbolicTracer(fx.Tracer):
         self._keep(node, fake)
         return node
 
-    def unmarked(self, x: Any) -> Any:
+    def unmarked(self, x: object) -> Any:
         """What a value was before its markers."""
         while id(x) in self.marked:
             x = self.marked[id(x)]
         return x
 
-    def create_arg(self, a: Any) -> Any:
+    def create_arg(self, a: object) -> Any:
         if isinstance(a, torch.Tensor):
             return self.node_of(a)
         try:
@@ -125,7 +125,7 @@ class SymbolicTracer(fx.Tracer):
         self._keep(node, made)
         return made
 
-    def _keep(self, node: fx.Node, value: Any) -> None:
+    def _keep(self, node: fx.Node, value: object) -> None:
         node.meta["example_value"] = value
         if isinstance(value, torch.Tensor):
             self.known[id(value)] = (value, node)
@@ -180,7 +180,7 @@ class Seam:
             self.tracer._keep(self.tracer.create_node("call_function", anchor, (), {}), made)
             return made
 
-    def fake_supply(self, *at: Any) -> torch.Tensor:
+    def fake_supply(self, *at: object) -> torch.Tensor:
         with compat.modes.NoTorchFunction():
             return self.tracer.alias(self.half.fake_supply(*at), supply, at)
 
@@ -199,13 +199,13 @@ def observed(copied: nn.Module, markers: Markers, tracer: SymbolicTracer) -> Ite
         def before(m: nn.Module, args: tuple, kwargs: dict, path: str = path) -> Any:
             return traced((args, kwargs), path, "input")
 
-        def after(m: nn.Module, args: tuple, kwargs: dict, out: Any, path: str = path) -> Any:
+        def after(m: nn.Module, args: tuple, kwargs: dict, out: object, path: str = path) -> Any:
             return traced(out, path, "output")
 
         put(module, before, after)
         if markers.half is not None and (path, "skip") in markers.calls:
 
-            def forward(*args: Any, path: str = path, original: Callable = module.forward, **kwargs: Any) -> Any:
+            def forward(*args: object, path: str = path, original: Callable = module.forward, **kwargs: object) -> Any:
                 skipped, out = skip(path)
                 return out if skipped else original(*args, **kwargs)
 

@@ -11,7 +11,7 @@ from .marker import anchor, site
 from .marking import PLAIN
 
 
-def between(tx: Any, path: Any, counted: Any, module: Any, /, *args: Any, **kwargs: Any) -> Any:
+def between(tx: object, path: object, counted: object, module: object, /, *args: object, **kwargs: object) -> Any:
     """`markers.between`."""
     return among(tx, path, counted, compat.variables.tuple_of([]), module, *args, **kwargs)
 
@@ -32,7 +32,7 @@ def among(tx: Any, path: Any, counted: Any, collectors: Any, module: Any, /, *ar
     return out
 
 
-def _marked(tx: Any, values: list, path: str, kind: str, counted: bool) -> list:
+def _marked(tx: object, values: list, path: str, kind: str, counted: bool) -> list:
     """`mark`, of what is in a container."""
     first = compat.variables.looked_at(values[0]) if values else None
     if kind == "output" and compat.variables.is_tensor(first):  # the value itself
@@ -62,7 +62,7 @@ def _count(values: list) -> int | None:
     return found
 
 
-def _walk(tx: Any, values: list, path: str, kind: str, leaf: int, left: int) -> tuple[list, int, int]:
+def _walk(tx: object, values: list, path: str, kind: str, leaf: int, left: int) -> tuple[list, int, int]:
     """`marking.mark_inside`, which sees to what is no tensor, plain value or tuple of these."""
     fresh = []
     for value in values:

@@ -115,7 +115,7 @@ class Patching:
         """Score every cell, (layers, positions), under a progress bar: `model.sweep`, `chunk` cells in a session."""
         layers, positions = self.shape
 
-        def patch(tracer: Any, layer: int, position: int) -> Any:
+        def patch(tracer: object, layer: int, position: int) -> Any:
             self.layers[layer].output[:, position] = self.stream[layer][:, position]
             return self._metric()
 

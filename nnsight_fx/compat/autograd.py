@@ -46,7 +46,7 @@ def call_of(cls: Any) -> Any:
     if not isinstance(apply, BuiltinMethodType):
         return apply
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> Any:
         return apply(*args, **kwargs)
 
     call.__name__, call.__qualname__, call.__module__ = "apply", apply.__qualname__, cls.__module__
@@ -110,7 +110,7 @@ def _forwards() -> dict[CodeType, list[Any]]:
     return found
 
 
-def _code_of(function: Any) -> CodeType | None:
+def _code_of(function: object) -> CodeType | None:
     while isinstance(function, functools.partial):
         function = function.func
     if not hasattr(function, "__code__"):

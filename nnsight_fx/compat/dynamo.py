@@ -198,7 +198,7 @@ def _cached_only(context: Any, function: Callable) -> Callable:
     code, refusal = function.__code__, cast(Any, refuse)
     refusal._torchdynamo_orig_backend = callback  # the captures to look among
 
-    def cached(*args: Any) -> Any:
+    def cached(*args: object) -> Any:
         if forced_eager():
             raise NotCaptured
         depth, outer = depth_of(), put(refusal)

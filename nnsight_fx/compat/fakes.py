@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 
-def detect_fake_mode(values: Any = None) -> Any:
+def detect_fake_mode(values: object = None) -> Any:
     """The mode that fakes among some values belong to, or else the one that runs."""
     found = _DETECT()
     if found is not None:
@@ -123,14 +123,14 @@ def unchanged(context: Any, fake: Any, value: Any) -> Any:
     return fake_like(context, (fake.shape, fake.stride(), fake.dtype, fake.device, value.requires_grad))
 
 
-def as_leaf(context: Any, fake: Any) -> Any:
+def as_leaf(context: object, fake: object) -> Any:
     """A fake input in the mode that compilation uses: Dynamo makes a new one when it has captured a graph."""
     if not isinstance(fake, torch.Tensor):
         return fake
     return fake_like(context, (fake.shape, fake.stride(), fake.dtype, fake.device, fake.requires_grad))
 
 
-def as_input(context: Any, fake: Any) -> Any:
+def as_input(context: object, fake: object) -> Any:
     """A fake from inside a graph as the input of another: a leaf."""
     if not isinstance(fake, torch.Tensor) or fake.is_leaf:
         return fake

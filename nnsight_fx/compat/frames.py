@@ -101,7 +101,7 @@ def _out_of_body() -> Iterator[None]:
         set_stance(old)
 
 
-def frame_callback(value: Any = None) -> Any:
+def frame_callback(value: object = None) -> Any:
     """Set the thread's frame evaluation callback; returns the one that was set."""
     put = None if _eval_frame() is None else SET()
     return None if put is None else put(value)
@@ -114,7 +114,7 @@ def never_compile(function: Callable) -> None:
         skip(function.__code__)
 
 
-def compiled_from(function: Any) -> Any:
+def compiled_from(function: object) -> Any:
     """What `torch.compile` made this from, if it did."""
     disabled = getattr(function, _DISABLED, False)
     return None if disabled else getattr(function, _ORIGINAL, None)

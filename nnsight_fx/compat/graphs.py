@@ -60,13 +60,13 @@ def tracing_context(gm: torch.fx.GraphModule) -> Any:
     return Context(detect_fake_mode(placeholder_fakes(gm)) or FakeTensorMode())
 
 
-def new_context(mode: Any) -> tuple[Any, Any]:
+def new_context(mode: object) -> tuple[Any, Any]:
     """A context of compilation as Dynamo would have made it, and the block in which it holds."""
     context = (_CONTEXT() if _TRACING() is not None else None) or Context
     return (made := context(mode)), _within(made)
 
 
-def _within(context: Any) -> contextlib.AbstractContextManager:
+def _within(context: object) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if isinstance(context, Context) else _TRACING()(context)
 
 

@@ -63,13 +63,13 @@ def graphs_log() -> logging.Logger:
     return logging.getLogger(source) if artifact is None else artifact(source, "cudagraphs")
 
 
-def lowering(operator: Any, calls: Any) -> bool:
+def lowering(operator: object, calls: object) -> bool:
     """Have Inductor call `calls` for `operator`, with no Python between; was that possible?"""
     register, fallback = _LOWERING(), _HANDLER()
     if register is None or fallback is None:
         return False
 
-    def lowered(*args: Any) -> Any:
+    def lowered(*args: object) -> Any:
         return fallback(calls, add_to_fallback_set=False)(*args, "none", [], "")
 
     register(operator, type_promotion_kind=None)(lowered)

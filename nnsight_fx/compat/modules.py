@@ -39,13 +39,13 @@ def hooked_everywhere() -> bool:
 _LIBRARIES = ("nnsight_fx", "transformers", "accelerate")
 
 
-def library_of(hook: Any) -> str | None:
+def library_of(hook: object) -> str | None:
     """The library whose own hook it is; `None` where the user put it there."""
     name = (getattr(hook, "__module__", "") or "").partition(".")[0]
     return name if name in _LIBRARIES else None
 
 
-def comes_and_goes(hook: Any) -> bool:
+def comes_and_goes(hook: object) -> bool:
     """Is it a hook that comes and goes without the user: one by which transformers collects outputs, or ours?
 
     accelerate's only one (context parallel) is not. It stays, and changes what attention is called with.

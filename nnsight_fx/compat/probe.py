@@ -38,7 +38,7 @@ class Name:
             self.lacking = found is None
             return found
 
-    def of(self, owner: Any, default: Any = None) -> Any:
+    def of(self, owner: object, default: object = None) -> Any:
         """The attribute of this name of an object, for what only an object has."""
         value = _attribute(owner, self.path.rpartition(".")[2])
         self.lacking |= value is _ABSENT
@@ -49,7 +49,7 @@ class Name:
         self.lacking = True
 
 
-def _attribute(owner: Any, name: str) -> Any:
+def _attribute(owner: object, name: str) -> Any:
     return getattr(owner, name, _ABSENT)
 
 

@@ -39,7 +39,7 @@ def constant_source(name: str) -> Any:
     return None if made is None else made(name)
 
 
-def _hints(env: Any) -> dict | None:
+def _hints(env: object) -> dict | None:
     """What each symbol was when its graph was captured."""
     new = hasattr(env, "backed_var_to_val") or not hasattr(env, "var_to_val")
     return _HINTS.of(env) if new else _OLD_HINTS.of(env)
@@ -229,7 +229,7 @@ def numbered(symbols: tuple) -> dict:
     return {s: sympy.Symbol(f"size_{i}", integer=True) for i, s in enumerate(symbols)}
 
 
-def renamed(size: Any, names: dict) -> str:
+def renamed(size: object, names: dict) -> str:
     """A size as text, with other names for its symbols."""
     return str(size.node.expr.xreplace(names) if isinstance(size, torch.SymInt) else size)
 
@@ -269,7 +269,7 @@ def added_guards(context: Any, since: int, fakes: list) -> Callable[[list], bool
     return hold if fixed or check else lambda values: True
 
 
-def _check(env: Any, guards: list, fakes: list) -> Callable[[list], bool] | None:
+def _check(env: object, guards: list, fakes: list) -> Callable[[list], bool] | None:
     """The check of guards on sizes, over the values of `fakes`; `None` where every value fulfils them."""
     if _PRODUCE() is None or _EVALUATE() is None:
         symbols = [fake.node.expr for fake in fakes]

@@ -38,7 +38,7 @@ def traced_by(function: Callable, handler: Callable) -> None:
     handlers()[function] = lambda _, tx, /, *args, **kwargs: handler(tx, *args, **kwargs)
 
 
-def is_tensor(value: Any) -> bool:
+def is_tensor(value: object) -> bool:
     return type(value) is _vt().TensorVariable
 
 
@@ -59,7 +59,7 @@ def looked_at(value: Any) -> Any:
     return value if type(value) is _unread() and not value.is_realized() else value.realize()
 
 
-def is_plain(value: Any, types: tuple[type, ...]) -> bool:
+def is_plain(value: object, types: tuple[type, ...]) -> bool:
     """Is it `None`, or a constant of one of these types?"""
     constant = type(value) in (_vt().ConstantVariable, _unread())
     return constant and issubclass(_type_of(value), (type(None), *types))
@@ -87,7 +87,7 @@ def tuple_of(values: list) -> Any:
     return _vt().TupleVariable(values)
 
 
-def attribute(tx: Any, value: Any, name: str) -> Any:
+def attribute(tx: object, value: object, name: str) -> Any:
     variable = _vt().VariableTracker.build
     return variable(tx, getattr).call_function(tx, [value, variable(tx, name)], {})
 
@@ -100,16 +100,16 @@ def length(tx: Any, module: Any, name: str) -> int:
     return len(table)
 
 
-def node(tx: Any, function: Callable, *args: Any) -> Any:
+def node(tx: object, function: Callable, *args: object) -> Any:
     """A call of a function that is `register`ed."""
     return _vt().TorchInGraphFunctionVariable(function).call_function(tx, _variables(tx, args), {})
 
 
-def inlined(tx: Any, function: Callable, /, *args: Any, **kwargs: Any) -> Any:
+def inlined(tx: object, function: Callable, /, *args: object, **kwargs: object) -> Any:
     """A call of a function whose instructions Dynamo reads."""
     return _vt().UserFunctionVariable(function).call_function(tx, _variables(tx, args), kwargs)
 
 
-def _variables(tx: Any, args: Sequence) -> list:
+def _variables(tx: object, args: Sequence) -> list:
     of = _vt().VariableTracker
     return [x if isinstance(x, of) else of.build(tx, x) for x in args]

@@ -67,7 +67,7 @@ class Ledger:
 process = Ledger()  # of all models
 
 
-def shape_of(inputs: Any) -> str:
+def shape_of(inputs: object) -> str:
     """The shapes of an input's tensors, each once: `1 x 14`."""
     tensors = [x for x in tree.flatten(inputs)[0] if isinstance(x, torch.Tensor) and x.dim()]
     found = dict.fromkeys(" x ".join(map(str, x.shape)) for x in tensors)

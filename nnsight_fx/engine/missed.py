@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -93,7 +93,7 @@ def check(run: Run, n: int, leaves: list, expected: tuple, spec: tree.Spec) -> N
             )
 
 
-def _shown(leaf: Any) -> str:
+def _shown(leaf: object) -> str:
     """A leaf of a site, in an error."""
     return (
         "a tensor"

@@ -78,7 +78,7 @@ ENGINES = ("spliced", "forked", "batched")
 SHARED = {"batched": "hooks", "forked": "captured graphs"}
 
 
-def notes_of(line: Any, runs: Iterable[Any], delivered: list) -> Notes:
+def notes_of(line: object, runs: Iterable[Any], delivered: list) -> Notes:
     """The notes of one recording: its runs, and the tensors that were delivered."""
     made = functools.reduce(operator.add, map(of_run, runs))
     made.line, made.saved = short(line), len(delivered)

@@ -155,7 +155,7 @@ class Run(TensorInterleaver):
 
     # -- live sites ----------------------------------------------------------------------------------------------
 
-    def pass_site(self, path: str, kind: str, value: Any) -> Any:
+    def pass_site(self, path: str, kind: str, value: object) -> Any:
         """The model passes a site with `value`; what it goes on with is returned."""
         call = self.count(path, kind)
         site = (path, kind, call)
@@ -202,7 +202,7 @@ class Run(TensorInterleaver):
 
     # -- operations ----------------------------------------------------------------------------------------------
 
-    def observed(self, leaf: Any, how: Observation) -> Any:
+    def observed(self, leaf: object, how: Observation) -> Any:
         if isinstance(leaf, torch.Tensor) and how.leaves_gpu(leaf):
             return self.offload.begin(leaf, how)
         return super().observed(leaf, how)

@@ -36,7 +36,7 @@ def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Key], A
     numbers = {n: i for i, n in enumerate(own)}
     constants, slots = list(tape.constants), {}
 
-    def rekey(key: Any) -> Any:
+    def rekey(key: object) -> Any:
         if not isinstance(key, tuple) or not key:
             return key
         if key[0] == "v":

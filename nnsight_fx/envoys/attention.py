@@ -56,13 +56,13 @@ def _interface(envoy: Any) -> str | None:
     return next((name for name in names if name.startswith("attention_interface")), None)
 
 
-def _kernel(module: Any, root: Any) -> str | None:
+def _kernel(module: object, root: object) -> str | None:
     """The kernel that computes a module's attention; `None` if it is no attention, or writes the weights out."""
     name = type(module).__name__.lower()
     return _implementation(module, root) if "attention" in name or "attn" in name else None
 
 
-def _implementation(module: Any, root: Any) -> str | None:
+def _implementation(module: object, root: object) -> str | None:
     config = getattr(module, "config", None) or getattr(root, "config", None)
     found = getattr(config, "_attn_implementation", None)
     return found if isinstance(found, str) and found != "eager" else None

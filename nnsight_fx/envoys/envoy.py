@@ -60,7 +60,7 @@ class Observed:
         return tape.read(site)
 
     @output.setter
-    def output(self, value: Any) -> None:
+    def output(self, value: object) -> None:
         tape, site = self._at("output")
         tape.write(site, value)
 
@@ -71,7 +71,7 @@ class Observed:
         return tape.read(site)
 
     @inputs.setter
-    def inputs(self, value: Any) -> None:
+    def inputs(self, value: object) -> None:
         tape, site = self._at("inputs", "input")
         tape.write(site, value)
 
@@ -82,11 +82,11 @@ class Observed:
         return tape.read_input(site)
 
     @input.setter
-    def input(self, value: Any) -> None:
+    def input(self, value: object) -> None:
         tape, site = self._at("input")
         tape.write_input(site, value)
 
-    def skip(self, value: Any) -> None:
+    def skip(self, value: object) -> None:
         """Do not run the module: its output is `value`. Its input can be read before, its output after."""
         tape, (path, _, call) = self._at("skip", "input")
         tape.skip(path, call, value)
@@ -116,7 +116,7 @@ class Envoy(Observed):
         return attention.explained(self, Observed.output.fget(self))  # type: ignore[misc]
 
     @output.setter
-    def output(self, value: Any) -> None:
+    def output(self, value: object) -> None:
         Observed.output.fset(self, value)  # type: ignore[misc]
 
     @own_error
@@ -131,7 +131,7 @@ class Envoy(Observed):
 
         return source_of(self)
 
-    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, hook: bool = False, **kwargs: object) -> Any:
         """Inside a trace: the module applied to values, on its parameters' device. Outside: the module itself.
 
         The call is not one of the model's: `.output` is what the model computes, whoever calls the module beside. With
@@ -155,7 +155,7 @@ class Envoy(Observed):
             return tracer.tape.hooked(self._path, self._module, args, kwargs)
         return tracer.tape.module(self._path, args, kwargs)
 
-    def trace(self, *args: Any, fn: str | None = None, **kwargs: Any) -> Any:
+    def trace(self, *args: object, fn: str | None = None, **kwargs: object) -> Any:
         """Trace this module alone, on inputs of its own: `model.layers[3].trace(hidden)`. Keywords are `NNsight.trace`'s."""
         return self._root._part_trace(self, args, kwargs, fn)
 
@@ -215,7 +215,7 @@ class Envoy(Observed):
         ]
         return UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):
             return super().__setattr__(name, value)
         if isinstance(value, nn.Module):
@@ -326,7 +326,7 @@ def _first_parameter(module: nn.Module) -> nn.Parameter | None:
     return None
 
 
-def _moved(x: Any, device: torch.device) -> Any:
+def _moved(x: object, device: torch.device) -> Any:
     if isinstance(x, LazyTensor) and not x._placed:
         return x
     return x.to(device) if isinstance(x, torch.Tensor) and x.device != device else x
@@ -349,7 +349,7 @@ def _old_name(name: str) -> property:
         )
         return name
 
-    def put(self: Envoy, value: Any) -> None:
+    def put(self: Envoy, value: object) -> None:
         setattr(self, warned(self), value)
 
     return own_error(lambda self: getattr(self, warned(self)), put if name != "source" else None)

@@ -53,7 +53,7 @@ class Operation(Observed):
         with _named(self.path, user_line()):
             return Source(operations.frame(self._path), self._root, frame_of(known[self._path][0]))
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if not name.startswith("_") and name != "name" and not hasattr(type(self), name):
             raise AttributeError(
                 f"{user_line()}: `{self.path}` has no `{name}`; {nearest(name, ['output', 'input', 'inputs'])}"
@@ -89,7 +89,7 @@ class Source:
             )
         return Operation(own, self)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if not name.startswith("_"):
             raise AttributeError(f"{user_line()}: an operation is no value; write `.source.{name}.output = ...`")
         super().__setattr__(name, value)

@@ -103,7 +103,7 @@ class Generation:
 
         self.restore = restore
 
-    def _called(self, path: str, /, *args: Any, **kwargs: Any) -> Any:
+    def _called(self, path: str, /, *args: object, **kwargs: object) -> Any:
         """A module is called: wait for the plan of this forward, and run it."""
         self.restore()
         self.path, self.inputs, self.run = path, (args, kwargs), None
@@ -123,7 +123,7 @@ class Generation:
         self._watch()
         return self.run.result
 
-    def put(self, value: Any) -> None:
+    def put(self, value: object) -> None:
         """The streamer is given `value`."""
         self.given.append(value)
         if self.run is not None:
@@ -159,7 +159,7 @@ class Generation:
         self.coroutine.abandon()
 
 
-def _beams(module: Any, kwargs: dict) -> int:
+def _beams(module: object, kwargs: dict) -> int:
     config = kwargs.get("generation_config") or getattr(module, "generation_config", None)
     return kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
 
@@ -170,7 +170,7 @@ class Streamer:
     def __init__(self, generation: Generation, users: Any):
         self.generation, self.users = generation, users
 
-    def put(self, value: Any) -> None:
+    def put(self, value: object) -> None:
         if self.users is not None:
             self.users.put(value)
         self.generation.put(value)

@@ -60,7 +60,7 @@ class Activations(Dataset):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: object) -> Any:
         """A row, rows (a slice, indices, a mask), or by name a column."""
         if isinstance(index, str):
             return Activations(self.path, index)

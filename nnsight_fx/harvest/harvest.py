@@ -40,10 +40,10 @@ SAME = {
 
 
 def harvest(
-    model: Any,
+    model: object,
     dataset: Iterable,
-    sites: Any,
-    out: Any,
+    sites: object,
+    out: object,
     *,
     positions: Positions = slice(None),  # noqa: B008  (a slice of constants)
     dtype: torch.dtype | None = None,
@@ -54,8 +54,8 @@ def harvest(
     column: str = "text",
     seed: int = 0,
     progress: bool = True,
-    compile: Any = None,
-    **options: Any,
+    compile: object = None,
+    **options: object,
 ) -> Activations:
     """Write activations of a data set to a folder, and return them.
 
@@ -130,7 +130,7 @@ class HarvestedSite:
     told: str
 
 
-def named_sites(model: Any, sites: Any) -> dict[str, HarvestedSite]:
+def named_sites(model: object, sites: object) -> dict[str, HarvestedSite]:
     """The sites by name."""
     if not isinstance(sites, Mapping):
         several = list(sites) if isinstance(sites, list | tuple) else [sites]
@@ -220,7 +220,7 @@ def _windows(items: Iterator[Item], shape: Shape, rows: int) -> Iterator[list[tu
         yield window
 
 
-def _write(folder: Folder, window: list, shape: Shape, batches: Batches, seed: int, bar: Any) -> None:
+def _write(folder: Folder, window: list, shape: Shape, batches: Batches, seed: int, bar: object) -> None:
     """One shard: its forwards, its file, and then its entry in the manifest."""
     items, places = [item for item, _ in window], [ps for _, ps in window]
     shards = folder.manifest["shards"]

@@ -60,7 +60,7 @@ class Reader:
             raise PromptError(f"prompt {item.number} of the data set has no tokens. Leave it out.")
         return item._replace(value=ids)
 
-    def _plain(self, given: Any, number: int) -> Any:
+    def _plain(self, given: object, number: int) -> Any:
         """A string, or the ids that are no padding."""
         if isinstance(given, Mapping) and "input_ids" not in given:
             if self.column not in given:
@@ -141,7 +141,7 @@ def rows_of(items: list[Item]) -> tuple[tuple, dict]:
     return (torch.stack([torch.as_tensor(i.value) for i in items]),), {}
 
 
-def _shape(value: Any) -> Any:
+def _shape(value: object) -> Any:
     if isinstance(value, Mapping):
         return tuple((k, _shape(v)) for k, v in value.items())
     if not isinstance(value, torch.Tensor | np.ndarray):

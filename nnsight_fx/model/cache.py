@@ -119,7 +119,7 @@ class Cache:
                 stacklevel=2,
             )
 
-    def _put(self, path: str, kind: str, value: Any, call: int = -1) -> None:
+    def _put(self, path: str, kind: str, value: object, call: int = -1) -> None:
         visits = self.entries.setdefault(path, [])
         slot = SLOTS[kind]
         at = call if call >= 0 else next((i for i, e in enumerate(visits) if getattr(e, slot) is None), len(visits))

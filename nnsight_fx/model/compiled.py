@@ -58,7 +58,7 @@ def _unpack(file: Path, folder: Path) -> None:
                 atomic.write(to, packed.read(name))
 
 
-def save(path: Any) -> None:
+def save(path: object) -> None:
     """`model.save_compiled`."""
     made = torch.compiler.save_cache_artifacts()
     if made is None:

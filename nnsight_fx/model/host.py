@@ -98,7 +98,7 @@ class ModelHost:
         return self.shared.tracer
 
     @tracer.setter
-    def tracer(self, tracer: Any) -> None:
+    def tracer(self, tracer: object) -> None:
         self.shared.tracer = tracer
 
     @property
@@ -146,7 +146,7 @@ class ModelHost:
     def state(self) -> ThreadState:
         return ThreadState()
 
-    def wave(self, tracer: Tracer, first: Any, alone: bool) -> ForwardWave:
+    def wave(self, tracer: Tracer, first: object, alone: bool) -> ForwardWave:
         if tracer.generation is not None:
             return tracer.generation.wave()
         return ForwardWave(self, tracer, first, alone)

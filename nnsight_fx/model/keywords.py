@@ -109,7 +109,7 @@ def _parameters(function: Any) -> list[inspect.Parameter] | None:
         return None
 
 
-def _annotated(annotation: Any) -> set[str]:
+def _annotated(annotation: object) -> set[str]:
     """The names of `**kwargs: Unpack[SomeTypedDict]`."""
     of = typing.get_args(annotation)
     return set(getattr(of[0], "__annotations__", ())) if of else set()

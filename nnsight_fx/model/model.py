@@ -100,12 +100,12 @@ class NNsight(Edits, Envoy):
 
     def trace(
         self,
-        *args: Any,
+        *args: object,
         compile: bool | dict | None = None,
         fn: str | None = None,
         pad_to: int | None = None,
         trace: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Run the model on an input with the interventions of a `with` block.
 
@@ -142,7 +142,7 @@ class NNsight(Edits, Envoy):
         options = {name: kwargs.pop(name) for name in ("compile", "pad_to", "trace") if name in kwargs}
         return self._trace(self._host.of_part(), args, kwargs, fn=".".join(p for p in (part._path, fn) if p), **options)
 
-    def scan(self, *args: Any, fn: str | None = None, pad_to: int | None = None, **kwargs: Any) -> Tracer:
+    def scan(self, *args: object, fn: str | None = None, pad_to: int | None = None, **kwargs: object) -> Tracer:
         """A trace that runs nothing: the body sees shapes and dtypes, and is refused what a trace would refuse.
 
         Saved values become tensors on the `meta` device. Nothing of the model moves.
@@ -169,7 +169,7 @@ class NNsight(Edits, Envoy):
         self.dispatch()
         self._host.check_keywords(options.get("fn"), options.keys() - own, verb, function)
 
-    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, hook: bool = False, **kwargs: object) -> Any:
         if self.tracer is None and self._caller is not None:
             return self._caller(*args, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
@@ -205,7 +205,7 @@ class NNsight(Edits, Envoy):
         self._check_options("harvest", harvest, options)
         return harvest(self, dataset, sites, out, **options)
 
-    def program(self, fn: Callable[..., Any], *, stop: bool = False, **options: Any) -> Program:
+    def program(self, fn: Callable[..., Any], *, stop: bool = False, **options: object) -> Program:
         """`fn(tracer, *args)` as a function `program(inputs, *args)`, recorded once for each kind of input; see `Program`.
 
         `stop` ends each forward behind the last site of the body. `options` are keywords of every trace: `compile`, `fn`, `pad_to`, and the model's own.
@@ -236,7 +236,7 @@ class NNsight(Edits, Envoy):
 
     def compile(
         self,
-        backend: Any = "inductor",
+        backend: object = "inductor",
         mode: str | None = None,
         dynamic: bool | None = None,
         fullgraph: bool = False,
@@ -268,7 +268,7 @@ class NNsight(Edits, Envoy):
             backend, mode, dynamic, fullgraph, options, capture, regional, passes, disable
         )
 
-    def save_compiled(self, path: Any) -> None:
+    def save_compiled(self, path: object) -> None:
         """Save what compilers made in this process so far into the folder `path`, for `load_compiled` in another process.
 
         That is the compilers' own caches (`torch.compiler.save_cache_artifacts`), of all models of the process, and the C++
@@ -280,7 +280,7 @@ class NNsight(Edits, Envoy):
         """
         compiled.save(path)
 
-    def load_compiled(self, path: Any) -> None:
+    def load_compiled(self, path: object) -> None:
         """Use what `save_compiled` wrote: the same traces of the same model compile nothing anew.
 
         Raises:

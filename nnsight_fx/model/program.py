@@ -55,7 +55,7 @@ class Program:
         self.own = {name: x for name, x in options.items() if name not in ("compile", "fn", "pad_to")}
         self.runs: Counter[str] = Counter()
 
-    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: object, *args: object, **kwargs: object) -> Any:
         """Run the model on `inputs` (what `model.sweep` takes as one input) with these arguments of the body.
 
         Raises:
@@ -123,7 +123,7 @@ class Program:
     def _of(self, option: str) -> Any:
         return self.options.get(option)
 
-    def _batch(self, inputs: Any) -> Any:
+    def _batch(self, inputs: object) -> Any:
         """The input as the model gets it."""
         model = self.model
         args, kwargs = given(model, inputs)
@@ -137,7 +137,7 @@ class Program:
         plain = all([isinstance(x, _PLAIN) for x in leaves])
         return (spec, _described(leaves), host_of(self.model).scanner, *kind) if plain else None
 
-    def _trace(self, inputs: Any, args: tuple, kwargs: dict, of: RecordedBody | None = None) -> Any:
+    def _trace(self, inputs: object, args: tuple, kwargs: dict, of: RecordedBody | None = None) -> Any:
         call_args, call_kwargs = given(self.model, inputs)
         leaves = None
         with self.model.trace(*call_args, **{**self.options, **call_kwargs}) as tracer:
@@ -219,7 +219,7 @@ class RecordedBody:
         """Arguments as recorded values, so that what the body does with them is recorded, too."""
         tape, lent = tracer.tape, {}
 
-        def one(x: Any) -> Any:
+        def one(x: object) -> Any:
             if not isinstance(x, torch.Tensor) or isinstance(x, LazyTensor):
                 return x
             if id(x) not in lent:
@@ -284,7 +284,7 @@ class RecordedBody:
         made.saved, made.bytes = len(self.keys), self.bytes or 0
         return made
 
-    def run(self, program: Program, batch: Any, leaves: list) -> Any:
+    def run(self, program: Program, batch: object, leaves: list) -> Any:
         """Run it on another input, with other arguments."""
         model, constants = program.model, self._lifted(program, leaves)
         wave: Any = Again(self.tracer, self.tape, batch, program._of("fn"), {})

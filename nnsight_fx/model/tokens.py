@@ -49,7 +49,7 @@ def named(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**first, **kwargs}
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: object) -> bool:
     """A string, or a list with one in it?"""
     several = isinstance(value, (list, tuple)) and any(isinstance(v, str) for v in value)
     return isinstance(value, str) or several
@@ -79,7 +79,7 @@ def sequences(name: str, value: Any, fill: float, left: bool, dims: int = 1) -> 
     return rows, lengths
 
 
-def token_ids(value: Any, fill: float, left: bool) -> tuple[torch.Tensor, list[int]]:
+def token_ids(value: object, fill: float, left: bool) -> tuple[torch.Tensor, list[int]]:
     """`sequences` of whole numbers: ids of shape (rows, longest), int64."""
     ids, lengths = sequences("input_ids", value, fill, left)
     if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -90,7 +90,7 @@ def token_ids(value: Any, fill: float, left: bool) -> tuple[torch.Tensor, list[i
     return ids.long(), lengths
 
 
-def companion(name: str, value: Any, lengths: list[int], left: bool) -> Any:
+def companion(name: str, value: object, lengths: list[int], left: bool) -> Any:
     """Another input along the tokens (one of `FILL`), in the rows of the prompts and padded like them.
 
     One row of `SHARED` inputs serves all prompts.
@@ -159,14 +159,14 @@ def merge(name: str, values: list, rows: list[int]) -> Any:
     )
 
 
-def _is_list_of_rows(value: Any) -> bool:
+def _is_list_of_rows(value: object) -> bool:
     """A list whose items are rows themselves; a list of numbers is one row."""
     return isinstance(value, (list, tuple)) and any(
         not isinstance(v, Number) and getattr(v, "ndim", 1) > 0 for v in value
     )
 
 
-def _tensor(name: str, value: Any) -> torch.Tensor:
+def _tensor(name: str, value: object) -> torch.Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -185,7 +185,7 @@ def _same(a: Any, b: Any) -> bool:
     return spec == other and all(x is y or equal(x, y) for x, y in zip(one, two, strict=True))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)

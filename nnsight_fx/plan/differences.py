@@ -31,7 +31,7 @@ class Difference(NamedTuple):
         return self.reason
 
 
-def stable(value: Any) -> Any:
+def stable(value: object) -> Any:
     """A part of an operation as text that is the same in every process, wherever the part itself is."""
     if isinstance(value, Identity):
         name = name_of_operator(value.obj)
@@ -87,7 +87,7 @@ def _parts(a: Op, b: Op, shift: int) -> Iterator[str]:
             yield f"{text} differs: {getattr(a, field)} and {getattr(b, field)}"
 
 
-def _keys(where: str, a: Any, b: Any, shift: int) -> Iterator[str]:
+def _keys(where: str, a: object, b: object, shift: int) -> Iterator[str]:
     """The differences of two keys; values that are merely numbered otherwise, because operations came in between, are equal."""
     if a == b or not (isinstance(a, tuple) and isinstance(b, tuple)):
         if a != b:

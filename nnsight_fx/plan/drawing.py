@@ -106,7 +106,7 @@ def missing() -> str | None:
     return None if shutil.which("dot") else "the program `dot` (https://graphviz.org/download)"
 
 
-def draw(graph: Any, path: str | os.PathLike) -> str:
+def draw(graph: object, path: str | os.PathLike) -> str:
     """`Graph.draw`."""
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1].removeprefix(".").lower()
@@ -122,7 +122,7 @@ def draw(graph: Any, path: str | os.PathLike) -> str:
     return path
 
 
-def svg(graph: Any) -> str | None:
+def svg(graph: object) -> str | None:
     """The drawing for a notebook, where it can be rendered."""
     return _render(to_dot(graph), "svg").decode() if missing() is None else None
 

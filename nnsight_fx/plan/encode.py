@@ -147,11 +147,11 @@ def decode(key: Key, lookup: Callable[[Key], Any]) -> Any:
     return key[1].obj
 
 
-def references(key: Any) -> set[tuple[int, int]]:
+def references(key: object) -> set[tuple[int, int]]:
     """The `(op, leaf)` of every value in a key."""
     found: set[tuple[int, int]] = set()
 
-    def walk(k: Any) -> None:
+    def walk(k: object) -> None:
         if not isinstance(k, tuple) or not k:
             return
         if k[0] == "v":
@@ -164,7 +164,7 @@ def references(key: Any) -> set[tuple[int, int]]:
     return found
 
 
-def sizeless(key: Any) -> Any:
+def sizeless(key: object) -> Any:
     """A key in which contiguous constants have no sizes, but as many dimensions."""
     if not isinstance(key, tuple) or not key or key[0] in ("v", "n", "l", "s", "o"):
         return key
@@ -183,7 +183,7 @@ def _contiguous(shape: tuple, stride: tuple | None) -> bool:
     return stride is not None
 
 
-def objects(key: Any) -> list[Any]:
+def objects(key: object) -> list[Any]:
     """The objects in a key that are compared by identity."""
     if not isinstance(key, tuple) or not key or key[0] in ("v", "c", "n", "l", "s"):
         return []

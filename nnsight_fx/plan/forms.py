@@ -110,7 +110,7 @@ def modes(ambient: tuple) -> list:
     return [grad, inference, [[device, on, str(dtype)] for device, on, dtype in autocast]]
 
 
-def shapes(value: Any) -> Any:
+def shapes(value: object) -> Any:
     """The JSON of an input: of tensors the shapes and dtypes only."""
     if isinstance(value, torch.Tensor):
         return {"tensor": [list(value.shape), str(value.dtype)]}
@@ -128,10 +128,10 @@ def shapes(value: Any) -> Any:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def decode(data: Any, value: Callable[[int, int], Any], constant: Callable[[int], Any]) -> Any:
+def decode(data: object, value: Callable[[int, int], Any], constant: Callable[[int], Any]) -> Any:
     """An argument from its JSON. Unknown forms are a `PlanError`."""
 
-    def walk(x: Any) -> Any:
+    def walk(x: object) -> Any:
         if x is None or isinstance(x, bool | int | str):
             return x
         if isinstance(x, list):

@@ -132,7 +132,7 @@ class Graph:
 
         return drawing.draw(self, path)
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         from . import drawing
 
         svg = drawing.svg(self)

@@ -89,15 +89,15 @@ class Interleaver:
         """Run one `call`, `module`, `apply` or `sync` operation and return its result."""
         raise NotImplementedError
 
-    def rows(self, leaf: Any, invoke: int, batched: bool | None) -> Any:
+    def rows(self, leaf: object, invoke: int, batched: bool | None) -> Any:
         """An invoke's rows of a leaf."""
         raise NotImplementedError
 
-    def put_rows(self, leaf: Any, new: Any, invoke: int, batched: bool | None) -> Any:
+    def put_rows(self, leaf: object, new: object, invoke: int, batched: bool | None) -> Any:
         """A leaf with an invoke's rows replaced."""
         raise NotImplementedError
 
-    def observed(self, leaf: Any, how: Observation) -> Any:
+    def observed(self, leaf: object, how: Observation) -> Any:
         """A leaf as an observation keeps it."""
         raise NotImplementedError
 
@@ -138,7 +138,7 @@ class Interleaver:
                 if n not in self.done and self.ready(n):
                     self.perform(n, None)
 
-    def arrive(self, n: int, gradient: Any) -> Any:
+    def arrive(self, n: int, gradient: object) -> Any:
         """The gradient that operation `n` asked for, as the backward has it; returned as it shall be."""
         if (n, 0) in self.plan.users or not self.closed:
             self.env[(n, 0)] = gradient
@@ -176,7 +176,7 @@ class Interleaver:
         """Do an operation's conditions hold?"""
         return all(bool(self.lookup(key)) for key in op.when)
 
-    def select(self, op: Op, new: Any, old: Any) -> Any:
+    def select(self, op: Op, new: object, old: object) -> Any:
         """What a conditional operation makes of a leaf, where `holds` cannot tell."""
         return new
 
@@ -260,7 +260,7 @@ class Interleaver:
     live = True  # can this interleaver run Python on real values?
     closed = True  # is the plan whole? Not while a sync point may still add to it
 
-    def _store(self, n: int, op: Op, result: Any) -> None:
+    def _store(self, n: int, op: Op, result: object) -> None:
         if op.kind == SYNC:
             return
         self._keep(n, *self.split(result))
@@ -273,7 +273,7 @@ class Interleaver:
         if (n, -1) in self.plan.users:
             self.env[(n, -1)] = (leaves, spec)
 
-    def split(self, result: Any) -> tuple[list, tree.Spec]:
+    def split(self, result: object) -> tuple[list, tree.Spec]:
         return tree.flatten(result)
 
     def _write(self, op: Op, firing: Firing | None) -> None:
@@ -298,7 +298,7 @@ class Interleaver:
         _, batched, _ = op.extra
         old = list(firing.leaves)
 
-        def leaf(i: int, value: Any) -> Any:
+        def leaf(i: int, value: object) -> Any:
             if isinstance(value, Keep):
                 return old[value.index] if value.index < len(old) else None
             return self.put_rows(old[i], value, op.invoke, firing.batched(i, batched)) if i < len(old) else value
@@ -383,10 +383,10 @@ class TensorInterleaver(Interleaver):
     def constant(self, key: Key) -> Any:
         return self.constants[key[1]]
 
-    def observed(self, leaf: Any, how: Observation) -> Any:
+    def observed(self, leaf: object, how: Observation) -> Any:
         return observed(leaf, how)
 
-    def _batched(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:
+    def _batched(self, leaf: object, invoke: int, batched: bool | None) -> tuple[int, int] | None:
         groups = self.plan.groups
         group = groups.rows[invoke] if invoke < len(groups.rows) else None
         if group is None or not isinstance(leaf, torch.Tensor) or leaf.dim() == 0 or batched is False:
@@ -408,7 +408,7 @@ class TensorInterleaver(Interleaver):
         return torch.cat([*before, new, *behind])  # no empty parts: they would hang the old leaf's graph on it
 
 
-def observed(leaf: Any, how: Observation) -> Any:
+def observed(leaf: object, how: Observation) -> Any:
     """A leaf as an observation keeps it."""
     for name, kwargs in how.steps if isinstance(leaf, torch.Tensor) else ():
         leaf = getattr(leaf, name)(**dict(kwargs))

@@ -26,7 +26,7 @@ FLOAT_OPERANDS = {
 EXACT = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def _gathers(index: Any) -> bool:
+def _gathers(index: object) -> bool:
     """Does an index choose places by a tensor or a list?"""
     return any(isinstance(i, torch.Tensor | list) for i in (index if type(index) is tuple else (index,)))
 
@@ -45,7 +45,7 @@ def _size_at(shape: Any, index: tuple, at: int) -> Any:
     return shape[dim] if -len(shape) <= dim < len(shape) else None
 
 
-def _position(value: int, size: Any) -> Any:
+def _position(value: int, size: object) -> Any:
     """A lifted, non-negative position, or the number as it is where its range cannot be told."""
     if not isinstance(size, int) or not -size <= value < size:
         return value  # an unknown size: structure; out of range: torch raises at the user's line
@@ -95,7 +95,7 @@ def _kind(operands: list) -> str | None:
     return {torch.float32: "float32", torch.float64: "float64"}.get(widest.pop()) if len(widest) == 1 else None
 
 
-def name_of(func: Any) -> str:
+def name_of(func: object) -> str:
     """The name by which torch documents a function that reached `__torch_function__`."""
     if func is operator.getitem:
         return "__getitem__"

@@ -120,7 +120,7 @@ def _names() -> dict[Any, str]:
     return {function: name for name, function in reversed(table().items())}
 
 
-def name_of_operator(function: Any) -> str | None:
+def name_of_operator(function: object) -> str | None:
     """The name of a function in the table, or `None` when it is not there."""
     try:
         return _names().get(function)

@@ -231,7 +231,7 @@ def short(line: Line) -> str:
     return f"{os.path.basename(line.filename)}:{line.lineno}"
 
 
-def describe(constant: Any) -> str:
+def describe(constant: object) -> str:
     """A lifted value in a few words."""
     if isinstance(constant, torch.Tensor):
         return f"Tensor{list(constant.shape)}, {str(constant.dtype).removeprefix('torch.')}"

@@ -48,7 +48,7 @@ def in_force(parts: dict[int, tuple] | None, groups: Any) -> dict[int, tuple] | 
     return found if parts is not None else None
 
 
-def gather(parts: dict[int, tuple], groups: Any) -> tuple[list, tree.Spec]:
+def gather(parts: dict[int, tuple], groups: object) -> tuple[list, tree.Spec]:
     """The output of a skipped module from what each invoke gave: rows concatenated leaf by leaf."""
     ordered = list((in_force(parts, groups) or {}).values())
     if len(ordered) == 1:

@@ -76,14 +76,14 @@ def children(value: Any) -> tuple[str, tuple, list] | None:
 _STATE = (bool, int, float, complex, str, bytes, type(None), type)  # attributes that hold no data
 
 
-def _state(value: Any) -> dict:
+def _state(value: object) -> dict:
     return getattr(value, "__dict__", {})
 
 
 _LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)})
 
 
-def flatten(value: Any) -> tuple[list, Spec]:
+def flatten(value: object) -> tuple[list, Spec]:
     """The leaves of `value`, left to right, and the spec that `unflatten` takes."""
     leaves: list = []
     return leaves, _walk(value, leaves)
@@ -117,12 +117,12 @@ def is_tuple(spec: Spec, length: int) -> bool:
     return spec is not None and spec[0] == "tuple" and len(spec[3]) == length
 
 
-def unflatten(leaves: list, spec: Spec, like: Any = None) -> Any:
+def unflatten(leaves: list, spec: Spec, like: object = None) -> Any:
     """A new tree of `spec` holding `leaves`. `like` gives a dataclass its fields that are not part of the tree."""
     return _build(spec, iter(leaves), like)
 
 
-def _build(spec: Spec, leaves: Iterator, old: Any) -> Any:
+def _build(spec: Spec, leaves: Iterator, old: object) -> Any:
     if spec is None:
         return next(leaves)
     kind, cls, keys, specs = spec
@@ -132,7 +132,7 @@ def _build(spec: Spec, leaves: Iterator, old: Any) -> Any:
     return construct(kind, cls, keys, values, old)
 
 
-def construct(kind: str, cls: type, keys: tuple, values: list, like: Any = None) -> Any:
+def construct(kind: str, cls: type, keys: tuple, values: list, like: object = None) -> Any:
     """One container of type `cls` from its children."""
     if kind in ("tuple", "list", "structseq"):
         return cls(values)
@@ -181,13 +181,13 @@ def leaf_count(spec: Spec) -> int:
     return 1 if spec is None else sum(leaf_count(s) for s in spec[3])
 
 
-def tree_map(fn: Callable[[Any], Any], value: Any) -> Any:
+def tree_map(fn: Callable[[Any], Any], value: object) -> Any:
     """`value` with `fn` applied to each leaf; containers are new."""
     leaves, spec = flatten(value)
     return unflatten([fn(x) for x in leaves], spec, value)
 
 
-def replace(value: Any, old: list, new: list) -> Any:
+def replace(value: object, old: list, new: list) -> Any:
     """`value` with leaf `old[i]` replaced by `new[i]` where they differ.
 
     A container in which nothing changed stays the object it was; lists, dicts and dataclasses are changed in place,
@@ -196,7 +196,7 @@ def replace(value: Any, old: list, new: list) -> Any:
     return _replace(value, zip(old, new, strict=True))
 
 
-def _replace(value: Any, pairs: Iterator) -> Any:
+def _replace(value: object, pairs: Iterator) -> Any:
     parts = children(value)
     if parts is None:
         old, new = next(pairs)

@@ -115,13 +115,13 @@ class Writer:
             raise Unnamed("it uses what a cache holds. Read the site itself")
         return self.numbers[n]
 
-    def named(self, n: int, form: Callable, *args: Any) -> Any:
+    def named(self, n: int, form: Callable, *args: object) -> Any:
         try:
             return form(*args)
         except Unnamed as e:
             raise self.refuse(n, e) from None
 
-    def constant(self, slot: int, value: Any, name: str, n: int) -> dict:
+    def constant(self, slot: int, value: object, name: str, n: int) -> dict:
         """A lifted value, which operation `n` uses."""
         if not isinstance(value, torch.Tensor):
             return {"name": name, "number": value.hex() if isinstance(value, float) else value}
@@ -222,7 +222,7 @@ class PlanWriter(Writer):
             made["extra"] = bool(op.extra)
         return made
 
-    def _constant(self, slot: int, value: Any) -> dict:
+    def _constant(self, slot: int, value: object) -> dict:
         name = self.slot_names.get(f"constant_{slot}", f"constant_{slot}")
         name = self.names.get(id(value), name) if isinstance(value, torch.Tensor) else name
         user = next((op.index for op in self.graph if slot in op.constants), 0)
@@ -253,7 +253,7 @@ class PlanWriter(Writer):
         where = ".".join(p for p in (path, kind) if p) + (f"@{call}" if call else "")
         return where + leaf_paths(self.plan.specs[key[1]])[key[2]]
 
-    def input(self, given: Any) -> Any:
+    def input(self, given: object) -> Any:
         """The shapes of an input, or `False` when it holds objects."""
         bad = [x for x in tree.flatten(given)[0] if not isinstance(x, torch.Tensor | int | float | str | None)]
         return False if bad else shapes(given)
@@ -298,13 +298,13 @@ class EditWriter(Writer):
         return made
 
 
-def _slots(key: Any) -> set[int]:
+def _slots(key: object) -> set[int]:
     if not isinstance(key, tuple) or not key or key[0] in ("v", "n", "l", "s", "o"):
         return set()
     return {key[1]} if key[0] == "c" else set().union(*map(_slots, key))
 
 
-def _parts(name: str, value: Any) -> dict[int, str]:
+def _parts(name: str, value: object) -> dict[int, str]:
     """The ids that a name is for: of an object, or of the parameters and buffers of a module, which get theirs behind it."""
     if not isinstance(value, torch.nn.Module):
         return {id(value): name}

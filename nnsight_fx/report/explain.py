@@ -98,7 +98,7 @@ def _of(capture: Capture) -> dict[str, Any]:
     }
 
 
-def _plain(option: Any) -> Any:
+def _plain(option: object) -> Any:
     """An option as data: passes by their names."""
     if isinstance(option, frozenset):
         return sorted(option)

@@ -71,7 +71,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def hashed(*values: Any) -> str:
+def hashed(*values: object) -> str:
     """A digest of tensors, containers, functions (their text and what they refer to), modules, objects and plain values.
 
     Objects of installed libraries count by their class alone; a wrapped model and its envoys by their paths.
@@ -90,7 +90,7 @@ class _Feed:
     def text(self, text: str) -> None:
         self.digest.update(f"{len(text)}:{text}".encode())
 
-    def add(self, value: Any) -> None:
+    def add(self, value: object) -> None:
         if isinstance(value, PLAIN):
             return self.text(repr(value))
         if id(value) in self.seen:
@@ -146,11 +146,11 @@ class _Feed:
             self._items(value.__globals__[n] for n in _names(value.__code__) if n in value.__globals__)
 
 
-def _library(what: Any) -> str:
+def _library(what: object) -> str:
     return (getattr(what, "__module__", None) or "").partition(".")[0]
 
 
-def _installed(what: Any) -> bool:
+def _installed(what: object) -> bool:
     """Is a class or function of a library? What state it has is nobody's program; ours, and torch's objects, are."""
     name = _library(what)
     if name in ("nnsight_fx", "__main__") or (name == "torch" and isinstance(what, type)):

@@ -116,7 +116,7 @@ class Report:
         self.groups: list[Group] = []
         self.notes: list[str] = []  # of all of it: which engine, and why
 
-    def at_once(self, line: Any, why: str, ran: Sequence[Notes] = ()) -> None:
+    def at_once(self, line: object, why: str, ran: Sequence[Notes] = ()) -> None:
         """A trace that was not put off."""
         group = Group("at once", [line], why, forwards=sum(n.forwards for n in ran))
         group.ran_alone(ran)
@@ -132,7 +132,7 @@ class Report:
             else:
                 same.join(group)
 
-    def alone(self, line: Any, ran: Sequence[Notes]) -> None:
+    def alone(self, line: object, ran: Sequence[Notes]) -> None:
         """A trace outside of any session."""
         group = Group("one by one", [line], forwards=sum(n.forwards for n in ran))
         group.ran_alone(ran)
@@ -194,7 +194,7 @@ def one_run(verb: Callable) -> Callable:
     """A function of a model, `verb(model, ...)`, that `model.explain()` tells as one run."""
 
     @functools.wraps(verb)
-    def told(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def told(model: object, *args: object, **kwargs: object) -> Any:
         with as_one(model, verb.__name__, user_line()):
             return verb(model, *args, **kwargs)
 

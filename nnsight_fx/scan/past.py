@@ -55,7 +55,7 @@ class Past:
         return make
 
 
-def is_cache(x: Any) -> bool:
+def is_cache(x: object) -> bool:
     return hasattr(x, "get_seq_length") and isinstance(getattr(x, "layers", None), list)
 
 
@@ -82,11 +82,11 @@ def growing(batch: Any) -> Past | None:
     return Past(cache, length, queries, mask)
 
 
-def _covers(mask: Any, length: int) -> bool:
+def _covers(mask: object, length: int) -> bool:
     return isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[-1] == length
 
 
-def state(x: Any, past: Past | None = None) -> Any:
+def state(x: object, past: Past | None = None) -> Any:
     """What a scan depends on of an input that is no tensor; of a cache the shapes and numbers in it."""
     if isinstance(x, torch.Tensor):
         return (past.shape(x) if past else tuple(x.shape), x.dtype, x.device)
@@ -113,7 +113,7 @@ class _Copies(TorchFunctionMode):
         return memo.setdefault(id(x), self.make(x))
 
 
-def copied(x: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def copied(x: object, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A deep copy of an object in which `make` gives the tensors."""
     with TorchFunction(), _Copies(make):
         return copy.deepcopy(x)

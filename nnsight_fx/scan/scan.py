@@ -65,7 +65,7 @@ def skeleton(module: nn.Module, fakes: FakeTensorMode) -> nn.Module:
     return made
 
 
-def _part(function: Any, copies: dict[nn.Module, nn.Module]) -> bool:
+def _part(function: object, copies: dict[nn.Module, nn.Module]) -> bool:
     """Is it a method of a module that was copied?"""
     owner = getattr(function, "__self__", None)
     return isinstance(owner, nn.Module) and owner in copies
@@ -142,7 +142,7 @@ def scan(
     running = [] if inside is None else inside
     counts, clock = found.counts, Clock()
 
-    def known(x: Any) -> Any:
+    def known(x: object) -> Any:
         if isinstance(x, (torch.Tensor, FunctionType, BuiltinFunctionType, *PLAIN)):
             return x
         module = real(x) if isinstance(x, nn.Module) else None
@@ -153,7 +153,7 @@ def scan(
             return None
         return plan.skipped.get((path, "output", counts[(path, "input")] - 1))
 
-    def note(path: str, kind: str, value: Any, depth: int = 0) -> Any:
+    def note(path: str, kind: str, value: object, depth: int = 0) -> Any:
         if plan is not None and plan.calling:
             return value
         n = counts.get((path, kind), 0)
@@ -208,13 +208,13 @@ def scan(
         def before(m: nn.Module, args: tuple, kwargs: dict, path: str = path) -> Any:
             return note(path, "input", (args, kwargs))
 
-        def after(m: nn.Module, args: tuple, kwargs: dict, out: Any, path: str = path) -> Any:
+        def after(m: nn.Module, args: tuple, kwargs: dict, out: object, path: str = path) -> Any:
             return note(path, "output", out)
 
         put(module, before, after)
         if plan is not None and path in plan.plan.skips:
 
-            def forward(*args: Any, path: str = path, original: Callable = module.forward, **kwargs: Any) -> Any:
+            def forward(*args: object, path: str = path, original: Callable = module.forward, **kwargs: object) -> Any:
                 parts = skipped(path)
                 if parts is None:
                     return original(*args, **kwargs)
@@ -293,7 +293,7 @@ class Clock:
 
 
 def _fire(
-    plan: TensorInterleaver, site: Site, value: Any, leaves: list, spec: tree.Spec
+    plan: TensorInterleaver, site: Site, value: object, leaves: list, spec: tree.Spec
 ) -> tuple[Any, list, tree.Spec]:
     old = list(leaves)
     firing = Firing(site, leaves, spec)

@@ -109,11 +109,11 @@ class Scanner:
         """Do forwards of this model collect outputs with transformers' hooks? Where no scan can tell, they may."""
         return self.collecting or self._copy is None or isinstance(self._copy[1], Exception)
 
-    def signature(self, batch: Any, fn: str | None, unknown: tuple | None) -> Signature:
+    def signature(self, batch: object, fn: str | None, unknown: tuple | None) -> Signature:
         """The signature of an input. `unknown` gives the dims of each tensor leaf that hold rows and length."""
         return self._signature(batch, fn, unknown, None)
 
-    def continued(self, batch: Any, fn: str | None = None) -> tuple[Signature, int | None]:
+    def continued(self, batch: object, fn: str | None = None) -> tuple[Signature, int | None]:
         """The signature of a forward that may go on from a cache, whose length is then a symbol, and that length."""
         with NoTorchFunction():  # in a body each look at a tensor would be looked at
             past = growing(batch)
@@ -254,7 +254,7 @@ def _fixed(leaves: list, unknown: tuple) -> tuple:
     )
 
 
-def faked(fakes: FakeTensorMode, x: Any, make: Callable | None = None) -> Any:
+def faked(fakes: FakeTensorMode, x: object, make: Callable | None = None) -> Any:
     if isinstance(x, torch.Tensor):
         return make(x) if make else fakes.from_tensor(x, static_shapes=True)
     if isinstance(x, PLAIN) or callable(x):
@@ -274,7 +274,7 @@ def _again(inputs: list) -> list:
             made[id(x)] = x if x.requires_grad else x.detach()  # which a write of something that does would change
         return made[id(x)]
 
-    def again(x: Any) -> Any:
+    def again(x: object) -> Any:
         return own(x) if isinstance(x, torch.Tensor) else x if isinstance(x, PLAIN) or callable(x) else copied(x, own)
 
     with NoTorchFunction():

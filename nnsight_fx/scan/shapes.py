@@ -74,7 +74,7 @@ class Shapes(ShapeEnv):
             guess = orig_expr.xreplace({s: sympy.Integer(1) for s in free_unbacked_symbols(orig_expr)})
             return guess if guess not in (sympy.true, sympy.false) or self._first_turns() else sympy.Not(guess)
 
-    def _make_data_dependent_error(self, *args: Any, **kwargs: Any) -> Any:
+    def _make_data_dependent_error(self, *args: object, **kwargs: object) -> Any:
         return _Unknown(
             f"{user_line()}: the padded length of this batch is not known before all its prompts are. Index from the right "
             "(`h[:, -1]`), give the prompts first (`a, b = tracer.batch(p1, p2)`, then `with a:` and `with b:`), or fix the length "

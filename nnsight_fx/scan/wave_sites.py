@@ -138,7 +138,7 @@ class WaveSites:
         args, kwargs = self.signature.inputs()
         return self.scanner.run(self.scanner.skeleton(), self.signature.fn, args, kwargs, self.signature, interleaver)
 
-    def _sized(self, meta: SiteMeta | Missing, rows: Any) -> SiteMeta | Missing:
+    def _sized(self, meta: SiteMeta | Missing, rows: object) -> SiteMeta | Missing:
         """A site's metadata for one invoke: the symbols of the scan replaced by what this trace knows."""
         known = {
             s: v.node.expr if isinstance(v, torch.SymInt) else sympy.Integer(v)
@@ -152,7 +152,7 @@ class WaveSites:
             return meta
         sizes: list = []
 
-        def size(n: Any) -> Any:
+        def size(n: object) -> Any:
             if not isinstance(n, torch.SymInt):
                 return n
             expr = sympy.sympify(n.node.expr).xreplace(known)
@@ -175,7 +175,7 @@ class WaveSites:
             leaves.append(leaf)
         return meta._replace(leaves=tuple(leaves) if sizes else meta.leaves, sizes=tuple(sizes))
 
-    def symbol(self, expr: Any) -> Any:
+    def symbol(self, expr: object) -> Any:
         """The size that an expression over the padded length stands for."""
         return self.scanner.shapes.create_symintnode(expr, hint=None)
 
@@ -234,7 +234,7 @@ def _computed(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def _known(meta: SiteMeta | Missing, *symbols: Any) -> SiteMeta | Missing:
+def _known(meta: SiteMeta | Missing, *symbols: object) -> SiteMeta | Missing:
     """`meta`, unless a size or a number in it depends on data: such a site must be looked at."""
     if isinstance(meta, Missing):
         return meta

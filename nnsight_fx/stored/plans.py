@@ -28,7 +28,7 @@ def save_plan(tracer: Tracer, path: str | os.PathLike, names: dict[str, Any] | N
     tracer.graph.save_plan(path, names)
 
 
-def load_plan(path: str | os.PathLike, model: Any) -> Plan:
+def load_plan(path: str | os.PathLike, model: object) -> Plan:
     """A plan that `save_plan` wrote, for `model`.
 
     ```python
@@ -89,7 +89,11 @@ class Plan:
     # -- running -------------------------------------------------------------------------------------------------
 
     def __call__(
-        self, *inputs: Any, constants: dict[str, Any] | None = None, compile: bool | dict | None = None, **kwargs: Any
+        self,
+        *inputs: object,
+        constants: dict[str, Any] | None = None,
+        compile: bool | dict | None = None,
+        **kwargs: object,
     ) -> dict[str, Any]:
         """Run the model on an input with these interventions, and return the saved values by name, in order; caches come last.
 
@@ -124,7 +128,7 @@ class Plan:
         ]
 
     def _record(
-        self, inputs: tuple, kwargs: dict, constants: dict, *, scan: bool, compile: Any
+        self, inputs: tuple, kwargs: dict, constants: dict, *, scan: bool, compile: object
     ) -> tuple[dict[str, Any], Graph]:
         document, replay = self.document, Replay(self._stored, self._with(constants), strict=scan)
         options = {"fn": document["fn"], "pad_to": document["pad_to"]}
@@ -202,7 +206,7 @@ class _Input:
         self.args, self.kwargs = args, kwargs
 
     @classmethod
-    def of(cls, value: Any) -> _Input:
+    def of(cls, value: object) -> _Input:
         return value if isinstance(value, cls) else cls(value if isinstance(value, tuple) else (value,), {})
 
 
@@ -219,7 +223,7 @@ def _runs(operations: list[dict], edits: int) -> list[tuple[int, list[int]]]:
     return found
 
 
-def _facts(value: Any) -> str:
+def _facts(value: object) -> str:
     return (
         f"a {list(value.shape)} tensor of {value.dtype}" if isinstance(value, torch.Tensor) else f"the number {value!r}"
     )

@@ -140,7 +140,7 @@ class SweepJob:
             raise
 
 
-def given(model: Any, item: Any) -> tuple[tuple, dict]:
+def given(model: object, item: object) -> tuple[tuple, dict]:
     """One input as `model.trace` takes it."""
     if isinstance(item, tuple):
         return item, {}
@@ -158,18 +158,18 @@ def look(model: Any, item: Any) -> tuple[str, tuple, tuple[int | None, bool]]:
     return hashed(leaves), shapes, (batch.length, batch.text)
 
 
-def is_dataset(model: Any, inputs: Any) -> bool:
+def is_dataset(model: object, inputs: object) -> bool:
     """A list of inputs? A list of numbers is one prompt's token ids."""
     ids = hasattr(model, "tokenizer") and isinstance(inputs, list) and all(isinstance(x, int) for x in inputs)
     return isinstance(inputs, list) and not (ids and inputs)
 
 
-def _own(x: Any) -> Any:
+def _own(x: object) -> Any:
     """An input that a body, or the model, may change in place: the next cell has it as it was."""
     return x.clone() if isinstance(x, torch.Tensor) else x
 
 
-def _saved(result: Any) -> dict[str, Any]:
+def _saved(result: object) -> dict[str, Any]:
     """What a body returned, by name, saved."""
     named = dict(result) if isinstance(result, Mapping) else {"result": result}
     for name, value in named.items():

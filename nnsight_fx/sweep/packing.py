@@ -60,7 +60,7 @@ if cloudpickle is not None:
     class Pickler(cloudpickle.Pickler):
         """What `torch.save` writes a job with."""
 
-        def reducer_override(self, obj: Any) -> Any:
+        def reducer_override(self, obj: object) -> Any:
             if isinstance(obj, torch.nn.Module):
                 return without_library_hooks(obj)
             if not isinstance(obj, Envoy):

@@ -87,7 +87,7 @@ class Pool:
     def start(self, slot: int, artifacts: bytes | None) -> Any:
         raise NotImplementedError
 
-    def submit(self, worker: Any, chunk: list[int], wanted: bool) -> Any:
+    def submit(self, worker: object, chunk: list[int], wanted: bool) -> Any:
         """Begin; a ticket for the result."""
         raise NotImplementedError
 
@@ -95,7 +95,7 @@ class Pool:
         """A ticket whose worker has done, or is lost."""
         raise NotImplementedError
 
-    def result(self, ticket: Any) -> tuple[Done, bytes | None]:
+    def result(self, ticket: object) -> tuple[Done, bytes | None]:
         """What `Worker.work` returned, or raised; `Lost` where it is gone."""
         raise NotImplementedError
 

@@ -82,7 +82,7 @@ class Devices(Pool):
         self.file.close()
 
 
-def _send(connection: Connection, what: Any) -> None:
+def _send(connection: Connection, what: object) -> None:
     with contextlib.suppress(ConnectionError):  # it is gone: `result` finds that out
         connection.send_bytes(pickle.dumps(what))  # plain bytes: `send` would share the memory of tensors
 

@@ -56,7 +56,7 @@ class Ray(Pool):
     def wait(self, tickets: list) -> Any:
         return self.ray.wait(tickets, num_returns=1)[0][0]
 
-    def result(self, ticket: Any) -> tuple[Done, bytes | None]:
+    def result(self, ticket: object) -> tuple[Done, bytes | None]:
         errors = self.ray.exceptions
         try:
             return self.ray.get(ticket)

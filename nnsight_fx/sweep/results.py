@@ -83,7 +83,7 @@ class Results:
         """One row for each cell (and element of a result), the axes as columns; needs the extra `sweep`."""
         return self.dataset.to_dataframe().reset_index()
 
-    def heatmap(self, path: str | os.PathLike | None = None, name: str | None = None, **labels: Any) -> Any:
+    def heatmap(self, path: str | os.PathLike | None = None, name: str | None = None, **labels: object) -> Any:
         """Draw a result of one number a cell over two axes: the first upwards, the second to the right.
 
         `path` is written by its suffix (PNG, SVG, PDF); the figure is returned. `labels` go to `viz.heatmap`

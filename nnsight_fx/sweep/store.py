@@ -38,7 +38,7 @@ SAME = {
 }
 
 
-def manifest(model: Any, fn: Any, inputs: list, over: Mapping[str, Sequence], options: dict) -> dict[str, Any]:
+def manifest(model: object, fn: object, inputs: list, over: Mapping[str, Sequence], options: dict) -> dict[str, Any]:
     """What a sweep is: the same for two sweeps means the same results."""
     rest = {k: v for k, v in options.items() if k != "compile"}
     return {
@@ -63,7 +63,7 @@ class Store:
     def manifest(self) -> dict[str, Any]:
         return self.folder.manifest
 
-    def adopt(self, name: str, given: Any) -> Any:
+    def adopt(self, name: str, given: object) -> Any:
         """What the sweep in the folder was begun with goes on; another is refused."""
         kept = self.manifest[name]
         if given is not None and given != kept:
@@ -91,6 +91,6 @@ class Store:
             self.folder.write(plans=hashed(plans))
 
 
-def label(value: Any) -> Any:
+def label(value: object) -> Any:
     """A grid value as a coordinate: numbers and text as they are, anything else by its text."""
     return value if isinstance(value, int | float | str | bool) else str(value)

@@ -177,7 +177,7 @@ class Accesses:
                 _memory(invoke.values.get(site)) - _memory(invoke.values.get(invoke.latest)), site
             )
 
-    def check_late(self, changed: Any) -> None:
+    def check_late(self, changed: object) -> None:
         """A value that was asked for behind a later site cannot be changed in place: the model may have used it by then."""
         if not self.tape.invoke.late or not isinstance(changed, LazyTensor):
             return
@@ -193,7 +193,7 @@ class Accesses:
                 f"would come too late. Change `{name_of_site(site)}` before that line."
             )
 
-    def follow_container(self, site: Site, value: Any) -> None:
+    def follow_container(self, site: Site, value: object) -> None:
         """Remember a container that the user can change in place."""
         if isinstance(value, torch.Tensor):
             return
@@ -229,7 +229,7 @@ class Accesses:
             )
 
 
-def _memory(value: Any) -> set[int]:
+def _memory(value: object) -> set[int]:
     """The storages that the recorded tensors in a value lie in."""
     with NoTorchFunction():
         return {memory(fake_in(x)) for x in tree.flatten(value)[0] if type(x) is LazyTensor}

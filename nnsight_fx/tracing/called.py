@@ -74,10 +74,10 @@ class CalledModules:
     def _enter(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         return self.visit(path, "input", (args, kwargs))
 
-    def _leave(self, path: str, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+    def _leave(self, path: str, module: nn.Module, args: tuple, kwargs: dict, out: object) -> Any:
         return self.visit(path, "output", out)
 
-    def visit(self, path: str, kind: str, value: Any) -> Any:
+    def visit(self, path: str, kind: str, value: object) -> Any:
         """Pass a site of a called module: earlier and later invokes may act there."""
         site = (path, kind, self._call_now(path, kind))
         if any(op.kind == SKIP and op.target == (path, "output", site[2]) for op in self.tape.ops):

@@ -131,7 +131,7 @@ class TorchCalls:
             made = func(made, *self.tape.syncs.real_args(args[1:]), **self.tape.syncs.real_args(kwargs))
         return self.call(torch.Tensor.copy_, (args[0], made), {})
 
-    def _written(self, func: Any, args: tuple) -> tuple | None:
+    def _written(self, func: object, args: tuple) -> tuple | None:
         """A call by what the user wrote, where that is this recording's values, positions and slices."""
         parts: list = [func, self.tape.invoke.index, len(self.tape.constants)]
         for x in args:
@@ -169,12 +169,12 @@ class TorchCalls:
         got = func(self.tape.operands.fake(args[0]))
         return self.tape.add(CALL, Identity(func), args, {}) if isinstance(got, torch.Tensor) else got
 
-    def read_at(self, x: Any) -> Site | None:
+    def read_at(self, x: object) -> Site | None:
         """The site that a recorded value was read at."""
         own = isinstance(x, LazyTensor) and tape_of(x) is self.tape and key_of(x)[0] == "v" and key_of(x)[1] != INSIDE
         return self.tape.ops[key_of(x)[1]].target if own and self.tape.ops[key_of(x)[1]].kind == READ else None
 
-    def _note_first_row(self, func: Any, args: tuple) -> None:
+    def _note_first_row(self, func: object, args: tuple) -> None:
         """`output[0]` was a block's tensor while a block gave a tuple; of a tensor it is the first prompt alone."""
         if func not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) or type(args[1]) is not int or args[1] != 0:
             return
@@ -206,7 +206,7 @@ def _position(x: Any) -> Any:
     return "None" if x is None else "..." if x is Ellipsis else None
 
 
-def held(args: Any) -> Any:
+def held(args: object) -> Any:
     """Arguments with the values of earlier traces as the real tensors and objects that they are by now."""
     leaves, spec = tree.flatten(args)
     real = [_held(x) for x in leaves]
@@ -215,7 +215,7 @@ def held(args: Any) -> Any:
     return tree.unflatten(real, spec, args)
 
 
-def _held(x: Any) -> Any:
+def _held(x: object) -> Any:
     if isinstance(x, LazyObject):
         return real_of(x)
     return tape_of(x).syncs.earlier(x) if type(x) is LazyTensor and tape_of(x).bridged else x

@@ -59,7 +59,7 @@ class Condition:
         return type(error) is Stopping or (isinstance(error, Left) and error.block is self)
 
 
-def predicate(value: Any, constant: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+def predicate(value: object, constant: Callable[[Any], torch.Tensor]) -> torch.Tensor:
     """The truth of a value as a 0-d tensor, of a recorded one a recorded tensor."""
     if isinstance(value, LazyObject) or not isinstance(value, torch.Tensor):
         return constant(bool(value))
@@ -84,7 +84,7 @@ class Conditions:
         """The predicates of the open blocks."""
         return tuple(self.tape.operands.key_of(block.predicate) for block in self.blocks)
 
-    def of(self, kind: str, keys: Any) -> tuple[Key, ...]:
+    def of(self, kind: str, keys: object) -> tuple[Key, ...]:
         """What must hold for an operation of `kind` on arguments `keys`."""
         if kind in ALWAYS or not (self.blocks or self.used):
             return ()

@@ -148,7 +148,7 @@ class Tracer:
 
     # -- invokes -------------------------------------------------------------------------------------------------
 
-    def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
+    def invoke(self, *args: object, **kwargs: object) -> Invoker:
         """An input of the batch, with interventions of its own on its own rows; without input: the whole batch.
 
         In `model.generate` each invoke is a generation of its own, in step with its body; without input there is
@@ -156,7 +156,7 @@ class Tracer:
         """
         return Invoker(self, args, kwargs)
 
-    def batch(self, *prompts: Any) -> list[Invoker]:
+    def batch(self, *prompts: object) -> list[Invoker]:
         """The invokes of one batch, all inputs given first, so that shapes are plain numbers and bodies can sync in one forward.
 
         ```python
@@ -214,7 +214,7 @@ class Tracer:
         self.forwards.to_the_end()
         return self.known(self.forwards.generation.result)
 
-    def known(self, value: Any) -> Any:
+    def known(self, value: object) -> Any:
         """A real value as a recorded one, to be saved like any other."""
         tape = self.tape
         return tree.tree_map(
@@ -240,7 +240,7 @@ class Tracer:
         self.tape.stop()
         raise Stopping
 
-    def cond(self, value: Any) -> Condition:
+    def cond(self, value: object) -> Condition:
         """A block that takes effect only where `value` is true (a recorded value of one element, or a Python one).
 
         ```python
@@ -277,8 +277,8 @@ class Tracer:
     def cache(
         self,
         modules: list | None = None,
-        device: Any = "cpu",
-        dtype: Any = None,
+        device: object = "cpu",
+        dtype: object = None,
         detach: bool = True,
         include_output: bool = True,
         include_inputs: bool = False,
@@ -300,11 +300,11 @@ class Tracer:
         """
         return self.host.cache(self, modules, device, dtype, detach, include_output, include_inputs)
 
-    def apply(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
+    def apply(self, fn: Callable, *args: object, **kwargs: object) -> Any:
         """`fn(*args, **kwargs)` on the real values, when the model gets there; a sync point."""
         return self.tape.syncs.apply(fn, args, kwargs)
 
-    def log(self, *values: Any) -> None:
+    def log(self, *values: object) -> None:
         """`print` values, in lists and dicts too, when the model gets there; no sync point, the body goes on at once."""
         self.tape.later(print, values)
 
@@ -323,7 +323,7 @@ class Tracer:
         with `inputs=True` the tensors that the model was given."""
         self.host.bug_report(self, path, inputs)
 
-    def constant(self, value: Any) -> torch.Tensor:
+    def constant(self, value: object) -> torch.Tensor:
         """`value` (a number, a nested list, an array) as a tensor on the model's device.
 
         A number that operations take as an argument is part of a plan's structure, and another one compiles again

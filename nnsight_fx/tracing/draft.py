@@ -49,7 +49,7 @@ class DraftTensor(LazyTensor):
             raise AttributeError(name)
         return self._tape.add(CALL, Identity(getattr), (self, name), {})
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):
             object.__setattr__(self, name, value)
         else:
@@ -68,7 +68,7 @@ class DraftTensor(LazyTensor):
     def __index__(self) -> int:
         _refuse("a number")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"DraftTensor({self._tape.describe(self._key)}, made at {self._line})"
 
 
@@ -81,7 +81,7 @@ class Draft(Recording):
         self.turn: Turn | None = None  # of `tracer.iter`, where one is open
         self.turns: list[Turn | None] = []  # of each operation
 
-    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def call(self, func: object, args: tuple, kwargs: dict) -> Any:
         self.check_open(args, kwargs)
         name = name_of(func)
         if name == "__hash__":
@@ -93,13 +93,13 @@ class Draft(Recording):
     def add(
         self,
         kind: str,
-        target: Any,
+        target: object,
         args: tuple,
         kwargs: dict,
         *,
         effect: str = "",
-        extra: Any = None,
-        result: Any = None,
+        extra: object = None,
+        result: object = None,
         sizes: tuple = (),
     ) -> Any:
         self.check_open(args, kwargs)
@@ -123,13 +123,13 @@ class Draft(Recording):
     def read_input(self, site: Site) -> Any:
         return self.add(READ, site, (), {}, extra=FIRST)
 
-    def write(self, site: Site, value: Any) -> None:
+    def write(self, site: Site, value: object) -> None:
         self.add(WRITE, site, (value,), {}, effect="inplace")
 
-    def write_input(self, site: Site, value: Any) -> None:
+    def write_input(self, site: Site, value: object) -> None:
         self.add(WRITE, site, (value,), {}, effect="inplace", extra=FIRST)
 
-    def skip(self, path: str, call: int, value: Any) -> None:
+    def skip(self, path: str, call: int, value: object) -> None:
         self.add(SKIP, (path, "output", call), (value,), {}, effect="inplace")
 
     def module(self, path: str, args: tuple, kwargs: dict) -> Any:
@@ -192,7 +192,7 @@ class Draft(Recording):
     def sync(self, lazies: list[LazyTensor]) -> NoReturn:
         _refuse("a number")
 
-    def update(self, lazy: LazyTensor, value: Any) -> NoReturn:
+    def update(self, lazy: LazyTensor, value: object) -> NoReturn:
         _refuse("`.update()`")
 
 
@@ -314,7 +314,7 @@ def _called(func: Any, args: tuple, kwargs: dict) -> Any:
     return getattr(first, name)(*args[1:], **kwargs)
 
 
-def _of_tensors(func: Any) -> bool:
+def _of_tensors(func: object) -> bool:
     """Is a function that torch recorded a method or attribute of tensors?"""
     owner = getattr(func, "__self__", None)
     return getattr(torch.Tensor, name_of(func), None) is func or getattr(owner, "__objclass__", None) is not None

@@ -27,7 +27,7 @@ class Forwards:
         self.missed: MissedSiteError | None = None
         self.counted: dict[tuple[str, str], tuple[int, int]] = {}
 
-    def begin_alone(self, first: Any) -> None:
+    def begin_alone(self, first: object) -> None:
         """Begin with the one input of a forward, or of a generation."""
         if self.tracer.fn == "generate":
             saving.catch_up()
@@ -52,7 +52,7 @@ class Forwards:
         while self.can_advance:
             self.advance()
 
-    def begin(self, first: Any, alone: bool) -> None:
+    def begin(self, first: object, alone: bool) -> None:
         wave = self.tracer.host.wave(self.tracer, first, alone)
         if not self.waves:
             wave.tape.containers = self.tracer.early.containers

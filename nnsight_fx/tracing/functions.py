@@ -38,7 +38,7 @@ class Inside(NamedTuple):
     value: Any
 
 
-def _made(out: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+def _made(out: object, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """The tensors in a result that are not arguments themselves (an in-place operation returns one)."""
     given = {id(x) for x in tree.flatten((args, kwargs))[0]}
     return [x for x in tree.flatten(out)[0] if isinstance(x, torch.Tensor) and id(x) not in given]
@@ -68,7 +68,7 @@ class _Numbered(TorchFunctionMode):
         super().__init__()
         self.tape, self.made = tape, []
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         out, made = _run(self.tape, func, args, kwargs or {})
         self.made += made
         return out
@@ -109,11 +109,11 @@ class Scope:
             raise _not_recordable(f"{cls.__name__}.forward", "returns a tensor that no operation of it made")
         return [places.get(id(o)) for o in outs]
 
-    def step(self, tape: Tape, func: Any, args: tuple, kwargs: dict) -> Inside:
+    def step(self, tape: Tape, func: object, args: tuple, kwargs: dict) -> Inside:
         """The next operation of the running `forward`, over fakes."""
         lazies: dict[int, Any] = {}
 
-        def fake(x: Any) -> Any:
+        def fake(x: object) -> Any:
             known = _fake(tape, x)
             lazies[id(known)] = x
             return known
@@ -139,7 +139,7 @@ def _running(tape: Tape) -> FrameType | None:
     return applying(tape.grad, tape.scope and tape.scope.frame)
 
 
-def custom_function(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Inside | None:
+def custom_function(tape: Tape, func: object, args: tuple, kwargs: dict) -> Inside | None:
     """The result of an operation inside the `forward` of a custom function, or `None` elsewhere."""
     if tape.scope is None and (torch.is_grad_enabled() or not tape.grad):
         return None  # `apply` runs `forward` without grad; under the user's own no_grad its backward is nobody's

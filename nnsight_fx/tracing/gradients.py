@@ -56,7 +56,7 @@ class Gradients:
             )
         return self.asked[key]
 
-    def set(self, value: LazyTensor, new: Any) -> None:
+    def set(self, value: LazyTensor, new: object) -> None:
         """`value.grad = new`: what flows on in the backward that follows."""
         gradient = self.get(value)
         shape = tuple(self.tape.operands.fake(new).shape) if isinstance(new, torch.Tensor) else None
@@ -100,7 +100,9 @@ class Gradients:
             self, loss, gradient, bool(retain_graph or (retain_graph is None and create_graph)), create_graph, given
         )
 
-    def record(self, loss: torch.Tensor, gradient: Any, retain: bool, create: bool, inputs: Any, only: bool) -> None:
+    def record(
+        self, loss: torch.Tensor, gradient: object, retain: bool, create: bool, inputs: object, only: bool
+    ) -> None:
         fake = self.tape.operands.fake(loss)
         if not fake.requires_grad:
             raise RuntimeError(
@@ -130,9 +132,9 @@ class Gradients:
 
     def grad(
         self,
-        outputs: Any,
-        inputs: Any,
-        grad_outputs: Any = None,
+        outputs: object,
+        inputs: object,
+        grad_outputs: object = None,
         retain_graph: bool | None = None,
         create_graph: bool = False,
         only_inputs: bool = True,

@@ -50,7 +50,7 @@ class Handed:
                 entry = self.lines.setdefault(memory(x), Written(name, user_line(), x, seen))
                 self.lines.setdefault(site, entry)
 
-    def note(self, result: Any) -> None:
+    def note(self, result: object) -> None:
         """Note what the body made of real tensors: nobody else has it."""
         if type(result) is torch.Tensor and not result._is_view():
             self.made[id(result)] = result
@@ -59,7 +59,7 @@ class Handed:
         """Does a real tensor lie in the memory of one that was written to a site? Then the model may change it in place."""
         return type(x) is torch.Tensor and x.layout is torch.strided and bool(self.lines) and memory(x) in self.lines
 
-    def changes(self, x: Any, site: Site | None) -> None:
+    def changes(self, x: object, site: Site | None) -> None:
         """A value is about to be changed in place; `site` is where a recorded one was read."""
         if not self.lines:
             return

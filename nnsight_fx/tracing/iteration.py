@@ -209,7 +209,7 @@ class Iterations:
         return True
 
 
-def _contents(container: Any) -> Any:
+def _contents(container: object) -> Any:
     """The identity of what a container holds."""
     values = (
         container.values() if isinstance(container, dict) else container if isinstance(container, list | set) else ()
@@ -217,10 +217,10 @@ def _contents(container: Any) -> Any:
     return {id(v) for v in values}
 
 
-def _undo(container: Any, held: set[int]) -> None:
+def _undo(container: object, held: set[int]) -> None:
     """Take out the recorded values that came since."""
 
-    def new(v: Any) -> bool:
+    def new(v: object) -> bool:
         return id(v) not in held and isinstance(v, LazyTensor | LazyObject)
 
     if isinstance(container, dict):

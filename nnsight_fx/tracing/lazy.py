@@ -43,14 +43,14 @@ class LazyTensor(torch.Tensor):
         pass
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(cls, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         lazy = first_lazy(args, kwargs or {})
         if lazy is None:
             return NotImplemented
         return lazy._tape.call(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> NoReturn:
+    def __torch_dispatch__(cls, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> NoReturn:
         refusal = NotRecordableError(
             f"{user_line()}: `{func}` reached a recorded value below the Python API, where it cannot be recorded "
             "(torch.func transforms, scripted functions and C++ extensions go that way). "
@@ -66,7 +66,7 @@ class LazyTensor(torch.Tensor):
         self._tape.save(self)
         return self
 
-    def update(self, value: Any) -> LazyTensor:
+    def update(self, value: object) -> LazyTensor:
         """From here on this very object stands for `value`, a tensor or a number: what was made of it stays as it was.
 
         Also where it was saved before. Returns the object itself.
@@ -99,14 +99,14 @@ class LazyTensor(torch.Tensor):
     def __format__(self, spec: str) -> str:
         return format(self._real(), spec)
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+    def __array__(self, *args: object, **kwargs: object) -> Any:
         return self._real().__array__(*args, **kwargs)
 
-    def __contains__(self, item: Any) -> bool:
+    def __contains__(self, item: object) -> bool:
         return item in self._real()
 
     # Python protocols that torch would send around `__torch_function__`.
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         shape = tuple(self._fake.shape)
         return f"LazyTensor({self._tape.describe(self._key)}, shape={shape}, dtype={self._fake.dtype}, made at {self._line})"
 
@@ -129,13 +129,13 @@ class LazyTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict) -> Any:
         return memo.setdefault(id(self), self.clone())
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise NotRecordableError(
             f"{user_line()}: a recorded value cannot be pickled, it has no data until the model runs. "
             "`.save()` it and pickle it after the trace."
         )
 
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+    def __dlpack__(self, *args: object, **kwargs: object) -> Any:
         return self._real().__dlpack__(*args, **kwargs)
 
 
@@ -164,7 +164,7 @@ class Given:
         self.all: list[weakref.ref[torch.Tensor]] = []
         self.latest: deque[torch.Tensor] = deque(maxlen=8)  # a `h[h > 0].save()` has no other name for it
 
-    def saveable(self, value: Any) -> Any:
+    def saveable(self, value: object) -> Any:
         """`value`, the tensors in it with a `save`."""
         for x in (value,) if type(value) is torch.Tensor else value if isinstance(value, tuple | list) else ():
             if type(x) is torch.Tensor and "save" not in x.__dict__:

@@ -55,7 +55,7 @@ class LazyObject:
             raise AttributeError(name)
         return _passed_on(self, getattr, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         _passed_on(self, setattr, name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -73,7 +73,7 @@ class LazyObject:
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self._look(), memo)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> Any:
         return self._look().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
@@ -113,7 +113,7 @@ def _passed_on(lazy: LazyObject, do: Any, *args: Any, **kwargs: Any) -> Any:
     return tape.objects.given(do(real, *tape.syncs.real_args(args), **tape.syncs.real_args(kwargs)))
 
 
-def become(lazy: LazyObject, real: Any) -> None:
+def become(lazy: LazyObject, real: object) -> None:
     """After the trace: what stood for an object is that object, of its class and with its very attributes."""
     state = lazy.__dict__
     state["_real"], state["_class"] = real, type(real)
@@ -136,7 +136,7 @@ def _has_parts(value: Any) -> bool:
     return not library and not callable(value) and (hasattr(value, "__dict__") or hasattr(type(value), "__slots__"))
 
 
-def _filled(made: Any, values: dict) -> Any:
+def _filled(made: object, values: dict) -> Any:
     """An object of the body's with real values in place of recorded ones."""
     for name, value in values.items():
         object.__setattr__(made, name, value)
@@ -148,7 +148,7 @@ def real_of(lazy: LazyObject) -> Any:
     return lazy._look()
 
 
-def lazies(value: Any) -> list:
+def lazies(value: object) -> list:
     """The recorded values in a container, nested ones too."""
     found, seen, left = [], set(), [value]
     while left:
@@ -193,7 +193,7 @@ class Objects:
         self.tape.add(SAVE, None, (made,), {}, result=lambda: None)
         return made
 
-    def given(self, value: Any) -> Any:
+    def given(self, value: object) -> Any:
         """What a look gives to the body: a tensor as a recorded value, an object as what stands for it."""
         if type(value) is tuple:
             return tuple(map(self.given, value))
@@ -248,7 +248,7 @@ class Objects:
             n = tape.number(OBJECT, read.target, (), {}, extra=lazy._key[2], result=lambda: None)
         self.kept[id(lazy)] = (lazy, ("v", n, 0))
 
-    def key(self, lazy: Any) -> Key:
+    def key(self, lazy: object) -> Key:
         """An object as the argument of an operation: a function that is called on it gets the real one."""
         if not isinstance(lazy, LazyObject):
             return ("o", Identity(lazy))
@@ -258,7 +258,7 @@ class Objects:
         self.keep(lazy)
         return self.kept[id(lazy)][1]
 
-    def written(self, leaf: Any, site: Site) -> Any:
+    def written(self, leaf: object, site: Site) -> Any:
         """A leaf that is written to a site: an object of the site itself stays where it is, one that the body has made gets its
         real values when the model comes by."""
         if isinstance(leaf, LazyObject) and "_real" in leaf.__dict__:

@@ -39,7 +39,7 @@ class Operands:
             self.negative.pop(slot, None)
         del self.constants[marks:]
 
-    def encode(self, value: Any) -> Key:
+    def encode(self, value: object) -> Key:
         return encode(value, self.key_of, self.number_key, self.tape.objects.key)
 
     def key_of(self, tensor: torch.Tensor) -> Key:
@@ -69,7 +69,7 @@ class Operands:
         key = self.slots.get(id(tensor))
         return self.fake_of(key) if key is not None else tensor
 
-    def fakes_of(self, args: Any) -> Any:
+    def fakes_of(self, args: object) -> Any:
         """Arguments with the fake in place of every tensor."""
         return tree.tree_map(lambda x: self.fake(x) if isinstance(x, torch.Tensor) else x, args)
 
@@ -101,13 +101,13 @@ class Operands:
             self.constants[slot] = real
         self.awaited = {}
 
-    def unsettled(self, x: Any) -> bool:
+    def unsettled(self, x: object) -> bool:
         """Is an argument a recorded value, or a real tensor (or a view of one) that recorded operations change?"""
         if not isinstance(x, torch.Tensor):
             return False
         return isinstance(x, LazyTensor) or id(x) in self.changed or _aliases(x, self.changed.values())
 
-    def holds(self, x: Any) -> bool:
+    def holds(self, x: object) -> bool:
         """Does the recording hold the memory of a real tensor? Then changes of it must keep their place among the uses."""
         return isinstance(x, torch.Tensor) and _aliases(x, self.constants)
 

@@ -48,7 +48,7 @@ class Recorder(TorchFunctionMode):
         tape.operands.handed.note(result)
         return tape.given.saveable(result) if tape.begun else result  # behind a look
 
-    def _concerns(self, tape: Recording, func: Any, args: tuple, kwargs: dict) -> bool:
+    def _concerns(self, tape: Recording, func: object, args: tuple, kwargs: dict) -> bool:
         name = name_of(func)
         if name == "__get__" and not tape.operands.changed and not tape.gradients.backwards:
             return False
@@ -81,7 +81,7 @@ def unrecorded() -> Iterator[None]:
             recorder.tape = tape
 
 
-def _unsized(x: Any) -> bool:
+def _unsized(x: object) -> bool:
     """A size that only the run knows."""
     return isinstance(x, torch.SymInt) or (type(x) is torch.Size and any(isinstance(n, torch.SymInt) for n in x))
 

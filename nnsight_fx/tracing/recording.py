@@ -67,20 +67,20 @@ class Recording:
         self.grad = self.base.grad  # the grad mode of the body, whatever `Function.apply` makes of it
         self.scope: Any = None  # the custom autograd function whose forward is running
 
-    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def call(self, func: object, args: tuple, kwargs: dict) -> Any:
         """Record `func(*args, **kwargs)`."""
         raise NotImplementedError
 
     def add(
         self,
         kind: str,
-        target: Any,
+        target: object,
         args: tuple,
         kwargs: dict,
         *,
         effect: str = "",
-        extra: Any = None,
-        result: Any = None,
+        extra: object = None,
+        result: object = None,
         sizes: tuple = (),
     ) -> Any:
         """Record one operation, and return its result with recorded values for the new ones."""
@@ -127,7 +127,7 @@ class Recording:
         finally:
             self.invoke = mine
 
-    def check_open(self, args: Any, kwargs: dict) -> None:
+    def check_open(self, args: object, kwargs: dict) -> None:
         if (self.open and not self.busy) or self.bridged:
             return
         lazy = next((x for x in tree.flatten((args, kwargs))[0] if isinstance(x, LazyTensor | LazyObject)), None)

@@ -33,12 +33,12 @@ class Early:
         self.containers: list[Any] = []
 
 
-def opened(scope: Any) -> None:
+def opened(scope: object) -> None:
     """A tape or a session, which has `containers`, too."""
     _open.stack.append(scope)
 
 
-def closed(scope: Any) -> None:
+def closed(scope: object) -> None:
     if scope in _open.stack:
         _open.stack.remove(scope)
 
@@ -102,7 +102,7 @@ def collect(tape: Tape, held: bool = True) -> None:
             tape.objects.keep(stand_in, asked=False)
 
 
-def put_objects(container: Any) -> None:
+def put_objects(container: object) -> None:
     """Put the real objects where a saved container holds what stood for them."""
     seen, left = set(), [container]
     while left:
@@ -120,7 +120,7 @@ def put_objects(container: Any) -> None:
                 tree.put(value, kind, key, real)
 
 
-def _real(child: Any) -> Any:
+def _real(child: object) -> Any:
     """The real object that something stands for, if it is known: a value that no scan could tell may be none of a tensor's."""
     if type(child) is LazyTensor:
         return child.__dict__.get("_real_object", child)

@@ -113,7 +113,7 @@ class SyncPoints:
         finally:
             self.tape.busy = False
 
-    def real_args(self, args: Any) -> Any:
+    def real_args(self, args: object) -> Any:
         """Arguments with every recorded value, and what stands for an object, replaced by the real one."""
         if any(isinstance(x, LazyObject) for x in tree.flatten(args)[0]):
             args = tree.tree_map(lambda x: real_of(x) if isinstance(x, LazyObject) else x, args)

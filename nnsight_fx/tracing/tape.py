@@ -56,7 +56,7 @@ class Tape(Recording):
 
     # What envoys and recorded values ask of a recording.
 
-    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def call(self, func: object, args: tuple, kwargs: dict) -> Any:
         return self.calls.call(func, args, kwargs)
 
     def meta(self, site: Site) -> SiteMeta | Missing:
@@ -68,13 +68,13 @@ class Tape(Recording):
     def read_input(self, site: Site) -> Any:
         return self.accesses.read_input(site)
 
-    def write(self, site: Site, value: Any) -> None:
+    def write(self, site: Site, value: object) -> None:
         self.writes.write(site, value)
 
-    def write_input(self, site: Site, value: Any) -> None:
+    def write_input(self, site: Site, value: object) -> None:
         self.writes.write_input(site, value)
 
-    def skip(self, path: str, call: int, value: Any) -> None:
+    def skip(self, path: str, call: int, value: object) -> None:
         self.writes.skip(path, call, value)
 
     def module(self, path: str, args: tuple, kwargs: dict) -> Any:
@@ -195,7 +195,7 @@ class Tape(Recording):
             [self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)], step.spec, step.like
         )
 
-    def _value(self, leaf: Any, key: Key, line: Line) -> Any:
+    def _value(self, leaf: object, key: Key, line: Line) -> Any:
         if type(leaf) is FakeTensor:
             return self.lazy(key, leaf, line)
         if type(leaf) is Opaque:
@@ -268,7 +268,7 @@ class Tape(Recording):
             and ambient.plain(self.base)
         )
 
-    def update(self, lazy: LazyTensor, value: Any) -> None:
+    def update(self, lazy: LazyTensor, value: object) -> None:
         """From here on `lazy` stands for `value`."""
         self.check_open((lazy,), {})
         tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
@@ -334,7 +334,7 @@ class Tape(Recording):
         return known
 
 
-def _facts_of(leaf: Any) -> list | None:
+def _facts_of(leaf: object) -> list | None:
     if not isinstance(leaf, torch.Tensor):
         return None
     return [[n if isinstance(n, int) else None for n in leaf.shape], str(leaf.dtype)]

@@ -26,7 +26,7 @@ class Writes:
         self.tape = tape
         self.assumed: list[tuple[str, tuple, tuple]] = []  # writes that fit if the padded length is theirs
 
-    def write(self, site: Site, value: Any) -> None:
+    def write(self, site: Site, value: object) -> None:
         """Set a site to `value`, a tree that may hold `Keep(i)` for what stays."""
         if value is None and site[1] == "output":
             raise NotRecordableError(
@@ -96,7 +96,7 @@ class Writes:
         if fits or not self.tape.conditions.blocks:
             return
 
-        def like(new: Any, old: Any) -> bool:
+        def like(new: object, old: object) -> bool:
             if not isinstance(new, torch.Tensor) or not isinstance(old, torch.Tensor):
                 return new is old
             fake = self.tape.operands.fake(new)
@@ -108,7 +108,7 @@ class Writes:
                 "Decide in Python, `if value:`, which runs the model up to there."
             )
 
-    def write_input(self, site: Site, value: Any) -> None:
+    def write_input(self, site: Site, value: object) -> None:
         """Set the first argument, and leave the others."""
         meta = self.tape.accesses.meta(site)
         if isinstance(meta, SiteMeta):
@@ -132,7 +132,7 @@ class Writes:
         found = [self.tape.accesses.order[n] for n in own if n in self.tape.accesses.order]
         return max(found, key=place_of) if found else None
 
-    def _to_device(self, leaf: Any, meta: SiteMeta, i: int) -> Any:
+    def _to_device(self, leaf: object, meta: SiteMeta, i: int) -> Any:
         if isinstance(leaf, torch.Tensor) and i < len(meta.leaves) and isinstance(meta.leaves[i], torch.Tensor):
             device = meta.leaves[i].device
             if self.tape.operands.device_of(leaf) != device:
@@ -177,7 +177,7 @@ class Writes:
 
         return any(now(i) != now(first) for i, first in enumerate(meta.same))
 
-    def skip(self, path: str, call: int, value: Any) -> None:
+    def skip(self, path: str, call: int, value: object) -> None:
         """The module's `forward` is not run; its output is `value`."""
         site = (path, "input", call)
         self.tape.accesses.check_passed(site, "skipped")
@@ -210,7 +210,7 @@ def _meta_of(t: torch.Tensor) -> tuple:
     return (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad)
 
 
-def _alike(new: Any, old: Any) -> bool:
+def _alike(new: object, old: object) -> bool:
     """Are they equal? A padded length that is not known yet is taken to be the one that was written; the run compares."""
     if isinstance(new, tuple) and isinstance(old, tuple):
         return len(new) == len(old) and all(map(_alike, new, old))

@@ -127,7 +127,7 @@ class Capture:
         self.add(segment)
 
         @compat.frames.undisturbed
-        def run_segment(*args: Any) -> Any:
+        def run_segment(*args: object) -> Any:
             return active.run.run_segment(segment, args)
 
         return run_segment
@@ -139,7 +139,7 @@ class Capture:
 
     # -- what is noted -------------------------------------------------------------------------------------------
 
-    def took(self, what: str, seconds: float, shape: str, plan: Any) -> None:
+    def took(self, what: str, seconds: float, shape: str, plan: object) -> None:
         """Capturing or compiling took so long."""
         spent = clock.Spent(what, seconds, shape, short(plan))
         self.ledger.add(spent)

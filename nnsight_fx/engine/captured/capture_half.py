@@ -124,7 +124,7 @@ class DynamoInterleaver(FakeInterleaver):
             k: mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for k, v in run.env.items()
         }
 
-        def fake(x: Any) -> Any:
+        def fake(x: object) -> Any:
             return mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x
 
         self.skipped = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -16,7 +15,7 @@ from ...compat.tensors import memory
 MODES = ("reduce-overhead", "max-autotune")
 
 
-def recorded(backend: Any, mode: str | None, options: dict) -> bool:
+def recorded(backend: object, mode: str | None, options: dict) -> bool:
     """Does Inductor record CUDA graphs under these options?"""
     asked = options.get("triton.cudagraphs", mode in MODES)
     return backend == "inductor" and bool(asked)

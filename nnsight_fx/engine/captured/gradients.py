@@ -58,11 +58,11 @@ class _Freed(torch.autograd.Function):
     """A value whose autograd graph a backward has been through: as in eager, there is no second time."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: object, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: object, *gradients: object) -> Any:
         raise RuntimeError(
             "Trying to backward through the graph a second time: the body's own backward has freed it. Say "
             "`backward(retain_graph=True)` there."

@@ -137,7 +137,7 @@ class _Regions:
         graph.recompile()
         compiled = compat.frames.inside(self.build(graph, lambda: [compat.fakes.as_leaf(context, x) for x in inputs]))
 
-        def region(*args: Any) -> Any:
+        def region(*args: object) -> Any:
             return compiled(*args)
 
         taken.compiled()
@@ -172,7 +172,7 @@ def _storage(x: torch.Tensor) -> int:
     return compat.tensors.memory(x)
 
 
-def facts(x: Any, names: dict) -> Hashable:
+def facts(x: object, names: dict) -> Hashable:
     """Of what kind an input of a graph is, from its fake, with names for what its sizes are of."""
     if not isinstance(x, torch.Tensor):
         return compat.symbols.renamed(x, names)
@@ -188,7 +188,7 @@ def structure(graph: fx.GraphModule) -> Hashable:
     """What a graph computes, but for the kinds of its inputs."""
     numbers = {n: i for i, n in enumerate(graph.graph.nodes)}
 
-    def walk(arg: Any) -> Any:
+    def walk(arg: object) -> Any:
         return fx.map_arg(arg, lambda n: f"%{numbers[n]}")  # type: ignore[arg-type, return-value]
 
     return tuple(

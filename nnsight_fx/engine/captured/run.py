@@ -182,10 +182,10 @@ class SplicedRun(Run):
 
     # -- live parts ----------------------------------------------------------------------------------------------
 
-    def pass_site(self, path: str, kind: str, value: Any) -> Any:
+    def pass_site(self, path: str, kind: str, value: object) -> Any:
         return self.capture.passing(self, path, kind, value)  # compiled code may be calling: Dynamo stays out of this
 
-    def live_site(self, path: str, kind: str, value: Any) -> Any:
+    def live_site(self, path: str, kind: str, value: object) -> Any:
         """A site outside captured code."""
         if self.removes and not self.segments_run:
             raise Unfit  # no captured code to begin with: live code is skipped as the hook engine does it

@@ -130,7 +130,7 @@ class Symbolic:
             raise Untraceable(f"it sets `{name}`, which a traced graph would not do again")
         return self._graphed(tracer, context, out)
 
-    def _graphed(self, tracer: SymbolicTracer, context: Any, out: Any) -> Graphed:
+    def _graphed(self, tracer: SymbolicTracer, context: object, out: object) -> Graphed:
         leaves, spec = tree.flatten(out)
         outputs: list[fx.Node] = []
         described_leaves: list[Any] = []

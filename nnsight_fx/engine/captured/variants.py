@@ -281,7 +281,7 @@ def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[f
             output.prepend(pristine[i])
         outputs: list[Any] = []
 
-        def place(node: Any) -> int:
+        def place(node: object) -> int:
             if node not in outputs:
                 outputs.append(node)
             return outputs.index(node)
@@ -347,7 +347,7 @@ def raw_numbers(run: SplicedRun) -> bool:
     return run.capture.options.backend == "eager" and not run.plan.backs
 
 
-def number(take: tuple, value: Any) -> torch.Tensor:
+def number(take: tuple, value: object) -> torch.Tensor:
     """A lifted number as the 0-d tensor that the graph takes."""
     return torch.tensor(value, dtype=NUMBERS[take[2]])
 
