@@ -8,6 +8,7 @@ import torch
 
 from ..engine import clock
 from ..engine.captured.watch import watch
+from ..engine.how import How
 from ..engine.switch import within
 from ..plan import tree
 from ..report.runs import Group, Report
@@ -17,6 +18,7 @@ from .pending import Pending, why_alone
 from .rows import Mixed
 
 Strategy = Callable[[list[Pending], Group], None]
+STRATEGIES: dict[str, Strategy] = {"batched": batched, "forked": forked}
 
 
 def run(todo: list[Pending], report: Report) -> None:
@@ -57,8 +59,9 @@ def _run(group: list[Pending], report: Report) -> None:
     with within(first.tracer.state), first.setting.in_force(first):
         for p in group:
             p.check()
-        strategy, why = choose(group)
-        told = Group(strategy.__name__ if strategy else "one by one", [p.line for p in group], why)
+        how = together(group)
+        strategy = STRATEGIES.get(how.engine)
+        told = Group(how.engine, [p.line for p in group], how.why or None)
         told.structures = len({p.plan for p in group})
         compiles, waited = watch.compiles, clock.process.total
         try:
@@ -82,14 +85,12 @@ def _together(strategy: Strategy, group: list[Pending], told: Group) -> bool:
     return False
 
 
-def choose(group: list[Pending]) -> tuple[Strategy | None, str | None]:
-    """The strategy for a group, or `None` and the reason for one by one."""
+def together(group: list[Pending]) -> How:
+    """How the traces of a group run: in one forward, or one by one and why."""
     first = group[0]
     if len(group) == 1:
-        return None, first.alone
-    if first.capture is None:
-        return batched, None
-    return forked, None
+        return How("one by one", why=first.alone or "")
+    return How("batched" if first.capture is None else "forked")
 
 
 def _one_by_one(group: list[Pending], told: Group) -> None:

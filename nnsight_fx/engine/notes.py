@@ -10,6 +10,7 @@ from typing import Any
 
 from ..plan.printing import short
 from .clock import seconds
+from .how import How
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Notes:
     graphs: int = 0  # how many of them keep the forward alive, for a backward
     capture_s: float = 0.0  # seconds of capturing, in these runs
     compile_s: float = 0.0
+    hows: list[How] = field(default_factory=list)  # how its forwards ran: each way once
     what: str = "trace"  # or the verb that made it
 
     def __add__(self, other: Notes) -> Notes:
@@ -57,6 +59,7 @@ class Notes:
             lines.append(
                 f"  {self.segments} segments ran, {self.compiles} compiled for it, {self.hits} cache hits{took(self)}"
             )
+        lines += [f"  how: {how}" for how in self.hows if how.engine == "captured" or not self.fallbacks]
         lines += [f"  sync point: {line} needed a number, and the model ran up to there" for line in self.syncs]
         lines += [f"  live, between segments: {name}" for name in self.live]
         lines += [f"  fallback: {why}" for why in self.fallbacks]
@@ -73,7 +76,7 @@ COUNTED = (
     *("forwards", "segments", "compiles", "hits", "operations", "saved", "bytes", "graphs"),
     *("capture_s", "compile_s"),
 )
-LISTED = ("syncs", "live", "fallbacks")
+LISTED = ("syncs", "live", "fallbacks", "hows")
 ENGINES = ("spliced", "forked", "batched")
 SHARED = {"batched": "hooks", "forked": "captured graphs"}
 
@@ -109,6 +112,7 @@ def of_run(run: Any) -> Notes:
         syncs=[short(run.lines[n]) for n in run.plan.syncs if n < len(run.lines)],
         live=sorted(getattr(run, "live_sites", ())),
         fallbacks=list(run.report),
+        hows=[How(run.shared) if run.shared else run.as_it_ran()],
         capture_s=run.capture_s,
         compile_s=run.compile_s,
     )

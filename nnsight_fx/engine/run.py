@@ -24,6 +24,7 @@ from ..plan.interleave import Firing, Stopped, TensorInterleaver
 from ..plan.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observation, Op, Site
 from ..plan.skips import check_skips, gather
 from ..tracing.nested import refuse_nested
+from .how import How
 from .missed import check, missed_error
 from .offload import Offload
 from .retained import retain
@@ -36,6 +37,7 @@ class Run(TensorInterleaver):
 
     forwards = 1  # none: work on values that the model has given
     shared = ""  # how it ran with others in one forward, where it did: `Notes.engine`
+    how = How()  # as it was chosen
 
     def __init__(
         self,
@@ -78,6 +80,10 @@ class Run(TensorInterleaver):
             raise
         finally:
             active.run = outer
+
+    def as_it_ran(self) -> How:
+        """How the run went, with what it found out on the way."""
+        return self.how
 
     def around(self) -> contextlib.AbstractContextManager:
         """Around the model: what makes its sites call `pass_site`."""

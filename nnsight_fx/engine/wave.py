@@ -24,6 +24,7 @@ from .captured.run import SplicedRun
 from .captured.steady import Steady
 from .deliver import deliver
 from .notes import Notes, notes_of
+from .request import Request
 from .run import Run
 from .split import Part, part, parts
 
@@ -161,29 +162,27 @@ class ForwardWave:
         run = self.run
         if run is None:
             self._gather()
-            run = self.run = self.host.run(self, self.tape.plan(self.groups()), self.tape.constants, self.tape.lines)
+            run = self.run = self.host.run(
+                self.request(self.tape.plan(self.groups()), self.tape.constants, self.tape.lines)
+            )
         return run
+
+    def request(self, plan: InterventionGraph, constants: list, lines: list) -> Request:
+        """One forward of this wave, to be run."""
+        tape, tracer = self.tape, self.tracer
+        return Request(
+            *(plan, constants, lines, self.batch, self.fn, tracer.line, tracer.compile),
+            *(tape, cast(WaveSites, tape.sites), self.symbols),
+            in_session=tracer.session is not None,
+            generates=tracer.generation is not None,
+        )
 
     def _gather(self) -> None:
         """The model is about to run: what it is called with, and the values of earlier traces that the body used."""
         if not self.alone:
             self.batch = self.host.inputs.collate(self.batches, pad_to=self.tracer.pad_to)
-            self._check_lengths()
+            check_lengths(self.tape, self.symbols)
         self.tape.operands.resolve()
-
-    def _check_lengths(self) -> None:
-        """A value that was written whole before the padded length was known must have it."""
-        known = self.symbols
-        for told, written, site in self.tape.writes.assumed:
-            sizes = tuple(n if isinstance(n, int) else n.node.expr.xreplace(known) for n in site)
-            if any(
-                isinstance(n, int) and getattr(m, "is_number", True) and n != m
-                for n, m in zip(written, sizes, strict=True)
-            ):
-                raise RuntimeError(
-                    f"{told} of shape {written}, where this batch has {sizes}: its longest prompt decides. "
-                    "Give the prompts first (`a, b = tracer.batch(p1, p2)`, then `with a:` and `with b:`) and write what fits."
-                )
 
     def _call(self, plan: InterventionGraph) -> bool:
         """Run as a call, where an earlier run of the plan has shown to be no more."""
@@ -260,7 +259,7 @@ class ForwardWave:
                 )
             self.batch = self.host.inputs.collate(batches, pad_to=self.tracer.pad_to)
             piece = part(self.tape, members, self._groups_of(members), self.value)
-            run = self.host.run(self, piece.plan, piece.constants, piece.lines)
+            run = self.host.run(self.request(piece.plan, piece.constants, piece.lines))
             self.done.append((piece, run))
             run.finish(piece.plan)
             missed = run.unfinished()
@@ -333,3 +332,16 @@ class ForwardWave:
         scanner = self.host.scanner
         known = ((scanner.rows, self.batch.rows), (scanner.length, self.host.inputs.length(self.batch)))
         return {symbol.node.expr: n for symbol, n in known if n is not None}
+
+
+def check_lengths(tape: Tape, known: dict) -> None:
+    """A value that was written whole before the padded length was known must have it."""
+    for told, written, site in tape.writes.assumed:
+        sizes = tuple(n if isinstance(n, int) else n.node.expr.xreplace(known) for n in site)
+        if any(
+            isinstance(n, int) and getattr(m, "is_number", True) and n != m for n, m in zip(written, sizes, strict=True)
+        ):
+            raise RuntimeError(
+                f"{told} of shape {written}, where this batch has {sizes}: its longest prompt decides. "
+                "Give the prompts first (`a, b = tracer.batch(p1, p2)`, then `with a:` and `with b:`) and write what fits."
+            )

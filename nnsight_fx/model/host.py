@@ -15,9 +15,11 @@ import torch.nn as nn
 from .. import compat
 from ..capture.markers import Markers
 from ..engine.captured.capture import Capture
+from ..engine.captured.entries import EntryPoint
 from ..engine.captured.options import Options
-from ..engine.captured.removal import removable
 from ..engine.captured.run import SplicedRun
+from ..engine.choose import choose
+from ..engine.request import Request
 from ..engine.run import Run
 from ..engine.switch import ThreadState
 from ..engine.wave import ForwardWave
@@ -26,6 +28,7 @@ from ..generation.generation import Generation
 from ..lines import user_line
 from ..passes import OPTIONAL, PIPELINE, pipeline
 from ..plan import tree
+from ..plan.plan import InterventionGraph
 from ..plan.tree import PLAIN
 from ..report import bug_report
 from ..scan.scan import callee
@@ -189,49 +192,40 @@ class ModelHost:
         kinds = [kind for kind, wanted in (("input", inputs), ("output", output)) if wanted]
         return cache(tracer, modules, kinds, observed(detach, device, dtype))
 
-    def run(self, wave: ForwardWave, plan: Any, constants: list, lines: list) -> Run:
-        fn = wave.fn
-        batch = wave.batch
+    def run(self, request: Request) -> Run:
+        """The run of a request, which has not begun."""
+        plan, batch, fn = request.plan, request.batch, request.fn
+        capture = self.capture_for(request.compile)
+        how = choose(request, capture, self.module)
 
         def call() -> Any:
             return callee(self.module, fn)(*batch.args, **batch.kwargs)
 
-        capture = self.capture_for(wave.tracer.compile)
-        why = capture.refusal(plan, wave.tape.sites, batch.flat[0]) if capture is not None else None
-        if capture is not None and why is not None:
-            capture.fall_back(why)
-            capture = None
-        cls = Run if capture is None else SplicedRun
-        run = cls(
-            plan,
-            constants,
-            lines,
-            self.markers,
-            call,
-            self.module.get_submodule,
-            wave.symbols,
-        )
-        run.report += [why] if why is not None else []
-        if isinstance(run, SplicedRun) and capture is not None:
-            sites: Any = wave.tape.sites
-            frames = self.markers.operations.frames(plan)
-            leaves_out = not frames and plan.recapture == "removes" and capture.shares(fn, plan)
-            removes = leaves_out and removable(plan, wave.tape, self.module)
+        given = (plan, request.constants, request.lines, self.markers, call, self.module.get_submodule, request.symbols)
+        if capture is None or how.engine == "hooks":
+            run = Run(*given)
+            run.how = how
+            if capture is not None:
+                capture.fall_back(how.why)
+                run.report.append(how.why)
+            return run
+        frames = self.markers.operations.frames(plan)
 
-            def stop_at() -> Any:
-                return sites.replay(wave.tape, plan, constants[len(wave.tape.constants) :]).stop_site
+        def stop_at() -> Any:
+            values = request.constants[len(request.tape.constants) :]
+            return request.sites.replay(request.tape, plan, values).stop_site
 
-            def entry(half: Any) -> Any:
-                return capture.entry(self.module, fn, half, frames, self.scanner.collects)
+        def entry(half: InterventionGraph | None) -> EntryPoint:
+            return capture.entry(self.module, fn, half, frames, self.scanner.collects)
 
-            run.opened = wave.tracer.line
-            if capture.options.dynamic is None and capture.options.capture == "dynamo":
-                self.inputs.let_vary(batch, wave.tracer.generation is not None)
-                if wave.tracer.session is not None and capture.lets_vary(fn, batch.length, batch.text):
-                    batch.let_lengths_vary()
-            unread = wave.tracer.generation is None  # which goes on with what the model returns
-            run.start(capture, stop_at, sites, entry, (batch.args, batch.kwargs), removes, unread)
-        return run
+        spliced = SplicedRun(*given)
+        spliced.opened, spliced.how = request.opened, how
+        if capture.options.dynamic is None and capture.options.capture == "dynamo":
+            self.inputs.let_vary(batch, request.generates)
+            if request.in_session and capture.lets_vary(fn, batch.length, batch.text):
+                batch.let_lengths_vary()
+        spliced.start(capture, stop_at, request.sites, entry, (batch.args, batch.kwargs))
+        return spliced
 
     def capture_for(self, compile: bool | dict | None) -> Capture | None:
         """The capture that a trace runs on, or `None` for the hook engine."""

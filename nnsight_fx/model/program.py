@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from ..compat.dynamo import NotCaptured
 from ..engine.captured.steady import Steady
 from ..engine.deliver import own
 from ..engine.notes import Notes, of_run
+from ..engine.request import Request
 from ..envoys.envoy import host_of
 from ..errors import NotRecordableError
 from ..lines import user_line
@@ -22,10 +23,12 @@ from ..plan.encode import Key, facts
 from ..plan.plan import CALL, MODULE, READ, SAVE, SKIP, STOP, WRITE, InterventionGraph
 from ..plan.printing import short
 from ..plan.tree import PLAIN
+from ..scan.wave_sites import WaveSites
 from ..sweep.job import given
 from ..tracing import saving
 from ..tracing.contexts import Tracer
 from ..tracing.lazy import LazyTensor, key_of
+from .inputs import Batch
 
 _PLAIN = (torch.Tensor, *PLAIN)
 ENTRIES = 64  # recordings that a program keeps
@@ -181,16 +184,6 @@ def _described(leaves: list) -> tuple:
     return found
 
 
-class Again(NamedTuple):
-    """What a run asks of its wave, when there is none."""
-
-    tracer: Tracer
-    tape: Any
-    batch: Any
-    fn: str | None
-    symbols: dict
-
-
 @dataclass
 class Slot:
     """A lifted value that is another one in each run: an argument, or a parameter that may have been replaced."""
@@ -284,11 +277,12 @@ class RecordedBody:
         made.saved, made.bytes = len(self.keys), self.bytes or 0
         return made
 
-    def run(self, program: Program, batch: object, leaves: list) -> Any:
+    def run(self, program: Program, batch: Batch, leaves: list) -> Any:
         """Run it on another input, with other arguments."""
         model, constants = program.model, self._lifted(program, leaves)
-        wave: Any = Again(self.tracer, self.tape, batch, program._of("fn"), {})
-        run = host_of(model).run(wave, self.plan, constants, self.lines)
+        tracer, tape = self.tracer, self.tape
+        again = (batch, program._of("fn"), tracer.line, tracer.compile, tape, cast(WaveSites, tape.sites), {})
+        run = host_of(model).run(Request(self.plan, constants, self.lines, *again))
         try:
             run.finish(self.plan)
             missed = run.unfinished()

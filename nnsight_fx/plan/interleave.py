@@ -64,24 +64,9 @@ class Firing(NamedTuple):
         return False if self.own else batched[leaf] if batched else None
 
 
-class Interleaver:
-    """One pass over a plan. Subclasses say what a value is."""
+class ValueKind:
+    """What a value is in a pass over a plan: a tensor, a fake, a node of a graph."""
 
-    def __init__(self, plan: InterventionGraph):
-        self.plan = plan
-        self.env: dict[Value, Any] = {}
-        self.done: set[int] = set()
-        self.at: list[int] = [0] * len(plan.workers)  # how far each invoke has come
-        self.counts: dict[tuple[str, str], int] = {}
-        self.skipped: dict[Site, dict[int, tuple]] = {}  # site -> invoke -> (spec, leaves, batched)
-        self.stopping = False
-        self.bases: dict[
-            Value, tuple
-        ] = {}  # the leaf, invoke and rows that a value is a part of: its gradient is that leaf's
-        self.replaced: dict[int, Any] = {}  # gradients that the plan sets, until the backward comes by
-        self.visiting: set[int] = set()  # the invokes in a module that they call
-
-    # What a subclass gives.
     def constant(self, key: Key) -> Any:
         raise NotImplementedError
 
@@ -103,6 +88,24 @@ class Interleaver:
 
     def check(self, n: int, leaves: list, expected: tuple, spec: tree.Spec) -> None:
         """Is a site what the scan guessed it to be?"""
+
+
+class Interleaver(ValueKind):
+    """One pass over a plan: when each operation takes place. Subclasses say what a value is."""
+
+    def __init__(self, plan: InterventionGraph):
+        self.plan = plan
+        self.env: dict[Value, Any] = {}
+        self.done: set[int] = set()
+        self.at: list[int] = [0] * len(plan.workers)  # how far each invoke has come
+        self.counts: dict[tuple[str, str], int] = {}
+        self.skipped: dict[Site, dict[int, tuple]] = {}  # site -> invoke -> (spec, leaves, batched)
+        self.stopping = False
+        self.bases: dict[
+            Value, tuple
+        ] = {}  # the leaf, invoke and rows that a value is a part of: its gradient is that leaf's
+        self.replaced: dict[int, Any] = {}  # gradients that the plan sets, until the backward comes by
+        self.visiting: set[int] = set()  # the invokes in a module that they call
 
     # The schedule.
     def fire(self, firing: Firing) -> None:

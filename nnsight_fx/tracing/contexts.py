@@ -86,42 +86,7 @@ class Tracer:
         self.forwards.modes.__exit__(None, None, None)
         self.resume_body()
         with unrecorded():
-            return self._leave(error)
-
-    def _leave(self, error: BaseException | None) -> bool:
-        try:
-            if isinstance(error, Never):  # found out before the run, told after it
-                with contextlib.suppress(MissedSiteError):
-                    self.forwards.run()
-                return False
-            if error is not None and not isinstance(error, Stopping):
-                self.forwards.abort()
-                if isinstance(error, MissedSiteError):
-                    self.forwards.hand_over()
-                tell_more(self, error)
-                return False
-            if not self.waves and not self.given:
-                raise InvokeError(
-                    f"{self.line}: `trace()` has neither an input nor an invoke. Give it one: `model.trace(prompt)`, or "
-                    "`with model.trace() as tracer:` and in it `with tracer.invoke(prompt):`."
-                )
-            try:
-                session = saving.session()
-                if session is None:
-                    self.forwards.run()
-                else:
-                    session.run(self)
-            except BaseException:
-                self.forwards.abort()
-                raise
-        finally:
-            for wave in self.waves:
-                wave.tape.open = False
-                wave.tape.given.over()
-                saving.closed(wave.tape)
-            saving.closed(self.early)
-            self.host.tracer = None
-        return type(error) is Stopping
+            return leave(self, error)
 
     @property
     def generates(self) -> bool:
@@ -347,6 +312,43 @@ class Tracer:
         if name.startswith("_") or "host" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.host.model, name)
+
+
+def leave(tracer: Tracer, error: BaseException | None) -> bool:
+    """The body is over: run what is left of it, or give up. Is the error that left the body the trace's own?"""
+    try:
+        if isinstance(error, Never):  # found out before the run, told after it
+            with contextlib.suppress(MissedSiteError):
+                tracer.forwards.run()
+            return False
+        if error is not None and not isinstance(error, Stopping):
+            tracer.forwards.abort()
+            if isinstance(error, MissedSiteError):
+                tracer.forwards.hand_over()
+            tell_more(tracer, error)
+            return False
+        if not tracer.waves and not tracer.given:
+            raise InvokeError(
+                f"{tracer.line}: `trace()` has neither an input nor an invoke. Give it one: `model.trace(prompt)`, or "
+                "`with model.trace() as tracer:` and in it `with tracer.invoke(prompt):`."
+            )
+        try:
+            session = saving.session()
+            if session is None:
+                tracer.forwards.run()
+            else:
+                session.run(tracer)
+        except BaseException:
+            tracer.forwards.abort()
+            raise
+    finally:
+        for wave in tracer.waves:
+            wave.tape.open = False
+            wave.tape.given.over()
+            saving.closed(wave.tape)
+        saving.closed(tracer.early)
+        tracer.host.tracer = None
+    return type(error) is Stopping
 
 
 def tell_more(tracer: Tracer, error: BaseException) -> None:

@@ -18,6 +18,7 @@ from ...plan.interleave import Firing, Stopped
 from ...plan.plan import OBJECT, OBSERVE, READ, SKIP, STOP, WRITE, InterventionGraph, Site
 from ...plan.skips import skip_of
 from ...scan.wave_sites import WaveSites
+from ..how import NOTICED, How
 from ..run import Run
 from . import cuda_graphs, gradients
 from .entrance import Entrance, Unread
@@ -48,12 +49,10 @@ class SplicedRun(Run):
         sites: WaveSites,
         entry: Callable[[InterventionGraph | None], EntryPoint],
         inputs: tuple,
-        removes: bool = False,
-        unread: bool = False,
     ) -> SplicedRun:
         self.capture, self.sites, self.stop_at, self.everything = capture, sites, stop_at, True
-        self.removes, self.inputs, self.replays = removes, inputs, capture.options.replays
-        self.unread = unread and not self._root_reads()
+        self.removes, self.inputs, self.replays = self.how.leaves_out, inputs, capture.options.replays
+        self.unread = self.how.unread and not self._root_reads()
         self.skeleton = lambda path: sites.scanner.skeleton().get_submodule(path)
         self.segments_run = 0
         self.segment: Segment | None = None  # the one that ran last
@@ -62,6 +61,15 @@ class SplicedRun(Run):
         self.live_sites: set[str] = set()
         self.call = self.entrance = Entrance(self, capture, entry, inputs, self.call)
         return self
+
+    def as_it_ran(self) -> How:
+        """How the run went, with what it found out on the way."""
+        if self.entrance.on_hooks:
+            return How(why=self.report[-1] if self.report else "")
+        own = self.entrance.half is not None
+        entry = "own" if own else "source" if self.frames else "shared"
+        why = self.how.why or NOTICED if own else ""
+        return How("captured", entry, self.removes, bool(self.variant is not None and self.variant.unread), why)
 
     def around(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()  # the entrance decides

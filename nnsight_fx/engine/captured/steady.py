@@ -12,6 +12,7 @@ from ...lines import Line
 from ...plan.encode import Key
 from ...plan.interleave import Value
 from ...plan.plan import CALL, MODULE, READ, SAVE, WRITE
+from ..how import How
 from ..run import Run, blame, written
 from .entrance import Unread
 from .run import SplicedRun
@@ -27,6 +28,7 @@ class Steady:
         assert run.entrance.entry is not None and run.variant is not None
         self.capture, self.entry, self.segment, self.variant = run.capture, run.entrance.entry, run.segment, run.variant
         self.plan, self.modules, self.hooks = run.plan, run.modules, run.owner.own()
+        self.how = run.as_it_ran()
         self.call = compat.frames.inside(run.variant.call)
         self.write = max((n for n, op in enumerate(run.plan.ops) if op.kind == WRITE), default=None)
 
@@ -96,6 +98,10 @@ class SteadyCall:
         if found.unread:
             raise Unread
         return outputs[: found.own]
+
+    def as_it_ran(self) -> How:
+        """As the run did that has shown it to be a call."""
+        return self.steady.how
 
     @property
     def done(self) -> range:
