@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..envoys.envoy import Envoy
+from ..envoys.envoy import Envoy, host_of, path_of
 from ..model.model import NNsight
 from ..plan import tree
 from ..tracing.saving import save
@@ -68,11 +68,12 @@ class TraceDict(dict[str, Retained]):
         self.named = edit_output is not None and len(inspect.signature(edit_output).parameters) > 1
 
     def __enter__(self) -> TraceDict:
-        self.outer, self.model._caller = self.model._caller, self._call
+        host = host_of(self.model)
+        self.outer, host.caller = host.caller, self._call
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.model._caller = self.outer
+        host_of(self.model).caller = self.outer
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         result = None
@@ -116,7 +117,7 @@ class TraceDict(dict[str, Retained]):
 
 def _place(tracer: Any, layer: Envoy) -> int:
     """Where in the model's order a layer returns; unknown ones last."""
-    return getattr(tracer.tape.meta((layer._path, "output", 0)), "order", 2**31)
+    return getattr(tracer.tape.meta((path_of(layer), "output", 0)), "order", 2**31)
 
 
 def steer(

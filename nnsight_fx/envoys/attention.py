@@ -15,12 +15,12 @@ def explained(envoy: Any, value: Any) -> Any:
     """An attention module's output (attention, weights), whose weights say why they are `None` when they are asked for."""
     if type(value) is not tuple or len(value) < 2 or value[1] is not None:
         return value
-    kernel = _kernel(envoy._module, envoy._root._module)
+    kernel = _kernel(envoy._module, envoy.root._module)
     if kernel is None:
         return value
     made = tree.Explained(value)
     made.why = {1: lambda: WeightsNotComputedError(f"{user_line()}: {_text(envoy, kernel)}")}
-    envoy._root.tracer.withheld = lambda: _text(envoy, kernel)
+    envoy.root.tracer.withheld = lambda: _text(envoy, kernel)
     return made
 
 

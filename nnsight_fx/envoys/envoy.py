@@ -332,6 +332,16 @@ def _moved(x: object, device: torch.device) -> Any:
     return x.to(device) if isinstance(x, torch.Tensor) and x.device != device else x
 
 
+def path_of(envoy: Observed) -> str:
+    """Its path in the model, without `model.` in front."""
+    return envoy._path
+
+
+def tree_of(envoy: Envoy) -> Any:
+    """The `EnvoyTree` that an envoy belongs to."""
+    return envoy._tree
+
+
 def host_of(model: Envoy) -> Any:
     """The `ModelHost` of a wrapped model: what traces, sessions and engines may ask of it."""
     return model._host

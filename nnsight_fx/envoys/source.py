@@ -14,7 +14,7 @@ from ..capture.source import operations as frame_of
 from ..errors import OutsideTraceError, SourceNotAvailable, UnknownOperationError, nearest
 from ..lines import Line, user_line
 from . import attention
-from .envoy import Envoy, Observed, host_of
+from .envoy import Envoy, Observed, host_of, tree_of
 
 
 class Operation(Observed):
@@ -37,7 +37,7 @@ class Operation(Observed):
         Raises `SourceNotAvailable` for a function that is not Python, for an assignment, and for a module: that has a
         `.source` of its own.
         """
-        known = self._root._host.markers.operations.known
+        known = host_of(self._root).markers.operations.known
         if self._path not in known:
             if self._root.tracer is None:
                 raise OutsideTraceError(
@@ -140,7 +140,7 @@ def at(root: Any, path: str) -> Any:
     Raises `UnknownOperationError`, `SourceNotAvailable`, or torch's own error for a module that is not there.
     """
     module, *names = f".{path}".split(".source.")
-    found: Any = root._tree.envoy_of(root._module.get_submodule(module.removeprefix(".")))
+    found: Any = tree_of(root).envoy_of(root._module.get_submodule(module.removeprefix(".")))
     for name in names:
         found = getattr(found.source if isinstance(found, Envoy) else found.source, name)
     return found

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..envoys.envoy import Envoy
+from ..envoys.envoy import Envoy, tree_of
 from ..errors import InvokeError, UnknownModuleError, nearest
 from ..lines import user_line
 from ..plan import tree
@@ -268,7 +268,7 @@ class CacheView:
         inside = [p for p in self._cache.entries if self._path in (None, "", p) or p.startswith(f"{self._path}.")]
         root = self._cache.root
         return [
-            root._tree.names.spellings(_shown(p), root._module.get_submodule(p))[-1] if alias else _shown(p)
+            tree_of(root).names.spellings(_shown(p), root._module.get_submodule(p))[-1] if alias else _shown(p)
             for p in inside
         ]
 
@@ -323,7 +323,7 @@ def _path(root: Any, module: Any) -> str:
 
 def _names(envoy: Envoy) -> list[str]:
     """What the children of a module are called, aliases last."""
-    return [*envoy._module._modules, *envoy._tree.names.at.get(envoy._module, {})]
+    return [*envoy._module._modules, *tree_of(envoy).names.at.get(envoy._module, {})]
 
 
 def _nobody(envoy: Envoy, name: str) -> Any:

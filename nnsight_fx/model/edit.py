@@ -42,7 +42,7 @@ class Editor:
         self.recorder.__enter__()
         if self.inplace:
             return self
-        self.model._unpacks = self
+        self.host.unpacks = self
         return self.model
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
@@ -50,7 +50,7 @@ class Editor:
         self.resume_body()
         self.tape.open = False
         self.host.tracer = None
-        self.model._unpacks = None
+        self.host.unpacks = None
         if error is None or type(error) is Stopping:
             self.host.edits = [*self.host.edits, self.tape]
         return type(error) is Stopping

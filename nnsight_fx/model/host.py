@@ -41,6 +41,7 @@ from .cache import CacheView, cache, observed
 from .inputs import Batch, ModuleInputs
 
 if TYPE_CHECKING:
+    from .edit import Editor
     from .model import NNsight
 
 
@@ -79,6 +80,8 @@ class ModelHost:
         self.compiled: Capture | None = None
         self.edits: list[Any] = []  # each can `replay(tape)`
         self.told = Latest()
+        self.caller: Callable | None = None  # who runs the calls of the model outside of traces
+        self.unpacks: Editor | None = None  # the edit that has just been opened
 
     def copy(self, model: NNsight) -> ModelHost:
         """The host of an edited copy of the model."""

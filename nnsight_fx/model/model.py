@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn as nn
 
 from ..batching.session import Session
-from ..envoys.envoy import Envoy
+from ..envoys.envoy import Envoy, path_of
 from ..errors import NestedTraceError, UnknownModuleError, nearest
 from ..harvest.activations import Activations
 from ..harvest.harvest import harvest
@@ -58,8 +58,6 @@ class NNsight(Edits, Envoy):
             )
         self._rename = rename or {}
         self._envoy_classes = envoys if envoys is not None else type(self).envoys
-        self._caller: Callable | None = None  # who runs the calls of the model outside of traces
-        self._unpacks: Any = None  # the edit that has just been opened
         self._module = module  # a tree of envoys needs one
         self._tree = EnvoyTree(self, self._rename, self._envoy_classes)
         super().__init__(module, "", self)
@@ -140,7 +138,9 @@ class NNsight(Edits, Envoy):
     def _part_trace(self, part: Envoy, args: tuple, kwargs: dict, fn: str | None) -> Any:
         """A trace of one module of the model, whose inputs are not the model's."""
         options = {name: kwargs.pop(name) for name in ("compile", "pad_to", "trace") if name in kwargs}
-        return self._trace(self._host.of_part(), args, kwargs, fn=".".join(p for p in (part._path, fn) if p), **options)
+        return self._trace(
+            self._host.of_part(), args, kwargs, fn=".".join(p for p in (path_of(part), fn) if p), **options
+        )
 
     def scan(self, *args: object, fn: str | None = None, pad_to: int | None = None, **kwargs: object) -> Tracer:
         """A trace that runs nothing: the body sees shapes and dtypes, and is refused what a trace would refuse.
@@ -170,8 +170,8 @@ class NNsight(Edits, Envoy):
         self._host.check_keywords(options.get("fn"), options.keys() - own, verb, function)
 
     def __call__(self, *args: object, hook: bool = False, **kwargs: object) -> Any:
-        if self.tracer is None and self._caller is not None:
-            return self._caller(*args, **kwargs)
+        if self.tracer is None and self._host.caller is not None:
+            return self._host.caller(*args, **kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 
     def _copy(self) -> NNsight:
@@ -181,7 +181,7 @@ class NNsight(Edits, Envoy):
         return made
 
     def __iter__(self) -> Iterator[Any]:
-        opened, self._unpacks = self._unpacks, None
+        opened, self._host.unpacks = self._host.unpacks, None
         if opened is not None and not opened.tape.ops and _binds_two(sys._getframe(1)):  # `as (tracer, edited)`
             return iter((opened, self))
         return super().__iter__()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
-from ..envoys.envoy import Envoy, host_of
+from ..envoys.envoy import Envoy, host_of, path_of, tree_of
 from .aliasing import Names, Rename
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class EnvoyTree:
         host = host_of(model)
         host.shared.renew(host.module)
         for each in host.shared.family:
-            each._tree.know(host.markers.paths)
+            tree_of(each).know(host.markers.paths)
 
     def know(self, paths: weakref.WeakKeyDictionary[nn.Module, str] | dict[nn.Module, str]) -> None:
         """Learn the names and paths of the module tree."""
@@ -72,7 +72,7 @@ class EnvoyTree:
         for path, attached in self.attached.items():
             where, _, name = path.rpartition(".")
             setattr(module.get_submodule(where), name, attached)
-        for envoy in [e for each in host_of(model).shared.family for e in each._tree.envoys.values()]:
-            envoy._module = module.get_submodule(envoy._path)
+        for envoy in [e for each in host_of(model).shared.family for e in tree_of(each).envoys.values()]:
+            envoy._module = module.get_submodule(path_of(envoy))
         host_of(model).shared.module = module
         self.changed()

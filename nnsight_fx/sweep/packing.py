@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..compat.transformers import without_library_hooks
-from ..envoys.envoy import Envoy, host_of
+from ..envoys.envoy import Envoy, host_of, path_of
 from ..errors import MissingExtraError
 from ..lines import user_line
 
@@ -23,7 +23,7 @@ except ImportError:
     cloudpickle = None
 
 # Made by `NNsight.__init__`, or of this process alone.
-_OWN = {"_host", "_tree", "_unpacks", "_module", "_root", "_path", "_caller"}
+_OWN = {"_host", "_tree", "_module", "_root", "_path"}
 
 
 def pack(job: Any) -> bytes:
@@ -65,9 +65,9 @@ if cloudpickle is not None:
                 return without_library_hooks(obj)
             if not isinstance(obj, Envoy):
                 return super().reducer_override(obj)
-            root: Any = obj._root
+            root: Any = obj.root
             if obj is not root:
-                return _envoy, (root, obj._path)
+                return _envoy, (root, path_of(obj))
             state = {k: v for k, v in vars(root).items() if k not in _OWN}
             capture = host_of(root).compiled
             options = None if capture is None else vars(capture.options) | {"options": dict(capture.options.options)}

@@ -7,10 +7,9 @@ import logging
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...compat import inductor
-from ...compat.tensors import memory
+from ...compat.tensors import memory, tree_leaves, tree_map_only
 
 MODES = ("reduce-overhead", "max-autotune")
 
