@@ -12,8 +12,7 @@ import torch.nn as nn
 
 from nnsight_fx.compat.modes import SET_GRAD, enter_autocast, exit_autocast
 from nnsight_fx.plan.encode import Identity, Key
-from nnsight_fx.plan.interleave import Cut as CutHere
-from nnsight_fx.plan.interleave import Firing, Interleaver
+from nnsight_fx.plan.interleave import Cut, Firing, Interleaver
 from nnsight_fx.plan.plan import MODULE, SKIP, STOP, Observation, Op, Site, fx_target
 
 from ..plan.skips import skip_of
@@ -66,7 +65,7 @@ class Emitter(Interleaver):
 
     def constant(self, key: Key) -> Any:
         if key[0] == "s":
-            raise CutHere  # a size that only the call knows: the operation runs live
+            raise Cut  # a size that only the call knows: the operation runs live
         kind = key[2] if key[0] == "n" else "tensor"
         return self._source(("constant", key[1]), constant, (key[1], kind))
 
@@ -119,11 +118,11 @@ class Emitter(Interleaver):
             leaf = leaf.args[0] if isinstance(leaf, fx.Node) and leaf.target is rows else leaf
             fake = leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else None
             if fake is not None and want is not None and (fake.dtype != want[1] or fake.dim() != len(want[0])):
-                raise CutHere  # not what was guessed: the live read says so
+                raise Cut  # not what was guessed: the live read says so
 
     def perform(self, n: int, firing: Firing | None) -> None:
         if self.plan.ops[n].kind == "read" and (n, -1) in self.plan.users:
-            raise CutHere
+            raise Cut
         super().perform(n, firing)
         op = self.plan.ops[n]
         if op.kind == SKIP and op.invoke in self.skipped.get(op.target, ()):
@@ -134,7 +133,7 @@ class Emitter(Interleaver):
 
     def tap(self, n: int, op: Op) -> None:
         if not self.job.differentiates:
-            raise CutHere
+            raise Cut
         key = op.args[2][0]
         leaf, *part = self.bases.get(key[1:3], (None,)) if key[0] == "v" else (None,)
         node = self.lookup(key) if leaf is None else leaf
@@ -142,7 +141,7 @@ class Emitter(Interleaver):
 
     def differentiate(self, n: int, op: Op) -> None:
         if not self.job.differentiates:
-            raise CutHere
+            raise Cut
         (loss, weight), options = self.arguments(op)
         mine = [m for m, b in self.plan.binds.items() if b == n]
         taps = tuple(self.taps[m][0] for m in mine)
@@ -171,7 +170,7 @@ class Emitter(Interleaver):
         before = set(self.graph.nodes)
         try:
             super()._visit(n, op)
-        except CutHere:
+        except Cut:
             self.done, self.at, self.env, self.made = done, at, env, made
             sources = set(self.fetched.values())
             for node in reversed(list(self.graph.nodes)):
@@ -186,7 +185,7 @@ class Emitter(Interleaver):
         """What only computes is computed in any case, and what changes something selects; the rest runs live."""
         effect = op.effect if op.kind != MODULE else "random" if self._moves(op.target) else ""
         if op.kind in (SKIP, STOP) or effect == "random" or "out" in op.kwargs[1]:
-            raise CutHere
+            raise Cut
         return True
 
     def _moves(self, path: str) -> bool:

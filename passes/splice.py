@@ -10,8 +10,7 @@ import torch.fx as fx
 from nnsight_fx.capture.marker import Marker, anchor, marker_of, site, supply
 from nnsight_fx.errors import MissedSiteError, PlanMismatchError
 from nnsight_fx.plan.encode import Keep
-from nnsight_fx.plan.interleave import Cut as CutHere
-from nnsight_fx.plan.interleave import Firing
+from nnsight_fx.plan.interleave import Cut, Firing
 from nnsight_fx.plan.plan import SKIP, Op
 
 from ..plan.skips import skip_of
@@ -87,7 +86,7 @@ class Weaver(Emitter):
         with self.graph.inserting_before(group[-1].next):
             try:
                 self.fire(Firing(here, leaves, None))
-            except CutHere:
+            except Cut:
                 self.job.cut = CutSite(here, index, leaves, self.written)
         if self.stopping and self.job.begun:
             self.job.cut = CutSite(here, index, leaves, self.written)

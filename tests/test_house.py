@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 
+import control_flow
 import house
 
 
@@ -37,6 +38,10 @@ def test_an_upward_import_is_found(tmp_path) -> None:
     file.write_text("def f():\n    from ..engine import run\n")
     found = house.Module("nnsight_fx.plan.tree", file, {"nnsight_fx.engine.run", "nnsight_fx.engine"})
     assert found.upward() == ["nnsight_fx.plan.tree imports nnsight_fx.engine.run"]
+
+
+def test_the_page_of_exceptions_is_made_from_the_code() -> None:
+    assert control_flow.PAGE.read_text() == control_flow.page(), "python tests/plugins/control_flow.py --write"
 
 
 def test_cycles_are_found() -> None:
