@@ -2,6 +2,7 @@
 
 A pass is `def name(gm, job) -> int`: it changes `gm` in place and returns how many rewrites it made, 0 for none. Only
 `run` lints and recompiles.
+May import: `plan/`, `capture/`, `compat/`, the ground. Start with `splice.py`; CONTRIBUTING.md shows how to add one.
 """
 
 from __future__ import annotations
