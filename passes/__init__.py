@@ -2,6 +2,7 @@
 
 A pass is `def name(gm, job) -> int`: it changes `gm` in place and returns how many rewrites it made, 0 for none. Only
 `run` lints and recompiles.
+May import: `plan/`, `capture/`, `compat/`, the ground. Start with `splice.py`; CONTRIBUTING.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ PIPELINE: tuple[Pass, ...] = (
     *(blocks, erase, prune, read_positions, conditional, batch_linears, differentiate),
 )
 
+# These round differently: the backends `eager` and `aot_eager`, which keep the model's bits, go without them.
+ROUNDS = frozenset({"read_positions", "batch_linears"})
+
 # What can be left out: without the others a plan would not take effect, or not run.
-OPTIONAL = frozenset(
-    {"skip", "truncate", "narrow", "blocks", "erase", "prune", "read_positions", "batch_linears", "demand", "causal"}
-)
+OPTIONAL = ROUNDS | {"skip", "truncate", "narrow", "blocks", "erase", "prune", "demand", "causal"}
 
 
 def pipeline(given: Sequence) -> tuple[Pass, ...]:
@@ -91,6 +93,7 @@ def run(
 __all__ = [
     "OPTIONAL",
     "PIPELINE",
+    "ROUNDS",
     "CutSite",
     "Progress",
     "Job",

@@ -12,10 +12,37 @@ import pytest
 
 import nnsight_fx
 
+ROOT = Path(__file__).parents[1]
 ERRORS = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
 SETUP, *_ = re.findall(r"```python\n(.*?)```", ERRORS, re.S)
 EXAMPLES = re.findall(r"## ([^\n]*)\n(?:(?!```|\n## ).)*```python\n(.*?)```\n\n```text\n(.*?)\n```", ERRORS, re.S)
 README = (Path(__file__).parent.parent / "README.md").read_text()
+
+WALK = """
+import os, sys, torch, nnsight_fx
+PLACES = {os.path.realpath("nnsight_fx") + "/": "", os.path.realpath("passes") + "/": "passes/"}
+names = []
+
+def note(frame, event, arg):
+    if event == "call":
+        file = os.path.realpath(frame.f_code.co_filename)
+        for place, shown in PLACES.items():
+            if file.startswith(place):
+                names.append(f"{shown}{file[len(place):]}:{frame.f_code.co_qualname}")
+
+model = nnsight_fx.NNsight(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).requires_grad_(False))
+model.compile(backend="aot_eager")
+v = torch.ones(4)
+for _ in range(2):
+    with model.trace(torch.ones(2, 4)):
+        h = model[0].output
+        sys.setprofile(note)
+        h += v
+        out = model.output.save()
+    sys.setprofile(None)
+    print("== a trace", *names, sep="\\n")
+    names.clear()
+"""
 
 
 def test_the_readmes_example_runs_where_no_source_file_exists():
@@ -35,6 +62,45 @@ def test_the_page_on_sweeps_runs(tmp_path, monkeypatch):
     assert names["pairs"]["result"].shape == (2, 2) and len(names["acts"]) == 10 and len(names["frame"]) == 30
     assert names["batch"].shape == (2, 32) and names["batch"].dtype == names["torch"].float16
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"scale", "acts"}
+
+
+def test_the_walk_of_the_design_page_is_what_runs():
+    """Each function that the page names for `h += v` is called, in that order, in a trace seen before and in a first one."""
+    text = (ROOT / "docs" / "design.md").read_text()
+    walk = text.partition("## `h += v`")[2].partition("## Words")[0]
+    again, first = ([row for row in table if "---" not in row] for table in _tables(walk))
+    done = subprocess.run([sys.executable, "-c", WALK], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    runs = [run.splitlines() for run in done.stdout.split("== a trace\n")[1:]]
+    assert len(_rows(again)) == 6 and len(_rows(first)) == 5
+    assert _missing(_rows(again), runs[1]) is None
+    assert _missing(_rows(first), runs[0]) is None
+    assert len({file for file, _ in _rows(again)}) <= 6
+
+
+def _tables(text: str) -> list[list[str]]:
+    return [table.splitlines()[1:] for table in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+
+
+def _rows(table: list[str]) -> list[tuple[str, str]]:
+    """`(file, function)` of each row; a row without a file goes on in the last one."""
+    rows: list[tuple[str, str]] = []
+    for line in table:
+        file, function = (cell.strip(" `") for cell in line.split("|")[1:3])
+        rows.append((file or rows[-1][0], function))
+    return rows
+
+
+def _missing(rows: list[tuple[str, str]], called: list[str]) -> str | None:
+    """The first function of the rows that was not called behind the one before it."""
+    left = iter(called)
+    return next((f"{file}:{name}" for file, name in rows if f"{file}:{name}" not in left), None)
+
+
+def test_the_links_of_the_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())]
+    assert len(links) > 20 and [f"{p.name}: {link}" for p, link in links if not (p.parent / link).exists()] == []
 
 
 def test_a_five_line_trace_under_python_c():

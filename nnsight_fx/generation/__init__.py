@@ -1,4 +1,5 @@
-"""Traces of a generation: a wave for each forward of the decode loop of transformers.
+"""Traces of a generation: transformers' decode loop runs in a greenlet, and each forward of it is a wave.
 
+`generation.py` stops the loop at each forward and runs the body's lines for it; `generator.py` is `tracer.generator`.
 May import: `engine/` and what is below it. Start with `generation.py`.
 """

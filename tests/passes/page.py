@@ -1,8 +1,9 @@
-"""`python tests/passes/page.py` writes docs/passes.md: the passes as their docstrings tell, and how to bring one's own."""
+"""`python tests/passes/page.py` writes docs/passes.md: the passes as their docstrings tell, what each is worth, and how to bring one's own."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import textwrap
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from nnsight_fx import passes
 from nnsight_fx.passes.causal import causal
 from nnsight_fx.passes.demand import demand
 
+FIGURES = Path(__file__).with_name("measured.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "passes.md"
 FORKED = (demand, causal)  # of the graphs of sessions and sweeps, in front of the others
 
@@ -63,6 +65,15 @@ passes, in this order, and the compiler gets what comes of that. Each is a funct
 | --- | --- | --- | --- |
 {table}
 
+## What each is worth
+
+Measured by `python tests/passes/measured.py` on a small model: counts, no times, so that they are the same everywhere. A GPT-2 with 6 blocks
+of width 32 and 8 tokens, or 6 blocks of two linear layers. Of a pass that every plan needs: what it does to the graph.
+
+| pass | program | without it | with it |
+| --- | --- | --: | --: |
+{effects}
+
 `model.compile(disable={{"prune"}})` leaves passes out; values stay the same (`tests/passes/test_own.py`). The last two work on the
 graphs of sessions and sweeps. `batch_linears` and `read_positions` are for compilers: the backends `eager` and `aot_eager`, which keep the
 model's bits, go without them.
@@ -76,6 +87,12 @@ run one trace a forward. What a pass raises comes out with its name. It must kee
 """
 
 
+def effect(name: str, cell: dict) -> str:
+    without, now = (f"{cell[k]:,}" if isinstance(cell[k], int) else cell[k] for k in ("without", "with"))
+    unit = f" {cell['counts']}" if cell["counts"] else ""
+    return f"| `{name}` | {cell['program']} | {without}{unit if cell['without'] else ''} | {now}{unit} |"
+
+
 def row(step: passes.Pass) -> str:
     head, _, rest = (inspect.getdoc(step) or "").partition("\n")
     never = " ".join(rest.partition("Does not fire when:")[2].partition("\n\n")[0].split()).replace("|", "\\|")
@@ -85,7 +102,8 @@ def row(step: passes.Pass) -> str:
 
 def page() -> str:
     table = "\n".join(map(row, (*passes.PIPELINE, *FORKED)))
-    return TEXT.format(table=table, own=textwrap.dedent(OWN))
+    effects = "\n".join(effect(name, cell) for name, cell in json.loads(FIGURES.read_text()).items())
+    return TEXT.format(table=table, effects=effects, own=textwrap.dedent(OWN))
 
 
 if __name__ == "__main__":

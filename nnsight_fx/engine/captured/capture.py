@@ -66,7 +66,7 @@ class Capture:
         self.pipeline = self.options.passes or self.pipeline
         self.disable |= self.options.disable
         if self.options.backend in EXACT:
-            self.disable |= {"batch_linears", "read_positions"}
+            self.disable |= passes.ROUNDS
         self.builder = Builder(self.options, self.told)
         self.steady = self.entries.steady
         self.passing = compat.frames.undisturbed(SplicedRun.live_site)
