@@ -41,8 +41,9 @@ PIPELINE: tuple[Pass, ...] = (
 # These round differently: the backends `eager` and `aot_eager`, which keep the model's bits, go without them.
 ROUNDS = frozenset({"read_positions", "batch_linears"})
 
-# What can be left out: without the others a plan would not take effect, or not run.
-OPTIONAL = ROUNDS | {"skip", "truncate", "narrow", "blocks", "erase", "prune", "demand", "causal"}
+# Without these a plan would not take effect, or not run. All others can be left out.
+NEEDED = frozenset({"splice", "lift_constants", "expose", "conditional", "differentiate"})
+OPTIONAL = frozenset({step.__name__ for step in PIPELINE} | {"demand", "causal"}) - NEEDED
 
 
 def pipeline(given: Sequence) -> tuple[Pass, ...]:

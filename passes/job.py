@@ -43,11 +43,11 @@ class Job:
     closed: bool = True  # is the plan whole
     raw_numbers: bool = False  # give lifted numbers as Python numbers (a backend that runs the graph as it is)
     skeleton: Callable[[str], Any] | None = None  # the structure of a module, to call it on values
-    half: frozenset = frozenset()  # the sites whose replaced values the model's Python has seen
+    half: frozenset = frozenset()  # the sites that the plan replaced while Dynamo traced
     lines: Sequence = ()  # where each operation was written
     modes: Any = None  # the modes that the trace was opened under
-    begun: bool = False  # the run began before its plan was whole: a stop cuts the segment, as a sync point does
-    removes: bool = False  # skips and stops are made in this graph, which the model's Python shares nothing else with
+    begun: bool = False  # did the run begin before the plan was complete? Then a stop cuts the segment
+    removes: bool = False  # are skips and stops made in this graph, and not while Dynamo traces
     unread: bool = False  # does nobody take what the model returns
     emitted: set[fx.Node] = field(default_factory=set)
     takes: list[tuple] = field(

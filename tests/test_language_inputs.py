@@ -444,7 +444,7 @@ def test_prompts_that_make_no_tokens_are_errors(model, args, kwargs, text):
 
 def test_text_needs_a_tokenizer():
     with pytest.raises(PromptError, match=r"no tokenizer. Give it one, `LanguageModel\(module, tokenizer=tok\)`"):
-        LanguageModel(MODELS["gpt2"]())._prepare(("a b c",), {})
+        LanguageModel(MODELS["gpt2"]())._host.inputs.prepare(("a b c",), {})
 
 
 @pytest.mark.parametrize("inputs", [(B,), (A, B), ([A, B],)])

@@ -17,12 +17,28 @@ from ..errors import OutOfOrderError
 from ..plan import tree
 from ..plan.ambient import under
 from ..plan.encode import facts, references
-from ..plan.plan import APPLY, CALL, OBJECT, OBSERVE, REACH, READ, SKIP, SYNC, VISIT, InterventionGraph
+from ..plan.plan import (
+    APPLY,
+    BACKWARD,
+    BARRIER,
+    CALL,
+    GRAD,
+    MODULE,
+    READ,
+    SAVE,
+    SET_GRAD,
+    STOP,
+    SYNC,
+    WRITE,
+    InterventionGraph,
+)
 from ..plan.tree import PLAIN
 from ..tracing.functions import INSIDE
 from ..tracing.lazy import LazyTensor, key_of
 from .effects import effects
 
+# What may be in traces that share a forward. A kind that is not here runs alone.
+TOGETHER = frozenset({READ, WRITE, CALL, MODULE, SAVE, STOP, BARRIER, GRAD, SET_GRAD, BACKWARD, APPLY, SYNC})
 COPIED = 2**20  # bytes: what is larger is watched, not copied (SEMANTICS D23)
 
 
@@ -194,7 +210,7 @@ def why_alone(pending: Pending) -> str | None:
     if capture is not None and capture.options.passes is not None:
         return "passes of yours are for the graph of one trace"
     for op in plan.ops:
-        if op.kind in (SKIP, OBJECT, OBSERVE, REACH, VISIT):
+        if op.kind not in TOGETHER:
             return f"it has a `{op.kind}`"
         if op.kind == READ and (op.extra is None or op.extra[1] is not None):
             return "it reads what no scan is sure of"

@@ -25,6 +25,11 @@ from ..errors import PlanError
 from . import tree
 from .ambient import Ambient
 from .encode import Keep, Key
+from .plan import BACKWARD, BARRIER, CALL, GRAD, MODULE, READ, SAVE, SET_GRAD, SKIP, STOP, VISIT, WRITE
+
+# The operations that a file has a form for; any other is refused when a plan or an edit is saved, and when it is loaded.
+EDIT_KINDS = frozenset({READ, WRITE, SKIP, CALL, MODULE, STOP, BARRIER})
+PLAN_KINDS = EDIT_KINDS | {VISIT, SAVE, GRAD, SET_GRAD, BACKWARD}
 
 _LITERALS: dict[str, dict[str, Any]] = {
     "dtype": {str(x): x for x in vars(torch).values() if isinstance(x, torch.dtype)},

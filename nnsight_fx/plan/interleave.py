@@ -105,7 +105,7 @@ class Interleaver(ValueKind):
             Value, tuple
         ] = {}  # the leaf, invoke and rows that a value is a part of: its gradient is that leaf's
         self.replaced: dict[int, Any] = {}  # gradients that the plan sets, until the backward comes by
-        self.visiting: set[int] = set()  # the invokes in a module that they call
+        self.visiting: set[int] = set()  # invokes at a site inside a module that they call themselves
 
     # The schedule.
     def fire(self, firing: Firing) -> None:

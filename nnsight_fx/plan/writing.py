@@ -12,7 +12,7 @@ from ..errors import PlanError
 from ..lines import Line, user_line
 from . import tree
 from .encode import Key
-from .forms import Unnamed, argument, modes, shapes, structure
+from .forms import EDIT_KINDS, PLAN_KINDS, Unnamed, argument, modes, shapes, structure
 from .operators import name_of_operator
 from .plan import (
     APPLY,
@@ -210,6 +210,8 @@ class PlanWriter(Writer):
             )
         if op.kind in (OBJECT, OBSERVE, REACH) or (op.kind == READ and op.extra is None):
             raise self.refuse(n, "it reads an object, or a structure that only the run knows")
+        if op.kind not in PLAN_KINDS:
+            raise self.refuse(n, f"a file has no form for a `{op.kind}` yet")
         made = super().operation(n, op)
         if op.kind == READ:
             made["found"] = self.recording.sites[n]
@@ -286,6 +288,8 @@ class EditWriter(Writer):
         }
 
     def operation(self, n: int, op: Op) -> dict:
+        if op.kind not in EDIT_KINDS:
+            raise self.refuse(n, f"a file has no form for a `{op.kind}` yet")
         made = super().operation(n, op)
         if self.draft.turns[n] is not None:
             made["turn"] = list(self.draft.turns[n])

@@ -12,16 +12,15 @@ from ..errors import PlanError
 from ..lines import user_line
 from ..plan import files
 from ..plan.encode import Identity
-from ..plan.forms import ambient_of
+from ..plan.forms import EDIT_KINDS, ambient_of
 from ..plan.names import effect_of
 from ..plan.operators import table
-from ..plan.plan import BARRIER, CALL, MODULE, READ, SKIP, STOP, WRITE
+from ..plan.plan import CALL, MODULE, READ, SKIP, WRITE
 from ..plan.writing import EditWriter
 from ..tracing.draft import FIRST, Draft, Turn
 from .file import Stored, arguments, line_of, undamaged
 
 FOLDER = "~/.cache/nnsight_fx/edits"
-KINDS = frozenset({READ, WRITE, SKIP, CALL, MODULE, STOP, BARRIER})
 
 
 def place(model: Any, name: str | None, export_dir: str | os.PathLike | None, variant: str) -> str:
@@ -61,7 +60,7 @@ def imported(model: object, path: str) -> list[Draft]:
     document, tensors = files.read(path, files.EDITS)
     functions = {**table(), "getattr": getattr, "setattr": setattr}
     with undamaged(path):
-        return [_draft(Stored(path, edit, tensors, model, KINDS, functions)) for edit in document["edits"]]
+        return [_draft(Stored(path, edit, tensors, model, EDIT_KINDS, functions)) for edit in document["edits"]]
 
 
 def _draft(stored: Stored) -> Draft:

@@ -15,12 +15,12 @@ from ..envoys.envoy import host_of
 from ..errors import PlanError, nearest
 from ..lines import user_line
 from ..plan import files
-from ..plan.forms import decode, dtype_of
+from ..plan.forms import PLAN_KINDS, decode, dtype_of
 from ..plan.graph import Graph
 from ..plan.operators import table
 from ..tracing.contexts import Tracer
 from .file import Stored, line_of, undamaged
-from .replay import KINDS, Edit, Replay
+from .replay import Edit, Replay
 
 
 def save_plan(tracer: Tracer, path: str | os.PathLike, names: dict[str, Any] | None = None) -> None:
@@ -53,7 +53,7 @@ class Plan:
     def __init__(self, path: str, document: dict, tensors: dict[str, torch.Tensor], model: Any):
         self.path, self.document, self.model = path, document, model
         with undamaged(path):
-            self._stored = Stored(path, document, tensors, model, KINDS, table())
+            self._stored = Stored(path, document, tensors, model, PLAN_KINDS, table())
             caches = [(c["name"], c["line"], c["modules"], dtype_of(c["dtype"])) for c in document["caches"]]
             self.saved = (*(name for name, _, _ in document["saved"]), *(name for name, *_ in caches))
             self._edits = document["members"].count("edit")

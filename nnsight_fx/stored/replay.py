@@ -13,13 +13,11 @@ from ..errors import PlanError
 from ..plan import tree
 from ..plan.ambient import under
 from ..plan.forms import ambient_of, decode, spec_of
-from ..plan.plan import BACKWARD, BARRIER, CALL, GRAD, MODULE, READ, SAVE, SET_GRAD, SKIP, STOP, VISIT, WRITE, Site
+from ..plan.plan import BACKWARD, CALL, GRAD, MODULE, READ, SAVE, SET_GRAD, SKIP, STOP, VISIT, WRITE, Site
 from ..tracing.recorder import Recorder
 from ..tracing.steps import SiteMeta
 from ..tracing.tape import Tape
 from .file import Stored, arguments, line_of
-
-KINDS = frozenset({READ, WRITE, SKIP, CALL, MODULE, VISIT, SAVE, STOP, BARRIER, GRAD, SET_GRAD, BACKWARD})
 
 
 class Held(NamedTuple):

@@ -173,4 +173,4 @@ def test_in_a_trace(run):
             torch.testing.assert_close(got, value, rtol=0, atol=1e-6)
             assert torch.equal(other, value)
     assert dict((name, n) for name, n, _ in model._host.compiled.last[-1])["read_positions"] >= 1 + (run is not invokes)
-    assert "read_positions" not in {name for name, _, _ in exact._compiled.last[-1]}
+    assert "read_positions" not in {name for name, _, _ in exact._host.compiled.last[-1]}

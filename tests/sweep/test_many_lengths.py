@@ -123,7 +123,7 @@ def test_one_capture_for_all_lengths(name, backend):
 
 def test_text_has_any_length_from_the_start():
     model, hooks = with_tokenizer(), with_tokenizer()
-    hooks._compiled = None
+    hooks._host.compiled = None
 
     def scored(model, text):
         found = []

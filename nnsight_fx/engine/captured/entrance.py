@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .capture import Capture
     from .run import SplicedRun
 
-MISSES = 3  # how often an entry may look for its capture in vain before it stops trying without hooks
+MISSES = 3  # an entry that failed this often to find its capture without hooks does not try it again
 
 
 class Unread(Exception):
@@ -45,8 +45,8 @@ class Entrance:
         self.run, self.capture, self.entry_of, self.inputs, self.plain = run, capture, entry_of, inputs, plain
         self.plan = run.plan
         self.entry: EntryPoint | None = None  # through which the run went
-        self.half: InterventionGraph | None = None  # the plan whose own capture it runs on
-        self.on_hooks = False  # did it turn out, before anything ran, that the model runs as it is
+        self.half: InterventionGraph | None = None  # a plan that has a capture of its own
+        self.on_hooks = False  # has it fallen back to hooks, before anything ran
 
     def took(self, segment: Segment) -> None:
         """A graph was captured for this run."""
