@@ -97,8 +97,11 @@ def row_graphs(model):
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        *((name, "eager") for name in ("llama", "gpt2", "qwen, a sliding window")),
-        *(pytest.param(n, "eager", marks=pytest.mark.slow) for n in ("llama, written out", "neox", "gemma")),
+        ("llama", "eager"),
+        *(
+            pytest.param(n, "eager", marks=pytest.mark.slow)
+            for n in ("llama, written out", "gpt2", "qwen, a sliding window", "neox", "gemma")
+        ),
         *(pytest.param(n, "aot_eager", marks=pytest.mark.slow) for n in ("llama", "gpt2", "gemma")),
     ],
 )
@@ -157,7 +160,7 @@ def test_ids_have_one_length_until_there_is_another():
     assert not hasattr(ids(5), "_dynamo_weak_dynamic_indices")
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dynamic_is_the_users_word(dynamic):
     made = llama()
     wrapped = wrap(made, "eager", dynamic=dynamic)
@@ -188,6 +191,7 @@ def test_one_token_has_a_graph_of_its_own():
     assert sorted(row_graphs(wrapped[0])) == ["any x 1", "any x any"]
 
 
+@pytest.mark.slow
 def test_as_many_rows_as_tokens_and_as_wide_as_a_head():
     """Sizes that happen to be equal are not one size."""
     made = llama()
@@ -260,6 +264,7 @@ def test_a_model_that_looks_at_the_length_has_a_graph_for_each():
     assert "captured for 5 tokens alone: the model's Python looks at their number" in str(ran.explain())
 
 
+@pytest.mark.slow
 def test_what_no_proof_is_found_for_at_any_length_has_a_graph_for_each():
     made = of(Even)
     wrapped = wrap(made, "eager")
