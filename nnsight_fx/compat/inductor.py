@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -26,6 +27,9 @@ _COUNTERS = Name("torch._dynamo.utils.counters", "graphs of which no CUDA graph 
 _ARTIFACT = Name("torch._logging.getArtifactLogger", "why there is no CUDA graph is not told")
 _LOWERING = Name("torch._inductor.lowering.register_lowering", "products of few rows are MKL's own")
 _HANDLER = Name("torch._inductor.lowering.fallback_handler", "products of few rows are MKL's own")
+_CONFIG = Name(
+    "torch._inductor.config.patch", "a compiler may leave out a random draw that nobody uses, and later ones differ"
+)
 _PASS = Name("torch._inductor.custom_graph_pass.CustomGraphPass", "products of few rows are MKL's own")
 
 
@@ -74,6 +78,13 @@ def lowering(operator: object, calls: object) -> bool:
 
     register(operator, type_promotion_kind=None)(lowered)
     return True
+
+
+def keeping_draws() -> contextlib.AbstractContextManager:
+    """While a compiler works, by whatever backend: torch takes a random draw that nobody uses for dead code, unless Inductor is to
+    draw as eager code does. Left out, it would shift every later draw."""
+    patch = _CONFIG()
+    return contextlib.nullcontext() if patch is None else patch(fallback_random=True)
 
 
 def graph_pass() -> type:

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import nnsight_fx
 from nnsight_fx import LanguageModel, NNsight
+from nnsight_fx.interventions import Noise
 
 pytestmark = pytest.mark.xdist_group("draws")
 ENGINES = ["eager", "aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])]
@@ -71,6 +72,41 @@ def test_draws_in_a_trace(engine: str) -> None:
     for name, draw in DRAWS.items():
         got, want = drawn(net(engine), draw), drawn(net("hooks"), draw)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+UNUSED = {
+    "another of its kind": lambda h: (torch.randn_like(h), h + torch.randn_like(h))[1],
+    "a module's": lambda h: (Noise(0.5)(h), Noise(0.5)(h))[1],
+    "names no value": lambda h: (torch.rand(3), h + torch.rand(8))[1],
+    "behind the used one": lambda h: (h + torch.rand_like(h), torch.randn(4))[0],
+    "dropout": lambda h: (F.dropout(h, 0.5), F.dropout(h, 0.5))[1],
+    "computed with": lambda h: ((torch.randn_like(h) * 2).exp().sum(), h + torch.randn_like(h))[1],
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_draw_that_nobody_uses_moves_the_generator(engine: str) -> None:
+    """Compilers take it for dead code; without it every later draw would be another."""
+    for name, draw in UNUSED.items():
+        got, want = drawn(net(engine), draw), drawn(net("hooks"), draw)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "eager",
+        # torch parts forward and backward, and leaves out what neither needs, whatever `fallback_random` says.
+        pytest.param("aot_eager", marks=pytest.mark.xfail(reason="AOTAutograd's partitioner drops unused draws")),
+    ],
+)
+def test_an_unused_draw_where_values_are_differentiable(engine: str) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model, hooks = NNsight(module), NNsight(module)
+    model.compile(backend=engine)
+    for draw in UNUSED.values():
+        torch.testing.assert_close(drawn(model, draw), drawn(hooks, draw), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", QUICK)

@@ -34,7 +34,8 @@ class Builder:
             return self.compiler(gm, inputs())
         spare = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
         try:
-            return self._compiled(gm, inputs())
+            with compat.inductor.keeping_draws():
+                return self._compiled(gm, inputs())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -42,7 +43,8 @@ class Builder:
         try:
             gm = torch.fx.GraphModule(spare, copy.deepcopy(spare.graph))
             compiler = compat.dynamo.backend("aot_eager", None, None, self.options.dynamic)
-            made, instead = compiler(gm, inputs()), "aot_eager"
+            with compat.inductor.keeping_draws():
+                made, instead = compiler(gm, inputs()), "aot_eager"
         except Exception:
             made, instead = spare, "eager"
         reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
