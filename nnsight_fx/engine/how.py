@@ -9,7 +9,7 @@ CHANGES = "it changes the shape, dtype or structure of a value, which the model'
 FIRST = "no graph that all plans share is captured yet"
 INSIDE = "it leaves something out, and looks inside a module"
 NOTICED = "the model's Python can notice what it leaves out"
-SUFFIX = {
+TOGETHER = {
     "batched": "on hooks, in one forward with other traces",
     "forked": "captured, in one forward with other traces",
 }
@@ -19,17 +19,17 @@ SUFFIX = {
 class How:
     """The engine of one forward, and what it leaves out."""
 
-    engine: str = (
-        "hooks"  # or "captured"; of a session's traces that share a forward "batched" (hooks) or "forked" (captured)
-    )
+    # "hooks" or "captured"; of a session's traces that share a forward "batched" (on hooks) or "forked" (captured); else
+    # "one by one".
+    engine: str = "hooks"
     entry: str = ""  # whose graph: "shared" (all plans'), "source" (all plans' that look into these modules), "own"
     leaves_out: bool = False  # do passes take what the plan skips or stops out of the shared graph
     unread: bool = False  # is the model's result not computed, since nobody takes it
     why: str = ""  # why it is on hooks, alone, or needs a graph of its own
 
     def __str__(self) -> str:
-        if self.engine in SUFFIX:
-            return SUFFIX[self.engine]
+        if self.engine in TOGETHER:
+            return TOGETHER[self.engine]
         if self.engine != "captured":
             reason = self.why.removeprefix("hook engine: ")
             return f"{'on hooks' if self.engine == 'hooks' else self.engine}{': ' * bool(reason)}{reason}"
@@ -38,8 +38,6 @@ class How:
             "source": "in a graph that has the operations inside modules",
             "own": f"in a graph of its own: {self.why}",
         }[self.entry]
-        more = ["what it leaves out is not computed"] * self.leaves_out + ["nor is the model's result"] * (
-            self.unread and self.leaves_out
-        )
-        more += ["the model's result is not computed"] * (self.unread and not self.leaves_out)
+        more = ["what it leaves out is not computed"] * self.leaves_out
+        more += ["the model's result is not computed"] * self.unread
         return "; ".join([f"captured, {graph}", *more])

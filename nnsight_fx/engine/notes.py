@@ -112,7 +112,7 @@ def of_run(run: Any) -> Notes:
         syncs=[short(run.lines[n]) for n in run.plan.syncs if n < len(run.lines)],
         live=sorted(getattr(run, "live_sites", ())),
         fallbacks=list(run.report),
-        hows=[How(run.shared) if run.shared else run.as_it_ran()],
+        hows=[How(run.shared) if run.shared else run.as_it_ran()] if run.forwards else [],
         capture_s=run.capture_s,
         compile_s=run.compile_s,
     )

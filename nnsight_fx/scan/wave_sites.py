@@ -25,7 +25,7 @@ from .scanner import SIGNATURES, Scanner, Signature, faked
 
 
 class WaveSites:
-    """The sites of one recording: `tracing.tape.Sites`."""
+    """The sites of one recording: `tracing.steps.Sites`."""
 
     def __init__(
         self,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import nnsight_fx
-from nnsight_fx import NNsight
+from nnsight_fx import LanguageModel, NNsight
 from nnsight_fx.engine.how import CHANGES, FIRST, INSIDE, NOTICED, UNCOMPILED, How
 
 SHARED = How("captured", "shared", unread=True)
@@ -250,6 +251,20 @@ def test_traces_of_a_session(compiled, engine):
             tracers.append(tracer)
     assert model._host.told.ran.groups[0].strategy == engine
     assert str(How(engine)).endswith("in one forward with other traces")
+
+
+@pytest.mark.parametrize(("compiled", "want"), [(False, How(why=UNCOMPILED)), (True, READ)])
+def test_a_generation(compiled, want):
+    """What comes behind the last forward (`tracer.result`) is no forward, and has no engine."""
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 50}
+    config = GPT2Config(bos_token_id=0, eos_token_id=0, **sizes)
+    model = LanguageModel(GPT2LMHeadModel(config).eval().requires_grad_(False))
+    if compiled:
+        model.compile(backend="eager")
+    with model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3) as tracer:
+        model.transformer.h[0].output[:] *= 2
+        tracer.result.save()
+    assert tracer.explain().hows == [want]
 
 
 def test_the_first_trace_of_a_model():
