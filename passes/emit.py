@@ -11,9 +11,10 @@ import torch.fx as fx
 import torch.nn as nn
 
 from nnsight_fx.compat.modes import SET_GRAD, enter_autocast, exit_autocast
-from nnsight_fx.plan.encode import Identity, Key
 from nnsight_fx.plan.interleave import Cut, Firing, Interleaver
-from nnsight_fx.plan.plan import MODULE, SKIP, STOP, Observation, Op, Site, fx_target
+from nnsight_fx.plan.keys import NumberSlot, Outside, Recorded, SizeExpr, TensorSlot, Value
+from nnsight_fx.plan.plan import Op, fx_target
+from nnsight_fx.plan.verbs import Call, CallModule, Observation, Read, RunBackward, Site, Skip, StopRun, Visit
 
 from ..plan.skips import skip_of
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
@@ -44,30 +45,29 @@ class Emitter(Interleaver):
         self.skipped = dict(job.entry.skipped)
         self.closed = job.closed
         self.fetched: dict[tuple, fx.Node] = {}
-        self.made: set[tuple[int, int]] = set()
-        self.predicates: dict[tuple[Key, ...], fx.Node] = {}
+        self.made: set[Value] = set()
+        self.predicates: dict[tuple[Recorded, ...], fx.Node] = {}
         self.taps: dict[int, tuple] = {}  # gradient -> its tap, the node that has it, the rows that a value has of that
         self.supplied: dict[Site, list] = {}  # what the model's Python sees replaced
         self.written: dict[fx.Node, Any] = {}  # marker -> what the model goes on with
 
     # -- values --------------------------------------------------------------------------------------------------
 
-    def has(self, value: tuple[int, int]) -> bool:
+    def has(self, value: Value) -> bool:
         return value in self.env or value in self.job.entry.known
 
-    def lookup(self, key: Key) -> Any:
-        if key[0] != "v":
+    def lookup(self, key: Value | Outside) -> Any:
+        if not isinstance(key, Value):
             return self.constant(key)
-        value = (key[1], key[2])
-        if value in self.env:
-            return self.env[value]
-        return self._source(("fetch", value), fetch, value)
+        if key in self.env:
+            return self.env[key]
+        return self._source(("fetch", key), fetch, (key.op, key.leaf))
 
-    def constant(self, key: Key) -> Any:
-        if key[0] == "s":
+    def constant(self, key: Outside) -> Any:
+        if isinstance(key, SizeExpr):
             raise Cut  # a size that only the call knows: the operation runs live
-        kind = key[2] if key[0] == "n" else "tensor"
-        return self._source(("constant", key[1]), constant, (key[1], kind))
+        kind = key.kind if isinstance(key, NumberSlot) else "tensor"
+        return self._source(("constant", key.slot), constant, (key.slot, kind))
 
     def _source(self, key: tuple, target: Callable, args: tuple) -> fx.Node:
         """A node for something from outside, made once, in front of everything."""
@@ -121,31 +121,32 @@ class Emitter(Interleaver):
                 raise Cut  # not what was guessed: the live read says so
 
     def perform(self, n: int, firing: Firing | None) -> None:
-        if self.plan.ops[n].kind == "read" and (n, -1) in self.plan.users:
+        if isinstance(self.plan.ops[n].verb, Read) and (n, -1) in self.plan.users:
             raise Cut
         super().perform(n, firing)
         op = self.plan.ops[n]
-        if op.kind == SKIP and op.invoke in self.skipped.get(op.target, ()):
-            for j, leaf in enumerate(self.skipped[op.target][op.invoke][1]):
+        parts = self.skipped.get(op.verb.site, {}) if isinstance(op.verb, Skip) else {}
+        if op.invoke in parts:
+            for j, leaf in enumerate(parts[op.invoke][1]):
                 if isinstance(leaf, fx.Node):
-                    self.env[(n, j)] = leaf
-                    self.made.add((n, j))
+                    self._make(Value(n, j), leaf)
 
     def tap(self, n: int, op: Op) -> None:
         if not self.job.differentiates:
             raise Cut
-        key = op.args[2][0]
-        leaf, *part = self.bases.get(key[1:3], (None,)) if key[0] == "v" else (None,)
+        key = op.first
+        assert isinstance(key, Value | TensorSlot)
+        leaf, *part = self.bases.get(key, (None,)) if isinstance(key, Value) else (None,)
         node = self.lookup(key) if leaf is None else leaf
         self.taps[n] = (self._emit("call_function", tap, (node, n)), node, part)
 
-    def differentiate(self, n: int, op: Op) -> None:
+    def differentiate(self, n: int, op: Op, verb: RunBackward) -> None:
         if not self.job.differentiates:
             raise Cut
         (loss, weight), options = self.arguments(op)
         mine = [m for m, b in self.plan.binds.items() if b == n]
         taps = tuple(self.taps[m][0] for m in mine)
-        back = self._emit("call_function", backward, (loss, weight, taps, options, op.extra))
+        back = self._emit("call_function", backward, (loss, weight, taps, options, verb.returns))
         flows: dict[int, tuple] = {}
         for m in mine:
             tapped, base, part = self.taps[m]
@@ -155,8 +156,7 @@ class Emitter(Interleaver):
             if (m, 0) in self.plan.changed:
                 own = self._emit("call_method", "clone", (own,))
             flows[m] = (got, own, part)
-            self.env[(m, 0)] = own
-            self.made.add((m, 0))
+            self._make(Value(m, 0), own)
         self.flow()
         for m, (got, own, part) in flows.items():
             new = self.replaced.pop(m, own)
@@ -164,12 +164,17 @@ class Emitter(Interleaver):
                 self._emit("call_function", set_gradient, (got, self.put_rows(got, new, *part) if part else new))
         self._emit("call_function", settled, (back,))
 
-    def _visit(self, n: int, op: Op) -> None:
+    def _make(self, value: Value, node: Any) -> None:
+        """A value is there, as a node."""
+        self.env[value] = node
+        self.made.add(value)
+
+    def _visit(self, n: int, op: Op, verb: Visit) -> None:
         """All of a visit or nothing: what others wrote there would be lost in a graph that is cut inside."""
         done, at, env, made = set(self.done), list(self.at), dict(self.env), set(self.made)
         before = set(self.graph.nodes)
         try:
-            super()._visit(n, op)
+            super()._visit(n, op, verb)
         except Cut:
             self.done, self.at, self.env, self.made = done, at, env, made
             sources = set(self.fetched.values())
@@ -183,8 +188,9 @@ class Emitter(Interleaver):
 
     def holds(self, op: Op) -> bool:
         """What only computes is computed in any case, and what changes something selects; the rest runs live."""
-        effect = op.effect if op.kind != MODULE else "random" if self._moves(op.target) else ""
-        if op.kind in (SKIP, STOP) or effect == "random" or "out" in op.kwargs[1]:
+        verb = op.verb
+        random = self._moves(verb.path) if isinstance(verb, CallModule) else op.effect == "random"
+        if isinstance(verb, Skip | StopRun) or random or "out" in op.kwargs:
             raise Cut
         return True
 
@@ -199,7 +205,7 @@ class Emitter(Interleaver):
             return new
         return self._emit("call_function", select, (self._predicate(op.when), new, old))
 
-    def _predicate(self, when: tuple[Key, ...]) -> fx.Node:
+    def _predicate(self, when: tuple[Recorded, ...]) -> fx.Node:
         if when not in self.predicates:
             last, *rest = map(self.lookup, reversed(when))
             for other in rest:
@@ -218,11 +224,11 @@ class Emitter(Interleaver):
     def execute(self, n: int, op: Op) -> Any:
         args, kwargs = self.arguments(op)
         leave = self._enter(op.ambient)
-        if op.kind == MODULE:
-            node = self._module(op.target, args, kwargs)
+        if isinstance(op.verb, CallModule):
+            node = self._module(op.verb.path, args, kwargs)
         else:
-            fn = op.target.obj if isinstance(op.target, Identity) else op.target
-            kind, target, lead = fx_target(fn)
+            assert isinstance(op.verb, Call)
+            kind, target, lead = fx_target(op.verb.fn.obj)
             target = target if kind == "call_method" or printable(target) else FunctionCall(target)
             emit = functools.partial(self._changed, op) if op.when and op.effect == "inplace" else self._emit
             node = emit(kind, target, (*args, *lead), kwargs)
@@ -264,16 +270,15 @@ class Emitter(Interleaver):
     def _keep(self, n: int, leaves: list, spec: Any) -> None:
         for j, leaf in enumerate(leaves):
             if (n, j) in self.plan.users or not self.closed:
-                self.env[(n, j)] = leaf() if isinstance(leaf, LeafOf) else leaf
-                self.made.add((n, j))
+                self._make(Value(n, j), leaf() if isinstance(leaf, LeafOf) else leaf)
 
-    def wanted(self) -> list[tuple[int, int]]:
+    def wanted(self) -> list[Value]:
         """The values made here that leave the segment: saved, used by what is still to come, or, while the plan may grow, any."""
         used = {v for n, needed in enumerate(self.plan.needs) if n not in self.done for v in needed}
         ahead = {
             skip_of(self.plan, at, i) for at, parts in self.skipped.items() for i in parts if at not in self.supplied
         }
-        used |= {v for v in self.made if v[0] in ahead}
+        used |= {v for v in self.made if v.op in ahead}
         return sorted(v for v in self.made if v in self.plan.saved or v in used or not self.closed)
 
     def _release(self, n: int) -> None:

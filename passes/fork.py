@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 import torch.fx as fx
 
-from nnsight_fx.plan.plan import Site
+from nnsight_fx.plan.verbs import Site
 
 from .job import Job
 from .outline import seams

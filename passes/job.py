@@ -8,9 +8,9 @@ from typing import Any
 
 import torch.fx as fx
 
-from nnsight_fx.plan.plan import InterventionGraph, Site
-
-Value = tuple[int, int]  # (operation, leaf)
+from nnsight_fx.plan.keys import Value
+from nnsight_fx.plan.plan import InterventionGraph
+from nnsight_fx.plan.verbs import Site
 
 
 @dataclass

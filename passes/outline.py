@@ -12,7 +12,7 @@ import torch.fx as fx
 
 from nnsight_fx.capture.marker import marker_of, site
 from nnsight_fx.compat.graphs import OpOverload
-from nnsight_fx.plan.plan import Site
+from nnsight_fx.plan.verbs import Site
 
 from .effects import changes
 from .job import Job

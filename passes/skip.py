@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from nnsight_fx.capture.marker import marker_of, pass_through, site, supply
-from nnsight_fx.plan.plan import Site
+from nnsight_fx.plan.verbs import Site
 
 from .effects import effect
 from .job import Job

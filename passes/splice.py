@@ -9,9 +9,10 @@ import torch.fx as fx
 
 from nnsight_fx.capture.marker import Marker, anchor, marker_of, site, supply
 from nnsight_fx.errors import MissedSiteError, PlanMismatchError
-from nnsight_fx.plan.encode import Keep
 from nnsight_fx.plan.interleave import Cut, Firing
-from nnsight_fx.plan.plan import SKIP, Op
+from nnsight_fx.plan.keys import Keep, Value
+from nnsight_fx.plan.plan import Op
+from nnsight_fx.plan.verbs import Skip, Write
 
 from ..plan.skips import skip_of
 from .emit import Emitter
@@ -91,7 +92,7 @@ class Weaver(Emitter):
         if self.stopping and self.job.begun:
             self.job.cut = CutSite(here, index, leaves, self.written)
         if here in self.supplied and here not in self.job.half:
-            n = next(n for n in self.plan.touches[here] if self.plan.ops[n].kind == "write")
+            n = next(n for n in self.plan.touches[here] if isinstance(self.plan.ops[n].verb, Write))
             raise PlanMismatchError(
                 f"{self.job.lines[n] if n < len(self.job.lines) else 'a write'}: `{'.'.join(p for p in here[:2] if p)}` is written with "
                 "another shape, dtype or structure after a sync point has begun the captured run, which cannot take it any more. "
@@ -108,17 +109,15 @@ class Weaver(Emitter):
             user.args = fx.map_arg(user.args, lambda n: new.get(n, n))
             user.kwargs = fx.map_arg(user.kwargs, lambda n: new.get(n, n))
 
-    def _write(self, op: Op, firing: Firing | None) -> None:
-        assert firing is not None
-        _, batched, fits = op.extra
+    def _write(self, op: Op, verb: Write, firing: Firing) -> None:
         new = list(self.arguments(op)[0][0])
-        if fits:
+        if verb.fits:
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
-                    new_leaf = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
+                    new_leaf = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, verb.batched))
                     firing.leaves[i] = self.select(op, new_leaf, firing.leaves[i])
         else:
-            self.supplied[firing.site] = self.merged(op, firing, new)
+            self.supplied[firing.site] = self.merged(op, verb, firing, new)
 
     def supplied_leaf(self, node: fx.Node, marker: Marker) -> Any:
         """The value of a `supply` node: a leaf of a written or skipped output."""
@@ -134,7 +133,7 @@ class Weaver(Emitter):
         if parts is None:
             if self.job.removes:
                 raise Unfit
-            n = next(n for n in self.plan.touches[at] if self.plan.ops[n].kind == SKIP)
+            n = next(n for n in self.plan.touches[at] if isinstance(self.plan.ops[n].verb, Skip))
             raise MissedSiteError(
                 f"{self.job.lines[n] if n < len(self.job.lines) else 'a skip'}: `{path}` is skipped, but the skip value is not "
                 "there yet when the model calls it: an earlier line waits for a later site. Move the skip in front of it."
@@ -146,7 +145,8 @@ class Weaver(Emitter):
 
     def _from_before(self, leaf: Any, n: int, j: int) -> Any:
         """A leaf of a skip value, which an earlier segment or a live site may have made."""
-        return leaf if (n, j) in self.env or not isinstance(leaf, torch.Tensor) else self.lookup(("v", n, j))
+        value = Value(n, j)
+        return leaf if value in self.env or not isinstance(leaf, torch.Tensor) else self.lookup(value)
 
     def _gathered(self, parts: dict[int, tuple]) -> list:
         """A skipped module's output: each invoke's rows, concatenated."""

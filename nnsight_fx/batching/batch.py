@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ import torch
 from ..compat.tensors import shares_memory
 from ..engine.run import Run
 from ..plan import tree
-from ..plan.encode import Key
 from ..plan.interleave import Firing, Interleaver
-from ..plan.plan import READ, WRITE, Groups, InterventionGraph, Op, Site
+from ..plan.keys import Key, Leaf, NumberSlot, TensorSlot, Value, mapped
+from ..plan.plan import Groups, InterventionGraph, Op
+from ..plan.verbs import Read, Site, Verb, Write
 from ..report.runs import Group
 from ..scan.scan import callee
 from .memory import chunks, out_of_memory
@@ -111,10 +113,10 @@ class Merged:
             workers = len(rows)
             ops += [
                 op._replace(
+                    verb=_unflagged(op.verb),
                     invoke=workers + op.invoke,
-                    args=moved.key(op.args),
-                    kwargs=moved.key(op.kwargs),
-                    extra=_unflagged(op),
+                    args=mapped(op.args, moved.leaf),
+                    kwargs=mapped(op.kwargs, moved.leaf),
                 )
                 for op in plan.ops
             ]
@@ -132,7 +134,7 @@ class Merged:
             share = Share(plan)
             stop = start + len(plan.ops)
             share.done = {n - start for n in run.done if start <= n < stop}
-            share.env = {(n - start, j): x for (n, j), x in run.env.items() if start <= n < stop}
+            share.env = {Value(n - start, j): x for (n, j), x in run.env.items() if start <= n < stop}
             share.stopping = run.stopping
             found.append(share)
         return found
@@ -157,21 +159,20 @@ class Moved:
     def __init__(self, ops: int, constants: int):
         self.ops, self.constants = ops, constants
 
-    def key(self, key: Key) -> Key:
-        if not isinstance(key, tuple) or not key:
-            return key
-        if key[0] == "v":
-            return ("v", key[1] + self.ops, key[2])
-        if key[0] in ("c", "n"):
-            return (key[0], key[1] + self.constants, key[2])
-        return key if key[0] in ("l", "s", "o") else tuple(self.key(k) for k in key)
+    def leaf(self, key: Leaf) -> Key:
+        """Where a leaf is then."""
+        if isinstance(key, Value):
+            return Value(key.op + self.ops, key.leaf)
+        if isinstance(key, TensorSlot | NumberSlot):
+            return key._replace(slot=key.slot + self.constants)
+        return key
 
 
-def _unflagged(op: Op) -> Any:
+def _unflagged(verb: Verb) -> Verb:
     """Where the rows are is found by the run, not told by a scan of one trace's input."""
-    if op.kind == READ:
-        return (None, None)
-    return (op.extra[0], None, op.extra[2]) if op.kind == WRITE else op.extra
+    if isinstance(verb, Read):
+        return Read(verb.site, batched=())
+    return replace(verb, batched=None) if isinstance(verb, Write) else verb
 
 
 class Flagged(Firing):
@@ -238,7 +239,7 @@ class BatchedRun(Run):
         made.flags = flags  # type: ignore[attr-defined]
         for n in self.plan.touches.get(firing.site, ()):
             op = self.plan.ops[n]
-            cell = self.plan.writes or op.kind == WRITE
+            cell = self.plan.writes or isinstance(op.verb, Write)
             for i, flag in enumerate(flags):
                 if (
                     flag is not True
@@ -247,7 +248,7 @@ class BatchedRun(Run):
                     and cell
                 ):
                     raise Mixed(f"`{firing.site[0]}` holds a tensor that all rows share")
-                if flag is None and (op.kind == WRITE or (n, i) in self.plan.users):
+                if flag is None and (isinstance(op.verb, Write) or (n, i) in self.plan.users):
                     raise Mixed(f"`{firing.site[0]}` does not hold the rows on dimension 0")
         super().fire(made)
         self.written_rows.clear()

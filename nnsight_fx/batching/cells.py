@@ -14,9 +14,10 @@ from ..engine.run import Run
 from ..passes.cost import cost
 from ..passes.outline import seams
 from ..passes.tokens import Layout
-from ..plan.encode import Keep
 from ..plan.interleave import Firing
-from ..plan.plan import WRITE, Op, Site
+from ..plan.keys import Keep
+from ..plan.plan import Op
+from ..plan.verbs import Site, Write
 from .batch import move_aliases
 from .rows import Mixed
 
@@ -31,8 +32,7 @@ class Cell(Run):
     joins_at = 0  # where those are
     ones: list = []  # its constants, where the site that is read last holds one position of a row
 
-    def _write(self, op: Op, firing: Firing | None) -> None:
-        assert firing is not None
+    def _write(self, op: Op, verb: Write, firing: Firing) -> None:
         for i, value in enumerate(self.arguments(op)[0][0]):
             if not (isinstance(value, Keep) and value.index == i):
                 firing.leaves[i] = firing.leaves[value.index] if isinstance(value, Keep) else value
@@ -135,7 +135,7 @@ class Walk(fx.Interpreter):
 
     def _visit(self, cell: Cell, where: Site, leaves: list, metas: list[dict], written: set[int]) -> None:
         """One trace at one site, on its own rows; what it replaces is replaced in a copy, which nothing else aliases."""
-        changes = cell.plan.writes or any(cell.plan.ops[n].kind == WRITE for n in cell.plan.touches[where])
+        changes = cell.plan.writes or any(isinstance(cell.plan.ops[n].verb, Write) for n in cell.plan.touches[where])
         used = {j for n in cell.plan.touches[where] for j in range(len(leaves)) if (n, j) in cell.plan.users}
         dims = [meta.get("rows") for meta in metas]
         if changes and any(dims[j] is None and leaves[j] is not None for j in used):

@@ -16,29 +16,16 @@ from ..engine.captured.capture import Capture
 from ..errors import OutOfOrderError
 from ..plan import tree
 from ..plan.ambient import under
-from ..plan.encode import facts, references
-from ..plan.plan import (
-    APPLY,
-    BACKWARD,
-    BARRIER,
-    CALL,
-    GRAD,
-    MODULE,
-    READ,
-    SAVE,
-    SET_GRAD,
-    STOP,
-    SYNC,
-    WRITE,
-    InterventionGraph,
-)
+from ..plan.keys import facts, made_at
+from ..plan.plan import InterventionGraph
 from ..plan.tree import PLAIN
-from ..tracing.functions import INSIDE
+from ..plan.verbs import Apply, Barrier, Call, CallModule, Grad, Read, RunBackward, Save, SetGrad, StopRun, Sync, Write
+from ..tracing.functions import inside
 from ..tracing.lazy import LazyTensor, key_of
 from .effects import effects
 
 # What may be in traces that share a forward. A kind that is not here runs alone.
-TOGETHER = frozenset({READ, WRITE, CALL, MODULE, SAVE, STOP, BARRIER, GRAD, SET_GRAD, BACKWARD, APPLY, SYNC})
+TOGETHER = Read | Write | Call | CallModule | Save | StopRun | Barrier | Grad | SetGrad | RunBackward | Apply | Sync
 COPIED = 2**20  # bytes: what is larger is watched, not copied (SEMANTICS D23)
 
 
@@ -144,13 +131,13 @@ class Pending:
     def keep(self, wanted: set[int] | None) -> None:
         """Let the run give what was saved, and of the rest what is `wanted` (ids; `None`: all that somebody holds)."""
         tape = self.tape
-        kept = {v for op in tape.ops if op.kind == "save" for v in references(op.args)}
+        kept = {v for op in tape.ops if isinstance(op.verb, Save) for v in op.needs}
         tape.open = True
         try:
             with under(tape.base):
-                for lazy in sorted(tape.values.values(), key=lambda x: key_of(x)):
+                for lazy in sorted(tape.values.values(), key=lambda x: made_at(key_of(x))):
                     asked = id(lazy) in tape.saved or wanted is None or id(lazy) in wanted
-                    if asked and key_of(lazy)[1] != INSIDE and key_of(lazy)[1:] not in kept:
+                    if asked and not inside(key_of(lazy)) and key_of(lazy) not in kept:
                         tape.keep(lazy)
                 for stand_in in tape.objects.held:
                     if wanted is None or id(stand_in) in tape.objects.asked:
@@ -176,9 +163,9 @@ def why_now(tracer: Any) -> str | None:
     if tape.operands.changed:
         return "it changes a tensor of yours in place"
     for op in tape.ops:
-        if op.kind in (APPLY, SYNC):
+        if isinstance(op.verb, Apply | Sync):
             return "it calls a function of yours"
-        if op.kind == CALL and op.effect == "random":
+        if isinstance(op.verb, Call) and op.effect == "random":
             return "it draws random numbers"
         if op.when:
             return "it has conditions (`tracer.cond`)"
@@ -210,11 +197,12 @@ def why_alone(pending: Pending) -> str | None:
     if capture is not None and capture.options.passes is not None:
         return "passes of yours are for the graph of one trace"
     for op in plan.ops:
-        if op.kind not in TOGETHER:
-            return f"it has a `{op.kind}`"
-        if op.kind == READ and (op.extra is None or op.extra[1] is not None):
+        verb = op.verb
+        if not isinstance(verb, TOGETHER):
+            return f"it has a `{verb.name}`"
+        if isinstance(verb, Read) and (verb.live or verb.expected is not None):
             return "it reads what no scan is sure of"
-        if op.kind in ("read", "write") and op.target[1] not in ("input", "output", "result"):
+        if isinstance(verb, Read | Write) and verb.site[1] not in ("input", "output", "result"):
             return "it looks inside a module (`.source`)"
     batch = wave.batch
     for leaf in tree.flatten((batch.args, batch.kwargs))[0]:

@@ -18,7 +18,7 @@ from ..capture.marker import marker_of, site
 from ..passes.causal import SCORES, Fact, Facts, is_attention, is_softmax
 from ..passes.demand import take
 from ..passes.outline import seams
-from ..plan.plan import Site
+from ..plan.verbs import Site
 from .rows import Mixed, Rows
 
 

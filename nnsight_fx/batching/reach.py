@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..plan.encode import Keep, references
-from ..plan.plan import CALL, READ, WRITE, InterventionGraph, Op, Site
+from ..plan.keys import ALL, Items, Keep, Key, NumberSlot, Plain, Span, Value, references
+from ..plan.lifting import name_of
+from ..plan.plan import InterventionGraph, Op
+from ..plan.verbs import Call, Read, Site, Write
 
 Leaf = tuple[Site, int]
+INDEXED = ("__getitem__", "getitem", "__setitem__", "setitem")
 
 
 class Cover(NamedTuple):
@@ -26,7 +29,7 @@ def reach(plan: InterventionGraph, constants: list, positions: int) -> dict[Leaf
         Leaf, tuple[Leaf, int]
     ] = {}  # a clone, as a leaf of its own: of which leaf, and where that was changed by then
     written: dict[Leaf, Leaf] = {}  # clones that stand in a leaf's place now
-    sites = [n for n, op in enumerate(plan.ops) if op.kind in (READ, WRITE)]
+    sites = [(n, op.verb.site) for n, op in enumerate(plan.ops) if isinstance(op.verb, Read | Write)]
 
     def change(leaf: Leaf, start: int) -> None:
         found[leaf] = min(start, found.get(leaf, positions))
@@ -34,23 +37,24 @@ def reach(plan: InterventionGraph, constants: list, positions: int) -> dict[Leaf
             change(written[leaf], 0)
 
     for n, op in enumerate(plan.ops):
-        if op.kind == READ:
+        if isinstance(op.verb, Read):
             for j in {j for m, j in plan.users if m == n}:
-                covers[n, j] = {(op.target, j): Cover(0, True, n)}
+                covers[n, j] = {(op.verb.site, j): Cover(0, True, n)}
             continue
-        if op.kind == WRITE:
-            for j, key in enumerate(op.args[2][0][2]):
-                leaf = (op.target, j)
+        if isinstance(op.verb, Write):
+            for j, key in enumerate(op.tree):
+                leaf = (op.verb.site, j)
                 if _same(key, leaf, covers):
                     continue
-                held = covers.get(key[1:], {})
+                held = covers.get(key, {}) if isinstance(key, Value) else {}
                 copied = next((c for c in held if held[c].whole and copies.get(c, (None,))[0] == leaf), None)
                 change(leaf, 0 if copied is None else min(copies[copied][1], found.get(copied, positions)))
                 if copied is not None:
                     written[copied] = leaf
             continue
-        if _clones(op):
-            of = list(covers.get(op.args[2][0][1:], {}).items())
+        copied = _cloned(op)
+        if copied is not None:
+            of = list(covers.get(copied, {}).items())
             if len(of) == 1 and of[0][1].whole and of[0][0] not in copies:
                 copy: Leaf = (("", "copy", n), 0)
                 copies[copy], covers[n, 0] = (of[0][0], found.get(of[0][0], positions)), {copy: Cover(0, True, n)}
@@ -60,9 +64,7 @@ def reach(plan: InterventionGraph, constants: list, positions: int) -> dict[Leaf
         for value in dict.fromkeys(_references(op)):
             for leaf, cover in covers.get(value, {}).items():
                 if op.effect == "inplace" and (base is None or value == base):
-                    late = leaf not in copies and any(
-                        cover.read < m < n and plan.ops[m].target != leaf[0] for m in sites
-                    )
+                    late = leaf not in copies and any(cover.read < m < n and site != leaf[0] for m, site in sites)
                     own = _first(index, constants, positions) if cover.whole and base is not None else cover.start
                     change(leaf, 0 if late else own)
                 narrow = base is not None and value == base and cover.whole and not op.effect
@@ -75,46 +77,46 @@ def reach(plan: InterventionGraph, constants: list, positions: int) -> dict[Leaf
     return {leaf: start for leaf, start in found.items() if leaf not in copies}
 
 
-def _references(op: Op) -> list[tuple[int, int]]:
-    return list(references((op.args, op.kwargs)))
+def _references(op: Op) -> list[Value]:
+    return list(references(op.args, op.kwargs))
 
 
-def _same(key: Any, leaf: Leaf, covers: dict) -> bool:
+def _same(key: Key, leaf: Leaf, covers: dict) -> bool:
     """Is what a write puts there what was there?"""
-    if key[0] == "l" and isinstance(key[2], Keep):
-        return key[2].index == leaf[1]
-    cover = covers.get(key[1:], {}).get(leaf) if key[0] == "v" else None
+    if isinstance(key, Plain) and isinstance(key.value, Keep):
+        return key.value.index == leaf[1]
+    cover = covers.get(key, {}).get(leaf) if isinstance(key, Value) else None
     return cover is not None and cover.whole
 
 
-def _clones(op: Op) -> bool:
-    name = getattr(getattr(op.target, "obj", None), "__name__", "")
-    return op.kind == CALL and name == "clone" and op.args[2][:1] != () and op.args[2][0][0] == "v"
+def _cloned(op: Op) -> Value | None:
+    """The value that a call clones."""
+    clones = isinstance(op.verb, Call) and name_of(op.verb.fn.obj) == "clone"
+    of = op.args.items[0] if clones and op.args.items else None
+    return of if isinstance(of, Value) else None
 
 
-def _indexed(op: Op) -> tuple[tuple[int, int] | None, Any]:
+def _indexed(op: Op) -> tuple[Value | None, Key | None]:
     """Of `value[index]` and `value[index] = ...` both."""
-    name = getattr(getattr(op.target, "obj", None), "__name__", "")
-    if op.kind != CALL or name not in ("__getitem__", "getitem", "__setitem__", "setitem") or op.args[2][0][0] != "v":
+    if not isinstance(op.verb, Call) or name_of(op.verb.fn.obj) not in INDEXED:
         return None, None
-    return op.args[2][0][1:], op.args[2][1]
+    base, index, *_ = op.args.items
+    return (base, index) if isinstance(base, Value) else (None, None)
 
 
-def _first(index: Any, constants: list, positions: int) -> int:
+def _first(index: Key | None, constants: list, positions: int) -> int:
     """The first position in `[:, position]` and `[:, start:]`; 0 in anything else."""
 
-    def number(key: Any) -> Any:
-        if key[0] == "n" and key[2] == "int":
-            return constants[key[1]]
-        return key[2] if key[0] == "l" else None
+    def number(key: Key) -> Any:
+        if isinstance(key, NumberSlot) and key.kind == "int":
+            return constants[key.slot]
+        return key.value if isinstance(key, Plain) else None
 
-    if index[0] != "t" or len(index[2]) < 2 or index[2][0][0] != "k":
+    if not isinstance(index, Items) or len(index.items) < 2 or index.items[0] != ALL:
         return 0
-    if any(k != ("l", type(None), None) for k in index[2][0][1:]):
-        return 0
-    place = index[2][1]
-    if place[0] == "k":
-        at, step = number(place[1]), number(place[3])
+    place = index.items[1]
+    if isinstance(place, Span):
+        at, step = number(place.start), number(place.step)
         if step not in (None, 1):
             return 0
     else:

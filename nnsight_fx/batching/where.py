@@ -8,7 +8,10 @@ from typing import Any
 import torch.fx as fx
 
 from ..passes.outline import seams
-from ..plan.plan import CALL, READ, WRITE, InterventionGraph, Op, Site
+from ..plan.keys import ALL, Items, NumberSlot, Value
+from ..plan.lifting import name_of
+from ..plan.plan import InterventionGraph, Op
+from ..plan.verbs import Call, Read, Site, Write
 
 
 def blocks(order: Collection[Site]) -> set[Site]:
@@ -43,7 +46,7 @@ def positions(cells: Iterable[Any], where: Site, rows: int, size: int) -> list[i
         plan = cell.plan
         slots: set[int] = set()
         for n in plan.touches.get(where, ()):
-            if plan.ops[n].kind != READ:
+            if not isinstance(plan.ops[n].verb, Read):
                 return None
             for m, op in enumerate(plan.ops):
                 if any(v[0] == n for v in plan.needs[m]):
@@ -65,14 +68,14 @@ def positions(cells: Iterable[Any], where: Site, rows: int, size: int) -> list[i
 
 def _one_position(op: Op, n: int) -> int | None:
     """The slot of the position in `value[:, position]`."""
-    if op.kind != CALL or getattr(op.target.obj, "__name__", "") not in ("__getitem__", "getitem") or op.effect:
+    if not isinstance(op.verb, Call) or name_of(op.verb.fn.obj) not in ("__getitem__", "getitem") or op.effect:
         return None
-    value, index = op.args[2]
-    if value != ("v", n, 0) or index[0] != "t" or len(index[2]) < 2:
+    value, index = op.args.items
+    if value != Value(n, 0) or not isinstance(index, Items) or len(index.items) < 2:
         return None
-    rows, place, *rest = index[2]
-    plain = all(k[0] == "k" and all(x == ("l", type(None), None) for x in k[1:]) for k in (rows, *rest))
-    return place[1] if plain and place[:1] == ("n",) else None
+    rows, place, *rest = index.items
+    plain = all(k == ALL for k in (rows, *rest))
+    return place.slot if plain and isinstance(place, NumberSlot) else None
 
 
 def fork_of(plan: InterventionGraph, order: dict[Site, int]) -> Site | None:
@@ -80,12 +83,12 @@ def fork_of(plan: InterventionGraph, order: dict[Site, int]) -> Site | None:
     roots: dict[int, set[Site]] = {}  # the sites whose values an operation's result may share memory with
     found: set[Site] = set()
     for n, op in enumerate(plan.ops):
-        if op.kind == READ:
-            roots[n] = {op.target}
+        if isinstance(op.verb, Read):
+            roots[n] = {op.verb.site}
         else:
             roots[n] = {s for m, _ in plan.needs[n] for s in roots.get(m, ())}
-        if op.kind == WRITE:
-            found.add(op.target)
-        elif op.kind == CALL and op.effect == "inplace":
+        if isinstance(op.verb, Write):
+            found.add(op.verb.site)
+        elif isinstance(op.verb, Call) and op.effect == "inplace":
             found |= roots[n]
     return min(found, key=lambda s: order[s]) if found else None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ..plan.plan import Site
+from ..plan.verbs import Site
 
 active = threading.local()  # .run: the run that this thread's markers belong to; .capture: what Dynamo traces for
 WHOLE = 2  # `Marker.last` of a tensor that is the value itself: the last, and the only one

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from ..plan import tree
-from ..plan.encode import Keep
+from ..plan.keys import Keep
 from .marker import anchor, site, supply
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import compat
-from ..plan.encode import Key
+from ..plan.keys import Recorded
 from ..tracing.lazy import LazyTensor, key_of
 from ..tracing.objects import become, real_of
 from ..tracing.saving import put_objects
@@ -20,7 +20,7 @@ from .retained import retained
 _RECORDED = ("_tape", "_key", "_fake", "_line")
 
 
-def deliver(tape: Tape, value: Callable[[Key], Any], release: Callable[[], None]) -> list[tuple[int, bool]]:
+def deliver(tape: Tape, value: Callable[[Recorded], Any], release: Callable[[], None]) -> list[tuple[int, bool]]:
     """Turn every saved value that was computed into the real tensor; `release` makes the runs let go of theirs.
 
     Returns, for each, its bytes and whether it lies on an autograd graph.

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import MissedSiteError, PlanMismatchError
 from ..plan import tree
-from ..plan.plan import READ, SKIP, SYNC, WRITE
+from ..plan.verbs import AtSite, Read, Skip, Sync, Write, place_of_site
 from ..tracing.steps import ANY
 
 if TYPE_CHECKING:
@@ -33,17 +33,17 @@ def missed_error(run: Run, missed: list[int]) -> MissedSiteError:
                 if b < len(run.plan.ops)
                 else f"{run.lines[-1]} looks at its numbers before a backward has run. Read it where it is, and look at it "
                 "behind `loss.backward()`, or behind the block of `with loss.backward():`"
-                if run.plan.ops[-1].kind == SYNC
+                if isinstance(run.plan.ops[-1].verb, Sync)
                 else "no backward follows it. Read it before `loss.backward()`, or inside `with loss.backward():`"
             )
             return MissedSiteError(f"{run.lines[asked[0]]}: `.grad` was used, but {why}.")
-        if op.kind in (READ, WRITE, SKIP):
-            path, kind, call = op.target
-            what = {READ: "read", WRITE: "written", SKIP: "skipped"}[op.kind]
+        if isinstance(op.verb, Read | Write | Skip):
+            path, kind, call = op.verb.site
+            what = {Read: "read", Write: "written", Skip: "skipped"}[type(op.verb)]
             inside = path not in run.owner.operations.modules
-            seen = run.counts.get((path, "input" if op.kind == SKIP else kind), 0)
+            seen = run.counts.get((path, "input" if isinstance(op.verb, Skip) else kind), 0)
             missed_it = "the run never reached it"
-            if op.kind == WRITE and seen > call:
+            if isinstance(op.verb, Write) and seen > call:
                 missed_it = "it came too late"
                 why = (
                     "its value is computed behind a later site that the body has asked for. Compute it before that line"
@@ -70,7 +70,9 @@ def missed_error(run: Run, missed: list[int]) -> MissedSiteError:
 
 def check(run: Run, n: int, leaves: list, expected: tuple, spec: tree.Spec) -> None:
     """Is a site what the body was recorded for, when operation `n` reads it? `PlanMismatchError` where it is not."""
-    site = ".".join(p for p in run.plan.ops[n].target[:2] if p)
+    read = run.plan.ops[n].verb
+    assert isinstance(read, AtSite)
+    site = place_of_site(read.site)
     advice = "Look at the value first (`tracer.apply(lambda h: h, value)` or `print(value)` syncs), so that the body follows the model."
     if spec is not None and spec != run.plan.specs[n]:
         raise PlanMismatchError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..plan.plan import Observation
+from ..plan.verbs import Observation
 
 
 class Offload:

@@ -19,10 +19,11 @@ from ..errors import MissedSiteError, PlanMismatchError
 from ..lines import Line
 from ..plan import tree
 from ..plan.ambient import under
-from ..plan.encode import Key
 from ..plan.interleave import Firing, Stopped, TensorInterleaver
-from ..plan.plan import MODULE, READ, SKIP, SYNC, WRITE, InterventionGraph, Observation, Op, Site
+from ..plan.keys import Outside, Recorded, SizeExpr, TensorSlot, Value
+from ..plan.plan import InterventionGraph, Op
 from ..plan.skips import check_skips, gather
+from ..plan.verbs import Apply, Call, CallModule, Observation, Read, RunBackward, Site, Skip, Sync, Write, place_of_site
 from ..tracing.nested import refuse_nested
 from .how import How
 from .missed import check, missed_error
@@ -89,7 +90,7 @@ class Run(TensorInterleaver):
         """Around the model: what makes its sites call `pass_site`."""
         return live(self, self.everything)
 
-    def until(self, plan: InterventionGraph, state: ThreadState) -> Callable[[Key], Any]:
+    def until(self, plan: InterventionGraph, state: ThreadState) -> Callable[[Recorded], Any]:
         """Run as far as the plan's last operation, a sync, needs; returns the look-up of values."""
         self.closed = False
         self.extend(plan)
@@ -214,27 +215,26 @@ class Run(TensorInterleaver):
         return super().observed(leaf, how)
 
     def perform(self, n: int, firing: Firing | None) -> None:
-        op = self.plan.ops[n]
-        if op.kind in (READ, WRITE) and firing is not None:
-            refuse_nested(self.lines[n], op.target, firing.leaves)
-        if op.kind == READ and firing is not None:
-            self._alias_saved(n, firing.leaves)
+        verb = self.plan.ops[n].verb
+        if isinstance(verb, Read | Write) and firing is not None:
+            refuse_nested(self.lines[n], verb.site, firing.leaves)
+        if isinstance(verb, Read) and firing is not None:
+            self._alias_saved(n, verb, firing.leaves)
         self.note_write(n)
         super().perform(n, firing)
 
     def note_write(self, n: int) -> None:
         """Remember whom to blame, should the model fail now."""
-        op = self.plan.ops[n]
-        if op.kind in (WRITE, SKIP):
-            self.written = written(op, self.lines[n])
+        verb = self.plan.ops[n].verb
+        if isinstance(verb, Write | Skip):
+            self.written = written(verb, self.lines[n])
 
-    def _alias_saved(self, n: int, leaves: list) -> None:
+    def _alias_saved(self, n: int, verb: Read, leaves: list) -> None:
         """Where a saved value requires grad the model goes on with an alias, which is the saved tensor's own (SEMANTICS D5).
 
         An invoke's rows are a view beside the model's way, and have no such alias.
         """
-        op = self.plan.ops[n]
-        batched = op.extra[0] if op.extra else None
+        invoke, batched = self.plan.ops[n].invoke, verb.batched
         for j, leaf in enumerate(leaves):
             if (
                 isinstance(leaf, torch.Tensor)
@@ -242,13 +242,14 @@ class Run(TensorInterleaver):
                 and torch.is_grad_enabled()
                 and leaf.layout is torch.strided
                 and ((n, j) in self.plan.saved or not self.closed)
-                and self._batched(leaf, op.invoke, batched[j] if batched else None) is None
+                and self._batched(leaf, invoke, batched[j] if batched else None) is None
             ):
                 leaves[j] = leaf.view_as(leaf)
                 vars(leaves[j]).update(vars(leaf))
 
     def execute(self, n: int, op: Op) -> Any:
-        if op.kind == SYNC:
+        verb = op.verb
+        if isinstance(verb, Sync):
             if n == len(self.plan.ops) - 1 and self.coroutine is not None:
                 run, active.run = active.run, None
                 self.coroutine.pause()
@@ -257,7 +258,11 @@ class Run(TensorInterleaver):
         if op.retains:
             return self._retain(n, op)
         args, kwargs = self.arguments(op)
-        fn = self.modules(op.target).forward if op.kind == MODULE else op.target.obj
+        if isinstance(verb, CallModule):
+            fn = self.modules(verb.path).forward
+        else:
+            assert isinstance(verb, Call | Apply)
+            fn = verb.fn.obj
         try:
             with under(op.ambient), unobserved():
                 return fn(*args, **kwargs)
@@ -269,9 +274,11 @@ class Run(TensorInterleaver):
     # -- gradients -----------------------------------------------------------------------------------------------
 
     def _retain(self, n: int, op: Op) -> None:
-        key = op.args[2][0]
+        key = op.first
+        assert isinstance(key, Value | TensorSlot)
         tensor, *part = self.taps.on_the_way(self, key)
-        if self.plan.retains_rows and not part and key[0] == "v" and self.plan.ops[key[1]].kind == READ:
+        read = isinstance(key, Value) and isinstance(self.plan.ops[key.op].verb, Read)
+        if self.plan.retains_rows and not part and read:
             raise PlanMismatchError(
                 f"{self.lines[n]}: an invoke retains the gradient of its rows after a sync point has begun the "
                 "captured run, which has only these rows. Trace with `compile=False`."
@@ -281,11 +288,11 @@ class Run(TensorInterleaver):
     def tap(self, n: int, op: Op) -> None:
         self.taps.tap(self, n, op)
 
-    def differentiate(self, n: int, op: Op) -> None:
-        self.taps.differentiate(self, n, op)
+    def differentiate(self, n: int, op: Op, verb: RunBackward) -> None:
+        self.taps.differentiate(self, n, op, verb)
 
-    def constant(self, key: Key) -> Any:
-        return self.symbols_value(key[1]) if key[0] == "s" else self.constants[key[1]]
+    def constant(self, key: Outside) -> Any:
+        return self.symbols_value(key.expr) if isinstance(key, SizeExpr) else self.constants[key.slot]
 
     def symbols_value(self, expr: Any) -> int:
         return int(expr.subs(self.symbols))
@@ -297,9 +304,9 @@ class Run(TensorInterleaver):
         return missed_error(self, missed)
 
 
-def written(op: Op, line: Line) -> tuple[str, Line]:
+def written(verb: Write | Skip, line: Line) -> tuple[str, Line]:
     """What a write or a skip did, and where."""
-    return f"`{'.'.join(p for p in op.target[:2] if p)}` was {'skipped' if op.kind == SKIP else 'written'}", line
+    return f"`{place_of_site(verb.site)}` was {'skipped' if isinstance(verb, Skip) else 'written'}", line
 
 
 def blame(error: Exception, done: tuple[str, Line] | None) -> None:

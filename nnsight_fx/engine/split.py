@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..plan.encode import Key, facts
-from ..plan.plan import SAVE, Groups, InterventionGraph, Op
+from ..plan.keys import NO_KWARGS, Items, Key, Leaf, Recorded, TensorSlot, Value, facts, mapped
+from ..plan.plan import Groups, InterventionGraph, Op
+from ..plan.verbs import Save
 from ..tracing.tape import Tape
 
 
@@ -30,49 +31,48 @@ def parts(tape: Tape, members: list[int]) -> list[list[int]]:
     return list(found.values())
 
 
-def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Key], Any]) -> Part:
+def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Recorded], Any]) -> Part:
     """The plan of one forward; `real` gives the values of earlier ones, which become constants of this one."""
     own = [n for n, op in enumerate(tape.ops) if op.invoke in members and not _left_out(tape, op, members, real)]
     numbers = {n: i for i, n in enumerate(own)}
-    constants, slots = list(tape.constants), {}
+    constants = list(tape.constants)
+    slots: dict[Value, TensorSlot] = {}
 
-    def rekey(key: object) -> Any:
-        if not isinstance(key, tuple) or not key:
+    def renumbered(key: Leaf) -> Key:
+        if not isinstance(key, Value):
             return key
-        if key[0] == "v":
-            if key[1] in numbers:
-                return ("v", numbers[key[1]], key[2])
-            if key not in slots:
-                value = real(key)
-                slots[key] = ("c", len(constants), facts(value))
-                constants.append(value)
-            return slots[key]
-        return key if key[0] in ("c", "n", "l", "s", "o") else tuple(rekey(k) for k in key)
+        if key.op in numbers:
+            return Value(numbers[key.op], key.leaf)
+        if key not in slots:
+            value = real(key)
+            slots[key] = TensorSlot(len(constants), facts(value))
+            constants.append(value)
+        return slots[key]
 
     ops = [
         tape.ops[n]._replace(
             invoke=members.index(tape.ops[n].invoke),
-            args=rekey(tape.ops[n].args),
-            kwargs=rekey(tape.ops[n].kwargs),
-            when=rekey(tape.ops[n].when),
+            args=mapped(tape.ops[n].args, renumbered),
+            kwargs=mapped(tape.ops[n].kwargs, renumbered),
+            when=tuple([mapped(key, renumbered) for key in tape.ops[n].when]),
         )
         for n in own
     ]
     lines, specs = [tape.lines[n] for n in own], [tape.specs[n] for n in own]
     for value in sorted(_used_later(tape, members)):
-        keep = ("t", tuple, (("v", numbers[value[0]], value[1]),))
-        by = tape.ops[value[0]]
-        ops.append(Op(SAVE, members.index(by.invoke), None, keep, ("d", (), ()), None, "", None, rekey(by.when)))
-        lines.append(tape.lines[value[0]])
+        by, keep = tape.ops[value.op], Items(tuple, (Value(numbers[value.op], value.leaf),))
+        when = tuple([mapped(key, renumbered) for key in by.when])
+        ops.append(Op(Save(), members.index(by.invoke), keep, NO_KWARGS, when=when))
+        lines.append(tape.lines[value.op])
         specs.append(None)
     plan = InterventionGraph.of(tuple(ops), groups, tape.recapture, tuple(specs))
     return Part(members, plan, constants, lines, numbers)
 
 
-def _left_out(tape: Tape, op: Op, members: list[int], real: Callable[[Key], Any]) -> bool:
+def _left_out(tape: Tape, op: Op, members: list[int], real: Callable[[Recorded], Any]) -> bool:
     """Has an earlier forward decided that an operation does not take effect?"""
     for key in op.when:
-        if key[0] == "v" and tape.ops[key[1]].invoke not in members:
+        if isinstance(key, Value) and tape.ops[key.op].invoke not in members:
             try:
                 if not real(key):
                     return True
@@ -81,7 +81,7 @@ def _left_out(tape: Tape, op: Op, members: list[int], real: Callable[[Key], Any]
     return False
 
 
-def _used_later(tape: Tape, members: list[int]) -> set[tuple[int, int]]:
+def _used_later(tape: Tape, members: list[int]) -> set[Value]:
     """Values made by these invokes that later ones use."""
     used = {v for op in tape.ops if op.invoke not in members for v in op.needs}
-    return {v for v in used if tape.ops[v[0]].invoke in members}
+    return {v for v in used if tape.ops[v.op].invoke in members}

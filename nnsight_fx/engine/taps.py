@@ -8,8 +8,9 @@ import torch
 
 from .. import compat
 from ..plan.ambient import under
-from ..plan.encode import Key
+from ..plan.keys import Recorded, TensorSlot, Value
 from ..plan.plan import Op
+from ..plan.verbs import RunBackward
 
 if TYPE_CHECKING:
     from .run import Run
@@ -22,13 +23,15 @@ class Taps:
         self.taps: dict[int, tuple[torch.Tensor, Any]] = {}  # gradient -> the tensor that has it, and its hook
         self.flowing: int | None = None  # the backward that runs
 
-    def on_the_way(self, run: Run, key: Key) -> list:
+    def on_the_way(self, run: Run, key: Recorded) -> list:
         """The tensor that has a value's gradient, and which part of it, where the value is an invoke's rows."""
-        return [*(run.bases.get(key[1:3], ()) if key[0] == "v" else ())] or [run.lookup(key)]
+        return [*(run.bases.get(key, ()) if isinstance(key, Value) else ())] or [run.lookup(key)]
 
     def tap(self, run: Run, n: int, op: Op) -> None:
         """Gradient `n` is asked for: it arrives in the backward that follows."""
-        tensor, *part = self.on_the_way(run, op.args[2][0])
+        of = op.first
+        assert isinstance(of, Value | TensorSlot)
+        tensor, *part = self.on_the_way(run, of)
 
         def arrived(gradient: torch.Tensor) -> torch.Tensor | None:
             if self.flowing is None or run.plan.binds[n] != self.flowing:
@@ -42,14 +45,14 @@ class Taps:
 
         self.taps[n] = (tensor, compat.tensors.hook(tensor, arrived))
 
-    def differentiate(self, run: Run, n: int, op: Op) -> None:
+    def differentiate(self, run: Run, n: int, op: Op, verb: RunBackward) -> None:
         """A backward of the body."""
         (loss, gradient), options = run.arguments(op)
         mine = [m for m, b in run.plan.binds.items() if b == n]
         self.flowing = n
         try:
             with under(op.ambient):
-                if op.extra:  # `torch.autograd.grad`: nothing is accumulated
+                if verb.returns:  # `torch.autograd.grad`: nothing is accumulated
                     inputs = [self.taps[m][0] for m in mine]
                     options.pop("inputs")
                     torch.autograd.grad(loss, inputs, gradient, allow_unused=True, **options)

@@ -10,8 +10,8 @@ import torch
 from ..compat.dynamo import NotCaptured
 from ..errors import InvokeError, NotRecordableError
 from ..lines import user_line
-from ..plan.encode import Key
 from ..plan.graph import Graph
+from ..plan.keys import Recorded, Value
 from ..plan.plan import Groups, InterventionGraph
 from ..scan.scanner import Signature
 from ..scan.wave_sites import WaveSites
@@ -207,7 +207,7 @@ class ForwardWave:
         if ended is not None:
             raise ended
 
-    def _until(self, tape: Tape) -> Callable[[Key], Any]:
+    def _until(self, tape: Tape) -> Callable[[Recorded], Any]:
         if self.tracer.scan_only:
             ended = self.tape.sites.signature.scan.ended  # type: ignore[attr-defined]
             what = (
@@ -272,20 +272,20 @@ class ForwardWave:
         edits, own = list(range(self.edits)), [i for i in range(self.edits, len(self.members)) if i not in shadows]
         return [[*edits, *p, *(i for i, of in shadows.items() if of in p)] for p in parts(self.tape, own)]
 
-    def value(self, key: Key) -> Any:
+    def value(self, key: Recorded) -> Any:
         """A value of this wave, from whichever of its forwards made it."""
         if self.tracer.scan_only:
             return self._meta(key)
         for piece, run in self.done:
-            if key[0] == "v" and key[1] in piece.numbers:
-                return run.lookup(("v", piece.numbers[key[1]], key[2]))
+            if isinstance(key, Value) and key.op in piece.numbers:
+                return run.lookup(Value(piece.numbers[key.op], key.leaf))
         if self.run is None:
             raise KeyError(key)
         return self.run.lookup(key)
 
     def visits(self, n: int) -> list:
         """What an observation of every call has seen."""
-        return self.value(("v", n, -1)) if self.performed(n) and not self.tracer.scan_only else []
+        return self.value(Value(n, -1)) if self.performed(n) and not self.tracer.scan_only else []
 
     def abandon(self) -> None:
         if self.run is not None:
@@ -316,7 +316,7 @@ class ForwardWave:
     def _runs(self) -> list[Run]:
         return [*[run for _, run in self.done], *([] if self.run is None else [self.run])]
 
-    def _meta(self, key: Key) -> torch.Tensor:
+    def _meta(self, key: Recorded) -> torch.Tensor:
         """What a scan gives for a value: a tensor without data."""
         fake = self.tape.operands.fake_of(key)
         if fake is None:  # an object

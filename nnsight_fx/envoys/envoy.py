@@ -14,7 +14,7 @@ import torch.nn as nn
 from ..errors import OutsideTraceError, UnknownModuleError, nearest, own_error
 from ..lines import user_line
 from ..plan import tree
-from ..plan.plan import Site
+from ..plan.verbs import Site
 from ..tracing.lazy import LazyTensor
 from ..tracing.tape import Tape
 from . import attention

@@ -27,7 +27,8 @@ from ..errors import MissedSiteError
 from ..lines import user_line
 from ..plan import tree
 from ..plan.interleave import Stopped
-from ..plan.plan import AT_SITE, Groups, Site
+from ..plan.plan import Groups
+from ..plan.verbs import AtSite, Site, place_of_site
 from ..scan.scan import Scan
 from ..scan.scanner import Signature
 from ..scan.wave_sites import WaveSites
@@ -143,10 +144,11 @@ class Generation:
         """What an edit touches that no forward has passed."""
         if self.run is not None and self.run.stopping:
             return None
-        for op, line in (each for edit in self.edits for each in edit.waiting if each[0].kind in AT_SITE):
-            path, kind, _ = op.target
+        for op, line in [each for edit in self.edits for each in edit.waiting]:
+            if not isinstance(op.verb, AtSite):
+                continue
             return MissedSiteError(
-                f"{line}: an edit touches `{'.'.join(p for p in (path, kind) if p)}`, which no forward of the generation has passed. "
+                f"{line}: an edit touches `{place_of_site(op.verb.site)}`, which no forward of the generation has passed. "
                 "Edit a module that `generate` calls, or a part of one."
             )
         return None
@@ -251,8 +253,8 @@ class Forward(ForwardWave):
     def forget(self) -> None:
         """Free what no name holds any more."""
         if self.run is not None and self.run.env:
-            held = {key[1:] for key in list(self.tape.values)}
-            objects = {key[1:] for _, key in self.tape.objects.kept.values()}
+            held = set(self.tape.values)
+            objects = {key for _, key in self.tape.objects.kept.values()}
             self.run.env = {v: x for v, x in self.run.env.items() if v in held or v in objects}
             self.run.result = None
             self.run.call = lambda: None  # it holds the inputs

@@ -16,7 +16,7 @@ from ..envoys.envoy import Envoy, tree_of
 from ..errors import InvokeError, UnknownModuleError, nearest
 from ..lines import user_line
 from ..plan import tree
-from ..plan.plan import Observation
+from ..plan.verbs import Observation
 from ..tracing.lazy import LazyTensor, key_of
 from ..tracing.steps import DeclaredCache, Invoke, SiteMeta
 from ..tracing.tape import Tape

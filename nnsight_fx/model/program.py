@@ -19,10 +19,11 @@ from ..envoys.envoy import host_of
 from ..errors import NotRecordableError
 from ..lines import user_line
 from ..plan import tree
-from ..plan.encode import Key, facts
-from ..plan.plan import CALL, MODULE, READ, SAVE, SKIP, STOP, WRITE, InterventionGraph
+from ..plan.keys import Recorded, facts
+from ..plan.plan import InterventionGraph
 from ..plan.printing import short
 from ..plan.tree import PLAIN
+from ..plan.verbs import Call, CallModule, Read, Save, Skip, StopRun, Write
 from ..scan.wave_sites import WaveSites
 from ..sweep.job import given
 from ..tracing import saving
@@ -32,7 +33,7 @@ from .inputs import Batch
 
 _PLAIN = (torch.Tensor, *PLAIN)
 ENTRIES = 64  # recordings that a program keeps
-KINDS = frozenset({READ, WRITE, SKIP, CALL, MODULE, SAVE, STOP})
+KINDS = Read | Write | Skip | Call | CallModule | Save | StopRun
 
 
 class Program:
@@ -205,7 +206,7 @@ class RecordedBody:
         self.program = program
         self.why: str | None = None
         self.slots: list[Slot] = []
-        self.keys: list[Key] = []
+        self.keys: list[Recorded] = []
         self.arguments = {id(x): i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)}
 
     def lend(self, tracer: Tracer) -> Callable[[Any], Any]:
@@ -241,9 +242,9 @@ class RecordedBody:
             return
         self.plan, self.lines, self.tape, self.tracer = tape.plan(wave.groups()), tape.lines, tape, tracer
         self.constants = list(tape.constants)
-        odd = next((n for n, op in enumerate(self.plan.ops) if op.kind not in KINDS or op.when), None)
+        odd = next((n for n, op in enumerate(self.plan.ops) if op.when or not isinstance(op.verb, KINDS)), None)
         if odd is not None:
-            self.why = f"{tape.lines[odd]} is of a kind that a recording does not hold ({self.plan.ops[odd].kind})"
+            self.why = f"{tape.lines[odd]} is of a kind that a recording does not hold ({self.plan.ops[odd].verb.name})"
         elif tape.told or tape.caches or len(wave.members) > 1 + wave.edits:
             self.why = "it has caches or callbacks"
         elif tape.operands.changed:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .encode import Identity
+from .keys import Container, Identity, Items, Key, Named, NumberSlot, Plain, Span, TensorSlot, Value
 from .operators import name_of_operator
 from .plan import InterventionGraph, Op
 
@@ -15,7 +16,6 @@ FACTS = ("shape", "stride", "dtype", "device", "requires_grad", "is_leaf", "type
 FIELDS = {
     "ambient": "the grad or autocast mode",
     "effect": "its effect",
-    "extra": "the structure or rows of its site",
     "when": "its conditions",
 }
 
@@ -36,6 +36,11 @@ def stable(value: object) -> Any:
     if isinstance(value, Identity):
         name = name_of_operator(value.obj)
         return name or f"{getattr(value.obj, '__qualname__', type(value.obj).__qualname__)}@{id(value.obj)}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        held = [getattr(value, f.name) for f in dataclasses.fields(value)]
+        return type(value).__name__ + stable(tuple(held))
+    if isinstance(value, tuple) and type(value) is not tuple:
+        return type(value).__name__ + stable(tuple(value))
     if isinstance(value, tuple):
         return "(" + ",".join(stable(v) for v in value) + ")"
     if isinstance(value, frozenset | set):
@@ -47,7 +52,7 @@ def stable(value: object) -> Any:
 
 def key(plan: InterventionGraph) -> str:
     """A hash of the structure; the same in every process unless an operation calls a function of the user's own."""
-    text = "\n".join([*(stable(tuple(op)) for op in plan.ops), stable(tuple(plan.groups)), plan.recapture])
+    text = "\n".join([*(stable(op) for op in plan.ops), stable(plan.groups), plan.recapture])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -64,7 +69,7 @@ def diff(a: InterventionGraph, b: InterventionGraph, say: Any, say_other: Any) -
                 None, None, f"what the capture must do differs: {a.recapture!r} and {b.recapture!r} ('' is nothing)"
             )
         )
-    heads = [[(op.kind, op.invoke, stable(op.target)) for op in plan.ops] for plan in (a, b)]
+    heads = [[(op.verb.name, op.invoke, stable(op.verb.subject)) for op in plan.ops] for plan in (a, b)]
     for tag, i, j, k, m in difflib.SequenceMatcher(None, heads[0], heads[1], autojunk=False).get_opcodes():
         if tag == "equal":
             for n, o in zip(range(i, j), range(k, m), strict=True):
@@ -78,38 +83,56 @@ def diff(a: InterventionGraph, b: InterventionGraph, say: Any, say_other: Any) -
 
 
 def _parts(a: Op, b: Op, shift: int) -> Iterator[str]:
-    for name, here, there in (("argument", a.args[2], b.args[2]), ("keyword", a.kwargs[2:], b.kwargs[2:])):
-        yield from _keys(name, here, there, shift)
-    if a.kwargs[1] != b.kwargs[1]:
-        yield f"keywords {list(a.kwargs[1])} and {list(b.kwargs[1])}"
+    yield from _items("argument", a.args.items, b.args.items, shift)
+    if a.kwargs.names == b.kwargs.names:
+        for name, x, y in zip(a.kwargs.names, a.kwargs.items, b.kwargs.items, strict=True):
+            yield from _keys(f"keyword {name}", x, y, shift)
+    else:
+        yield f"keywords {list(a.kwargs.names)} and {list(b.kwargs.names)}"
+    if a.verb != b.verb and a.effect == b.effect:
+        yield f"the structure or rows of its site differs: {a.verb} and {b.verb}"
     for field, text in FIELDS.items():
         if getattr(a, field) != getattr(b, field):
             yield f"{text} differs: {getattr(a, field)} and {getattr(b, field)}"
 
 
-def _keys(where: str, a: object, b: object, shift: int) -> Iterator[str]:
-    """The differences of two keys; values that are merely numbered otherwise, because operations came in between, are equal."""
-    if a == b or not (isinstance(a, tuple) and isinstance(b, tuple)):
-        if a != b:
-            yield f"{where} is {a!r} here and {b!r} there"
+def _items(where: str, a: tuple[Key, ...], b: tuple[Key, ...], shift: int) -> Iterator[str]:
+    if len(a) != len(b):
+        yield f"{where}s are {len(a)} here and {len(b)} there"
         return
-    tags = (a[0] if a else None, b[0] if b else None)
-    if tags == ("v", "v"):
-        if (a[1] - b[1], a[2]) != (shift, b[2]):
-            yield f"{where} is another value (v{a[1]} and v{b[1]})"
-    elif tags == ("c", "c"):
-        for name, x, y in zip(FACTS, a[2], b[2], strict=True):
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        yield from _keys(f"{where} {i}", x, y, shift)
+
+
+def _keys(where: str, a: Key, b: Key, shift: int) -> Iterator[str]:
+    """The differences of two keys; values that are merely numbered otherwise, because operations came in between, are equal."""
+    if isinstance(a, Value) and isinstance(b, Value):
+        if (a.op - b.op, a.leaf) != (shift, b.leaf):
+            yield f"{where} is another value (v{a.op} and v{b.op})"
+    elif a == b:
+        return
+    elif isinstance(a, TensorSlot) and isinstance(b, TensorSlot):
+        for name, x, y in zip(FACTS, a.facts, b.facts, strict=True):
             if x != y:
                 yield f"the tensor in {where} has {name} {x} here and {y} there"
-    elif tags == ("n", "n"):
-        if a[2] != b[2]:
-            yield f"{where} is a lifted {a[2]} here and a lifted {b[2]} there"
-    elif tags == ("l", "l"):
-        x, y = (float.fromhex(k[2]) if k[1] is float else k[2] for k in (a, b))
-        yield f"{where} is {x!r} here and {y!r} there, which is structure (only positions and floats in arithmetic are lifted)"
-    elif len(a) != len(b) or (tags[0] != tags[1] and str in (type(tags[0]), type(tags[1]))):
-        yield f"{where} has another form ({stable(a)} and {stable(b)})"
+    elif isinstance(a, NumberSlot) and isinstance(b, NumberSlot):
+        if a.kind != b.kind:
+            yield f"{where} is a lifted {a.kind} here and a lifted {b.kind} there"
+    elif isinstance(a, Plain) and isinstance(b, Plain):
+        yield (
+            f"{where} is {a.value!r} here and {b.value!r} there, which is structure (only positions and floats in arithmetic "
+            "are lifted)"
+        )
+    elif isinstance(a, Span) and isinstance(b, Span):
+        for x, y in zip(a, b, strict=True):
+            yield from _keys(where, x, y, shift)
+    elif isinstance(a, Items | Named | Container) and isinstance(b, Items | Named | Container) and _alike(a, b):
+        for x, y in zip(a.items, b.items, strict=True):
+            yield from _keys(where, x, y, shift)
     else:
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            nested = isinstance(x, tuple) and x and isinstance(x[0], str)
-            yield from _keys(f"{where} {i}" if nested and where in ("argument", "keyword") else where, x, y, shift)
+        yield f"{where} has another form ({stable(a)} and {stable(b)})"
+
+
+def _alike(a: Items | Named | Container, b: Items | Named | Container) -> bool:
+    """Are they containers of the same structure?"""
+    return type(a) is type(b) and a[:-1] == b[:-1] and len(a.items) == len(b.items)

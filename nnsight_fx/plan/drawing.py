@@ -12,30 +12,30 @@ import shutil
 import warnings
 from typing import Any
 
-from . import plan as dialect
+from . import verbs
 from .printing import Printer, describe, leaf_paths, module_name, short
 
 Style = dict[str, str]
 
 _BOX: Style = {"shape": "box", "style": "rounded,filled"}
 STYLES: dict[str, Style] = {
-    dialect.READ: _BOX | {"fillcolor": "#d5e8f7"},
-    dialect.WRITE: _BOX | {"fillcolor": "#f9d9c3", "penwidth": "2"},
-    dialect.SKIP: _BOX | {"fillcolor": "#e5e5e5", "style": "rounded,filled,dashed"},
-    dialect.STOP: {"shape": "octagon", "style": "filled", "fillcolor": "#f4b6b6"},
-    dialect.SAVE: {"shape": "cylinder", "style": "filled", "fillcolor": "#d8efd3"},
-    dialect.CALL: {"shape": "box", "style": "filled", "fillcolor": "#ffffff"},
-    dialect.MODULE: {"shape": "component", "style": "filled", "fillcolor": "#efe3f7"},
-    dialect.APPLY: {"shape": "box", "style": "filled,dotted", "fillcolor": "#fff3c4"},
-    dialect.SYNC: {"shape": "diamond", "style": "filled", "fillcolor": "#fff3c4"},
-    dialect.BARRIER: {"shape": "box", "style": "filled", "fillcolor": "#bbbbbb", "height": "0.1"},
-    dialect.OBJECT: _BOX | {"fillcolor": "#d5e8f7", "style": "rounded,filled,dotted"},
-    dialect.REACH: _BOX | {"fillcolor": "#e3f1f9", "style": "rounded,filled,dotted"},
-    dialect.OBSERVE: _BOX | {"fillcolor": "#d5e8f7", "style": "rounded,filled,dashed"},
-    dialect.VISIT: {"shape": "component", "style": "filled,dashed", "fillcolor": "#efe3f7"},
-    dialect.GRAD: _BOX | {"fillcolor": "#f7d5ea"},
-    dialect.SET_GRAD: _BOX | {"fillcolor": "#f7d5ea", "penwidth": "2"},
-    dialect.BACKWARD: {"shape": "invhouse", "style": "filled", "fillcolor": "#f7d5ea"},
+    verbs.Read.name: _BOX | {"fillcolor": "#d5e8f7"},
+    verbs.Write.name: _BOX | {"fillcolor": "#f9d9c3", "penwidth": "2"},
+    verbs.Skip.name: _BOX | {"fillcolor": "#e5e5e5", "style": "rounded,filled,dashed"},
+    verbs.StopRun.name: {"shape": "octagon", "style": "filled", "fillcolor": "#f4b6b6"},
+    verbs.Save.name: {"shape": "cylinder", "style": "filled", "fillcolor": "#d8efd3"},
+    verbs.Call.name: {"shape": "box", "style": "filled", "fillcolor": "#ffffff"},
+    verbs.CallModule.name: {"shape": "component", "style": "filled", "fillcolor": "#efe3f7"},
+    verbs.Apply.name: {"shape": "box", "style": "filled,dotted", "fillcolor": "#fff3c4"},
+    verbs.Sync.name: {"shape": "diamond", "style": "filled", "fillcolor": "#fff3c4"},
+    verbs.Barrier.name: {"shape": "box", "style": "filled", "fillcolor": "#bbbbbb", "height": "0.1"},
+    verbs.ReadObject.name: _BOX | {"fillcolor": "#d5e8f7", "style": "rounded,filled,dotted"},
+    verbs.Reach.name: _BOX | {"fillcolor": "#e3f1f9", "style": "rounded,filled,dotted"},
+    verbs.Observe.name: _BOX | {"fillcolor": "#d5e8f7", "style": "rounded,filled,dashed"},
+    verbs.Visit.name: {"shape": "component", "style": "filled,dashed", "fillcolor": "#efe3f7"},
+    verbs.Grad.name: _BOX | {"fillcolor": "#f7d5ea"},
+    verbs.SetGrad.name: _BOX | {"fillcolor": "#f7d5ea", "penwidth": "2"},
+    verbs.RunBackward.name: {"shape": "invhouse", "style": "filled", "fillcolor": "#f7d5ea"},
     "cond": {"shape": "diamond", "style": "filled", "fillcolor": "#ffffff"},
     "constant": {"shape": "note", "style": "filled", "fillcolor": "#fbf7e6"},
 }
@@ -44,7 +44,7 @@ SUFFIXES = ("svg", "png", "pdf")
 
 def style(kind: str) -> Style:
     """How an operation of this kind is drawn; add an entry to `STYLES` to draw a new one."""
-    return STYLES.get(kind, STYLES[dialect.CALL])
+    return STYLES.get(kind, STYLES[verbs.Call.name])
 
 
 def to_dot(graph: Any) -> str:
@@ -66,7 +66,7 @@ def to_dot(graph: Any) -> str:
             paths = leaf_paths(plan.specs[n])
             label = paths[leaf] if 0 <= leaf < len(paths) else ""
             look = {"label": label} if label else {}
-            if op.kind in (dialect.GRAD, dialect.BACKWARD, dialect.SET_GRAD):
+            if op.kind in (verbs.Grad.name, verbs.RunBackward.name, verbs.SetGrad.name):
                 look["style"] = "dashed"
             rows.append(f"  v{n} -> v{op.index}{_attributes(look)};")
     return "\n".join([*rows, "}", ""])
@@ -80,9 +80,11 @@ def _label(op: Any) -> str:
         )
     else:
         what = (
-            op.name.removeprefix("torch.") if op.kind in (dialect.CALL, dialect.APPLY) else op.code.partition(" = ")[2]
+            op.name.removeprefix("torch.")
+            if op.kind in (verbs.Call.name, verbs.Apply.name)
+            else op.code.partition(" = ")[2]
         )
-        what = what if op.kind in (dialect.CALL, dialect.APPLY, dialect.MODULE) else op.kind
+        what = what if op.kind in (verbs.Call.name, verbs.Apply.name, verbs.CallModule.name) else op.kind
     return what + (f"\n{short(op.line)}" if op.line else "")
 
 

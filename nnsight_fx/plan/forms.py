@@ -24,12 +24,12 @@ from transformers.utils.generic import ModelOutput
 from ..errors import PlanError
 from . import tree
 from .ambient import Ambient
-from .encode import Keep, Key
-from .plan import BACKWARD, BARRIER, CALL, GRAD, MODULE, READ, SAVE, SET_GRAD, SKIP, STOP, VISIT, WRITE
+from .keys import Container, Items, Keep, Key, Named, NumberSlot, Plain, SizeExpr, Span, TensorSlot, Value
+from .verbs import Barrier, Call, CallModule, Grad, Read, RunBackward, Save, SetGrad, Skip, StopRun, Visit, Write
 
 # The operations that a file has a form for; any other is refused when a plan or an edit is saved, and when it is loaded.
-EDIT_KINDS = frozenset({READ, WRITE, SKIP, CALL, MODULE, STOP, BARRIER})
-PLAN_KINDS = EDIT_KINDS | {VISIT, SAVE, GRAD, SET_GRAD, BACKWARD}
+EDIT_KINDS = frozenset({verb.name for verb in (Read, Write, Skip, Call, CallModule, StopRun, Barrier)})
+PLAN_KINDS = EDIT_KINDS | {verb.name for verb in (Visit, Save, Grad, SetGrad, RunBackward)}
 
 _LITERALS: dict[str, dict[str, Any]] = {
     "dtype": {str(x): x for x in vars(torch).values() if isinstance(x, torch.dtype)},
@@ -58,41 +58,39 @@ def argument(key: Key, operation: Callable[[int], int] = lambda n: n) -> Any:
     """
 
     def walk(key: Key) -> Any:
-        tag = key[0]
-        if tag == "v":
-            return {"v": [operation(key[1]), key[2]]}
-        if tag in ("c", "n"):
-            return {"c": key[1]}
-        if tag == "l":
+        if isinstance(key, Value):
+            return {"v": [operation(key.op), key.leaf]}
+        if isinstance(key, TensorSlot | NumberSlot):
+            return {"c": key.slot}
+        if isinstance(key, Plain):
             return _literal(key)
-        if tag == "t":
-            items = [walk(k) for k in key[2]]
-            return items if key[1] is list else {"t": items}
-        if tag == "d" and all(isinstance(k, str | int) for k in key[1]):
-            return {"d": [[k, walk(v)] for k, v in zip(key[1], key[2], strict=True)]}
-        if tag == "k":
-            return {"k": [walk(k) for k in key[1:]]}
-        if tag == "x" and _CONTAINERS.get(key[2].__name__) is key[2]:
-            return {"x": [[key[1], key[2].__name__, list(key[3])], [walk(k) for k in key[4]]]}
-        if tag == "s":
+        if isinstance(key, Items):
+            items = [walk(k) for k in key.items]
+            return items if key.cls is list else {"t": items}
+        if isinstance(key, Named) and all(isinstance(k, str | int) for k in key.names):
+            return {"d": [[k, walk(v)] for k, v in zip(key.names, key.items, strict=True)]}
+        if isinstance(key, Span):
+            return {"k": [walk(k) for k in key]}
+        if isinstance(key, Container) and _CONTAINERS.get(key.cls.__name__) is key.cls:
+            return {"x": [[key.kind, key.cls.__name__, list(key.names)], [walk(k) for k in key.items]]}
+        if isinstance(key, SizeExpr):
             raise Unnamed(
                 "it depends on a size that was not known yet. Give the prompts first (`tracer.batch`), or `pad_to=`"
             )
-        what = repr(key[1]) if tag == "o" else key[2].__name__ if tag == "x" else repr(key)
+        what = key.cls.__name__ if isinstance(key, Container) else repr(key)
         raise Unnamed(f"its argument {what} is an object, and a plan holds tensors and plain values only")
 
     return walk(key)
 
 
-def _literal(key: Key) -> Any:
-    _, cls, value = key
-    if cls is float:
-        return {"float": value}
-    if cls is torch.device:
-        return {"device": str(value)}
-    if cls is Keep:
-        return {"keep": value.index}
-    return value if cls in (int, bool, str, type(None)) else _LITERAL_OF[value]
+def _literal(key: Plain) -> Any:
+    if key.cls is float:
+        return {"float": key.held}
+    if key.cls is torch.device:
+        return {"device": str(key.value)}
+    if key.cls is Keep:
+        return {"keep": key.value.index}
+    return key.value if key.cls in (int, bool, str, type(None)) else _LITERAL_OF[key.value]
 
 
 def structure(spec: tree.Spec) -> Any:

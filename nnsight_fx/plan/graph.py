@@ -10,8 +10,9 @@ from typing import Any
 
 from ..lines import Line
 from . import differences, printing
-from .encode import Key
-from .plan import AT_SITE, InterventionGraph, Site
+from .keys import slots
+from .plan import InterventionGraph
+from .verbs import AtSite, Site
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class Graph:
         return tuple(
             RecordedOperation(
                 n,
-                op.kind,
+                op.verb.name,
                 printing.function_name(op),
-                op.target if op.kind in AT_SITE else None,
+                op.verb.site if isinstance(op.verb, AtSite) else None,
                 self.lines[n] if n < len(self.lines) else None,
                 op.invoke,
                 tuple(sorted({m for m, _ in self.plan.needs[n]})),
-                tuple(dict.fromkeys(_slots((op.args, op.kwargs, op.when)))),
+                tuple(dict.fromkeys(slots(op.args, op.kwargs, *op.when))),
                 printer.line(n),
             )
             for n, op in enumerate(self.plan.ops)
@@ -157,12 +158,3 @@ class Graph:
 
         writer = PlanWriter(self, names or {})
         files.write(path, files.PLAN, writer.document(), writer.tensors)
-
-
-def _slots(key: Key | Any) -> Iterator[int]:
-    if isinstance(key, tuple) and key:
-        if key[0] in ("c", "n"):
-            yield key[1]
-        elif key[0] not in ("v", "l", "s", "o"):
-            for item in key:
-                yield from _slots(item)

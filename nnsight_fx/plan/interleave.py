@@ -13,33 +13,31 @@ from typing import Any, NamedTuple
 import torch
 
 from . import tree
-from .encode import Keep, Key, decode
-from .plan import (
-    AT_SITE,
-    BACKWARD,
-    BARRIER,
-    EVERY,
-    GRAD,
-    LIVE,
-    OBJECT,
-    OBSERVE,
-    REACH,
-    READ,
-    SAVE,
-    SET_GRAD,
-    SKIP,
-    STOP,
-    SYNC,
-    VISIT,
-    WRITE,
-    InterventionGraph,
-    Observation,
-    Op,
-    Site,
-)
+from .keys import Keep, Outside, SizeExpr, Value, decode
+from .plan import InterventionGraph, Op
 from .skips import check_skip, in_force
-
-Value = tuple[int, int]  # (operation, leaf)
+from .verbs import (
+    EVERY,
+    AtSite,
+    Barrier,
+    Batched,
+    Grad,
+    Live,
+    Observation,
+    Observe,
+    Reach,
+    Read,
+    ReadObject,
+    RunBackward,
+    Save,
+    SetGrad,
+    Site,
+    Skip,
+    StopRun,
+    Sync,
+    Visit,
+    Write,
+)
 
 
 class Stopped(Exception):
@@ -59,7 +57,7 @@ class Firing(NamedTuple):
     own: bool = False  # are the leaves one invoke's rows, of a call that it makes itself
     whole: bool = False  # is its one leaf the value itself, where no spec is known
 
-    def batched(self, leaf: int, batched: tuple | None) -> bool | None:
+    def batched(self, leaf: int, batched: Batched | None) -> bool | None:
         """Does a leaf hold the rows of all invokes? `None`: its size tells."""
         return False if self.own else batched[leaf] if batched else None
 
@@ -67,7 +65,8 @@ class Firing(NamedTuple):
 class ValueKind:
     """What a value is in a pass over a plan: a tensor, a fake, a node of a graph."""
 
-    def constant(self, key: Key) -> Any:
+    def constant(self, key: Outside) -> Any:
+        """What a slot of the constants, or a size, stands for."""
         raise NotImplementedError
 
     def execute(self, n: int, op: Op) -> Any:
@@ -113,10 +112,11 @@ class Interleaver(ValueKind):
         self.work(firing)
         for n in self.plan.touches.get(firing.site, ()):
             # behind an operation that waits for a later site: what needs nothing of it is served now
-            if n not in self.done and self.ready(n) and self.plan.ops[n].kind in (READ, WRITE, OBJECT, REACH):
+            served = isinstance(self.plan.ops[n].verb, Read | Write | ReadObject | Reach)
+            if served and n not in self.done and self.ready(n):
                 self.perform(n, firing)
         for n in (*self.plan.touches.get(firing.site, ()), *self.plan.followed.get(firing.site[:2], ())):
-            if self.plan.ops[n].kind == OBSERVE:  # when everybody is done with the site
+            if isinstance(self.plan.ops[n].verb, Observe):  # when everybody is done with the site
                 self.perform(n, firing)
 
     def work(self, firing: Firing | None) -> None:
@@ -125,8 +125,8 @@ class Interleaver(ValueKind):
             while worker not in self.visiting and self.at[worker] < len(self.plan.workers[worker]):
                 n = self.plan.workers[worker][self.at[worker]]
                 if n not in self.done:
-                    op = self.plan.ops[n]
-                    if op.kind in AT_SITE and not self._here(op, firing):
+                    verb = self.plan.ops[n].verb
+                    if isinstance(verb, AtSite) and not self._here(verb, firing):
                         break
                     if self.ready(n):
                         self.perform(n, firing)
@@ -144,7 +144,7 @@ class Interleaver(ValueKind):
     def arrive(self, n: int, gradient: object) -> Any:
         """The gradient that operation `n` asked for, as the backward has it; returned as it shall be."""
         if (n, 0) in self.plan.users or not self.closed:
-            self.env[(n, 0)] = gradient
+            self.env[Value(n, 0)] = gradient
         self.flow()
         return self.replaced.pop(n, gradient)
 
@@ -152,16 +152,15 @@ class Interleaver(ValueKind):
         """Ask for a value's gradient: `arrive` when the backward has it."""
         raise NotImplementedError
 
-    def differentiate(self, n: int, op: Op) -> None:
+    def differentiate(self, n: int, op: Op, verb: RunBackward) -> None:
         """Run a backward."""
         raise NotImplementedError
 
     @staticmethod
-    def _here(op: Op, firing: Firing | None) -> bool:
-        if firing is None:
+    def _here(verb: AtSite, firing: Firing | None) -> bool:
+        if firing is None or isinstance(verb, Observe):
             return False
-        path, kind, call = op.target
-        return op.kind != OBSERVE and firing.site == ((path, "input", call) if op.kind == SKIP else op.target)
+        return firing.site == (verb.entrance if isinstance(verb, Skip) else verb.site)
 
     def has(self, value: Value) -> bool:
         return value in self.env
@@ -189,74 +188,77 @@ class Interleaver(ValueKind):
             self.done.add(n)
             self._release(n)
             return
-        if op.kind == READ:
-            assert firing is not None
-            batched, expected = op.extra or (None, None)
-            leaves = [self.rows(x, op.invoke, firing.batched(i, batched)) for i, x in enumerate(firing.leaves)]
-            if expected is not None:
-                self.check(n, leaves, expected, firing.spec)
-            for i, (base, own) in enumerate(zip(firing.leaves, leaves, strict=True)):
-                if base is not own and ((n, i) in self.plan.tapped or not self.closed):
-                    self.bases[(n, i)] = (base, op.invoke, firing.batched(i, batched))
-            self._keep(n, leaves, firing.spec)
-        elif op.kind == OBSERVE:
-            assert firing is not None
-            self._observe(n, op, firing)
-        elif op.kind == REACH:
-            if not self.live:
-                raise Cut
-            self.env[(n, 0)] = True
-        elif op.kind == OBJECT:
-            assert firing is not None
-            self.env[(n, 0)] = firing.leaves[op.extra] if op.extra < len(firing.leaves) else None
-        elif op.kind == WRITE:
-            self._write(op, firing)
-        elif op.kind == SKIP:
-            spec, batched = op.extra
-            self.skipped.setdefault(op.target, {})[op.invoke] = (
-                spec,
-                list(self.arguments(op)[0][0]),
-                batched,
-            )
-        elif op.kind == STOP:
-            self.stopping = True
-        elif op.kind == GRAD:
-            self.tap(n, op)
-        elif op.kind == SET_GRAD:
-            self.replaced[op.args[2][0][1]] = self.arguments(op)[0][1]
-        elif op.kind == BACKWARD:
-            self.differentiate(n, op)
-            self.flow()
-        elif op.kind == VISIT:
-            self._visit(n, op)
-        elif op.kind not in (SAVE, BARRIER):
-            if op.kind in LIVE and not self.live:
-                raise Cut
-            self._store(n, op, self.execute(n, op))
+        match op.verb:
+            case Read() as verb:
+                assert firing is not None
+                self._read(n, op, verb, firing)
+            case Write() as verb:
+                assert firing is not None
+                self._write(op, verb, firing)
+            case Skip(site, spec, batched):
+                self.skipped.setdefault(site, {})[op.invoke] = (spec, list(self.arguments(op)[0][0]), batched)
+            case Observe() as verb:
+                assert firing is not None
+                self._observe(n, op, verb, firing)
+            case ReadObject(_, leaf):
+                assert firing is not None
+                self.env[Value(n, 0)] = firing.leaves[leaf] if leaf < len(firing.leaves) else None
+            case Reach():
+                if not self.live:
+                    raise Cut
+                self.env[Value(n, 0)] = True
+            case StopRun():
+                self.stopping = True
+            case Grad():
+                self.tap(n, op)
+            case SetGrad():
+                gradient = op.first
+                assert isinstance(gradient, Value)
+                self.replaced[gradient.op] = self.arguments(op)[0][1]
+            case RunBackward() as verb:
+                self.differentiate(n, op, verb)
+                self.flow()
+            case Visit() as verb:
+                self._visit(n, op, verb)
+            case Save() | Barrier():
+                pass
+            case verb:
+                if isinstance(verb, Live) and not self.live:
+                    raise Cut
+                self._store(n, op, self.execute(n, op))
         self.done.add(n)
         self._release(n)
 
-    def _visit(self, n: int, op: Op) -> None:
+    def _read(self, n: int, op: Op, verb: Read, firing: Firing) -> None:
+        leaves = [self.rows(x, op.invoke, firing.batched(i, verb.batched)) for i, x in enumerate(firing.leaves)]
+        if verb.expected is not None:
+            self.check(n, leaves, verb.expected, firing.spec)
+        for i, (base, own) in enumerate(zip(firing.leaves, leaves, strict=True)):
+            if base is not own and ((n, i) in self.plan.tapped or not self.closed):
+                self.bases[Value(n, i)] = (base, op.invoke, firing.batched(i, verb.batched))
+        self._keep(n, leaves, firing.spec)
+
+    def _visit(self, n: int, op: Op, verb: Visit) -> None:
         """A module that an invoke calls passes a site, and the other invokes act there."""
         leaves = list(self.arguments(op)[0][0])
         groups = self.plan.groups.rows
         own = op.invoke < len(groups) and groups[op.invoke] is not None
         self.visiting.add(op.invoke)
         try:
-            self.fire(Firing(op.target, leaves, op.extra, own))
+            self.fire(Firing(verb.site, leaves, verb.spec, own))
         finally:
             self.visiting.discard(op.invoke)
-        self._keep(n, leaves, op.extra)
+        self._keep(n, leaves, verb.spec)
 
-    def _observe(self, n: int, op: Op, firing: Firing) -> None:
+    def _observe(self, n: int, op: Op, verb: Observe, firing: Firing) -> None:
         """Keep what everybody has made of a site, detached, moved and cast."""
-        batched, how = op.extra
         leaves = [
-            self.observed(self.rows(x, op.invoke, firing.batched(i, batched)), how) for i, x in enumerate(firing.leaves)
+            self.observed(self.rows(x, op.invoke, firing.batched(i, verb.batched)), verb.how)
+            for i, x in enumerate(firing.leaves)
         ]
-        if op.target[2] == EVERY:  # a list of all visits
-            before, (*kind, specs) = self.env.get((n, -1), ([], ("list", list, (), ())))
-            self.env[(n, -1)] = ([*before, *leaves], (*kind, (*specs, firing.spec)))
+        if verb.site[2] == EVERY:  # a list of all visits
+            before, (*kind, specs) = self.env.get(Value(n, -1), ([], ("list", list, (), ())))
+            self.env[Value(n, -1)] = ([*before, *leaves], (*kind, (*specs, firing.spec)))
         else:
             self._keep(n, leaves, firing.spec)
 
@@ -264,7 +266,7 @@ class Interleaver(ValueKind):
     closed = True  # is the plan whole? Not while a sync point may still add to it
 
     def _store(self, n: int, op: Op, result: object) -> None:
-        if op.kind == SYNC:
+        if isinstance(op.verb, Sync):
             return
         self._keep(n, *self.split(result))
 
@@ -272,39 +274,36 @@ class Interleaver(ValueKind):
         """Hold what a later operation uses, and nothing else."""
         for j, leaf in enumerate(leaves):
             if (n, j) in self.plan.users or not self.closed:
-                self.env[(n, j)] = leaf
+                self.env[Value(n, j)] = leaf
         if (n, -1) in self.plan.users:
-            self.env[(n, -1)] = (leaves, spec)
+            self.env[Value(n, -1)] = (leaves, spec)
 
     def split(self, result: object) -> tuple[list, tree.Spec]:
         return tree.flatten(result)
 
-    def _write(self, op: Op, firing: Firing | None) -> None:
-        assert firing is not None
-        spec, batched, fits = op.extra
+    def _write(self, op: Op, verb: Write, firing: Firing) -> None:
         new = list(self.arguments(op)[0][0])
-        if spec == firing.spec or (fits and firing.spec is None):  # captured code has the tensors alone
+        if verb.spec == firing.spec or (verb.fits and firing.spec is None):  # captured code has the tensors alone
             for i, value in enumerate(new):
                 if not (isinstance(value, Keep) and value.index == i):
                     value = firing.leaves[value.index] if isinstance(value, Keep) else value
-                    new_leaf = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, batched))
+                    new_leaf = self.put_rows(firing.leaves[i], value, op.invoke, firing.batched(i, verb.batched))
                     firing.leaves[i] = self.select(op, new_leaf, firing.leaves[i])
         else:
             old = list(firing.leaves)
             firing.leaves[:] = [
                 (old[v.index] if v.index < len(old) else None) if isinstance(v, Keep) else v for v in new
             ]
-            self.restructured[firing.site] = spec
+            self.restructured[firing.site] = verb.spec
 
-    def merged(self, op: Op, firing: Firing, new: list) -> list:
+    def merged(self, op: Op, verb: Write, firing: Firing, new: list) -> list:
         """A captured site's leaves, written with other metadata; of the same structure, the rows of other invokes stay."""
-        _, batched, _ = op.extra
         old = list(firing.leaves)
 
         def leaf(i: int, value: object) -> Any:
             if isinstance(value, Keep):
                 return old[value.index] if value.index < len(old) else None
-            return self.put_rows(old[i], value, op.invoke, firing.batched(i, batched)) if i < len(old) else value
+            return self.put_rows(old[i], value, op.invoke, firing.batched(i, verb.batched)) if i < len(old) else value
 
         firing.leaves[:] = [leaf(i, value) for i, value in enumerate(new)]
         if op.when:
@@ -318,11 +317,11 @@ class Interleaver(ValueKind):
     def arguments(self, op: Op) -> tuple[tuple, dict]:
         return decode(op.args, self.lookup), decode(op.kwargs, self.lookup)
 
-    def lookup(self, key: Key) -> Any:
-        if key[0] != "v":
+    def lookup(self, key: Value | Outside) -> Any:
+        if not isinstance(key, Value):
             return self.constant(key)
-        value = self.env[(key[1], key[2])]
-        return value if key[2] >= 0 else tree.unflatten(*value)
+        value = self.env[key]
+        return value if key.leaf >= 0 else tree.unflatten(*value)
 
     def release(self) -> None:
         """The values now belong to whoever saved them."""
@@ -347,9 +346,9 @@ class Interleaver(ValueKind):
 
     def never(self) -> None:
         """The forward is over: what was asked for by `REACH` has not come."""
-        for n, op in enumerate(self.plan.ops):
-            if op.kind == REACH and n not in self.done:
-                self.env[(n, 0)] = False
+        for n, _, _ in self.plan.of_kind(Reach):
+            if n not in self.done:
+                self.env[Value(n, 0)] = False
                 self.done.add(n)
 
     def unfinished(self) -> list[int]:
@@ -383,8 +382,9 @@ class TensorInterleaver(Interleaver):
         super().__init__(plan)
         self.constants = constants
 
-    def constant(self, key: Key) -> Any:
-        return self.constants[key[1]]
+    def constant(self, key: Outside) -> Any:
+        assert not isinstance(key, SizeExpr)  # a run and a scan know the sizes
+        return self.constants[key.slot]
 
     def observed(self, leaf: object, how: Observation) -> Any:
         return observed(leaf, how)

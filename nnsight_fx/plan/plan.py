@@ -1,4 +1,4 @@
-"""The interventions of a trace as data: plain torch calls and a small dialect, in the user's order.
+"""The interventions of a trace as data: plain torch calls and a few verbs, in the user's order.
 
 An `InterventionGraph` (the *plan*) is compared by structure: two recordings that differ only in lifted values, or in the
 lines they were written on, share one, and with it everything compiled for it.
@@ -7,66 +7,74 @@ lines they were written on, share one, and with it everything compiled for it.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from . import tree
-from .encode import Key, objects, references, sizeless
-
-Site = tuple[str, str, int]  # module path, "input" | "output" | "result", call index
-
-# The dialect: operations that are not torch calls. Everything else is `call`.
-READ, WRITE, SKIP, OBJECT, OBSERVE, STOP, SAVE, CALL, MODULE, APPLY, SYNC, BARRIER = (
-    *("read", "write", "skip", "object", "observe", "stop", "save", "call", "module", "apply", "sync", "barrier"),
+from .ambient import Ambient
+from .keys import Items, Key, Named, Recorded, TensorSlot, Value, objects, references, sizeless
+from .verbs import (
+    EVERY,
+    Apply,
+    AtSite,
+    Call,
+    Grad,
+    Observe,
+    Reach,
+    Read,
+    ReadObject,
+    RunBackward,
+    Save,
+    Site,
+    Skip,
+    StopRun,
+    Sync,
+    Verb,
+    Visit,
+    Write,
 )
-BACKWARD, GRAD, SET_GRAD = "backward", "grad", "set_grad"  # a gradient belongs to the backward that follows it
-VISIT = "visit"  # a module that the body calls passes a site
-REACH = "reach"  # does the run come by a site: data decides how often its module is called
-AT_SITE = {READ, WRITE, SKIP, OBJECT, OBSERVE, REACH}  # take effect at a site of their own
-EVERY = -1  # the call index of an observation of every call
-LIVE = {APPLY, SYNC}  # need real values and Python: nothing compiled can hold them
+
+V = TypeVar("V", bound=Verb)
 
 
 class Op(NamedTuple):
     """One recorded operation. Hashes and compares by structure."""
 
-    kind: str
+    verb: Verb
     invoke: int
-    target: Any  # a Site (read, write, skip), a module path (module), an Identity of a function (call)
-    args: Key
-    kwargs: Key
-    ambient: tuple | None  # grad mode, autocast ... where they differ from those the trace was opened under
-    effect: str  # "" pure, "inplace" changes an argument, "random" draws numbers
-    extra: Any = None  # write, skip: the spec of the written tree; read: which leaves hold the batch in their rows
-    when: tuple[Key, ...] = ()  # the values that must all be true for it to take effect: `tracer.cond`
+    args: Items
+    kwargs: Named
+    ambient: Ambient | None = None  # grad mode, autocast ... where they differ from those the trace was opened under
+    when: tuple[Recorded, ...] = ()  # the values that must all be true for it to take effect: `tracer.cond`
 
     @property
-    def needs(self) -> set[tuple[int, int]]:
+    def effect(self) -> str:
+        """`""` is pure; "inplace" changes something, "random" draws numbers, "gradient" waits for a backward."""
+        return self.verb.effect
+
+    @property
+    def needs(self) -> set[Value]:
         """The values that it uses."""
-        return references((self.args, self.kwargs, self.when))
+        return references(self.args, self.kwargs, *self.when)
+
+    @property
+    def first(self) -> Key:
+        """Its first argument."""
+        return self.args.items[0]
+
+    @property
+    def tree(self) -> tuple[Key, ...]:
+        """The leaves of the tree that a write, a skip or a visit gives to its site."""
+        assert isinstance(self.first, Items)
+        return self.first.items
 
     @property
     def retains(self) -> bool:
         """Is it `value.retain_grad()`?"""
-        return self.kind == APPLY and self.target.obj is torch.Tensor.retain_grad
-
-
-class Observation(NamedTuple):
-    """What an observation does to each tensor leaf: methods by name, with their keywords."""
-
-    steps: tuple[tuple[str, tuple], ...]
-
-    @property
-    def to(self) -> dict[str, Any]:
-        """Where values are moved, and what they are cast to."""
-        return dict(dict(self.steps).get("to", ()))
-
-    def leaves_gpu(self, x: torch.Tensor) -> bool:
-        """Is a value taken from a GPU into memory, where it can arrive while the model goes on?"""
-        device, plain = self.to.get("device"), "detach" in dict(self.steps) or not x.requires_grad
-        return x.is_cuda and device is not None and device.type == "cpu" and plain and x.layout is torch.strided
+        return isinstance(self.verb, Apply) and self.verb.retains
 
 
 class Groups(NamedTuple):
@@ -103,9 +111,16 @@ class InterventionGraph:
     def kin(self) -> InterventionGraph:
         """What all plans are alike in that differ from this one by the sizes of constants alone."""
         ops = tuple(
-            op._replace(args=sizeless(op.args), kwargs=sizeless(op.kwargs), when=sizeless(op.when)) for op in self.ops
+            op._replace(args=sizeless(op.args), kwargs=sizeless(op.kwargs), when=tuple(map(sizeless, op.when)))
+            for op in self.ops
         )
         return InterventionGraph.of(ops, self.groups, self.recapture, self.specs)
+
+    def of_kind(self, kind: type[V]) -> Iterator[tuple[int, Op, V]]:
+        """The operations of a kind: their numbers, themselves, and their verbs."""
+        for n, op in enumerate(self.ops):
+            if isinstance(op.verb, kind):
+                yield n, op, op.verb
 
     @cached_property
     def workers(self) -> list[list[int]]:
@@ -119,62 +134,64 @@ class InterventionGraph:
     def touches(self) -> dict[Site, list[int]]:
         """The operations that belong to each site."""
         found: dict[Site, list[int]] = {}
-        for n, op in enumerate(self.ops):
-            if op.kind in AT_SITE:
-                found.setdefault(op.target, []).append(n)
+        for n, _, verb in self.of_kind(AtSite):
+            found.setdefault(verb.site, []).append(n)
         return found
 
     @cached_property
     def visits(self) -> frozenset[Site]:
         """The sites of modules that the body calls: the model's own calls are counted around them."""
-        return frozenset(op.target for op in self.ops if op.kind == VISIT)
+        return frozenset(verb.site for _, _, verb in self.of_kind(Visit))
 
     @cached_property
     def observers(self) -> frozenset[int]:
         """The workers that only observe: what they do not get to is nothing that the run missed."""
-        return frozenset(op.invoke for op in self.ops if op.kind == OBSERVE)
+        return frozenset(op.invoke for _, op, _ in self.of_kind(Observe))
 
     @cached_property
     def followed(self) -> dict[tuple[str, str], list[int]]:
         """The observations of whatever a module does, as often as it is called."""
         found: dict[tuple[str, str], list[int]] = {}
-        for n, op in enumerate(self.ops):
-            if op.kind == OBSERVE and op.target[2] == EVERY:
-                found.setdefault(op.target[:2], []).append(n)
+        for n, _, verb in self.of_kind(Observe):
+            path, kind, call = verb.site
+            if call == EVERY:
+                found.setdefault((path, kind), []).append(n)
         return found
 
     @cached_property
     def watched(self) -> frozenset[tuple[str, str]]:
         """`(path, kind)` of every site that is read, written or skipped."""
-        return frozenset(
-            (path, "input" if self.ops[ns[0]].kind == SKIP else kind) for (path, kind, _), ns in self.touches.items()
-        )
+        found = set()
+        for (path, kind, _), ns in self.touches.items():
+            found.add((path, "input" if isinstance(self.ops[ns[0]].verb, Skip) else kind))
+        return frozenset(found)
 
     @cached_property
     def skips(self) -> dict[str, set[int]]:
         """The calls of each module that are skipped."""
         found: dict[str, set[int]] = {}
-        for op in self.ops:
-            if op.kind == SKIP:
-                found.setdefault(op.target[0], set()).add(op.target[2])
+        for _, _, verb in self.of_kind(Skip):
+            path, _, call = verb.site
+            found.setdefault(path, set()).add(call)
         return found
 
     @cached_property
     def syncs(self) -> list[int]:
         """The operations at which the body looks at a value."""
-        return [n for n, op in enumerate(self.ops) if op.kind == SYNC]
+        return [n for n, _, _ in self.of_kind(Sync)]
 
     @cached_property
     def stops(self) -> bool:
-        return any(op.kind == STOP for op in self.ops)
+        """Does it stop the model?"""
+        return any(self.of_kind(StopRun))
 
     @cached_property
     def chooses(self) -> bool:
         """Does a value decide whether the model skips a call or stops?"""
-        return any(op.when and op.kind in (SKIP, STOP) for op in self.ops)
+        return any(op.when and isinstance(op.verb, Skip | StopRun) for op in self.ops)
 
     @cached_property
-    def needs(self) -> list[set[tuple[int, int]]]:
+    def needs(self) -> list[set[Value]]:
         """The values that each operation uses."""
         return [op.needs for op in self.ops]
 
@@ -184,9 +201,9 @@ class InterventionGraph:
         found: dict[int, int] = {}
         waiting: list[int] = []
         for n, op in enumerate(self.ops):
-            if op.kind == GRAD:
+            if isinstance(op.verb, Grad):
                 waiting.append(n)
-            elif op.kind == BACKWARD:
+            elif isinstance(op.verb, RunBackward):
                 found.update(dict.fromkeys(waiting, n))
                 waiting = []
         return found | dict.fromkeys(waiting, len(self.ops))  # still to come
@@ -194,17 +211,19 @@ class InterventionGraph:
     @cached_property
     def backs(self) -> frozenset[int]:
         """The backward passes of the body."""
-        return frozenset(n for n, op in enumerate(self.ops) if op.kind == BACKWARD)
+        return frozenset(n for n, _, _ in self.of_kind(RunBackward))
 
     @cached_property
-    def tapped(self) -> frozenset[tuple[int, int]]:
+    def tapped(self) -> frozenset[Value]:
         """The values whose gradients are asked for."""
-        return frozenset(v for n, op in enumerate(self.ops) if op.kind == GRAD or op.retains for v in self.needs[n])
+        return frozenset(
+            v for n, op in enumerate(self.ops) if isinstance(op.verb, Grad) or op.retains for v in self.needs[n]
+        )
 
     @cached_property
     def holds_odd(self) -> bool:
         """Does an operation take an argument that no graph can hold?"""
-        held = [x for op in self.ops if op.kind == CALL for x in objects((op.args, op.kwargs))]
+        held = [x for _, op, _ in self.of_kind(Call) for x in objects(op.args, op.kwargs)]
         return any(isinstance(x, torch.ScriptObject) for x in held)
 
     @cached_property
@@ -213,14 +232,14 @@ class InterventionGraph:
         retained = [
             op for op in self.ops if op.retains and self.groups.rows[op.invoke : op.invoke + 1] not in ((), (None,))
         ]
-        return any(self.ops[n].kind == READ for op in retained for n, _ in op.needs)
+        return any(isinstance(self.ops[n].verb, Read) for op in retained for n, _ in op.needs)
 
     @cached_property
     def deferred(self) -> dict[int, int]:
         """The operations on gradients whose backward comes after them, and that backward: they run while it does."""
         found: dict[int, int] = {}
         for n, op in enumerate(self.ops):
-            if op.kind in (GRAD, BACKWARD):
+            if isinstance(op.verb, Grad | RunBackward):
                 continue
             bounds = [b for m, _ in self.needs[n] if (b := self.binds.get(m, found.get(m, -1))) > n]
             if bounds:
@@ -228,49 +247,52 @@ class InterventionGraph:
         return found
 
     @cached_property
-    def changed(self) -> frozenset[tuple[int, int]]:
+    def changing(self) -> list[Op]:
+        """The recorded calls that change something in place."""
+        return [op for _, op, verb in self.of_kind(Call) if verb.effect == "inplace"]
+
+    @cached_property
+    def changed(self) -> frozenset[Value]:
         """The values that a recorded call changes in place."""
-        calls = [op.args[2][0] for op in self.ops if op.kind == CALL and op.effect == "inplace" and op.args[2]]
-        return frozenset(key[1:3] for key in calls if key[0] == "v")
+        return frozenset(key for op in self.changing for key in op.args.items[:1] if isinstance(key, Value))
 
     @cached_property
     def changes_constants(self) -> bool:
         """Does a recorded call change a real tensor in place?"""
-        calls = (op.args[2] for op in self.ops if op.kind == CALL and op.effect == "inplace")
-        return any(args and args[0][0] == "c" for args in calls)
+        return any(isinstance(key, TensorSlot) for op in self.changing for key in op.args.items[:1])
 
     @cached_property
-    def users(self) -> dict[tuple[int, int], set[int]]:
+    def users(self) -> dict[Value, set[int]]:
         """The operations that use each value."""
-        found: dict[tuple[int, int], set[int]] = {}
+        found: dict[Value, set[int]] = {}
         for n, needed in enumerate(self.needs):
             for value in needed:
                 found.setdefault(value, set()).add(n)
         return found
 
     @cached_property
-    def saved(self) -> frozenset[tuple[int, int]]:
+    def saved(self) -> frozenset[Value]:
         """The values that leave the run."""
-        return frozenset(v for n, op in enumerate(self.ops) if op.kind in (SAVE, SYNC) for v in self.needs[n])
+        return frozenset(v for n, op in enumerate(self.ops) if isinstance(op.verb, Save | Sync) for v in self.needs[n])
 
     @cached_property
     def writes(self) -> bool:
         """Does a recorded call change something in place?"""
-        return any(op.kind == CALL and op.effect == "inplace" for op in self.ops)
+        return bool(self.changing)
 
     @cached_property
     def sees_objects(self) -> bool:
         """Does it read what only a live site has: objects, a `dict` of a class of its own, a structure that no scan could tell?"""
-        writes = [op for op in self.ops if op.kind in (WRITE, SKIP)]
-        return (
-            bool(self.followed)
-            or any(
-                (op.kind == READ and op.extra is None) or (op.kind == OBJECT and op.target[0]) or op.kind == REACH
-                for op in self.ops
-            )
-            or any(tree.holds(spec, ("mapping",)) for spec in (*self.specs, *(op.extra[0] for op in writes)))
-            or any(self.ops[n].kind == APPLY for op in writes for n, _ in op.needs)
-        )
+        if self.followed or any(self.of_kind(Reach)):
+            return True
+        if any(verb.live for _, _, verb in self.of_kind(Read)) or any(
+            verb.site[0] for _, _, verb in self.of_kind(ReadObject)
+        ):
+            return True
+        writes = [(op, op.verb.spec) for op in self.ops if isinstance(op.verb, Write | Skip)]
+        if any(tree.holds(spec, ("mapping",)) for spec in (*self.specs, *(spec for _, spec in writes))):
+            return True
+        return any(isinstance(self.ops[n].verb, Apply) for op, _ in writes for n, _ in op.needs)
 
 
 def fx_target(func: Any) -> tuple[str, Any, tuple]:
@@ -289,9 +311,3 @@ def fx_target(func: Any) -> tuple[str, Any, tuple]:
     if getattr(torch.Tensor, name, None) is func:
         return "call_method", name, ()
     return "call_function", func, ()
-
-
-def name_of_site(site: Site) -> str:
-    """A site as it is written in an error: `layers.3.output (call 1)`."""
-    path, kind, call = site
-    return ".".join(p for p in (path, kind) if p) + (f" (call {call})" if call else "")

@@ -17,26 +17,27 @@ import torch
 
 from ..lines import Line
 from . import tree
-from .encode import Identity, Key
+from .keys import NOTHING, Container, Items, Keep, Key, Named, NumberSlot, Plain, SizeExpr, Span, TensorSlot, Value
 from .operators import name_of_operator
-from .plan import (
-    APPLY,
-    BACKWARD,
-    BARRIER,
-    CALL,
-    GRAD,
-    MODULE,
-    OBJECT,
-    REACH,
-    READ,
-    SAVE,
-    SET_GRAD,
-    SKIP,
-    STOP,
-    SYNC,
-    WRITE,
-    InterventionGraph,
-    Op,
+from .plan import InterventionGraph, Op
+from .verbs import (
+    Apply,
+    AtSite,
+    Barrier,
+    Call,
+    CallModule,
+    Grad,
+    Reach,
+    Read,
+    ReadObject,
+    RunBackward,
+    Save,
+    SetGrad,
+    Skip,
+    StopRun,
+    Sync,
+    Visit,
+    Write,
 )
 
 _OPERATORS = {
@@ -82,41 +83,40 @@ class Printer:
 
     def show(self, key: Key) -> str:
         """An argument."""
-        tag = key[0]
-        if tag == "v":
-            return self.value(key[1], key[2])
-        if tag in ("c", "n"):
-            return self.constant(key[1])
-        if tag == "l":
-            return repr(float.fromhex(key[2])) if key[1] is float else "..." if key[2] is Ellipsis else repr(key[2])
-        if tag == "t":
-            items = ", ".join(map(self.show, key[2]))
-            return f"[{items}]" if key[1] is list else f"({items}{',' if len(key[2]) == 1 else ''})"
-        if tag == "d":
-            return "{" + ", ".join(f"{k!r}: {self.show(v)}" for k, v in zip(key[1], key[2], strict=True)) + "}"
-        if tag == "k":
-            return f"slice({', '.join(map(self.show, key[1:]))})"
-        if tag == "x":
-            return f"{key[2].__name__}({', '.join(map(self.show, key[4]))})"
-        return str(key[1])
+        if isinstance(key, Value):
+            return self.value(key.op, key.leaf)
+        if isinstance(key, TensorSlot | NumberSlot):
+            return self.constant(key.slot)
+        if isinstance(key, Plain):
+            return "..." if key.value is Ellipsis else repr(key.value)
+        if isinstance(key, Items):
+            items = ", ".join(map(self.show, key.items))
+            return f"[{items}]" if key.cls is list else f"({items}{',' if len(key.items) == 1 else ''})"
+        if isinstance(key, Named):
+            return "{" + ", ".join(f"{k!r}: {self.show(v)}" for k, v in zip(key.names, key.items, strict=True)) + "}"
+        if isinstance(key, Span):
+            return f"slice({', '.join(map(self.show, key))})"
+        if isinstance(key, Container):
+            return f"{key.cls.__name__}({', '.join(map(self.show, key.items))})"
+        return str(key.expr if isinstance(key, SizeExpr) else key)
 
     def index(self, key: Key) -> str:
         """What stands between brackets."""
-        if key[0] == "t" and key[1] is tuple and key[2]:
-            return ", ".join(map(self.index, key[2]))
-        if key[0] == "k":
-            start, stop, step = ("" if k[0] == "l" and k[2] is None else self.show(k) for k in key[1:])
+        if isinstance(key, Items) and key.cls is tuple and key.items:
+            return ", ".join(map(self.index, key.items))
+        if isinstance(key, Span):
+            start, stop, step = ("" if k == NOTHING else self.show(k) for k in key)
             return f"{start}:{stop}" + (f":{step}" if step else "")
         return self.show(key)
 
-    def written(self, op: Op) -> str:
+    def written(self, op: Op, whole: tree.Spec) -> str:
         """The tree that a write or a skip gives to its site."""
-        leaves = iter(op.args[2][0][2])
+        leaves = iter(op.tree)
 
         def build(spec: tree.Spec) -> str:
             if spec is None:
                 key = next(leaves)
-                return "..." if key[0] == "l" and type(key[2]).__name__ == "Keep" else self.show(key)
+                return "..." if isinstance(key, Plain) and key.cls is Keep else self.show(key)
             kind, cls, keys, children = spec
             parts = [build(child) for child in children]
             if kind == "list":
@@ -128,46 +128,49 @@ class Printer:
                 return "{" + ", ".join(f"{k!r}: {p}" for k, p in named) + "}"
             return f"{cls.__name__}({', '.join(f'{k}={p}' for k, p in named) if keys else ', '.join(parts)})"
 
-        return build(op.extra[0])
+        return build(whole)
 
     def expression(self, n: int, op: Op) -> tuple[str, bool]:
         """The code of an operation, and whether it makes a value."""
-        args, first = op.args[2], self.show(op.args[2][0]) if op.args[2] else ""
-        if op.kind in (READ, OBJECT):
-            return site_name(op.target), True
-        if op.kind == REACH:
-            return f"reaches({site_name(op.target)})", True
-        if op.kind == WRITE:
-            return f"{site_name(op.target)} = {self.written(op)}", False
-        if op.kind == SKIP:
-            return f"{module_name(op.target[0])}.skip({self.written(op)})", False
-        if op.kind == SAVE:
-            return f"{first}.save()", False
-        if op.kind == SYNC:
-            return f"look_at({first})", False
-        if op.kind in (STOP, BARRIER):
-            return f"tracer.{op.kind}()", False
-        if op.kind == GRAD:
-            return f"{first}.grad", True
-        if op.kind == SET_GRAD:
-            of = args[0]
-            owner = self.plan.ops[of[1]].args[2][0] if of[0] == "v" and self.plan.ops[of[1]].kind == GRAD else of
-            return f"{self.show(owner)}.grad = {self.show(args[1])}", False
-        if op.kind == BACKWARD:
-            rest = self._arguments(op, 1)
-            return (f"torch.autograd.grad({first}, {rest})" if op.extra else f"{first}.backward({rest})"), False
-        if op.kind == MODULE:
-            return f"{module_name(op.target)}({self._arguments(op)})", True
-        if op.kind == APPLY:
-            return f"tracer.apply({function_name(op)}, {self._arguments(op)})", True
-        return self._call(op)
+        first = self.show(op.first) if op.args.items else ""
+        match op.verb:
+            case Read(site) | ReadObject(site):
+                return site_name(site), True
+            case Reach(site):
+                return f"reaches({site_name(site)})", True
+            case Write(site, spec):
+                return f"{site_name(site)} = {self.written(op, spec)}", False
+            case Skip((path, _, _), spec):
+                return f"{module_name(path)}.skip({self.written(op, spec)})", False
+            case Save():
+                return f"{first}.save()", False
+            case Sync():
+                return f"look_at({first})", False
+            case StopRun() | Barrier() as verb:
+                return f"tracer.{verb.name}()", False
+            case Grad():
+                return f"{first}.grad", True
+            case SetGrad():
+                of, new = op.args.items
+                asked = self.plan.ops[of.op] if isinstance(of, Value) else None
+                owner = asked.first if asked is not None and isinstance(asked.verb, Grad) else of
+                return f"{self.show(owner)}.grad = {self.show(new)}", False
+            case RunBackward(returns):
+                rest = self._arguments(op, 1)
+                return (f"torch.autograd.grad({first}, {rest})" if returns else f"{first}.backward({rest})"), False
+            case CallModule(path):
+                return f"{module_name(path)}({self._arguments(op)})", True
+            case Apply():
+                return f"tracer.apply({function_name(op)}, {self._arguments(op)})", True
+            case _:
+                return self._call(op)
 
     def _arguments(self, op: Op, skip: int = 0) -> str:
-        named = zip(op.kwargs[1], op.kwargs[2], strict=True)
-        return ", ".join([*map(self.show, op.args[2][skip:]), *(f"{k}={self.show(v)}" for k, v in named)])
+        named = zip(op.kwargs.names, op.kwargs.items, strict=True)
+        return ", ".join([*map(self.show, op.args.items[skip:]), *(f"{k}={self.show(v)}" for k, v in named)])
 
     def _call(self, op: Op) -> tuple[str, bool]:
-        name, args = function_name(op), op.args[2]
+        name, args = function_name(op), op.args.items
         if not name.startswith("torch.Tensor."):
             return f"{name}({self._arguments(op)})", True
         first, method = self.show(args[0]), name.removeprefix("torch.Tensor.")
@@ -178,7 +181,7 @@ class Printer:
         if method == "__setitem__":
             return f"{first}[{self.index(args[1])}] = {self.show(args[2])}", False
         bare = method.strip("_")
-        if method.startswith("__") and len(args) == 2 and not op.kwargs[1]:
+        if method.startswith("__") and len(args) == 2 and not op.kwargs.names:
             second = self.show(args[1])
             if bare in _OPERATORS:
                 return f"{first} {_OPERATORS[bare]} {second}", True
@@ -198,9 +201,9 @@ class Printer:
 
 def function_name(op: Op) -> str:
     """The qualified name of the function that an operation calls."""
-    if op.kind not in (CALL, APPLY) or not isinstance(op.target, Identity):
-        return op.kind
-    found = op.target.obj
+    if not isinstance(op.verb, Call | Apply):
+        return op.verb.name
+    found = op.verb.fn.obj
     name = getattr(found, "__qualname__", None) or type(found).__name__
     return name_of_operator(found) or f"{getattr(found, '__module__', '') or 'builtins'}.{name}"
 
@@ -217,10 +220,10 @@ def code(plan: InterventionGraph, lines: Sequence[Line], constants: Sequence[Any
             invoke = op.invoke
             rows.append((f"# invoke {invoke}", ""))
         notes = [short(lines[n])] if n < len(lines) else []
-        if isinstance(op.target, tuple) and op.target[2]:
-            notes.append(f"call {op.target[2]}")
+        if isinstance(op.verb, AtSite | Visit) and op.verb.site[2]:
+            notes.append(f"call {op.verb.site[2]}")
         if op.ambient is not None:
-            notes.append("grad" if op.ambient[0] else "no grad")
+            notes.append("grad" if op.ambient.grad else "no grad")
         rows.append((printer.line(n), ", ".join(notes)))
     width = min(max((len(text) for text, note in rows if note), default=0), 72)
     return "\n".join(f"{text:<{width}}  # {note}" if note else text for text, note in rows)

@@ -10,12 +10,13 @@ import torch
 from ..errors import SkipError
 from ..lines import Line
 from . import tree
-from .plan import SKIP, InterventionGraph, Site
+from .plan import InterventionGraph
+from .verbs import Site, Skip
 
 
 def skip_of(plan: InterventionGraph, at: Site, invoke: int) -> int:
     """The operation by which an invoke skips a call."""
-    return next(n for n in plan.touches[at] if plan.ops[n].kind == SKIP and plan.ops[n].invoke == invoke)
+    return next(n for n in plan.touches[at] if isinstance(plan.ops[n].verb, Skip) and plan.ops[n].invoke == invoke)
 
 
 def check_skips(plan: InterventionGraph, lines: Sequence[Line]) -> None:
@@ -23,7 +24,7 @@ def check_skips(plan: InterventionGraph, lines: Sequence[Line]) -> None:
     for path, calls in plan.skips.items():
         for call in calls:
             at = (path, "output", call)
-            check_skip(plan, at, {op.invoke for op in plan.ops if op.kind == SKIP and op.target == at}, lines)
+            check_skip(plan, at, {op.invoke for _, op, verb in plan.of_kind(Skip) if verb.site == at}, lines)
 
 
 def check_skip(plan: InterventionGraph, at: Site, invokes: Collection[int], lines: Sequence[Line]) -> None:
@@ -31,7 +32,9 @@ def check_skip(plan: InterventionGraph, at: Site, invokes: Collection[int], line
     groups = plan.groups
     if not {groups.rows[i] for i in invokes} < groups.inputs:
         return
-    written = ", ".join(str(lines[n]) for n in plan.touches[at] if plan.ops[n].kind == SKIP and n < len(lines))
+    written = ", ".join(
+        str(lines[n]) for n in plan.touches[at] if isinstance(plan.ops[n].verb, Skip) and n < len(lines)
+    )
     raise SkipError(
         f"`{at[0]}` is skipped in {len(invokes)} of {len(groups.inputs)} invokes ({written}); "
         "one forward cannot both run and skip a module. Skip it in every invoke, or use two traces."

@@ -11,28 +11,27 @@ import torch
 from ..errors import PlanError
 from ..lines import Line, user_line
 from . import tree
-from .encode import Key
 from .forms import EDIT_KINDS, PLAN_KINDS, Unnamed, argument, modes, shapes, structure
+from .keys import TensorSlot, Value, leaves
 from .operators import name_of_operator
-from .plan import (
-    APPLY,
-    BACKWARD,
-    CALL,
-    GRAD,
-    MODULE,
-    OBJECT,
-    OBSERVE,
-    REACH,
-    READ,
-    SAVE,
-    SKIP,
-    SYNC,
-    VISIT,
-    WRITE,
-    InterventionGraph,
-    Op,
-)
+from .plan import InterventionGraph, Op
 from .printing import leaf_paths, short
+from .verbs import (
+    AtSite,
+    Call,
+    CallModule,
+    Grad,
+    Live,
+    Observe,
+    Reach,
+    Read,
+    ReadObject,
+    RunBackward,
+    Save,
+    Skip,
+    Visit,
+    Write,
+)
 
 
 @dataclass
@@ -77,16 +76,15 @@ class Writer:
     def code(self, n: int) -> str:
         raise NotImplementedError
 
-    def function(self, n: int, op: Op) -> str:
+    def function(self, n: int, op: Op, verb: Call) -> str:
         """The name of what a call calls."""
-        name = name_of_operator(op.target.obj)
+        name = name_of_operator(verb.fn.obj)
         if name is None:
             raise self.refuse(
                 n,
-                f"`{op.target!r}` is not one of torch's own operations (a custom autograd function, say), and a plan holds no code",
+                f"`{verb.fn!r}` is not one of torch's own operations (a custom autograd function, say), and a plan holds no code",
             )
-        first = op.args[2][0] if op.args[2] else None
-        if op.effect == "inplace" and first is not None and first[0] == "c":
+        if verb.effect == "inplace" and any(isinstance(first, TensorSlot) for first in op.args.items[:1]):
             raise self.refuse(
                 n,
                 "it changes a tensor of yours in place, whose first value is gone. Work on a copy: `(x + 0).add_(...)`",
@@ -95,16 +93,16 @@ class Writer:
 
     def operation(self, n: int, op: Op) -> dict:
         """What every operation has."""
-        target: Any = self.function(n, op) if op.kind == CALL else op.target
-        made: dict = {"kind": op.kind, "line": short(self.lines[n])}
+        target = self.function(n, op, op.verb) if isinstance(op.verb, Call) else op.verb.subject
+        made: dict = {"kind": op.verb.name, "line": short(self.lines[n])}
         if target is not None:
             made["target"] = list(target) if isinstance(target, tuple) else target
         if op.ambient is not None:
             made["ambient"] = modes(op.ambient)
-        made["args"] = [self.named(n, argument, k, self._number) for k in op.args[2]]
-        if op.kwargs[1]:
-            values = [self.named(n, argument, k, self._number) for k in op.kwargs[2]]
-            made["kwargs"] = dict(zip(op.kwargs[1], values, strict=True))
+        made["args"] = [self.named(n, argument, k, self._number) for k in op.args.items]
+        if op.kwargs.names:
+            values = [self.named(n, argument, k, self._number) for k in op.kwargs.items]
+            made["kwargs"] = dict(zip(op.kwargs.names, values, strict=True))
         if op.when:
             made["when"] = [self.named(n, argument, k, self._number) for k in op.when]
         self.numbers[n] = len(self.numbers)
@@ -204,24 +202,26 @@ class PlanWriter(Writer):
         }
 
     def operation(self, n: int, op: Op) -> dict:
-        if op.kind in (APPLY, SYNC):
+        verb = op.verb
+        if isinstance(verb, Live):
             raise self.refuse(
                 n, "it runs Python on real values, and a plan holds no code. Write it in torch operations"
             )
-        if op.kind in (OBJECT, OBSERVE, REACH) or (op.kind == READ and op.extra is None):
+        if isinstance(verb, ReadObject | Observe | Reach) or (isinstance(verb, Read) and verb.live):
             raise self.refuse(n, "it reads an object, or a structure that only the run knows")
-        if op.kind not in PLAN_KINDS:
-            raise self.refuse(n, f"a file has no form for a `{op.kind}` yet")
+        if verb.name not in PLAN_KINDS:
+            raise self.refuse(n, f"a file has no form for a `{verb.name}` yet")
         made = super().operation(n, op)
-        if op.kind == READ:
+        if isinstance(verb, Read):
             made["found"] = self.recording.sites[n]
-        elif op.kind in (WRITE, SKIP):
-            fits = op.kind == WRITE and op.extra[2]
-            made["tree"] = "same" if fits else self.named(n, structure, op.extra[0])
-        elif op.kind == VISIT:
-            made["tree"] = self.named(n, structure, op.extra)
-        elif op.kind in (GRAD, BACKWARD):
-            made["extra"] = bool(op.extra)
+        elif isinstance(verb, Write) and verb.fits:
+            made["tree"] = "same"
+        elif isinstance(verb, Write | Skip | Visit):
+            made["tree"] = self.named(n, structure, verb.spec)
+        elif isinstance(verb, Grad):
+            made["extra"] = verb.creating
+        elif isinstance(verb, RunBackward):
+            made["extra"] = verb.returns
         return made
 
     def _constant(self, slot: int, value: object) -> dict:
@@ -237,23 +237,24 @@ class PlanWriter(Writer):
 
     def saved(self, caching: set[int]) -> list[list]:
         """`[name, op, leaf]` of each saved value, in order."""
-        keys = [k for op in self.plan.ops if op.kind == SAVE and op.invoke not in caching for k in op.args[2]]
+        saves = [op for _, op, _ in self.plan.of_kind(Save) if op.invoke not in caching]
+        keys = [k for op in saves for k in op.args.items if isinstance(k, Value)]
         given = {key: self.names[i] for i, key in self.recording.slots.items() if i in self.names}
         found: list[list] = []
         for i, key in enumerate(keys):
             name = given.get(key) or self._site_name(key) or f"saved_{i}"
             if any(name == other[0] for other in found):
                 name = f"saved_{i}"
-            found.append([name, self._number(key[1]), key[2]])
+            found.append([name, self._number(key.op), key.leaf])
         return found
 
-    def _site_name(self, key: Key) -> str | None:
-        op = self.plan.ops[key[1]]
-        if op.kind != READ:
+    def _site_name(self, key: Value) -> str | None:
+        verb = self.plan.ops[key.op].verb
+        if not isinstance(verb, Read):
             return None
-        path, kind, call = op.target
+        path, kind, call = verb.site
         where = ".".join(p for p in (path, kind) if p) + (f"@{call}" if call else "")
-        return where + leaf_paths(self.plan.specs[key[1]])[key[2]]
+        return where + leaf_paths(self.plan.specs[key.op])[key.leaf]
 
     def input(self, given: object) -> Any:
         """The shapes of an input, or `False` when it holds objects."""
@@ -269,15 +270,18 @@ class EditWriter(Writer):
         self.draft = draft
 
     def code(self, n: int) -> str:
-        return self.draft.describe(("v", n, -1))
+        return self.draft.describe(Value(n, -1))
 
-    def function(self, n: int, op: Op) -> str:
-        attribute = op.target.obj in (getattr, setattr) and op.args[2][0][0] == "v"
-        return op.target.obj.__name__ if attribute else super().function(n, op)
+    def function(self, n: int, op: Op, verb: Call) -> str:
+        attribute = verb.fn.obj in (getattr, setattr) and isinstance(op.first, Value)
+        return verb.fn.obj.__name__ if attribute else super().function(n, op, verb)
 
     def document(self) -> dict:
         users = {
-            slot: n for n, op in reversed(list(enumerate(self.draft.ops))) for slot in _slots((op.args, op.kwargs))
+            key.slot: n
+            for n, op in reversed(list(enumerate(self.draft.ops)))
+            for key in leaves(op.args, op.kwargs)
+            if isinstance(key, TensorSlot)
         }
         return {
             "operations": [self.operation(n, op) for n, op in enumerate(self.draft.ops)],
@@ -288,24 +292,19 @@ class EditWriter(Writer):
         }
 
     def operation(self, n: int, op: Op) -> dict:
-        if op.kind not in EDIT_KINDS:
-            raise self.refuse(n, f"a file has no form for a `{op.kind}` yet")
+        verb = op.verb
+        if verb.name not in EDIT_KINDS:
+            raise self.refuse(n, f"a file has no form for a `{verb.name}` yet")
         made = super().operation(n, op)
         if self.draft.turns[n] is not None:
             made["turn"] = list(self.draft.turns[n])
-        if op.kind == MODULE:
-            made["hook"] = op.extra is not None
-        elif op.kind in (READ, WRITE):
-            made["first"] = op.extra is not None
-        if op.kind in (READ, WRITE, SKIP) and f".{op.target[0]}".count(".source.") > 1:
+        if isinstance(verb, CallModule):
+            made["hook"] = verb.instance is not None
+        elif isinstance(verb, Read | Write):
+            made["first"] = verb.first
+        if isinstance(verb, AtSite) and f".{verb.site[0]}".count(".source.") > 1:
             raise self.refuse(n, "it looks into a function that an operation calls, which is known only in a trace")
         return made
-
-
-def _slots(key: object) -> set[int]:
-    if not isinstance(key, tuple) or not key or key[0] in ("v", "n", "l", "s", "o"):
-        return set()
-    return {key[1]} if key[0] == "c" else set().union(*map(_slots, key))
 
 
 def _parts(name: str, value: object) -> dict[int, str]:

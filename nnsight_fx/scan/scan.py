@@ -23,9 +23,9 @@ from ..compat.modes import TorchDispatchMode
 from ..compat.modules import library_of
 from ..plan import tree
 from ..plan.interleave import Firing, Stopped, TensorInterleaver
-from ..plan.plan import Site
 from ..plan.skips import gather
 from ..plan.tree import PLAIN
+from ..plan.verbs import Site
 from ..tracing.steps import Missing, Opaque, SiteMeta
 
 

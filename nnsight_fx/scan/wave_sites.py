@@ -17,7 +17,8 @@ from ..compat.symbols import (
 from ..lines import BELOW
 from ..plan.ambient import under
 from ..plan.interleave import TensorInterleaver
-from ..plan.plan import MODULE, SKIP, STOP, Groups, InterventionGraph, Op, Site
+from ..plan.plan import Groups, InterventionGraph, Op
+from ..plan.verbs import Call, CallModule, Grad, RunBackward, Site, Skip, StopRun
 from ..tracing.steps import Missing, SiteMeta
 from ..tracing.tape import Tape
 from .scan import Scan
@@ -131,7 +132,7 @@ class WaveSites:
         plan = plan or tape.plan(Groups((), 0))
         plan = InterventionGraph.of(plan.ops, Groups((None,) * len(plan.workers), 0), plan.recapture, plan.specs)
         constants = [
-            tape.operands.fake_of(("c", i)) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)
+            tape.operands.fake_at(i) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)
         ]
         constants += [faked(self.scanner.fakes, x) for x in values]
         interleaver = FakeInterleaver(plan, constants, self)
@@ -201,24 +202,26 @@ class FakeInterleaver(TensorInterleaver):
 
     def holds(self, op: Op) -> bool:
         """Fakes cannot tell, and what a conditional operation changes keeps its metadata; a skip or stop may not come."""
-        return op.kind not in (SKIP, STOP)
+        return not isinstance(op.verb, Skip | StopRun)
 
     def select(self, op: Op, new: Any, old: Any) -> Any:
         return torch.where(self.lookup(op.when[-1]), new, old) if op.when else new
 
     def tap(self, n: int, op: Op) -> None:
-        value = self.lookup(op.args[2][0])
-        self.arrive(n, torch.empty(value.shape, dtype=value.dtype, device=value.device, requires_grad=op.extra))
+        (value,), _ = self.arguments(op)
+        creating = isinstance(op.verb, Grad) and op.verb.creating
+        self.arrive(n, torch.empty(value.shape, dtype=value.dtype, device=value.device, requires_grad=creating))
 
-    def differentiate(self, n: int, op: Op) -> None:
+    def differentiate(self, n: int, op: Op, verb: RunBackward) -> None:
         """Fakes have no graph to go back through; their gradients were there at once."""
 
     def execute(self, n: int, op: Op) -> Any:
-        if op.kind not in ("call", MODULE):
+        verb = op.verb
+        if not isinstance(verb, Call | CallModule):
             return None
         args, kwargs = self.arguments(op)
-        fn = self.sites.module(op.target) if op.kind == MODULE else op.target.obj
-        self.calling = op.kind == MODULE
+        fn = self.sites.module(verb.path) if isinstance(verb, CallModule) else verb.fn.obj
+        self.calling = isinstance(verb, CallModule)
         try:
             with under(op.ambient):
                 return fn(*args, **kwargs)

@@ -11,13 +11,13 @@ from ..envoys.envoy import host_of
 from ..errors import PlanError
 from ..lines import user_line
 from ..plan import files
-from ..plan.encode import Identity
 from ..plan.forms import EDIT_KINDS, ambient_of
+from ..plan.keys import Identity
 from ..plan.names import effect_of
 from ..plan.operators import table
-from ..plan.plan import CALL, MODULE, READ, SKIP, WRITE
+from ..plan.verbs import Barrier, Call, CallModule, Read, Skip, StopRun, Verb, Write
 from ..plan.writing import EditWriter
-from ..tracing.draft import FIRST, Draft, Turn
+from ..tracing.draft import Draft, Turn
 from .file import Stored, arguments, line_of, undamaged
 
 FOLDER = "~/.cache/nnsight_fx/edits"
@@ -68,22 +68,28 @@ def _draft(stored: Stored) -> Draft:
     draft, values = Draft(), []
     for op in stored.operations:
         args, kwargs = arguments(op, lambda n, leaf: values[n], stored.constant)
-        kind: str = op["kind"]
-        target: Any = op.get("target")
-        extra: Any = None
-        effect = {CALL: "", MODULE: "random", READ: ""}.get(kind, "inplace")
-        if kind == CALL:
-            effect = "inplace" if target == "setattr" else effect_of(target.rpartition(".")[2], kwargs, tuple(args))
-            target = Identity(stored.functions[target])
-        elif kind in (READ, WRITE):
-            target, extra = tuple(target), FIRST if op["first"] else None
-        elif kind == SKIP:
-            target = tuple(target)
-        elif kind == MODULE and op["hook"]:
-            extra = Identity(stored.model._module.get_submodule(target))
         draft.turn = Turn(*op["turn"]) if "turn" in op else None
-        values.append(draft.add(kind, target, tuple(args), kwargs, effect=effect, extra=extra))
+        values.append(draft.add(_verb(stored, op, args, kwargs), tuple(args), kwargs))
         draft.ops[-1] = draft.ops[-1]._replace(ambient=ambient_of(op.get("ambient")))
         draft.lines[-1] = line_of(op)
     draft.open = False
     return draft
+
+
+def _verb(stored: Stored, op: dict, args: list, kwargs: dict) -> Verb:
+    """What an operation of a file does."""
+    kind: str = op["kind"]
+    target: Any = op.get("target")
+    if kind == Call.name:
+        changes = target == "setattr"
+        effect = "inplace" if changes else effect_of(target.rpartition(".")[2], kwargs, tuple(args))
+        return Call(Identity(stored.functions[target]), effect)
+    if kind == Read.name:
+        return Read(tuple(target), first=op["first"])
+    if kind == Write.name:
+        return Write(tuple(target), first=op["first"])
+    if kind == Skip.name:
+        return Skip(tuple(target))
+    if kind == CallModule.name:
+        return CallModule(target, Identity(stored.model._module.get_submodule(target)) if op["hook"] else None)
+    return StopRun() if kind == StopRun.name else Barrier()

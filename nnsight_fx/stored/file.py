@@ -13,7 +13,7 @@ from ..errors import NNsightFXError, PlanError, nearest
 from ..lines import Line
 from ..plan.forms import decode
 from ..plan.names import effect_of
-from ..plan.plan import CALL, MODULE, READ, SKIP, VISIT, WRITE
+from ..plan.verbs import Call, CallModule, Read, Skip, Visit, Write
 
 
 class Stored:
@@ -68,8 +68,8 @@ class Stored:
         target: Any = op.get("target")
         if kind not in kinds:
             raise PlanError(f"`{self.path}`: operation {n} is a `{kind}`, which this version does not have.")
-        if kind in (READ, WRITE, SKIP, VISIT, MODULE):
-            self.known_module(target if kind == MODULE else target[0], op["line"])
+        if kind in (Read.name, Write.name, Skip.name, Visit.name, CallModule.name):
+            self.known_module(target if kind == CallModule.name else target[0], op["line"])
 
         def value(m: int, leaf: int) -> None:
             if not (0 <= m < n and leaf >= -1):
@@ -78,7 +78,7 @@ class Stored:
         args = decode(list(op["args"]), value, self.constant)
         kwargs = op.get("kwargs", {})
         decode([*kwargs.values(), *op.get("when", ())], value, self.constant)
-        if kind != CALL:
+        if kind != Call.name:
             return
         if target not in self.functions:
             raise PlanError(

@@ -13,9 +13,9 @@ from ..errors import PlanError
 from ..plan import tree
 from ..plan.ambient import under
 from ..plan.forms import ambient_of, decode, spec_of
-from ..plan.plan import BACKWARD, CALL, GRAD, MODULE, READ, SAVE, SET_GRAD, SKIP, STOP, VISIT, WRITE, Site
+from ..plan.verbs import Call, CallModule, Grad, Read, RunBackward, Save, SetGrad, Site, Skip, StopRun, Visit, Write
 from ..tracing.recorder import Recorder
-from ..tracing.steps import SiteMeta
+from ..tracing.steps import SiteMeta, nothing
 from ..tracing.tape import Tape
 from .file import Stored, arguments, line_of
 
@@ -68,37 +68,39 @@ class Replay:
     def _operation(self, tape: Tape, op: dict) -> Any:
         kind: str = op["kind"]
         target: Any = op.get("target")
-        if kind in (READ, WRITE, SKIP) and is_inside(target[0]) and target[0] not in self.stored.paths:
+        if kind in (Read.name, Write.name, Skip.name) and is_inside(target[0]) and target[0] not in self.stored.paths:
             at(self.stored.model, target[0])  # what operations call is learnt on the way
         args, kwargs = arguments(op, self._value, self.constants.__getitem__)
-        if kind == CALL:
+        if kind == Call.name:
             return self.stored.functions[target](*args, **kwargs)  # the recorder sees it as it sees the body's
-        if kind == READ:
+        if kind == Read.name:
             return self._read(tape, (*target,), op)
-        if kind == WRITE:
+        if kind == Write.name:
             return self._write(tape, (*target,), op, list(args[0]))
-        if kind == SKIP:
+        if kind == Skip.name:
             return tape.skip(target[0], target[2], tree.unflatten(list(args[0]), spec_of(op["tree"])))
-        if kind == MODULE:
+        if kind == CallModule.name:
             return tape.module(target, tuple(args), kwargs)
-        if kind == VISIT:
+        if kind == Visit.name:
             made = tape.modules.visit(target[0], target[1], tree.unflatten(list(args[0]), spec_of(op["tree"])))
-            if tape.ops[-1].target != tuple(target):
-                raise self._unfit(op, f"is call {target[2]} of `{target[0]}`, and here call {tape.ops[-1].target[2]}")
+            passed = tape.ops[-1].verb
+            assert isinstance(passed, Visit)
+            if passed.site != tuple(target):
+                raise self._unfit(op, f"is call {target[2]} of `{target[0]}`, and here call {passed.site[2]}")
             return made
-        if kind == SAVE:
+        if kind == Save.name:
             return args[0].save()
-        if kind == GRAD:
+        if kind == Grad.name:
             tape.gradients.asked.pop(tape.operands.encode(args[0]), None)
             tape.gradients.creating = op["extra"]
             return tape.gradients.get(args[0])
-        if kind == SET_GRAD:
-            return tape.add(SET_GRAD, None, tuple(args), {}, effect="gradient", result=lambda: None)
-        if kind == BACKWARD:
+        if kind == SetGrad.name:
+            return tape.add(SetGrad(), tuple(args), result=nothing)
+        if kind == RunBackward.name:
             loss, gradient = args
             options = (kwargs["retain_graph"], kwargs["create_graph"], kwargs["inputs"])
             return tape.gradients.record(loss, gradient, *options, op["extra"])
-        return tape.stop() if kind == STOP else tape.barrier()
+        return tape.stop() if kind == StopRun.name else tape.barrier()
 
     def _write(self, tape: Tape, site: Site, op: dict, leaves: list) -> None:
         meta = tape.meta(site)

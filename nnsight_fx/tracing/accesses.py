@@ -15,11 +15,13 @@ from ..errors import NotRecordableError, OutOfOrderError
 from ..lines import Line, user_line
 from ..plan import tree
 from ..plan.interleave import observed
-from ..plan.plan import CALL, EVERY, GRAD, OBSERVE, REACH, READ, SAVE, WRITE, Observation, Op, Site, name_of_site
+from ..plan.keys import Value
+from ..plan.plan import Op
+from ..plan.verbs import EVERY, Call, Grad, Observation, Observe, Reach, Read, Save, Site, Write, name_of_site
 from .gradients import LATE
 from .lazy import LazyTensor, fake_in
 from .nested import refuse_nested
-from .steps import ANY, Beaten, Missing, SiteMeta
+from .steps import ANY, Beaten, Missing, SiteMeta, nothing
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -42,19 +44,19 @@ class Accesses:
 
     def place(self, n: int, op: Op) -> None:
         """Where in the model's order the results of an operation exist."""
-        if op.kind == GRAD:
+        if isinstance(op.verb, Grad):
             self.order[n] = (LATE, ("the gradient", "", 0), self.tape.invoke.index)
             return
-        if op.kind == READ:
-            meta = self.tape.invoke.metas.get(op.target)
-            self.order[n] = (meta.order if meta is not None else -1, op.target, self.tape.invoke.index)
+        if isinstance(op.verb, Read):
+            meta = self.tape.invoke.metas.get(op.verb.site)
+            self.order[n] = (meta.order if meta is not None else -1, op.verb.site, self.tape.invoke.index)
             return
         found = [self.order[v] for v, _ in self.tape.step.needs if v in self.order]
         if found:
             at = self.order[n] = max(found, key=place_of) if len(found) > 1 else found[0]
             if (
                 op.effect == "inplace"
-                and op.kind == CALL
+                and isinstance(op.verb, Call)
                 and at[0] > self.tape.invoke.order
                 and at[2] != self.tape.invoke.index
             ):
@@ -95,9 +97,7 @@ class Accesses:
                 return tree.unflatten(list(meta.leaves), meta.spec, meta.like)
 
             before = self.tape.step
-            value = self.tape.add(
-                *(READ, site, (), {}), extra=(meta.batched, _expected(meta)), result=result, sizes=meta.sizes
-            )
+            value = self.tape.add(Read(site, meta.batched, _expected(meta)), result=result, sizes=meta.sizes)
             if not opaque:
                 self.tape.beat(before, (site, self.tape.invoke.index), meta)
         self.tape.invoke.values[site] = value
@@ -118,8 +118,8 @@ class Accesses:
 
     def reaches(self, site: Site) -> bool:
         """Does the run come by a site? A sync point: the model runs up to there, or to its end."""
-        n, line = self.tape.number(REACH, site, (), {}, result=lambda: None), user_line()
-        found = self.tape.syncs.values_of([("v", n, 0)])[0]
+        n, line = self.tape.number(Reach(site), result=nothing), user_line()
+        found = self.tape.syncs.values_of([Value(n, 0)])[0]
         if not found:
             self.over = (site, line)
         return found
@@ -129,24 +129,23 @@ class Accesses:
         meta = self.meta(site)
         assert isinstance(meta, SiteMeta)
         value = self.tape.add(
-            *(OBSERVE, site, (), {}),
-            extra=(meta.batched, how),
+            Observe(site, meta.batched, how),
             result=lambda: tree.unflatten([observed(x, how) for x in meta.leaves], meta.spec),
         )
         n = len(self.tape.ops) - 1
         kept = [x for x in tree.flatten(value)[0] if isinstance(x, LazyTensor)]
         self.tape.saved.update((id(x), x) for x in kept)
-        self.tape.add(SAVE, None, tuple(kept), {}, result=lambda: None)
+        self.tape.add(Save(), tuple(kept), result=nothing)
         return n, value
 
     def follow(self, path: str, kind: str, how: Observation) -> int:
         """An observation of every call of a module, of which nothing is known before the run."""
-        return self.tape.number(OBSERVE, (path, kind, EVERY), (), {}, extra=(None, how), result=lambda: None)
+        return self.tape.number(Observe((path, kind, EVERY), None, how), result=nothing)
 
     def _read_live(self, site: Site) -> Any:
         """A read whose value must be looked at: the model runs up to it."""
-        n = self.tape.number(READ, site, (), {}, extra=None, result=lambda: None)
-        real = self.tape.syncs.values_of([("v", n, -1)])[0]
+        n = self.tape.number(Read(site), result=nothing)
+        real = self.tape.syncs.values_of([Value(n, -1)])[0]
         leaves, spec = tree.flatten(real)
         refuse_nested(user_line(), site, leaves)
         _check_plain(site, leaves)
@@ -155,7 +154,7 @@ class Accesses:
         ]
         line = user_line()
         values = [
-            self.tape.lazy(("v", n, j), x, line) if isinstance(x, FakeTensor) else self.tape.objects.given(x)
+            self.tape.lazy(Value(n, j), x, line) if isinstance(x, FakeTensor) else self.tape.objects.given(x)
             for j, x in enumerate(fakes)
         ]
         self.tape.invoke.metas[site] = SiteMeta(spec, tuple(fakes), (False,) * len(fakes), -1)
@@ -185,7 +184,12 @@ class Accesses:
         latest = self.tape.invoke.latest
         if site is not None and latest is not None:
             n = next(
-                (n for n, op in enumerate(self.tape.ops) if op.kind in (READ, WRITE) and op.target == latest), None
+                (
+                    n
+                    for n, op in enumerate(self.tape.ops)
+                    if isinstance(op.verb, Read | Write) and op.verb.site == latest
+                ),
+                None,
             )
             raise OutOfOrderError(
                 f"{user_line()}: `{name_of_site(site)}` is changed in place behind `{name_of_site(latest)}`"

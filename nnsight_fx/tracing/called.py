@@ -13,7 +13,7 @@ from ..errors import NNsightFXError, NotRecordableError, OutOfOrderError
 from ..lines import Line, user_line
 from ..plan import tree
 from ..plan.names import needs_data
-from ..plan.plan import MODULE, SKIP, VISIT, Site, name_of_site
+from ..plan.verbs import CallModule, Site, Skip, Visit, name_of_site
 from .steps import SiteMeta
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class CalledModules:
             )
 
         try:
-            return self.tape.add(MODULE, path, args, kwargs, effect="random", result=result)
+            return self.tape.add(CallModule(path), args, kwargs, result=result)
         except Exception as refusal:
             looks = needs_data(refusal) and not isinstance(refusal, NNsightFXError)
             if not self.tape.sites.odd(path) and not looks:
@@ -80,7 +80,7 @@ class CalledModules:
     def visit(self, path: str, kind: str, value: object) -> Any:
         """Pass a site of a called module: earlier and later invokes may act there."""
         site = (path, kind, self._call_now(path, kind))
-        if any(op.kind == SKIP and op.target == (path, "output", site[2]) for op in self.tape.ops):
+        if any(isinstance(op.verb, Skip) and op.verb.site == (path, "output", site[2]) for op in self.tape.ops):
             raise NotRecordableError(
                 f"{user_line()}: `{path}` is called with `hook=True`; such a call cannot be skipped."
             )
@@ -93,7 +93,7 @@ class CalledModules:
             ]
             return tree.unflatten(fakes, spec, value)
 
-        made = self.tape.add(VISIT, site, (tuple(leaves),), {}, effect="inplace", extra=spec, result=result)
+        made = self.tape.add(Visit(site, spec), (tuple(leaves),), result=result)
         passed = tree.flatten(made)[0]
         fakes = tuple(self.tape.operands.fake(x) if isinstance(x, torch.Tensor) else x for x in passed)
         meta = SiteMeta(spec, fakes, (None,) * len(fakes), self.tape.invoke.order)  # type: ignore[arg-type]

@@ -15,7 +15,8 @@ from ..config import CONFIG
 from ..errors import NNsightFXError, NotRecordableError
 from ..lines import user_line
 from ..plan import tree
-from ..plan.encode import Identity, Lifted
+from ..plan.encode import Lifted
+from ..plan.keys import Identity, Value
 from ..plan.lifting import lift, name_of
 from ..plan.names import (
     ASKS_NOTHING,
@@ -27,8 +28,8 @@ from ..plan.names import (
     effect_of,
     needs_data,
 )
-from ..plan.plan import APPLY, CALL, READ, Site, name_of_site
-from .functions import INSIDE, custom_function
+from ..plan.verbs import Apply, Call, Read, Site, name_of_site
+from .functions import custom_function, inside
 from .lazy import LazyTensor, key_of, tape_of
 from .objects import LazyObject, real_of
 
@@ -55,9 +56,9 @@ class TorchCalls:
             )
         if CONFIG.APP.DEBUG:
             self._note_first_row(func, args)
-        inside = custom_function(self.tape, func, args, kwargs)
-        if inside is not None:
-            return inside.value
+        within = custom_function(self.tape, func, args, kwargs)
+        if within is not None:
+            return within.value
         written = self._written(func, args) if not kwargs and type(func) in _FUNCTIONS else None
         again = self.tape.beaten(written) if written is not None else None
         if again is not None:
@@ -90,7 +91,7 @@ class TorchCalls:
         if func is torch.autograd.grad:
             return self.tape.gradients.grad(*args, **kwargs)
         if name in LIVE_CALLS:
-            n = self.tape.number(APPLY, Identity(func), args, kwargs, effect="inplace")
+            n = self.tape.number(Apply(Identity(func)), args, kwargs)
             return None if self.tape.ops[n].retains else self.tape.objects.returned(n, RemovableHandle)
         if kwargs.get("generator") is not None and draws(name, args, kwargs):
             return self._drawn(func, name, args, kwargs)
@@ -105,7 +106,7 @@ class TorchCalls:
         try:
             self.tape.accesses.settle()
             before, slots = self.tape.step, len(self.tape.constants)
-            result = self.tape.add(CALL, Identity(func), args, kwargs, effect=effect)
+            result = self.tape.add(Call(Identity(func), effect), args, kwargs)
             if written is not None and not effect and type(result) is LazyTensor:
                 values, at = self.tape.constants[slots:], itertools.count(slots)
                 self.tape.beat(
@@ -137,7 +138,7 @@ class TorchCalls:
         for x in args:
             cls = type(x)
             if cls is LazyTensor:
-                part = key_of(x) if tape_of(x) is self.tape and key_of(x)[1] != INSIDE else None
+                part = key_of(x) if tape_of(x) is self.tape and not inside(key_of(x)) else None
             elif cls is tuple:
                 part = tuple(map(_position, x))
                 part = None if None in part else part
@@ -167,12 +168,13 @@ class TorchCalls:
                 "`torch.autograd.grad` after the trace."
             )
         got = func(self.tape.operands.fake(args[0]))
-        return self.tape.add(CALL, Identity(func), args, {}) if isinstance(got, torch.Tensor) else got
+        return self.tape.add(Call(Identity(func)), args) if isinstance(got, torch.Tensor) else got
 
     def read_at(self, x: object) -> Site | None:
         """The site that a recorded value was read at."""
-        own = isinstance(x, LazyTensor) and tape_of(x) is self.tape and key_of(x)[0] == "v" and key_of(x)[1] != INSIDE
-        return self.tape.ops[key_of(x)[1]].target if own and self.tape.ops[key_of(x)[1]].kind == READ else None
+        key = key_of(x) if isinstance(x, LazyTensor) and tape_of(x) is self.tape else None
+        verb = self.tape.ops[key.op].verb if isinstance(key, Value) and not inside(key) else None
+        return verb.site if isinstance(verb, Read) else None
 
     def _note_first_row(self, func: object, args: tuple) -> None:
         """`output[0]` was a block's tensor while a block gave a tuple; of a tensor it is the first prompt alone."""

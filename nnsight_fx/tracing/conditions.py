@@ -14,8 +14,8 @@ import torch
 
 from ..errors import NotRecordableError, UnsavedValueError
 from ..lines import user_line
-from ..plan.encode import Key, references
-from ..plan.plan import BACKWARD, BARRIER, GRAD, OBJECT, OBSERVE, REACH, READ, SET_GRAD, VISIT
+from ..plan.keys import Key, Recorded, Value, references
+from ..plan.verbs import Barrier, Grad, Observe, Reach, Read, ReadObject, RunBackward, SetGrad, Verb, Visit
 from .lazy import LazyTensor, key_of, line_of
 from .objects import LazyObject
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from .contexts import Tracer
     from .tape import Tape
 
-ALWAYS = {READ, OBJECT, OBSERVE, REACH, BARRIER}
-NEVER = {
-    GRAD: "a gradient",
-    SET_GRAD: "a gradient",
-    BACKWARD: "a backward",
-    VISIT: "a call with `hook=True`",
+ALWAYS = Read | ReadObject | Observe | Reach | Barrier
+NEVER: dict[type[Verb], str] = {
+    Grad: "a gradient",
+    SetGrad: "a gradient",
+    RunBackward: "a backward",
+    Visit: "a call with `hook=True`",
 }
 
 
@@ -78,25 +78,25 @@ class Conditions:
         self.tape = tape
         self.blocks: list[Condition] = []  # the open ones, outermost first; the trace's own list
         self.used = False  # has anything been recorded that depends on a condition
-        self.saves: dict[int, tuple[Key, ...]] = {}  # id of a value that is saved in blocks only -> what must hold
+        self.saves: dict[int, tuple[Recorded, ...]] = {}  # id of a value that is saved in blocks only -> what must hold
 
-    def open(self) -> tuple[Key, ...]:
+    def open(self) -> tuple[Recorded, ...]:
         """The predicates of the open blocks."""
         return tuple(self.tape.operands.key_of(block.predicate) for block in self.blocks)
 
-    def of(self, kind: str, keys: object) -> tuple[Key, ...]:
-        """What must hold for an operation of `kind` on arguments `keys`."""
-        if kind in ALWAYS or not (self.blocks or self.used):
+    def of(self, verb: Verb, keys: tuple[Key, ...]) -> tuple[Recorded, ...]:
+        """What must hold for an operation on arguments `keys`."""
+        if not (self.blocks or self.used) or isinstance(verb, ALWAYS):
             return ()
-        when = tuple(dict.fromkeys([*self.open(), *self._made(references(keys))]))
-        if when and kind in NEVER:
+        when = tuple(dict.fromkeys([*self.open(), *self._made(references(*keys))]))
+        if when and type(verb) in NEVER:
             raise NotRecordableError(
-                f"{user_line()}: {NEVER[kind]} depends on a `tracer.cond` and cannot be recorded. Decide in Python, `if value:`, which "
+                f"{user_line()}: {NEVER[type(verb)]} depends on a `tracer.cond` and cannot be recorded. Decide in Python, `if value:`, which "
                 "runs the model up to there."
             )
         return when
 
-    def _made(self, values: Iterable[tuple[int, int]]) -> list[Key]:
+    def _made(self, values: Iterable[Value]) -> list[Recorded]:
         return [key for n, _ in sorted(values) if n >= 0 for key in self.tape.ops[n].when]
 
     def save(self, lazy: LazyTensor) -> None:
@@ -108,11 +108,11 @@ class Conditions:
         elif not here:
             self.saves.pop(id(lazy), None)
 
-    def hold(self, lazy: LazyTensor, value: Callable[[Key], Any]) -> bool:
+    def hold(self, lazy: LazyTensor, value: Callable[[Recorded], Any]) -> bool:
         """Has the run made a value, and saved it?"""
         if not self.used:
             return True
-        when = [*self._made([key_of(lazy)[1:3]] if key_of(lazy)[0] == "v" else []), *self.saves.get(id(lazy), ())]
+        when = [*self._made(references(key_of(lazy))), *self.saves.get(id(lazy), ())]
         try:
             return all(held.is_meta or bool(held) for held in map(value, when))  # a scan cannot tell
         except KeyError:  # a predicate in a block that did not hold
@@ -120,7 +120,7 @@ class Conditions:
 
     def undefined(self, lazy: LazyTensor) -> bool:
         """Can a value be without data because a block did not take effect?"""
-        return id(lazy) in self.saves or bool(key_of(lazy)[0] == "v" and self._made([key_of(lazy)[1:3]]))
+        return id(lazy) in self.saves or bool(self._made(references(key_of(lazy))))
 
     def error(self, lazy: LazyTensor) -> UnsavedValueError:
         return UnsavedValueError(
@@ -128,12 +128,12 @@ class Conditions:
             "`tracer.cond` that did not hold in this run."
         )
 
-    def decide(self, keys: list[Key], look: Callable[[Key], Any]) -> None:
+    def decide(self, keys: list[Recorded], look: Callable[[Recorded], Any]) -> None:
         """Before values are looked at: are they there? Leaves the innermost open block that is not; `look` syncs."""
         for block, key in zip(list(self.blocks), self.open(), strict=True):
             if not look(key):
                 raise Left(block)
-        for key in self._made(references(tuple(keys))):
+        for key in self._made(references(*keys)):
             if not look(key):
                 raise UnsavedValueError(
                     f"{user_line()}: `{self.tape.describe(keys[0])}` has no value: it was made in a `tracer.cond` that did not hold "

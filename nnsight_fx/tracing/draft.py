@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -18,28 +19,30 @@ from ..errors import NotRecordableError
 from ..lines import Line, user_line
 from ..plan import tree
 from ..plan.ambient import under
-from ..plan.encode import Identity, Key, decode
+from ..plan.keys import Identity, Outside, Plain, SizeExpr, Span, Value, decode
 from ..plan.lifting import name_of
 from ..plan.names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY, effect_of
-from ..plan.plan import BARRIER, CALL, MODULE, READ, SKIP, STOP, WRITE, Op, Site
+from ..plan.plan import Op
+from ..plan.verbs import AtSite, Barrier, Call, CallModule, Read, Site, Skip, StopRun, Verb, Write
 from .lazy import LazyTensor
 from .recorder import Recorder
 from .recording import Recording
 from .steps import Missing, SiteMeta
 from .tape import Tape
 
-SITES = (READ, WRITE, SKIP)
+SITES = Read | Write | Skip
 Passes = Callable[[str, str], tuple[int, int]]  # of a site: how often it was passed before this forward, and is in it
-FIRST = "first"  # of a read or write: the first argument alone
 
 
 class DraftTensor(LazyTensor):
     """What an edit works on: nothing is known of it, not even that it is a tensor."""
 
+    _key: Value
+
     _placed = False
 
     @staticmethod
-    def __new__(cls, tape: Recording, key: tuple, line: Line) -> DraftTensor:
+    def __new__(cls, tape: Recording, key: Value, line: Line) -> DraftTensor:
         made = wrapper(cls)
         made.__dict__.update(_tape=tape, _key=key, _line=line)
         return made
@@ -47,20 +50,20 @@ class DraftTensor(LazyTensor):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return self._tape.add(CALL, Identity(getattr), (self, name), {})
+        return self._tape.add(Call(Identity(getattr)), (self, name))
 
     def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):
             object.__setattr__(self, name, value)
         else:
-            self._tape.add(CALL, Identity(setattr), (self, name, value), {}, effect="inplace")
+            self._tape.add(Call(Identity(setattr), "inplace"), (self, name, value))
 
     def __len__(self) -> int:
-        parts = _bounds(self._tape.ops[self._key[1]])
+        parts = _bounds(self._tape.ops[self._key.op])
         return parts if parts is not None else _refuse("its length")
 
     def __iter__(self) -> Any:
-        parts = _bounds(self._tape.ops[self._key[1]])
+        parts = _bounds(self._tape.ops[self._key.op])
         if parts is not None:  # `*h.shape[:2]`
             return iter([self[i] for i in range(parts)])
         _refuse("how many parts it has: take them by index (`out[0]`)")
@@ -88,55 +91,52 @@ class Draft(Recording):
             return id(args[0])
         if name in NEEDS_DATA | NEEDS_MEMORY | LIVE_CALLS:
             _refuse(f"`{name}`")
-        return self.add(CALL, Identity(func), args, kwargs, effect=effect_of(name, kwargs, args))
+        return self.add(Call(Identity(func), effect_of(name, kwargs, args)), args, kwargs)
 
     def add(
         self,
-        kind: str,
-        target: object,
-        args: tuple,
-        kwargs: dict,
+        verb: Verb,
+        args: tuple = (),
+        kwargs: dict | None = None,
         *,
-        effect: str = "",
-        extra: object = None,
-        result: object = None,
+        result: Callable[[], Any] | None = None,
         sizes: tuple = (),
     ) -> Any:
-        self.check_open(args, kwargs)
-        op = Op(kind, 0, target, self.operands.encode(args), self.operands.encode(kwargs), self.modes(), effect, extra)
+        self.check_open(args, kwargs or {})
+        op = Op(verb, 0, *self.operands.arguments(args, kwargs or {}), self.modes())
         line = user_line()
         self.ops.append(op)
         self.turns.append(self.turn)
         self.lines.append(line)
         self.specs.append(None)
-        return DraftTensor(self, ("v", len(self.ops) - 1, -1), line)
+        return DraftTensor(self, Value(len(self.ops) - 1, -1), line)
 
     def meta(self, site: Site) -> SiteMeta | Missing:
         return Missing("an edit is written before any input is known")
 
-    def fake_of_result(self, key: Key) -> NoReturn:
+    def fake_of_result(self, key: Value) -> NoReturn:
         _refuse("its shape")
 
     def read(self, site: Site) -> Any:
-        return self.add(READ, site, (), {})
+        return self.add(Read(site))
 
     def read_input(self, site: Site) -> Any:
-        return self.add(READ, site, (), {}, extra=FIRST)
+        return self.add(Read(site, first=True))
 
     def write(self, site: Site, value: object) -> None:
-        self.add(WRITE, site, (value,), {}, effect="inplace")
+        self.add(Write(site), (value,))
 
     def write_input(self, site: Site, value: object) -> None:
-        self.add(WRITE, site, (value,), {}, effect="inplace", extra=FIRST)
+        self.add(Write(site, first=True), (value,))
 
     def skip(self, path: str, call: int, value: object) -> None:
-        self.add(SKIP, (path, "output", call), (value,), {}, effect="inplace")
+        self.add(Skip((path, "output", call)), (value,))
 
     def module(self, path: str, args: tuple, kwargs: dict) -> Any:
-        return self.add(MODULE, path, args, kwargs, effect="random")
+        return self.add(CallModule(path), args, kwargs)
 
     def hooked(self, path: str, module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
-        return self.add(MODULE, path, args, kwargs, effect="random", extra=Identity(module))
+        return self.add(CallModule(path, Identity(module)), args, kwargs)
 
     def replay(self, tape: Tape) -> None:
         """Do what is recorded here, on the values of a recording with an input, in the invoke that is open."""
@@ -157,7 +157,7 @@ class Draft(Recording):
     def calls(self, numbers: list[int], passes: Passes) -> Iterable[int | None]:
         """For which calls of its first site, in this forward, a body of a `tracer.iter` is; `None`: it says no call."""
         turn = self.turns[numbers[0]]
-        first = next((self.ops[n] for n in numbers if self.ops[n].kind in SITES), None)
+        first = next((op.verb for op in [self.ops[n] for n in numbers] if isinstance(op.verb, SITES)), None)
         if turn is None or first is None:
             return (None,)
         before, count = passes(*_passed(first))
@@ -166,12 +166,14 @@ class Draft(Recording):
     def do(self, n: int, tape: Tape, results: dict[int, Any], call: int | None = None) -> Any:
         """Do one operation, with what those before it gave; `call` is that of its site which is meant."""
 
-        def lookup(key: Key) -> Any:
-            return results[key[1]] if key[0] == "v" else self.constants[key[1]]
+        def lookup(key: Value | Outside) -> Any:
+            assert not isinstance(key, SizeExpr)  # no size is known here
+            return results[key.op] if isinstance(key, Value) else self.constants[key.slot]
 
         op, line, mark = self.ops[n], self.lines[n], len(tape.ops)
-        if call is not None and op.kind in SITES:
-            op = op._replace(target=(*op.target[:2], call))
+        if call is not None and isinstance(op.verb, SITES):
+            path, kind, _ = op.verb.site
+            op = op._replace(verb=replace(op.verb, site=(path, kind, call)))
         try:
             with under(op.ambient), Recorder(tape):
                 result = _again(tape, op, decode(op.args, lookup), decode(op.kwargs, lookup))
@@ -244,9 +246,9 @@ class Repeated:
     def _do(self, n: int, tape: Tape, passes: Passes, call: int | None) -> None:
         op: Op = self.draft.ops[n]
         needs = {v for v, _ in op.needs}
-        if op.kind in SITES:
-            again = passes(*_passed(op))[1] > (op.target[2] if call is None else call)
-        elif op.kind == STOP:
+        if isinstance(op.verb, SITES):
+            again = passes(*_passed(op.verb))[1] > (op.verb.site[2] if call is None else call)
+        elif isinstance(op.verb, StopRun):
             again = len(self.results) == n
         else:
             again = n not in self.old or (bool(needs & self.fresh) if needs else n not in self.kept)
@@ -261,17 +263,21 @@ class Repeated:
         return [each for n, each in enumerate(found) if n not in self.results and n not in self.met]
 
 
-def _passed(op: Op) -> tuple[str, str]:
+def _passed(verb: AtSite) -> tuple[str, str]:
     """The site whose passings tell when an operation takes place."""
-    path, kind, _ = op.target
-    return path, "input" if op.kind == SKIP else kind
+    path, kind, _ = verb.entrance if isinstance(verb, Skip) else verb.site
+    return path, kind
 
 
 def _bounds(op: Op) -> int | None:
     """How many parts a slice from one known place to another has, of a size or a tuple that is long enough."""
-    if op.kind != CALL or name_of(op.target.obj) != "__getitem__" or op.args[2][1][0] != "k":
+    if (
+        not isinstance(op.verb, Call)
+        or name_of(op.verb.fn.obj) != "__getitem__"
+        or not isinstance(op.args.items[1], Span)
+    ):
         return None
-    start, stop, step = (key[2] if key[0] == "l" else -1 for key in op.args[2][1][1:])
+    start, stop, step = (key.value if isinstance(key, Plain) else -1 for key in op.args.items[1])
     known = type(stop) is int and (start is None or type(start) is int) and step is None
     return stop - (start or 0) if known and stop >= (start or 0) >= 0 else None
 
@@ -284,19 +290,25 @@ def _refuse(what: str) -> NoReturn:
 
 
 def _again(tape: Tape, op: Op, args: tuple, kwargs: dict) -> Any:
-    if op.kind == READ:
-        return tape.read_input(op.target) if op.extra == FIRST else tape.read(op.target)
-    if op.kind == WRITE:
-        return (tape.write_input if op.extra == FIRST else tape.write)(op.target, *args)
-    if op.kind == SKIP:
-        return tape.skip(op.target[0], op.target[2], *args)
-    if op.kind == MODULE:
-        if op.extra is not None:
-            return tape.hooked(op.target, op.extra.obj, args, kwargs)
-        return tape.module(op.target, args, kwargs)
-    if op.kind in (STOP, BARRIER):
-        return tape.stop() if op.kind == STOP else None
-    return _called(op.target.obj, args, kwargs)
+    match op.verb:
+        case Read(site, first=first):
+            return tape.read_input(site) if first else tape.read(site)
+        case Write(site, first=first):
+            return (tape.write_input if first else tape.write)(site, *args)
+        case Skip((path, _, call)):
+            return tape.skip(path, call, *args)
+        case CallModule(path, instance):
+            return (
+                tape.module(path, args, kwargs) if instance is None else tape.hooked(path, instance.obj, args, kwargs)
+            )
+        case StopRun():
+            return tape.stop()
+        case Barrier():
+            return None
+        case Call(fn):
+            return _called(fn.obj, args, kwargs)
+        case verb:
+            raise AssertionError(f"an edit records no `{verb.name}`")
 
 
 def _called(func: Any, args: tuple, kwargs: dict) -> Any:

@@ -19,16 +19,23 @@ from ..compat.fakes import FakeTensor
 from ..errors import NNsightFXError, NotRecordableError
 from ..lines import user_line
 from ..plan import tree
-from ..plan.encode import Identity
+from ..plan.keys import Identity, Recorded, Value
 from ..plan.lifting import name_of
 from ..plan.names import draws, needs_data
-from ..plan.plan import CALL
+from ..plan.verbs import Call
 from .lazy import LazyTensor, first_lazy
 
 if TYPE_CHECKING:
     from .tape import Tape
 
 INSIDE = -1  # the "operation" of a value that exists only while a custom `forward` is recorded
+
+
+def inside(key: Recorded) -> bool:
+    """Is it such a value?"""
+    return isinstance(key, Value) and key.op == INSIDE
+
+
 _applies: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
 
 
@@ -86,7 +93,7 @@ class Scope:
         outputs = self._outputs(tape, cls, args)
         apply = _applies.setdefault(cls, call_of(cls))
         with torch.set_grad_enabled(True):
-            result = tape.add(CALL, Identity(apply), args, kwargs, effect="random")
+            result = tape.add(Call(Identity(apply), "random"), args, kwargs)
         results = list(result) if isinstance(result, tuple) else [result]
         self.results = {n: r for n, r in zip(outputs, results, strict=True) if n is not None}
 
@@ -124,7 +131,7 @@ class Scope:
 
     def _number(self, tape: Tape, made: torch.Tensor) -> LazyTensor:
         n, self.at = self.at, self.at + 1
-        return self.results[n] if n in self.results else LazyTensor(tape, ("v", INSIDE, n), made, user_line())
+        return self.results[n] if n in self.results else LazyTensor(tape, Value(INSIDE, n), made, user_line())
 
 
 def _not_recordable(forward: str, why: str) -> NotRecordableError:

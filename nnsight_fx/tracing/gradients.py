@@ -14,8 +14,10 @@ import torch
 from ..errors import NotRecordableError
 from ..lines import user_line
 from ..plan import tree
-from ..plan.plan import BACKWARD, GRAD, SET_GRAD
+from ..plan.keys import Value
+from ..plan.verbs import Grad, RunBackward, SetGrad
 from .lazy import LazyTensor, key_of
+from .steps import nothing
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -44,12 +46,8 @@ class Gradients:
                     "grad is off. Make it require grad in the body (`value.requires_grad_()`) before it is used."
                 )
             self.asked[key] = tape.add(
-                GRAD,
-                None,
+                Grad(self.creating),
                 (value,),
-                {},
-                effect="gradient",
-                extra=self.creating,
                 result=lambda: torch.empty(
                     fake.shape, dtype=fake.dtype, device=fake.device, requires_grad=self.creating
                 ),
@@ -69,7 +67,7 @@ class Gradients:
                     else f"{new!r}. Set it to a tensor (`torch.zeros_like(h)`)."
                 )
             )
-        self.tape.add(SET_GRAD, None, (gradient, new), {}, effect="gradient", result=lambda: None)
+        self.tape.add(SetGrad(), (gradient, new), result=nothing)
         self.asked[key_of(value)] = new
 
     def of_parameter(self, parameter: torch.Tensor) -> Any:
@@ -115,16 +113,13 @@ class Gradients:
                 "Sum it, or give `backward(gradient=...)`."
             )
         self.tape.add(
-            BACKWARD,
-            None,
+            RunBackward(returns=only),
             (loss, gradient),
             {"retain_graph": retain, "create_graph": create, "inputs": inputs},
-            effect="gradient",
-            extra=only,
-            result=lambda: None,
+            result=nothing,
         )
         key = self.tape.operands.key_of(loss)
-        at = self.tape.accesses.order.get(key[1]) if key[0] == "v" else None
+        at = self.tape.accesses.order.get(key.op) if isinstance(key, Value) else None
         if at is not None:  # from here on these gradients are as late as the loss
             self.tape.accesses.order.update({v: at for v, o in self.tape.accesses.order.items() if o[0] == LATE})
         self.asked = {}

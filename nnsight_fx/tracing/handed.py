@@ -17,8 +17,8 @@ import torch
 from ..compat.modes import NoTorchFunction
 from ..compat.tensors import memory, version, whole
 from ..lines import Line, user_line
-from ..plan.encode import facts
-from ..plan.plan import Site
+from ..plan.keys import TensorSlot, facts
+from ..plan.verbs import Site
 
 
 class Written(NamedTuple):
@@ -33,7 +33,7 @@ class Written(NamedTuple):
 class Handed:
     """What one recording has written to sites, by its memory."""
 
-    def __init__(self, constants: list, slots: dict[int, Any], watch: Callable[[torch.Tensor], Any]):
+    def __init__(self, constants: list, slots: dict[int, TensorSlot], watch: Callable[[torch.Tensor], Any]):
         self.constants, self.slots, self.watch = constants, slots, watch
         self.apart = False  # is it of a cell of a sweep
         self.lines: dict[Any, Written] = {}  # by memory, and by site
@@ -83,7 +83,7 @@ class Handed:
             if where not in self.copies:
                 self.copies[where] = whole(x).clone()  # other views of it are to come
             copy = self.copies[where].view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
-        self.slots[id(copy)] = self.slots.get(id(x), ("c", slot, facts(x)))
+        self.slots[id(copy)] = self.slots.get(id(x), TensorSlot(slot, facts(x)))
         return copy
 
     def over(self) -> None:

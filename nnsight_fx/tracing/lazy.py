@@ -17,6 +17,7 @@ import torch
 from ..compat.tensors import wrapper
 from ..errors import NotRecordableError
 from ..lines import Line, user_line
+from ..plan.keys import Recorded
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -26,14 +27,14 @@ class LazyTensor(torch.Tensor):
     """A recorded value. After the trace a saved one *is* the real `torch.Tensor`, wherever it is held."""
 
     _tape: Tape
-    _key: tuple  # its key in the recording: ("v", op, leaf)
+    _key: Recorded  # its key in the recording
     _fake: torch.Tensor  # shape, dtype, device: all that is known of it
     _line: Line  # where it was made
     _placed = True  # is it known where it will be
     _held: torch.Tensor | None = None  # the real tensor, between the run of its trace and the end of the session
 
     @staticmethod
-    def __new__(cls, tape: Tape, key: tuple, fake: torch.Tensor, line: Line) -> LazyTensor:
+    def __new__(cls, tape: Tape, key: Recorded, fake: torch.Tensor, line: Line) -> LazyTensor:
         size = () if fake.dim() == 0 else (0,)  # torch takes a tensor without dimensions where a number is meant
         made = wrapper(cls, size)
         made._tape, made._key, made._fake, made._line = tape, key, fake, line
@@ -194,7 +195,7 @@ def first_lazy(args: Any, kwargs: dict) -> LazyTensor | None:
 
 
 # What other files may ask of a recorded value. Its own names begin with an underscore: all others are a tensor's.
-key_of: Callable[[Any], tuple] = operator.attrgetter("_key")
+key_of: Callable[[Any], Recorded] = operator.attrgetter("_key")
 tape_of: Callable[[Any], Tape] = operator.attrgetter("_tape")
 fake_in: Callable[[Any], torch.Tensor] = operator.attrgetter("_fake")
 line_of: Callable[[Any], Line] = operator.attrgetter("_line")

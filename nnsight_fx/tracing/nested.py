@@ -9,7 +9,7 @@ import torch
 
 from ..errors import NotRecordableError
 from ..lines import Line
-from ..plan.plan import Site
+from ..plan.verbs import Site
 
 
 def refuse_nested(line: Line, site: Site, leaves: Iterable[Any]) -> None:

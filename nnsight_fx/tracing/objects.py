@@ -13,9 +13,10 @@ import torch
 from ..errors import OutOfOrderError, UnsavedValueError
 from ..lines import user_line
 from ..plan import tree
-from ..plan.encode import Identity, Keep, Key
-from ..plan.plan import APPLY, OBJECT, OBSERVE, READ, SAVE, Site
+from ..plan.keys import Identity, Keep, Key, Value
+from ..plan.verbs import Apply, AtSite, Observe, Read, ReadObject, Save, Site
 from .lazy import LazyTensor
+from .steps import nothing
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -29,10 +30,10 @@ class LazyObject:
     """
 
     @staticmethod
-    def __new__(cls, tape: Tape, key: tuple | None, kind: type) -> LazyObject:
+    def __new__(cls, tape: Tape, key: Value | None, kind: type) -> LazyObject:
         return object.__new__(_stand_in(kind))
 
-    def __init__(self, tape: Tape, key: tuple | None, kind: type):
+    def __init__(self, tape: Tape, key: Value | None, kind: type):
         self.__dict__.update(_tape=tape, _key=key, _class=kind, _line=user_line())
 
     def _look(self) -> Any:
@@ -174,23 +175,23 @@ class Objects:
 
     def __init__(self, tape: Tape):
         self.tape = tape
-        self.kept: dict[int, tuple[LazyObject, Key]] = {}  # by id: those that the run shall give
+        self.kept: dict[int, tuple[LazyObject, Value]] = {}  # by id: those that the run shall give
         self.asked: set[int] = set()  # ids of those that a session has saved
         self._given: dict[int, tuple[Any, Any]] = {}  # by id: what a look has given, and what stands for it
         self._made: list[weakref.ref[LazyObject]] = []
 
-    def stand_in(self, key: Key | None, kind: type) -> LazyObject:
+    def stand_in(self, key: Value | None, kind: type) -> LazyObject:
         """What stands for the object at a leaf of a read, `key`."""
         made = LazyObject(self.tape, key, kind)
-        if key is None or self.tape.ops[key[1]].kind != OBSERVE:  # a cache keeps no objects
+        if key is None or not isinstance(self.tape.ops[key.op].verb, Observe):  # a cache keeps no objects
             self._made.append(weakref.ref(made))
         return made
 
     def returned(self, n: int, kind: type) -> LazyObject:
         """What stands for the object that operation `n` returns."""
-        made = self.stand_in(("v", n, 0), kind)
+        made = self.stand_in(Value(n, 0), kind)
         self.kept[id(made)] = (made, made._key)
-        self.tape.add(SAVE, None, (made,), {}, result=lambda: None)
+        self.tape.add(Save(), (made,), result=nothing)
         return made
 
     def given(self, value: object) -> Any:
@@ -236,24 +237,25 @@ class Objects:
         tape = self.tape
         if not tape.open or tape.closed or "_real" in lazy.__dict__ or id(lazy) in self.kept:
             return
-        read = tape.ops[lazy._key[1]]
+        read = tape.ops[lazy._key.op]
+        assert isinstance(read.verb, AtSite)
         if read.invoke == tape.invoke.index and tape.accesses.passed is not None:
             try:
-                tape.accesses.check_passed(read.target, "saved, or used as an object,")
+                tape.accesses.check_passed(read.verb.site, "saved, or used as an object,")
             except OutOfOrderError:
                 if not asked:
                     return
                 raise
         with tape.within(read.invoke):
-            n = tape.number(OBJECT, read.target, (), {}, extra=lazy._key[2], result=lambda: None)
-        self.kept[id(lazy)] = (lazy, ("v", n, 0))
+            n = tape.number(ReadObject(read.verb.site, lazy._key.leaf), result=nothing)
+        self.kept[id(lazy)] = (lazy, Value(n, 0))
 
     def key(self, lazy: object) -> Key:
         """An object as the argument of an operation: a function that is called on it gets the real one."""
         if not isinstance(lazy, LazyObject):
-            return ("o", Identity(lazy))
+            return Identity(lazy)
         if lazy._tape is not self.tape or "_real" in lazy.__dict__:
-            return ("o", Identity(lazy._look()))
+            return Identity(lazy._look())
         self.tape.check_open((lazy,), {})
         self.keep(lazy)
         return self.kept[id(lazy)][1]
@@ -265,12 +267,15 @@ class Objects:
             return leaf._look()
         values = {name: x for name, x in getattr(leaf, "__dict__", {}).items() if isinstance(x, LazyTensor)}
         if values and not isinstance(leaf, torch.Tensor | LazyObject):
-            n = self.tape.number(APPLY, Identity(_filled), (leaf, values), {}, effect="inplace")
-            made = self.stand_in(("v", n, 0), type(leaf))
+            n = self.tape.number(Apply(Identity(_filled)), (leaf, values))
+            made = self.stand_in(Value(n, 0), type(leaf))
             self.kept[id(made)] = (made, made._key)
             return made
         key = leaf._key if isinstance(leaf, LazyObject) and leaf._tape is self.tape else None
-        return Keep(key[2]) if key is not None and self.tape.ops[key[1]].target == site else leaf
+        if key is None:
+            return leaf
+        read = self.tape.ops[key.op].verb
+        return Keep(key.leaf) if isinstance(read, AtSite) and read.site == site else leaf
 
     def look(self, lazy: LazyObject) -> Any:
         """The real object, by a sync point. `lazy` itself, where its trace has run and made it real."""
@@ -289,7 +294,8 @@ class Objects:
         if tape.bridged:
             raise tape.unsaved(lazy)
         tape.check_open((lazy,), {})
-        if tape.ops[lazy._key[1]].kind != READ:  # what an operation returned
+        read = tape.ops[lazy._key.op].verb
+        if not isinstance(read, Read):  # what an operation returned
             return tape.syncs.values_of([lazy._key])[0]
-        n = tape.number(READ, tape.ops[lazy._key[1]].target, (), {}, extra=None, result=lambda: None)
-        return tree.flatten(tape.syncs.values_of([("v", n, -1)])[0])[0][lazy._key[2]]
+        n = tape.number(Read(read.site), result=nothing)
+        return tree.flatten(tape.syncs.values_of([Value(n, -1)])[0])[0][lazy._key.leaf]

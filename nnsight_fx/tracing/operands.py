@@ -10,7 +10,8 @@ import torch
 from ..compat.modes import NoTorchFunction
 from ..compat.tensors import shares_memory
 from ..plan import tree
-from ..plan.encode import Key, Lifted, encode, facts
+from ..plan.encode import Lifted, encode
+from ..plan.keys import NO_ARGS, NO_KWARGS, Items, Key, Named, NumberSlot, Recorded, TensorSlot, Value, facts
 from .handed import Handed
 from .lazy import LazyTensor, fake_in, key_of, tape_of
 
@@ -25,7 +26,7 @@ class Operands:
         self.tape = tape
         self.constants: list[Any] = []  # real tensors and lifted numbers, by slot
         self.negative: dict[int, int] = {}  # lifted positions that the user counted from the end, by slot
-        self.slots: dict[int, Key] = {}  # id of a real tensor -> its key
+        self.slots: dict[int, TensorSlot] = {}  # id of a real tensor -> its key
         self.const_fakes: dict[int, torch.Tensor] = {}
         self.changed: dict[int, torch.Tensor] = {}  # real tensors that a recorded operation changes in place
         self.awaited: dict[int, tuple] = {}  # what each slot expects that holds a value of a trace which is put off
@@ -39,10 +40,15 @@ class Operands:
             self.negative.pop(slot, None)
         del self.constants[marks:]
 
+    def arguments(self, args: tuple, kwargs: dict) -> tuple[Items, Named]:
+        """The keys of the arguments of a call."""
+        named = NO_KWARGS if not kwargs else Named(tuple(kwargs), tuple([self.encode(x) for x in kwargs.values()]))
+        return NO_ARGS if not args else Items(tuple, tuple([self.encode(x) for x in args])), named
+
     def encode(self, value: object) -> Key:
         return encode(value, self.key_of, self.number_key, self.tape.objects.key)
 
-    def key_of(self, tensor: torch.Tensor) -> Key:
+    def key_of(self, tensor: torch.Tensor) -> Recorded:
         if isinstance(tensor, LazyTensor):
             if tape_of(tensor) is self.tape:
                 return key_of(tensor)
@@ -52,15 +58,15 @@ class Operands:
                 self.awaited[len(self.constants)] = facts(tensor)
         key = self.slots.get(id(tensor))
         if key is None:
-            key = self.slots[id(tensor)] = ("c", len(self.constants), facts(tensor))
+            key = self.slots[id(tensor)] = TensorSlot(len(self.constants), facts(tensor))
             self.constants.append(self.handed.own(tensor, len(self.constants)) if self.handed.copies else tensor)
         return key
 
-    def number_key(self, number: Lifted) -> Key:
+    def number_key(self, number: Lifted) -> NumberSlot:
         if number.written is not None:
             self.negative[len(self.constants)] = number.written
         self.constants.append(number.value)
-        return ("n", len(self.constants) - 1, number.kind)
+        return NumberSlot(len(self.constants) - 1, number.kind)
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake of a tensor, recorded or real."""
@@ -73,10 +79,14 @@ class Operands:
         """Arguments with the fake in place of every tensor."""
         return tree.tree_map(lambda x: self.fake(x) if isinstance(x, torch.Tensor) else x, args)
 
-    def fake_of(self, key: Key) -> torch.Tensor:
-        if key[0] == "v":
+    def fake_of(self, key: Recorded) -> torch.Tensor:
+        """The fake of a value, or of a real tensor."""
+        if isinstance(key, Value):
             return self.tape.fake_of_result(key)
-        slot = key[1]
+        return self.fake_at(key.slot)
+
+    def fake_at(self, slot: int) -> torch.Tensor:
+        """The fake of the real tensor in a slot."""
         if slot not in self.const_fakes:
             value = self.constants[slot]
             if (

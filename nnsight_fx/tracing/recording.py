@@ -13,14 +13,15 @@ from ..compat.fakes import FakeTensorMode
 from ..errors import NotRecordableError, UnsavedValueError
 from ..lines import Line, user_line
 from ..plan import ambient, tree
-from ..plan.encode import Identity, Key
-from ..plan.plan import APPLY, BARRIER, READ, STOP, Op
+from ..plan.keys import Identity, Key, Recorded, Value
+from ..plan.plan import Op
+from ..plan.verbs import Apply, Barrier, Read, StopRun, Verb
 from .conditions import Conditions
 from .gradients import Gradients
 from .lazy import Given, LazyTensor, key_of, line_of
 from .objects import LazyObject, Objects
 from .operands import Operands
-from .steps import DeclaredCache, Invoke, Sites
+from .steps import DeclaredCache, Invoke, Sites, nothing
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -42,7 +43,7 @@ class Recording:
         self.objects, self.gradients, self.conditions = Objects(tape), Gradients(tape), Conditions(tape)
         self.saved: dict[int, LazyTensor] = {}
         self.delivered: dict[int, weakref.ref[torch.Tensor]] = {}  # by id: an id may be another tensor's later
-        self.kept: dict[int, Key] = {}  # id of a saved value -> its key, which it loses when it becomes real
+        self.kept: dict[int, Recorded] = {}  # id of a saved value -> its key, which it loses when it becomes real
         self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
         self.caches: list[DeclaredCache] = []
         self.told: list[Callable[[Any], None]] = []  # told of the run when it is over: caches, a session
@@ -73,20 +74,17 @@ class Recording:
 
     def add(
         self,
-        kind: str,
-        target: object,
-        args: tuple,
-        kwargs: dict,
+        verb: Verb,
+        args: tuple = (),
+        kwargs: dict | None = None,
         *,
-        effect: str = "",
-        extra: object = None,
-        result: object = None,
+        result: Callable[[], Any] | None = None,
         sizes: tuple = (),
     ) -> Any:
         """Record one operation, and return its result with recorded values for the new ones."""
         raise NotImplementedError
 
-    def fake_of_result(self, key: Key) -> torch.Tensor:
+    def fake_of_result(self, key: Value) -> torch.Tensor:
         """The fake of what an operation has given."""
         raise NotImplementedError
 
@@ -94,21 +92,21 @@ class Recording:
         """The body sets the grad mode."""
         self.grad = enabled
 
-    def number(self, *args: Any, **kwargs: Any) -> int:
+    def number(self, verb: Verb, *args: Any, **kwargs: Any) -> int:
         """Record one operation, and return its number: changed containers and objects among its arguments are recorded before it."""
-        self.add(*args, **kwargs)
+        self.add(verb, *args, **kwargs)
         return len(self.ops) - 1
 
     def stop(self) -> None:
         self.recapture = self.recapture or "removes"
-        self.add(STOP, None, (), {}, effect="inplace", result=lambda: None)
+        self.add(StopRun(), result=nothing)
 
     def barrier(self) -> None:
-        self.add(BARRIER, None, (), {}, effect="inplace", result=lambda: None)
+        self.add(Barrier(), result=nothing)
 
     def later(self, fn: Callable, args: tuple) -> None:
         """Call `fn` on the real values when the model gets there; nobody waits for it."""
-        self.add(APPLY, Identity(fn), args, {}, effect="inplace", result=lambda: None)
+        self.add(Apply(Identity(fn)), args, result=nothing)
 
     def modes(self) -> ambient.Ambient | None:
         if not self.casts and ambient.plain(self.base):
@@ -156,10 +154,10 @@ class Recording:
     def made(self, lazy: LazyTensor | LazyObject | None) -> str:
         return f"`{self.describe(key_of(lazy))}`, made at {line_of(lazy)}," if lazy is not None else "a value"
 
-    def describe(self, key: Key) -> str:
-        op = self.ops[key[1]] if key[0] == "v" and key[1] < len(self.ops) else None
-        if op is None:
+    def describe(self, key: Key | None) -> str:
+        if not isinstance(key, Value) or key.op >= len(self.ops):
             return "value"
-        if op.kind == READ:
-            return ".".join(p for p in op.target[:2] if p) + (f"[{key[2]}]" if key[2] > 0 else "")
-        return repr(op.target) if isinstance(op.target, Identity) else f"{op.kind} {op.target}"
+        verb = self.ops[key.op].verb
+        if isinstance(verb, Read):
+            return ".".join(p for p in verb.site[:2] if p) + (f"[{key.leaf}]" if key.leaf > 0 else "")
+        return repr(verb.subject) if isinstance(verb.subject, Identity) else f"{verb.name} {verb.subject}"

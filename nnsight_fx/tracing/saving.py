@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from ..errors import OutsideTraceError
 from ..lines import user_line
 from ..plan import tree
-from .functions import INSIDE
+from .functions import inside
 from .lazy import LazyTensor, key_of, tape_of
 from .objects import LazyObject, lazies, real_of
 from .tape import Tape
@@ -96,7 +96,7 @@ def collect(tape: Tape, held: bool = True) -> None:
     if held and session() is not None:
         tape.forget_reads()
         for lazy in list(tape.values.values()):
-            if id(lazy) not in tape.saved and key_of(lazy)[1] != INSIDE:
+            if id(lazy) not in tape.saved and not inside(key_of(lazy)):
                 tape.keep(lazy)
         for stand_in in tape.objects.held:
             tape.objects.keep(stand_in, asked=False)

@@ -10,8 +10,10 @@ import torch
 
 from ..lines import Line
 from ..plan import tree
-from ..plan.encode import Key, Lifted
-from ..plan.plan import CALL, READ, SAVE, InterventionGraph, Op, Site
+from ..plan.encode import Lifted
+from ..plan.keys import Recorded
+from ..plan.plan import InterventionGraph, Op
+from ..plan.verbs import Batched, Call, Read, Save, Site
 from .lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class SiteMeta(NamedTuple):
 
     spec: tree.Spec
     leaves: tuple  # fakes; anything else as it is (an `Opaque` where it holds data)
-    batched: tuple[bool | None, ...]  # leaf by leaf: does dimension 0 hold the batch; `None`: where its size says so
+    batched: Batched  # leaf by leaf: does dimension 0 hold the batch; `None`: where its size says so
     order: float  # its place among all sites of a run; the sites inside a module are between two whole numbers
     unsure: bool = False  # did the scan guess, so that a read must look whether it was right
     like: Any = None  # the scan's value, where its containers have more to them than their leaves
@@ -60,7 +62,8 @@ class Opaque:
         self.type = cls
 
 
-NO_ARGS, NO_KWARGS = ("t", tuple, ()), ("d", (), ())
+def nothing() -> None:
+    """What an operation gives that gives no value."""
 
 
 class DeclaredCache(NamedTuple):
@@ -121,13 +124,13 @@ class Step:
         self.spec: tree.Spec = None
         self.like: Any = None  # what its containers are like
         self.leaves: list = []  # FakeTensor: a new value; Key: an argument itself; else a literal
-        self.rebound: list[tuple[Key, torch.Tensor]] = []  # what an in-place operation made of its argument
+        self.rebound: list[tuple[Recorded, torch.Tensor]] = []  # what an in-place operation made of its argument
 
     @property
     def changed(self) -> Step:
         """The latest step, up to this, that can change what the model passes on: no read, no save and no mere computation."""
         step = self
-        while step.op is not None and not step.op.effect and step.op.kind in (READ, SAVE, CALL):
+        while step.op is not None and not step.op.effect and isinstance(step.op.verb, Read | Save | Call):
             assert step.parent is not None
             step = step.parent
         return step
@@ -137,16 +140,16 @@ class Living:
     """The recorded values by key, while somebody holds them: a `WeakValueDictionary` without its cost for each value."""
 
     def __init__(self) -> None:
-        self.refs: dict[Key, weakref.ref[LazyTensor]] = {}
+        self.refs: dict[Recorded, weakref.ref[LazyTensor]] = {}
 
-    def __setitem__(self, key: Key, value: LazyTensor) -> None:
+    def __setitem__(self, key: Recorded, value: LazyTensor) -> None:
         self.refs[key] = weakref.ref(value)
 
-    def get(self, key: Key) -> LazyTensor | None:
+    def get(self, key: Recorded) -> LazyTensor | None:
         found = self.refs.get(key)
         return None if found is None else found()
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[Recorded]:
         return iter([key for key, ref in self.refs.items() if ref() is not None])
 
     def values(self) -> list[LazyTensor]:

@@ -12,12 +12,13 @@ import torch
 from ..errors import NotRecordableError
 from ..lines import user_line
 from ..plan import tree
-from ..plan.encode import Identity, Key
-from ..plan.plan import APPLY, SYNC, Op
-from .functions import INSIDE
+from ..plan.keys import NO_KWARGS, Identity, Items, Recorded, Value
+from ..plan.plan import Op
+from ..plan.verbs import Apply, Sync
+from .functions import inside
 from .lazy import LazyTensor, held_by, key_of
 from .objects import LazyObject, real_of
-from .steps import NO_KWARGS, Step
+from .steps import Step, nothing
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 class SyncPoints:
     """Those of one recording. `run_until(tape)` runs the model, and returns what gives the real value of a key."""
 
-    def __init__(self, tape: Tape, run_until: Callable[[Tape], Callable[[Key], Any]]):
+    def __init__(self, tape: Tape, run_until: Callable[[Tape], Callable[[Recorded], Any]]):
         self.tape, self.run_until = tape, run_until
         self.thread = threading.get_ident()
         self.deciding = False  # is a sync point looking at conditions
-        self.reals: dict[Key, torch.Tensor] = {}  # values that a later wave of the trace used
+        self.reals: dict[Recorded, torch.Tensor] = {}  # values that a later wave of the trace used
 
     def earlier(self, lazy: LazyTensor) -> torch.Tensor:
         """The real tensor of a value of an earlier wave of the same trace, or of an earlier trace of the session."""
@@ -52,8 +53,8 @@ class SyncPoints:
 
     def apply(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         """Call `fn` on the real values when the model gets there; what it returns is looked at, so this syncs."""
-        n = self.tape.number(APPLY, Identity(fn), args, kwargs, effect="inplace", result=lambda: None)
-        got = self.values_of([("v", n, -1)])[0]
+        n = self.tape.number(Apply(Identity(fn)), args, kwargs, result=nothing)
+        got = self.values_of([Value(n, -1)])[0]
         leaves, spec = tree.flatten(got)
         return tree.unflatten(leaves, spec, got)
 
@@ -62,13 +63,13 @@ class SyncPoints:
         if self.tape.bridged:
             return [self.earlier(x) for x in lazies]
         self.tape.check_open(lazies, {})
-        if any(key_of(x)[1] == INSIDE for x in lazies):
+        if any(inside(key_of(x)) for x in lazies):
             raise NotRecordableError(
                 f"{user_line()}: a value inside a custom `forward` has no numbers while it is recorded."
             )
         return self.values_of([key_of(x) for x in lazies])
 
-    def values_of(self, keys: list[Key]) -> list[Any]:
+    def values_of(self, keys: list[Recorded]) -> list[Any]:
         """What the run gives for keys; the model runs as far as they need."""
         if threading.get_ident() != self.thread:
             raise NotRecordableError(
@@ -84,7 +85,7 @@ class SyncPoints:
             finally:
                 self.deciding = False
         for key in keys:
-            op = Op(SYNC, self.tape.invoke.index, None, ("t", tuple, (key,)), NO_KWARGS, None, "inplace")
+            op = Op(Sync(), self.tape.invoke.index, Items(tuple, (key,)), NO_KWARGS)
             self.tape.ops.append(op)
             self.tape.specs.append(None)
             self.tape.lines.append(user_line())

@@ -20,17 +20,29 @@ from ..compat.modes import NoTorchFunction
 from ..errors import NNsightFXError
 from ..lines import Line, user_line
 from ..plan import ambient, tree
-from ..plan.encode import Key, Lifted, decode, facts
+from ..plan.encode import Lifted
+from ..plan.keys import (
+    NumberSlot,
+    Outside,
+    Recorded,
+    SizeExpr,
+    TensorSlot,
+    Value,
+    decode,
+    facts,
+    made_at,
+)
 from ..plan.lifting import name_of
 from ..plan.names import needs_data
-from ..plan.plan import CALL, MODULE, READ, SAVE, Groups, InterventionGraph, Op, Site
+from ..plan.plan import Groups, InterventionGraph, Op
+from ..plan.verbs import Call, CallModule, Read, Save, Site, Verb
 from .accesses import Accesses
 from .called import CalledModules
 from .calls import TorchCalls
-from .functions import INSIDE, set_grad
+from .functions import inside, set_grad
 from .lazy import LazyTensor, fake_in, key_of, rebind, stand_for
 from .recording import Recording
-from .steps import NO_ARGS, NO_KWARGS, Beaten, Invoke, Living, Missing, Opaque, SiteMeta, Sites, Step
+from .steps import Beaten, Invoke, Living, Missing, Opaque, SiteMeta, Sites, Step, nothing
 from .sync import SyncPoints
 from .writes import Writes
 
@@ -46,7 +58,7 @@ class Tape(Recording):
         root: Step,
         fakes: FakeTensorMode,
         sites: Sites,
-        run_until: Callable[[Tape], Callable[[Key], Any]],
+        run_until: Callable[[Tape], Callable[[Recorded], Any]],
     ):
         super().__init__()
         self.step, self.fakes, self.sites, self.fixed = root, fakes, sites, sites.fixed
@@ -96,14 +108,11 @@ class Tape(Recording):
 
     def add(
         self,
-        kind: str,
-        target: Any,
-        args: tuple,
-        kwargs: dict,
+        verb: Verb,
+        args: tuple = (),
+        kwargs: dict | None = None,
         *,
-        effect: str = "",
-        extra: Any = None,
-        result: Any = None,
+        result: Callable[[], Any] | None = None,
         sizes: tuple = (),
     ) -> Any:
         """Record one operation and return its result with lazy tensors for new values.
@@ -113,9 +122,9 @@ class Tape(Recording):
         """
         self.accesses.settle()
         marks = len(self.constants)
-        keys = self.operands.encode(args) if args else NO_ARGS, self.operands.encode(kwargs) if kwargs else NO_KWARGS
-        when = self.conditions.of(kind, keys)
-        op = Op(kind, self.invoke.index, target, *keys, self.modes(), effect, extra, when)
+        keys = self.operands.arguments(args, kwargs or {})
+        when = self.conditions.of(verb, keys)
+        op = Op(verb, self.invoke.index, *keys, self.modes(), when)
         key = (op, sizes) if sizes else op
         step = self.step.children.get(key)
         if step is None:
@@ -123,19 +132,22 @@ class Tape(Recording):
                 step = self._evaluate(op, result)
             except BaseException as error:
                 ours = isinstance(error, NNsightFXError) or not isinstance(error, Exception) or needs_data(error)
-                if kind in (CALL, MODULE) and not ours:
-                    self._say_where(
-                        error, f"`{name_of(target.obj)}`" if kind == CALL else f"module `{target}`", args, kwargs
-                    )
+                if isinstance(verb, Call | CallModule) and not ours:
+                    name = f"`{name_of(verb.fn.obj)}`" if isinstance(verb, Call) else f"module `{verb.path}`"
+                    self._say_where(error, name, args, kwargs)
                 self.operands.forget(marks)
                 raise
-            if kind == CALL and not effect and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves):
+            if (
+                isinstance(verb, Call)
+                and not verb.does
+                and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves)
+            ):
                 self.operands.forget(marks)
                 return tree.unflatten(step.leaves, step.spec)
             self.step.children[key] = step
         return self.advance(step, op)
 
-    def _say_where(self, error: BaseException, name: str, args: tuple, kwargs: dict) -> None:
+    def _say_where(self, error: BaseException, name: str, args: tuple, kwargs: dict | None) -> None:
         """A recorded operation does not fit its values: the user's line and the shapes are what helps."""
         shapes = [
             tuple(self.operands.fake(x).shape) for x in tree.flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)
@@ -144,18 +156,19 @@ class Tape(Recording):
         error.add_note(f"nnsight_fx: at {user_line()}: {name}{of}.")
         error.of_the_body = True  # type: ignore[attr-defined]
 
-    def _evaluate(self, op: Op, result: Any) -> Step:
+    def _evaluate(self, op: Op, result: Callable[[], Any] | None) -> Step:
         """Run an operation on fakes."""
         step = Step(self.step, op)
-        aliases: dict[int, Key] = {}
-        fresh: dict[Key, torch.Tensor] = {}
-        target = _changed_key(op) if op.effect == "inplace" and op.kind == CALL else None
+        aliases: dict[int, Recorded] = {}
+        fresh: dict[Recorded, torch.Tensor] = {}
+        call = op.verb if isinstance(op.verb, Call) else None
+        target = _changed_key(op) if call is not None and call.does == "inplace" else None
 
-        def lookup(key: Key) -> Any:
-            if key[0] == "s":
-                return self.sites.symbol(key[1])
-            if key[0] == "n":
-                return self.constants[key[1]]
+        def lookup(key: Value | Outside) -> Any:
+            if isinstance(key, SizeExpr):
+                return self.sites.symbol(key.expr)
+            if isinstance(key, NumberSlot):
+                return self.constants[key.slot]
             fake = self.operands.fake_of(key)
             if key == target:  # another recording shares this fake: let it keep its own
                 fake = fresh.setdefault(key, _own(fake))
@@ -164,7 +177,7 @@ class Tape(Recording):
 
         with NoTorchFunction(), self.fakes, quiet_fakes():  # what a module does on fakes is nobody's to record
             args, kwargs = decode(op.args, lookup), decode(op.kwargs, lookup)
-            got = result() if result is not None else None if op.kind != CALL else op.target.obj(*args, **kwargs)
+            got = result() if result is not None else None if call is None else call.fn.obj(*args, **kwargs)
         leaves, step.spec = tree.flatten(got)
         step.like = got if tree.holds(step.spec, tree.LIKE) else None
         step.leaves = [aliases.get(id(x), x) if isinstance(x, torch.Tensor) else x for x in leaves]
@@ -180,7 +193,7 @@ class Tape(Recording):
         self.step = step
         if op.when:
             self.conditions.used = True
-        if op.kind == SAVE:  # nothing uses what it returns
+        if isinstance(op.verb, Save):  # nothing uses what it returns
             return None
         for key, fake in step.rebound:
             grew = fake.requires_grad and not self.operands.fake_of(key).requires_grad
@@ -190,48 +203,48 @@ class Tape(Recording):
             self._rebind(key, fake)
         self.accesses.place(n, op)
         if step.spec is None:
-            return self._value(step.leaves[0], ("v", n, 0), line)
+            return self._value(step.leaves[0], Value(n, 0), line)
         return tree.unflatten(
-            [self._value(x, ("v", n, j), line) for j, x in enumerate(step.leaves)], step.spec, step.like
+            [self._value(x, Value(n, j), line) for j, x in enumerate(step.leaves)], step.spec, step.like
         )
 
-    def _value(self, leaf: object, key: Key, line: Line) -> Any:
+    def _value(self, leaf: object, key: Value, line: Line) -> Any:
         if type(leaf) is FakeTensor:
             return self.lazy(key, leaf, line)
         if type(leaf) is Opaque:
             return self.objects.stand_in(key, leaf.type)
-        if isinstance(leaf, tuple) and leaf and leaf[0] in ("v", "c") and not isinstance(leaf, torch.Size):
-            if leaf[0] == "c":
-                return self.operands.changed.setdefault(id(self.constants[leaf[1]]), self.constants[leaf[1]])
+        if isinstance(leaf, TensorSlot):
+            return self.operands.changed.setdefault(id(self.constants[leaf.slot]), self.constants[leaf.slot])
+        if isinstance(leaf, Value):
             living = self.values.get(leaf)
             return living if living is not None else self.lazy(leaf, self.operands.fake_of(leaf), line)
         return leaf
 
-    def lazy(self, key: Key, fake: torch.Tensor, line: Line) -> LazyTensor:
+    def lazy(self, key: Recorded, fake: torch.Tensor, line: Line) -> LazyTensor:
         with NoTorchFunction():
             made = self.values[key] = LazyTensor.__new__(LazyTensor, self, key, fake, line)
         return made
 
-    def fake_of_result(self, key: Key) -> torch.Tensor:
+    def fake_of_result(self, key: Value) -> torch.Tensor:
         lazy = self.values.get(key)
         if lazy is not None:
             return fake_in(lazy)
         step: Step | None = self.step
-        for _ in range(len(self.ops) - 1 - key[1]):
+        for _ in range(len(self.ops) - 1 - key.op):
             step = step.parent if step is not None else None
-        leaf = step.leaves[key[2]] if step is not None else None
-        return self.operands.fake_of(leaf) if isinstance(leaf, tuple) else leaf  # type: ignore[return-value]
+        leaf = step.leaves[key.leaf] if step is not None else None
+        return self.operands.fake_of(leaf) if isinstance(leaf, Value | TensorSlot) else leaf  # type: ignore[return-value]
 
     def lend(self, tensor: torch.Tensor) -> LazyTensor:
         """A real tensor as a recorded value of its own: all that the body does with it is recorded."""
-        key = ("c", len(self.constants), facts(tensor))
+        key = TensorSlot(len(self.constants), facts(tensor))
         self.constants.append(tensor)
         return self.lazy(key, self.operands.fake_of(key), user_line())
 
-    def _rebind(self, key: Key, fake: torch.Tensor) -> None:
-        if key[0] == "c":
-            self.operands.const_fakes[key[1]] = fake
-            self.operands.changed[id(self.constants[key[1]])] = self.constants[key[1]]
+    def _rebind(self, key: Recorded, fake: torch.Tensor) -> None:
+        if isinstance(key, TensorSlot):
+            self.operands.const_fakes[key.slot] = fake
+            self.operands.changed[id(self.constants[key.slot])] = self.constants[key.slot]
         else:
             living = self.values.get(key)
             if living is not None:
@@ -296,22 +309,24 @@ class Tape(Recording):
             return
         if self.invoke.containers:
             self.accesses.settle()
-        again = self.beaten(key_of(lazy))
+        key = key_of(lazy)
+        assert isinstance(key, Value)
+        again = self.beaten(key)
         if again is not None:
             self.advance(again.step, again.op)
             return
         before = self.step
-        with self.within(self.ops[key_of(lazy)[1]].invoke):  # who waits for nobody
-            self.add(SAVE, None, (lazy,), {}, result=lambda: None)
-        self.beat(before, key_of(lazy))
+        with self.within(self.ops[key.op].invoke):  # who waits for nobody
+            self.add(Save(), (lazy,), result=nothing)
+        self.beat(before, key)
 
     def close_step(self) -> None:
         """Nothing is recorded here any more: keep, for what comes later, the values that the body still holds."""
         self.accesses.settle()
         self.invoke = Invoke(self.invoke.index)
-        for lazy in sorted(self.values.values(), key=lambda x: key_of(x)):
-            if id(lazy) not in self.saved and key_of(lazy)[1] != INSIDE:
-                self.add(SAVE, None, (lazy,), {}, result=lambda: None)
+        for lazy in sorted(self.values.values(), key=lambda x: made_at(key_of(x))):
+            if id(lazy) not in self.saved and not inside(key_of(lazy)):
+                self.add(Save(), (lazy,), result=nothing)
         for stand_in in self.objects.held:
             self.objects.keep(stand_in, asked=False)
         self.closed = True
@@ -321,7 +336,7 @@ class Tape(Recording):
         steps: list[list | None] = []
         step: Step | None = self.step
         while step is not None and step.op is not None:
-            steps.append([_facts_of(leaf) for leaf in step.leaves] if step.op.kind == READ else None)
+            steps.append([_facts_of(leaf) for leaf in step.leaves] if isinstance(step.op.verb, Read) else None)
             step = step.parent
         return steps[::-1]
 
@@ -346,12 +361,10 @@ def _own(fake: torch.Tensor) -> torch.Tensor:
         return fake.detach().clone().requires_grad_(fake.requires_grad) if fake.is_leaf else fake.clone()
 
 
-def _changed_key(op: Op) -> Key | None:
+def _changed_key(op: Op) -> Recorded | None:
     """The argument that an in-place call changes."""
-    if op.kwargs[0] == "d" and "out" in op.kwargs[1]:
-        return op.kwargs[2][op.kwargs[1].index("out")]
-    first = op.args[2][0] if op.args[0] == "t" and op.args[2] else None
-    return first if first is not None and first[0] in ("v", "c") else None
+    found = op.kwargs.get("out") if "out" in op.kwargs else next(iter(op.args.items), None)
+    return found if isinstance(found, Value | TensorSlot) else None
 
 
 @contextlib.contextmanager

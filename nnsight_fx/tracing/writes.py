@@ -9,11 +9,11 @@ import torch
 from ..errors import NotRecordableError, OutOfOrderError, PaddedLengthUnknown
 from ..lines import user_line
 from ..plan import tree
-from ..plan.encode import Keep
-from ..plan.plan import READ, SKIP, WRITE, Site, name_of_site
+from ..plan.keys import Keep, Value
+from ..plan.verbs import Batched, Read, Site, Skip, Write, name_of_site
 from .accesses import place_of
 from .lazy import LazyTensor, key_of, tape_of
-from .steps import Missing, SiteMeta
+from .steps import Missing, SiteMeta, nothing
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -61,18 +61,14 @@ class Writes:
         self._check_conditional(site, leaves, spec, meta, fits)
         self.tape.recapture = self.tape.recapture if fits else "changes"
         self.tape.reshaped = self.tape.reshaped or not fits
-        batched: tuple[bool | None, ...] | None = None
+        batched: Batched | None = None
         if isinstance(meta, SiteMeta):  # another structure has no rows of other invokes
             batched = meta.batched if spec == meta.spec else (False,) * len(leaves)
         stays = [fits and not isinstance(x, torch.Tensor) for x in leaves]  # what fits and is no tensor is what it was
         self.tape.add(
-            WRITE,
-            site,
+            Write(site, spec, batched, fits),
             (tuple(Keep(i) if same else x for i, (x, same) in enumerate(zip(leaves, stays, strict=True))),),
-            {},
-            effect="inplace",
-            extra=(spec, batched, fits),
-            result=lambda: None,
+            result=nothing,
         )
         self.tape.accesses.touch(site)
         self.tape.operands.handed.take(site, name_of_site(site), leaves)
@@ -124,12 +120,9 @@ class Writes:
         self.write(site, (args, kwargs))
 
     def written_order(self, leaves: list) -> tuple[float, Site, int] | None:
-        own = [
-            key_of(x)[1]
-            for x in leaves
-            if isinstance(x, LazyTensor) and tape_of(x) is self.tape and key_of(x)[0] == "v"
-        ]
-        found = [self.tape.accesses.order[n] for n in own if n in self.tape.accesses.order]
+        keys = [key_of(x) for x in leaves if isinstance(x, LazyTensor) and tape_of(x) is self.tape]
+        order = self.tape.accesses.order
+        found = [order[key.op] for key in keys if isinstance(key, Value) and key.op in order]
         return max(found, key=place_of) if found else None
 
     def _to_device(self, leaf: object, meta: SiteMeta, i: int) -> Any:
@@ -171,9 +164,10 @@ class Writes:
             x = leaves[i]
             if isinstance(x, Keep):
                 return "kept", meta.same[x.index]
-            key: tuple = key_of(x) if isinstance(x, LazyTensor) and tape_of(x) is self.tape else ("", 0)
-            own = key[0] == "v" and self.tape.ops[key[1]].kind == READ and self.tape.ops[key[1]].target == site
-            return ("kept", meta.same[key[2]]) if own else id(x)
+            key = key_of(x) if isinstance(x, LazyTensor) and tape_of(x) is self.tape else None
+            read = self.tape.ops[key.op].verb if isinstance(key, Value) else None
+            own = isinstance(read, Read) and read.site == site
+            return ("kept", meta.same[key.leaf]) if own and isinstance(key, Value) else id(x)
 
         return any(now(i) != now(first) for i, first in enumerate(meta.same))
 
@@ -189,15 +183,7 @@ class Writes:
         fits = isinstance(out, SiteMeta) and self.fits((path, "output", call), leaves, spec, out)
         self.tape.recapture = self.tape.recapture or "removes" if fits else "changes"
         self.tape.reshaped = self.tape.reshaped or not fits
-        self.tape.add(
-            SKIP,
-            (path, "output", call),
-            (tuple(leaves),),
-            {},
-            effect="inplace",
-            extra=(spec, batched),
-            result=lambda: None,
-        )
+        self.tape.add(Skip((path, "output", call), spec, batched), (tuple(leaves),), result=nothing)
         self.tape.accesses.touch(site)
         self.tape.operands.handed.take((path, "output", call), f"{path}.output", leaves)
         if self.tape.reshaped:

@@ -10,7 +10,7 @@ from nnsight_fx import NNsight
 from nnsight_fx.engine.offload import Offload
 from nnsight_fx.model.cache import observed
 from nnsight_fx.passes.emit import Emitter
-from nnsight_fx.plan.plan import Observation
+from nnsight_fx.plan.verbs import Observation
 
 TO_CPU = observed(True, "cpu", torch.float16)
 

@@ -142,7 +142,7 @@ def test_a_cut_where_real_values_are_needed():
     gm, job = net_graph(), job_of(recorded)
     passes.splice(gm, job)
     assert job.cut is not None and job.cut.site == ("a", "output", 0)
-    assert job.exit.done.isdisjoint(n for n, op in enumerate(recorded.plan.ops) if op.kind == "write")
+    assert job.exit.done.isdisjoint(n for n, op in enumerate(recorded.plan.ops) if op.verb.name == "write")
 
 
 def test_a_stop_ends_it():

@@ -192,7 +192,7 @@ def test_only_what_was_asked_for_is_observed():
     model, x = wrap("eager", build("mlp")), inputs("mlp")
     with model.trace(x) as tracer:
         tracer.cache([model.blocks[0]])
-        assert [op.target for op in tracer.tape.ops if op.kind == "observe"] == [("blocks.0", "output", 0)]
+        assert [op.verb.subject for op in tracer.tape.ops if op.verb.name == "observe"] == [("blocks.0", "output", 0)]
     assert model._host.compiled.segments[-1].variants
     (variant,) = [v for vs in model._host.compiled.segments[-1].variants.values() for v in vs]
     assert len(variant.gives) == 1

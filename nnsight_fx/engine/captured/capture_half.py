@@ -17,10 +17,11 @@ from ...compat.fakes import FakeTensor, FakeTensorMode, detect_fake_mode
 from ...errors import SkipError
 from ...passes.calls import ModuleCall
 from ...plan.ambient import under
-from ...plan.encode import Keep
 from ...plan.interleave import Firing
-from ...plan.plan import MODULE, SKIP, WRITE, InterventionGraph, Op, Site
+from ...plan.keys import Identity, Keep, Plain, TensorSlot, Value
+from ...plan.plan import InterventionGraph, Op
 from ...plan.skips import gather
+from ...plan.verbs import CallModule, Site, Skip, Write
 from ...scan.wave_sites import FakeInterleaver
 
 if TYPE_CHECKING:
@@ -55,26 +56,24 @@ def _replacements(plan: InterventionGraph) -> dict[tuple[str, str, int], Replace
     """The capture half: what the model's Python sees replaced."""
     found: dict[tuple[str, str, int], Replacement] = {}
     for op in plan.ops:
-        if op.kind == WRITE and not op.extra[2]:
-            found[op.target] = Replacement(op.extra[0], _described(op))
-        elif op.kind == SKIP:
-            path, _, call = op.target
-            found[(path, "skip", call)] = Replacement(
-                op.extra[0], [SUPPLIED if x is SUPPLIED else x for x in _described(op)]
-            )
+        match op.verb:
+            case Write(site, spec, fits=False):
+                found[site] = Replacement(spec, _described(op))
+            case Skip((path, _, call), spec):
+                found[(path, "skip", call)] = Replacement(spec, _described(op))
     return found
 
 
 def _described(op: Op) -> list:
     """Each leaf of a written tree: supplied by the graph, kept, or an object."""
     described = []
-    for key in op.args[2][0][2]:
-        if key[0] in ("v", "c"):
+    for key in op.tree:
+        if isinstance(key, Value | TensorSlot):
             described.append(SUPPLIED)
-        elif key[0] == "l":
-            described.append(float.fromhex(key[2]) if key[1] is float else key[2])
+        elif isinstance(key, Plain):
+            described.append(key.value)
         else:
-            described.append(key[1].obj if key[0] == "o" else Keep(0))
+            described.append(key.obj if isinstance(key, Identity) else Keep(0))
     return described
 
 
@@ -135,15 +134,16 @@ class DynamoInterleaver(FakeInterleaver):
         self.supplied: dict[Site, list] = {}
 
     def execute(self, n: int, op: Op) -> Any:
-        if op.kind != MODULE:
+        if not isinstance(op.verb, CallModule):
             return super().execute(n, op)
-        module, (args, kwargs) = self.run.modules(op.target), self.arguments(op)
+        path = op.verb.path
+        module, (args, kwargs) = self.run.modules(path), self.arguments(op)
         tensors = {
             name: self.mode.from_tensor(t, static_shapes=True)
             for name, t in [*module.named_parameters(), *module.named_buffers()]
         }
         with under(op.ambient):
-            return ModuleCall(op.target, self.run.skeleton(op.target))(tensors, args, kwargs)
+            return ModuleCall(path, self.run.skeleton(path))(tensors, args, kwargs)
 
     def leaf(self, x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> None:
         self.group[leaf] = x
@@ -152,13 +152,11 @@ class DynamoInterleaver(FakeInterleaver):
             self.group = {}
             self.fire(Firing((path, kind, self.count(path, kind)), leaves, None))
 
-    def _write(self, op: Op, firing: Firing | None) -> None:
-        assert firing is not None
-        spec, batched, fits = op.extra
-        if fits:
-            super()._write(op, firing._replace(spec=spec))
+    def _write(self, op: Op, verb: Write, firing: Firing) -> None:
+        if verb.fits:
+            super()._write(op, verb, firing._replace(spec=verb.spec))
         else:
-            self.supplied[firing.site] = self.merged(op, firing, list(self.arguments(op)[0][0]))
+            self.supplied[firing.site] = self.merged(op, verb, firing, list(self.arguments(op)[0][0]))
 
     def taken(self, at: Site) -> bool:
         """Did the plan replace a site, or skip a call, when it came by?"""

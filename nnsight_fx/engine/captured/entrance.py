@@ -13,7 +13,8 @@ from ...capture.segment import Segment
 from ...capture.symbolic import Untraceable
 from ...errors import FallbackError
 from ...passes.job import NotDifferentiable, Unfit
-from ...plan.plan import WRITE, InterventionGraph
+from ...plan.plan import InterventionGraph
+from ...plan.verbs import Write
 from .. import clock
 from ..run import live, written
 from .capture_half import StopUnknown, in_force
@@ -124,9 +125,10 @@ class Entrance:
     def _blamed(self, error: Exception) -> None:
         """Dynamo runs a frame that it cannot trace, and may fail in a later one on what the capture half writes (torch 2.14 on)."""
         run = self.run
-        writes = [n for n, op in enumerate(run.plan.ops) if op.kind == WRITE] if self.half is not None else []
+        writes = list(run.plan.of_kind(Write)) if self.half is not None else []
         if writes and run.written is None and compat.dynamo.fails(error):
-            run.written = written(run.plan.ops[writes[-1]], run.lines[writes[-1]])
+            n, _, verb = writes[-1]
+            run.written = written(verb, run.lines[n])
 
     def _captures_nothing(self, error: Exception) -> bool:
         """Did tracing fail in Dynamo itself, or on what the plan writes, before anything of the model ran?"""

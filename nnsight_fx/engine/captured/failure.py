@@ -7,7 +7,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from ...config import OURS
-from ...plan.plan import SKIP, WRITE
+from ...plan.verbs import Skip, Write
 
 if TYPE_CHECKING:
     from .run import SplicedRun
@@ -41,7 +41,11 @@ def untraceable(error: Exception, run: SplicedRun) -> str:
     at = f" at {told[-1][0]}:{told[-1][1]}" if told else ""
     plan = run.entrance.half
     if plan is not None and plan.recapture == "changes":
-        writes = [n for n, op in enumerate(plan.ops) if op.kind == SKIP or (op.kind == WRITE and not op.extra[2])]
+        writes = [
+            n
+            for n, op in enumerate(plan.ops)
+            if isinstance(op.verb, Skip) or (isinstance(op.verb, Write) and not op.verb.fits)
+        ]
         lines = ", ".join(dict.fromkeys(str(run.lines[n]) for n in writes if n < len(run.lines)))
         return f"hook engine: Dynamo could not trace the model with what was written at {lines} ({reason}{at})"
     return f"hook engine: Dynamo could not trace the model itself{at} ({reason})"

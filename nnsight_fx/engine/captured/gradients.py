@@ -8,6 +8,7 @@ import torch
 
 from ...compat.tensors import shares_memory
 from ...passes.job import NotDifferentiable
+from ...plan.keys import Plain
 
 if TYPE_CHECKING:
     from .run import SplicedRun
@@ -22,11 +23,7 @@ def differentiable(run: SplicedRun, args: tuple) -> bool:
     plan = run.plan
     if not plan.backs or not run.closed or run.segments_run != 1:
         return False
-    if any(
-        dict(zip(op.kwargs[1], op.kwargs[2], strict=True))["create_graph"][-1]
-        for n in plan.backs
-        if (op := plan.ops[n])
-    ):
+    if any(op.kwargs.get("create_graph") == Plain(bool, True) for n in plan.backs if (op := plan.ops[n])):
         raise NotDifferentiable("`create_graph=True`")
     inputs = [x for x in [*args, *run.constants] if isinstance(x, torch.Tensor) and x.requires_grad]
     if any(not x.is_leaf for x in inputs):

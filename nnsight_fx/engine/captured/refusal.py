@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ...capture.markers import Markers
-from ...plan.plan import MODULE, InterventionGraph
+from ...plan.plan import InterventionGraph
+from ...plan.verbs import CallModule
 from ...scan.wave_sites import WaveSites
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -26,7 +27,7 @@ def refusal(
         return "hook engine: an invoke retains the gradient of its rows (`retain_grad`)"
     if plan.syncs and sites.signature.scan.ended is not None:
         return f"hook engine: the body looks at a value, and no scan could tell all sites behind it{sites.ended()}"
-    called = {op.target for op in plan.ops if op.kind == MODULE}
+    called = {verb.path for _, _, verb in plan.of_kind(CallModule)}
     odd = next((f"`{path}`, which the body calls, holds {why}" for path in called if (why := sites.odd(path))), None)
     if odd is not None or plan.holds_odd:
         return f"hook engine: {odd or 'the body calls a function on packed weights'}"

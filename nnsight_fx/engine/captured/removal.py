@@ -14,15 +14,16 @@ from ...compat.transformers import collects_states
 from ...errors import PlanMismatchError
 from ...passes.job import Job, Unfit
 from ...plan import tree
-from ...plan.plan import APPLY, SKIP, SYNC, InterventionGraph
+from ...plan.plan import InterventionGraph
 from ...plan.tree import PLAIN
+from ...plan.verbs import Apply, Skip, Sync
 from ...tracing.steps import SiteMeta
 from ...tracing.tape import Tape
 
 
 def removable(plan: InterventionGraph, tape: Tape, root: nn.Module) -> bool:
     """Can everything that this plan leaves out be left out without the model's Python noticing?"""
-    if plan.recapture != "removes" or any(op.kind in (APPLY, SYNC) for op in plan.ops):
+    if plan.recapture != "removes" or any(isinstance(op.verb, Apply | Sync) for op in plan.ops):
         return False
     if hooked_everywhere() or any(m._forward_hooks_always_called for m in root.modules()):
         return False
@@ -31,7 +32,7 @@ def removable(plan: InterventionGraph, tape: Tape, root: nn.Module) -> bool:
 
 def _alone(plan: InterventionGraph, tape: Tape, root: nn.Module, path: str, call: int) -> bool:
     """Is a module skipped for all rows, without hooks, and without an argument that it could change?"""
-    skips = [op for op in plan.ops if op.target == (path, "output", call) and op.kind == SKIP]
+    skips = [op for _, op, verb in plan.of_kind(Skip) if verb.site == (path, "output", call)]
     skippers = {plan.groups.rows[op.invoke] for op in skips}
     found = tape.sites.lookup(tape, (path, "input", call))
     if not plan.groups.inputs <= skippers or not isinstance(found, SiteMeta) or _hooked(root.get_submodule(path)):
@@ -68,7 +69,7 @@ def check(job: Job, tries: bool) -> None:
     for path, kind, call in set(job.exit.skipped) - set(job.entry.skipped) - job.removed:
         job.exit.skip_parts((path, kind, call), job.lines)  # a `SkipError` where only some of the invokes skip
         if (path, "skip", call) not in job.half:
-            n = next(n for n in plan.touches[(path, kind, call)] if plan.ops[n].kind == SKIP)
+            n = next(n for n in plan.touches[(path, kind, call)] if isinstance(plan.ops[n].verb, Skip))
             raise PlanMismatchError(
                 f"{job.lines[n]}: `{path}` is skipped after a sync point has begun the captured run, which cannot leave it out any "
                 "more. Skip it before the sync point, or trace with `compile=False`."

@@ -13,10 +13,11 @@ from ...capture.segment import Segment
 from ...errors import PlanMismatchError
 from ...passes.job import Unfit
 from ...plan import tree
-from ...plan.encode import facts
 from ...plan.interleave import Firing, Stopped
-from ...plan.plan import OBJECT, OBSERVE, READ, SKIP, STOP, WRITE, InterventionGraph, Site
+from ...plan.keys import Value, facts
+from ...plan.plan import InterventionGraph
 from ...plan.skips import skip_of
+from ...plan.verbs import Observe, Read, ReadObject, Site, Skip, StopRun, Write, place_of_site
 from ...scan.wave_sites import WaveSites
 from ..how import NOTICED, How
 from ..run import Run
@@ -136,7 +137,7 @@ class SplicedRun(Run):
     def _end_in(self, segment: Segment) -> None:
         """The plan stops the model inside a segment of a run that had begun before it was known to stop."""
         if not segment.pure:
-            n = next(n for n, op in enumerate(self.plan.ops) if op.kind == STOP)
+            n = next(n for n, _, _ in self.plan.of_kind(StopRun))
             raise PlanMismatchError(
                 f"{self.lines[n]}: the model is stopped after a sync point has begun the captured run, and what its Python did before "
                 "the stop (a cache that it filled, an attribute that it set) would be lost. Trace with `compile=False`."
@@ -146,13 +147,14 @@ class SplicedRun(Run):
     def _go_past(self, found: Variant, outputs: Any) -> None:
         """Take over where the plan stands after a segment, and the values it gave."""
         for value, real in zip(found.gives, outputs[found.own :], strict=True):
-            op = self.plan.ops[value[0]]
-            away = op.kind == OBSERVE and isinstance(real, torch.Tensor) and op.extra[1].leaves_gpu(real)
-            self.env[value] = self.offload.begin(real, op.extra[1]) if away else real
+            verb = self.plan.ops[value.op].verb
+            if isinstance(verb, Observe) and isinstance(real, torch.Tensor) and verb.how.leaves_gpu(real):
+                real = self.offload.begin(real, verb.how)
+            self.env[value] = real
         self.at, self.done, self.counts = list(found.exit.at), set(found.exit.done), dict(found.exit.counts)
         self.skipped = {
             at: {
-                i: (spec, [self.env.get((skip_of(self.plan, at, i), j), x) for j, x in enumerate(leaves)], batched)
+                i: (spec, [self.env.get(Value(skip_of(self.plan, at, i), j), x) for j, x in enumerate(leaves)], batched)
                 for i, (spec, leaves, batched) in parts.items()
             }
             for at, parts in found.exit.skipped.items()
@@ -162,16 +164,15 @@ class SplicedRun(Run):
     def perform(self, n: int, firing: Firing | None) -> None:
         op = self.plan.ops[n]
         unknown = firing is not None and firing.spec is None and not firing.whole
-        if op.kind == READ and unknown and (n, -1) in self.plan.users:
+        if isinstance(op.verb, Read) and unknown and (n, -1) in self.plan.users:
             raise PlanMismatchError(
-                f"{self.lines[n]}: `{'.'.join(p for p in op.target[:2] if p)}` holds objects that captured code does not have, and "
+                f"{self.lines[n]}: `{place_of_site(op.verb.site)}` holds objects that captured code does not have, and "
                 "an earlier sync point has begun the captured run. Trace with `compile=False`."
             )
         super().perform(n, firing)
-        if op.kind == SKIP and op.invoke in self.skipped.get(
-            op.target, ()
-        ):  # the module may be called in a later segment
-            self.env.update({(n, j): x for j, x in enumerate(self.skipped[op.target][op.invoke][1])})
+        parts = self.skipped.get(op.verb.site, {}) if isinstance(op.verb, Skip) else {}
+        if op.invoke in parts:  # the module may be called in a later segment
+            self.env.update({Value(n, j): x for j, x in enumerate(parts[op.invoke][1])})
 
     def look_inside(self, frames: frozenset[str]) -> None:
         """What runs was captured without the markers of these operations."""
@@ -179,9 +180,9 @@ class SplicedRun(Run):
         if not new:
             return
         path, n = next(
-            (op.target[0], n)
+            (op.verb.site[0], n)
             for n, op in enumerate(self.plan.ops)
-            if op.kind in (READ, WRITE, SKIP) and op.target[0].rpartition(".")[0] in new
+            if isinstance(op.verb, Read | Write | Skip) and op.verb.site[0].rpartition(".")[0] in new
         )
         raise PlanMismatchError(
             f"{self.lines[n]}: `{path}` is inside a module that nothing before the sync point looked into, and the captured run has "
@@ -234,13 +235,13 @@ class SplicedRun(Run):
                 "engine did the work. `model.explain()` has the details"
             )
 
-    def _root_reads(self) -> list[int]:
-        """The operations that read such objects."""
-        return [n for n, op in enumerate(self.plan.ops) if op.kind == OBJECT and not op.target[0]]
+    def _root_reads(self) -> list[tuple[int, int]]:
+        """The operations that read such objects, and which leaf each reads."""
+        return [(n, verb.leaf) for n, _, verb in self.plan.of_kind(ReadObject) if not verb.site[0]]
 
     def _root_objects(self) -> None:
         """Objects that the root returned: captured code does not have them, its caller does."""
         wanted = self._root_reads()
         if wanted:
             leaves = tree.flatten(self.result)[0]
-            self.env.update({(n, 0): leaves[self.plan.ops[n].extra] for n in wanted})
+            self.env.update({Value(n, 0): leaves[leaf] for n, leaf in wanted})

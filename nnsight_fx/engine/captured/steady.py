@@ -9,16 +9,15 @@ from ... import compat
 from ...capture.marker import active
 from ...capture.segment import Segment
 from ...lines import Line
-from ...plan.encode import Key
-from ...plan.interleave import Value
-from ...plan.plan import CALL, MODULE, READ, SAVE, WRITE
+from ...plan.keys import Recorded, Value
+from ...plan.verbs import Call, CallModule, Read, Save, Write
 from ..how import How
 from ..run import Run, blame, written
 from .entrance import Unread
 from .run import SplicedRun
 from .variants import extras
 
-KINDS = frozenset({READ, WRITE, CALL, MODULE, SAVE})
+KINDS = Read | Write | Call | CallModule | Save
 
 
 class Steady:
@@ -30,7 +29,9 @@ class Steady:
         self.plan, self.modules, self.hooks = run.plan, run.modules, run.owner.own()
         self.how = run.as_it_ran()
         self.call = compat.frames.inside(run.variant.call)
-        self.write = max((n for n, op in enumerate(run.plan.ops) if op.kind == WRITE), default=None)
+        self.written = max(
+            ((n, verb) for n, _, verb in run.plan.of_kind(Write)), key=lambda found: found[0], default=None
+        )
 
     @classmethod
     def of(cls, run: Run) -> Steady | None:
@@ -46,7 +47,7 @@ class Steady:
             and not run.replays
         )
         plain = not (run.frames or plan.recapture or plan.backs or run.live_sites) and all(
-            op.kind in KINDS and not op.when for op in plan.ops
+            isinstance(op.verb, KINDS) and not op.when for op in plan.ops
         )
         whole = found.requires is None and found.cut is None and plan.saved <= set(found.gives)
         return cls(run) if one and plain and found.fresh and whole else None
@@ -65,8 +66,9 @@ class Steady:
         except compat.dynamo.NotCaptured:
             raise
         except Exception as error:
-            if self.write is not None:
-                blame(error, written(self.plan.ops[self.write], lines[self.write]))
+            if self.written is not None:
+                n, verb = self.written
+                blame(error, written(verb, lines[n]))
             raise
         finally:
             active.run = outer
@@ -108,8 +110,8 @@ class SteadyCall:
         """The operations of the plan that took place: all."""
         return range(len(self.plan.ops))
 
-    def lookup(self, key: Key) -> Any:
-        return self.env[key[1:3]] if key[0] == "v" else self.constants[key[1]]
+    def lookup(self, key: Recorded) -> Any:
+        return self.env[key] if isinstance(key, Value) else self.constants[key.slot]
 
     def release(self) -> None:
         """The values belong to whoever saved them."""

@@ -20,6 +20,7 @@ from ...compat.tensors import memory, whole
 from ...errors import PlanMismatchError
 from ...passes.job import CutSite, Job, NotDifferentiable, Progress, Unfit
 from ...plan import ambient
+from ...plan.keys import Value
 from ...plan.lifting import EXACT
 from .. import clock
 from . import following
@@ -38,7 +39,7 @@ class Variant:
     call: Callable[..., Any]
     sizes: Callable[[list], bool]  # the guards on the sizes of its inputs
     takes: list[tuple]
-    gives: list[tuple[int, int]]
+    gives: list[Value]
     own: int
     exit: Any
     cut: CutSite | None = None
