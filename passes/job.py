@@ -4,13 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.fx as fx
 
 from nnsight_fx.plan.keys import Value
 from nnsight_fx.plan.plan import InterventionGraph
 from nnsight_fx.plan.verbs import Site
+
+
+class TakesConstant(NamedTuple):
+    """An extra input: a lifted constant of the recording."""
+
+    slot: int
+    kind: str  # "tensor", or the kind of a number
+
+    @property
+    def number(self) -> bool:
+        """Is it a lifted number?"""
+        return self.kind != "tensor"
+
+
+class TakesParameter(NamedTuple):
+    """An extra input: a parameter or buffer of the model that the segment does not hold."""
+
+    path: str
+    name: str
+
+
+class TakesMemory(NamedTuple):
+    """An extra input: all of the memory that several constants lie in, of which one is in a slot."""
+
+    slot: int
+
+
+Take = TakesConstant | TakesParameter | TakesMemory | Value  # a value is one from outside the segment
 
 
 @dataclass
@@ -50,13 +78,10 @@ class Job:
     removes: bool = False  # are skips and stops made in this graph, and not while Dynamo traces
     unread: bool = False  # does nobody take what the model returns
     emitted: set[fx.Node] = field(default_factory=set)
-    takes: list[tuple] = field(
-        default_factory=list
-    )  # extra inputs: ("constant", slot, kind) | ("fetch", value) | ("parameter", path, name) | ("memory", slot)
+    takes: list[Take] = field(default_factory=list)  # extra inputs
     gives: list[Value] = field(default_factory=list)  # extra outputs
-    aliases: dict[tuple, tuple[int | tuple, tuple | None]] = field(
-        default_factory=dict
-    )  # what lies in an input's memory
+    # What lies in the memory of an input, of the segment's own (its number) or an extra one, and how it is a view of that.
+    aliases: dict[Take, tuple[int | Take, tuple | None]] = field(default_factory=dict)
     exports: dict[Value, fx.Node] = field(default_factory=dict)
     exit: Any = None  # the interleaver after the segment
     cut: CutSite | None = None

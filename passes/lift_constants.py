@@ -7,8 +7,12 @@ import operator
 import torch
 import torch.fx as fx
 
+from nnsight_fx.plan.keys import Value
+
 from .indexing import index
-from .job import Job, constant, fetch, parameter
+from .job import Job, TakesConstant, TakesParameter, constant, fetch, parameter
+
+TAKES = {constant: TakesConstant, fetch: Value, parameter: TakesParameter}
 
 
 def lift_constants(gm: fx.GraphModule, job: Job) -> int:
@@ -54,8 +58,7 @@ def lift_constants(gm: fx.GraphModule, job: Job) -> int:
                 check = gm.graph.call_function(operator.ge, (value, 0))
                 gm.graph.call_function(torch._check, (check,))
             lifted.add(value)
-        args = (node.args,) if node.target is fetch else node.args
-        job.takes.append(lies_in or (node.target.__name__, *args))
+        job.takes.append(lies_in or TAKES[node.target](*node.args))
         made += 1
         if lies_in is not None:  # the memory that several constants lie in
             shared[lies_in] = value

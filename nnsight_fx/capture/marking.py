@@ -127,22 +127,26 @@ def _leaves(value: object) -> list:
 def _build(spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:
     if spec is None:
         return leaves[at], at + 1
-    kind, cls, keys, specs = spec
     values = []
-    for s in specs:
+    for s in spec.children:
         value, at = _build(s, leaves, at)
         values.append(value)
+    return _made(spec.kind, spec.cls, spec.keys, values), at
+
+
+def _made(kind: str, cls: Any, keys: tuple, values: list) -> Any:
+    """A new container, as Dynamo can trace it (`tree.construct`)."""
     if kind == "tuple":
-        return tuple(values), at
+        return tuple(values)
     if kind == "list":
-        return values, at
+        return values
     if kind == "namedtuple":
-        return cls(*values), at
+        return cls(*values)
     if kind == "structseq":
-        return cls(values), at
+        return cls(values)
     if kind == "dict" and (cls is dict or cls is OrderedDict):
-        return cls(zip(keys, values, strict=True)), at
-    return cls(**dict(zip(keys, values, strict=True))), at
+        return cls(zip(keys, values, strict=True))
+    return cls(**dict(zip(keys, values, strict=True)))
 
 
 def _alike(value: Any, spec: tree.Spec) -> bool:
@@ -150,11 +154,11 @@ def _alike(value: Any, spec: tree.Spec) -> bool:
     kids = None if isinstance(value, Tensor) else _children(value)
     if kids is None:
         return spec is None
-    if spec is None or spec[1] is not type(value) or len(spec[3]) != len(kids):
+    if spec is None or spec.cls is not type(value) or len(spec.children) != len(kids):
         return False
-    if spec[0] == "dict" and list(spec[2]) != list(value):
+    if spec.kind == "dict" and list(spec.keys) != list(value):
         return False
-    return all([_alike(child, of) for child, of in zip(kids, spec[3], strict=True)])
+    return all([_alike(child, of) for child, of in zip(kids, spec.children, strict=True)])
 
 
 def _filled(value: Any, spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:
@@ -163,16 +167,16 @@ def _filled(value: Any, spec: tree.Spec, leaves: list, at: int) -> tuple[Any, in
         return leaves[at], at + 1
     if isinstance(value, tuple | ModelOutput):
         items = []
-        for child, of in zip(_children(value), spec[3], strict=True):
+        for child, of in zip(_children(value), spec.children, strict=True):
             item, at = _filled(child, of, leaves, at)
             items.append(item)
-        return _build((*spec[:3], [None] * len(items)), items, 0)[0], at
-    if spec[0] == "list":
+        return _made(spec.kind, spec.cls, spec.keys, items), at
+    if spec.kind == "list":
         for i in range(len(value)):
-            value[i], at = _filled(value[i], spec[3][i], leaves, at)
+            value[i], at = _filled(value[i], spec.children[i], leaves, at)
         return value, at
-    for key, of in zip(spec[2], spec[3], strict=True):
-        if spec[0] == "dict":
+    for key, of in zip(spec.keys, spec.children, strict=True):
+        if spec.kind == "dict":
             value[key], at = _filled(value[key], of, leaves, at)
         else:
             new, at = _filled(getattr(value, key), of, leaves, at)

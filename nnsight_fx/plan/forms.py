@@ -171,7 +171,7 @@ def spec_of(data: Any) -> tree.Spec:
         return None
     try:
         kind, name, keys, children = data
-        return (kind, _CONTAINERS[name], tuple(keys), tuple(spec_of(child) for child in children))
+        return tree.Branch(kind, _CONTAINERS[name], tuple(keys), tuple(spec_of(child) for child in children))
     except (KeyError, TypeError, ValueError) as e:
         raise PlanError(f"damaged plan: {data!r} is no structure") from e
 

@@ -257,8 +257,8 @@ class Interleaver(ValueKind):
             for i, x in enumerate(firing.leaves)
         ]
         if verb.site[2] == EVERY:  # a list of all visits
-            before, (*kind, specs) = self.env.get(Value(n, -1), ([], ("list", list, (), ())))
-            self.env[Value(n, -1)] = ([*before, *leaves], (*kind, (*specs, firing.spec)))
+            before, spec = self.env.get(Value(n, -1), ([], tree.Branch("list", list, (), ())))
+            self.env[Value(n, -1)] = ([*before, *leaves], spec._replace(children=(*spec.children, firing.spec)))
         else:
             self._keep(n, leaves, firing.spec)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from transformers.utils.generic import ModelOutput
@@ -33,7 +33,18 @@ PLAIN: tuple = (  # leaves that are what they are, on fakes as in a run
     torch.memory_format,
     type,
 )
-Spec = Any  # a hashable description of a tree: None for a leaf, else (kind, type, keys, child specs)
+
+
+class Branch(NamedTuple):
+    """The structure of a container: hashable, and without its leaves."""
+
+    kind: str  # as `children` says it
+    cls: type
+    keys: tuple
+    children: tuple[Spec, ...]
+
+
+Spec: TypeAlias = Branch | None  # the structure of a tree; of a leaf, `None`
 
 
 class Explained(tuple):
@@ -109,12 +120,12 @@ def _walk(value: Any, leaves: list) -> Spec:
             specs.append(None)
         else:
             specs.append(_walk(x, leaves))
-    return (kind, tuple if kind == "tuple" else cls, keys, tuple(specs))
+    return Branch(kind, tuple if kind == "tuple" else cls, keys, tuple(specs))
 
 
 def is_tuple(spec: Spec, length: int) -> bool:
     """Is it the structure of a plain tuple of so many values?"""
-    return spec is not None and spec[0] == "tuple" and len(spec[3]) == length
+    return spec is not None and spec.kind == "tuple" and len(spec.children) == length
 
 
 def unflatten(leaves: list, spec: Spec, like: object = None) -> Any:
@@ -177,8 +188,13 @@ def put(container: Any, kind: str, key: Any, value: Any) -> None:
         put.__setitem__(container, key, value)
 
 
+def parts(spec: Spec) -> tuple[Spec, ...]:
+    """The structures of the parts of a container; a leaf has none."""
+    return () if spec is None else spec.children
+
+
 def leaf_count(spec: Spec) -> int:
-    return 1 if spec is None else sum(leaf_count(s) for s in spec[3])
+    return 1 if spec is None else sum(leaf_count(s) for s in spec.children)
 
 
 def tree_map(fn: Callable[[Any], Any], value: object) -> Any:
@@ -214,7 +230,7 @@ def _replace(value: object, pairs: Iterator) -> Any:
 
 def holds(spec: Spec, kinds: Collection[str]) -> bool:
     """Is a container of one of these kinds in a tree?"""
-    return spec is not None and (spec[0] in kinds or any(holds(s, kinds) for s in spec[3]))
+    return spec is not None and (spec.kind in kinds or any(holds(s, kinds) for s in spec.children))
 
 
 def first(value: Any) -> torch.Tensor:

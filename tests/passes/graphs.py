@@ -13,7 +13,7 @@ from nnsight_fx import NNsight
 from nnsight_fx.capture.marker import site
 from nnsight_fx.engine.captured.capture import Capture
 from nnsight_fx.passes.demand import take
-from nnsight_fx.passes.job import Job, Progress
+from nnsight_fx.passes.job import Job, Progress, TakesConstant
 from nnsight_fx.plan.plan import InterventionGraph
 
 Body = Callable[[Any, Any, list], None]  # model, tracer, and the list for what it saves
@@ -84,7 +84,7 @@ def record(body: Body, *inputs: torch.Tensor, module: nn.Module | None = None) -
                 with tracer.invoke(x):
                     body(model, i, saved)
         finally:
-            keys = [lazy._key[1:] for lazy in saved]
+            keys = [lazy._key for lazy in saved]
     wave = tracer.waves[-1]
     return Recorded(wave.tape.plan(wave.groups()), wave.tape.constants, keys)
 
@@ -99,8 +99,8 @@ def call(
 ) -> tuple[tuple, dict]:
     """Run a finished graph: its own outputs, and the values that it gives by number."""
     extras = []
-    for kind, *rest in job.takes:
-        value = recorded.constants[rest[0]] if kind == "constant" else (known or {})[rest[0]]
+    for taken in job.takes:
+        value = recorded.constants[taken.slot] if isinstance(taken, TakesConstant) else (known or {})[taken]
         extras.append(value if isinstance(value, torch.Tensor) or job.raw_numbers else torch.tensor(value))
     gm.graph.lint()
     gm.recompile()

@@ -145,7 +145,7 @@ def lifted(program):
     passes.lift_constants(gm, job)
     gm.graph.lint()
     gm.recompile()
-    return gm, [slot for _, slot, _ in job.takes]
+    return gm, [take.slot for take in job.takes]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

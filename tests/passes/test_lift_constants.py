@@ -7,7 +7,8 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx import NNsight, assert_max_compiles, passes
-from nnsight_fx.passes.job import CutSite, Job, Progress, constant, fetch, parameter
+from nnsight_fx.passes.job import CutSite, Job, Progress, TakesConstant, TakesParameter, constant, fetch, parameter
+from nnsight_fx.plan.keys import Value
 from nnsight_fx.plan.plan import Groups, InterventionGraph
 
 from .graphs import call, eager, job_of, net, net_graph, outputs, record, targets
@@ -37,10 +38,10 @@ def test_fires():
     gm, job = by_hand(build), job_for()
     assert passes.lift_constants(gm, job) == 4
     assert job.takes == [
-        ("constant", 4, "tensor"),
-        ("fetch", (3, 1)),
-        ("parameter", "lm_head", "weight"),
-        ("constant", 5, "float"),
+        TakesConstant(4, "tensor"),
+        Value(3, 1),
+        TakesParameter("lm_head", "weight"),
+        TakesConstant(5, "float"),
     ]
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     assert [n.args[1] for n in outputs(gm)] == inputs[1:]
@@ -151,7 +152,7 @@ def test_numerics(position):
     module, recorded = net(), record(at(position), X)
     gm, job = net_graph(), job_of(recorded)
     passes.run(gm, job)
-    assert {t[2] for t in job.takes} == {"int", "float"}
+    assert {take.kind for take in job.takes} == {"int", "float"}
     given = call(gm, job, recorded, X, *module.parameters())[1]
     torch.testing.assert_close([given[v] for v in recorded.saved], eager(at(position), X))
 

@@ -8,6 +8,7 @@ from nnsight_fx import NNsight, passes
 from nnsight_fx.capture.marker import site, supply
 from nnsight_fx.errors import PlanMismatchError
 from nnsight_fx.passes.job import Unfit, constant, fetch
+from nnsight_fx.plan.keys import Value
 
 from .graphs import call, capture, eager, graph, job_of, net, net_graph, record, targets
 
@@ -129,7 +130,7 @@ def test_values_from_elsewhere_are_fetched():
     passes.splice(gm, job)
     assert fetch in targets(gm)
     passes.run(gm, job, passes.PIPELINE[2:])
-    assert job.takes == [("fetch", (0, 0))]
+    assert job.takes == [Value(0, 0)]
     torch.testing.assert_close(call(gm, job, recorded, X, known={(0, 0): V})[0], (X * 2 + V,))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ... import compat
+from ...passes.job import Take, TakesConstant
 
 if TYPE_CHECKING:
     from .run import SplicedRun
@@ -35,9 +36,9 @@ class Constant(NamedTuple):
         return all(size == n for size, n in zip(shape, wanted, strict=True))
 
 
-def following(run: SplicedRun, fakes: list, takes: list[tuple]) -> list[Constant]:
+def following(run: SplicedRun, fakes: list, takes: list[Take]) -> list[Constant]:
     """The constants of a variant's takes, if one of them is as wide as the batch or the prompt; else none."""
-    slots = [take[1] for take in takes if take[0] == "constant" and take[2] == "tensor"]
+    slots = [take.slot for take in takes if isinstance(take, TakesConstant) and not take.number]
     found = [Constant(slot, _sizes(run.constants[slot], fakes)) for slot in slots]
     return found if any(isinstance(n, tuple) for each in found for n in each.sizes) else []
 

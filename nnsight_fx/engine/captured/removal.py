@@ -37,7 +37,7 @@ def _alone(plan: InterventionGraph, tape: Tape, root: nn.Module, path: str, call
     found = tape.sites.lookup(tape, (path, "input", call))
     if not plan.groups.inputs <= skippers or not isinstance(found, SiteMeta) or _hooked(root.get_submodule(path)):
         return False
-    arguments = [spec for part in found.spec[3] for spec in part[3]]
+    arguments = [spec for part in tree.parts(found.spec) for spec in tree.parts(part)]
     return not any(tree.holds(spec, tree.MUTABLE) for spec in arguments) and all(
         isinstance(x, (torch.Tensor, *PLAIN)) for x in found.leaves
     )

@@ -18,7 +18,16 @@ from ...capture.marker import WHOLE, is_marker, marker_of, supply
 from ...capture.segment import Segment
 from ...compat.tensors import memory, whole
 from ...errors import PlanMismatchError
-from ...passes.job import CutSite, Job, NotDifferentiable, Progress, Unfit
+from ...passes.job import (
+    CutSite,
+    Job,
+    NotDifferentiable,
+    Progress,
+    Take,
+    TakesConstant,
+    TakesMemory,
+    Unfit,
+)
 from ...plan import ambient
 from ...plan.keys import Value
 from ...plan.lifting import EXACT
@@ -38,7 +47,7 @@ class Variant:
 
     call: Callable[..., Any]
     sizes: Callable[[list], bool]  # the guards on the sizes of its inputs
-    takes: list[tuple]
+    takes: list[Take]
     gives: list[Value]
     own: int
     exit: Any
@@ -67,11 +76,11 @@ VARIANTS = 512  # compiled plans kept a segment
 
 def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     """The variant of a segment for where a run's plan stands: found, or compiled now."""
-    aliases: dict = _aliases(run, args) if run.env and run.plan.writes else {}
+    aliases = _aliases(run, args) if run.env and run.plan.writes else {}
     if run.plan.backs:  # a parameter that the body uses, too, is one leaf
         own = {id(arg): i for i, arg in enumerate(args)}
         constants = ((slot, own.get(id(c))) for slot, c in enumerate(run.constants) if isinstance(c, torch.Tensor))
-        aliases.update({(slot, "tensor"): (i, None) for slot, i in constants if i is not None})
+        aliases.update({TakesConstant(slot, "tensor"): (i, None) for slot, i in constants if i is not None})
     if run.plan.changes_constants:
         aliases.update(_shared(run, args))
     key = (run.entry_key(), _unread(segment, run), tuple(aliases.items()))
@@ -130,12 +139,12 @@ def _check_written(segment: Segment, run: SplicedRun, args: tuple) -> None:
             )
 
 
-def _aliases(run: SplicedRun, args: tuple) -> dict[tuple[int, int], tuple[int, tuple | None]]:
+def _aliases(run: SplicedRun, args: tuple) -> dict[Take, tuple[int | Take, tuple | None]]:
     """Which values of earlier segments lie in the memory of an input: it itself, or a view of it."""
     stored = _stored(args)
-    found: dict[tuple[int, int], tuple[int, tuple | None]] = {}
+    found: dict[Take, tuple[int | Take, tuple | None]] = {}
     for value, real in run.env.items():
-        if value[1] < 0 or not isinstance(real, torch.Tensor) or real.layout is not torch.strided:
+        if value.leaf < 0 or not isinstance(real, torch.Tensor) or real.layout is not torch.strided:
             continue
         same = next((i for i, arg in enumerate(args) if arg is real), None)
         i = stored.get(memory(real))
@@ -160,12 +169,13 @@ def _stored(args: tuple) -> dict[int, int]:
     return stored
 
 
-def _shared(run: SplicedRun, args: tuple) -> dict:
+def _shared(run: SplicedRun, args: tuple) -> dict[Take, tuple[int | Take, tuple | None]]:
     """Constants that lie in one memory, or in an input's, where the plan changes constants in place.
 
     A compiler takes its inputs for apart. So these are views of the input, or of one input that is all of the memory.
     """
-    stored, found = _stored(args), {}
+    stored = _stored(args)
+    found: dict[Take, tuple[int | Take, tuple | None]] = {}
     strided = {
         slot: c for slot, c in enumerate(run.constants) if isinstance(c, torch.Tensor) and c.layout is torch.strided
     }
@@ -174,10 +184,10 @@ def _shared(run: SplicedRun, args: tuple) -> dict:
     for slot, c in strided.items():
         i = stored.get(wheres[slot])
         if i is not None:
-            found[slot, "tensor"] = (i, None if args[i] is c else _view(c, args[i]))
+            found[TakesConstant(slot, "tensor")] = (i, None if args[i] is c else _view(c, args[i]))
         elif often[wheres[slot]] > 1:
             first = next(other for other, where in wheres.items() if where == wheres[slot])
-            found[slot, "tensor"] = (("memory", first), _view(c, strided[first]))
+            found[TakesConstant(slot, "tensor")] = (TakesMemory(first), _view(c, strided[first]))
     return found
 
 
@@ -314,29 +324,30 @@ def _group(pristine: list[fx.Node], cut: CutSite) -> dict[fx.Node, int]:
     return {**found, **supplied}
 
 
-def _fake(segment: Segment, run: SplicedRun, fakes: list, take: tuple) -> Any:
+def _fake(segment: Segment, run: SplicedRun, fakes: list, take: Take) -> Any:
     """The fake of an extra input."""
     value = source(run, take)
-    if take[0] == "constant" and take[2] != "tensor":
+    constant = isinstance(take, TakesConstant)
+    if constant and take.number:
         if raw_numbers(run):
             return value
         value = number(take, value)
     if not isinstance(value, torch.Tensor):
         return value
-    facts = following.facts(value, fakes if take[0] == "constant" else [])
+    facts = following.facts(value, fakes if constant else [])
     return compat.fakes.fake_like(segment.context, facts)
 
 
-def source(run: SplicedRun, take: tuple) -> Any:
+def source(run: SplicedRun, take: Take) -> Any:
     """The value of an extra input."""
-    if take[0] == "constant":
-        return run.constants[take[1]]
-    if take[0] == "fetch":
-        return run.env[take[1]]
-    if take[0] == "memory":
-        return whole(run.constants[take[1]])
-    module = run.modules(take[1])
-    owner, _, name = take[2].rpartition(".")
+    if isinstance(take, TakesConstant):
+        return run.constants[take.slot]
+    if isinstance(take, Value):
+        return run.env[take]
+    if isinstance(take, TakesMemory):
+        return whole(run.constants[take.slot])
+    module = run.modules(take.path)
+    owner, _, name = take.name.rpartition(".")
     return getattr(module.get_submodule(owner), name)
 
 
@@ -348,9 +359,9 @@ def raw_numbers(run: SplicedRun) -> bool:
     return run.capture.options.backend == "eager" and not run.plan.backs
 
 
-def number(take: tuple, value: object) -> torch.Tensor:
+def number(take: TakesConstant, value: object) -> torch.Tensor:
     """A lifted number as the 0-d tensor that the graph takes."""
-    return torch.tensor(value, dtype=NUMBERS[take[2]])
+    return torch.tensor(value, dtype=NUMBERS[take.kind])
 
 
 def extras(run: SplicedRun, found: Variant) -> list:
@@ -361,5 +372,5 @@ def extras(run: SplicedRun, found: Variant) -> list:
     values = []
     for take in found.takes:
         value = source(run, take)
-        values.append(number(take, value) if take[0] == "constant" and take[2] != "tensor" and not raw else value)
+        values.append(number(take, value) if not raw and isinstance(take, TakesConstant) and take.number else value)
     return values
