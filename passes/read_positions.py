@@ -42,7 +42,7 @@ def read_positions(gm: fx.GraphModule, job: Job) -> int:
     """
     if job.cut is not None or job.inputs is None:
         return 0
-    sources: dict[fx.Node, list[Read]] = {}
+    sources: dict[fx.Node, list[PositionRead]] = {}
     for node in gm.graph.nodes:
         if (found := _read(node)) is not None:
             sources.setdefault(found.x, []).append(found)
@@ -66,7 +66,7 @@ def read_positions(gm: fx.GraphModule, job: Job) -> int:
     return pulled
 
 
-class Read(NamedTuple):
+class PositionRead(NamedTuple):
     """A read at lifted numbers, one of which is a position."""
 
     node: fx.Node  # the `take_at`
@@ -79,7 +79,7 @@ class Read(NamedTuple):
         return self.node.args[2][self.place]  # type: ignore[index, return-value]
 
 
-def _read(node: fx.Node) -> Read | None:
+def _read(node: fx.Node) -> PositionRead | None:
     if node.op != "call_function" or node.target is not take_at:
         return None
     x, dims, numbers = node.args
@@ -91,10 +91,10 @@ def _read(node: fx.Node) -> Read | None:
     plain = all(isinstance(n, fx.Node) and n.op == "placeholder" for n in numbers)  # type: ignore[union-attr]
     if len(places) != 1 or not plain or not (size or min(dims) >= 0):  # type: ignore[type-var]
         return None
-    return Read(node, x, rows, places[0])  # type: ignore[arg-type]
+    return PositionRead(node, x, rows, places[0])  # type: ignore[arg-type]
 
 
-def _all(x: fx.Node, reads: list[Read]) -> bool:
+def _all(x: fx.Node, reads: list[PositionRead]) -> bool:
     """Is it read at positions, and not used otherwise?"""
     whole = {r.rows for r in reads if r.rows is not None}
     nodes = {r.node for r in reads}
@@ -103,7 +103,7 @@ def _all(x: fx.Node, reads: list[Read]) -> bool:
     )
 
 
-def _replace(gm: fx.GraphModule, job: Job, read: Read, chosen: fx.Node, number: int) -> None:
+def _replace(gm: fx.GraphModule, job: Job, read: PositionRead, chosen: fx.Node, number: int) -> None:
     """Read from the chosen positions what was read from all."""
     _, dims, numbers = read.node.args
     size = chosen.meta["example_value"].dim()

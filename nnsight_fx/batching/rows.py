@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..compat.modes import TorchDispatchMode
 from .effects import draws
-from .row_rules import FILLS, RULES, Call, pointwise, tensors
+from .row_rules import FILLS, RULES, AtenCall, pointwise, tensors
 
 KEEPS_NUMBERS = {"view", "unsqueeze", "expand", "permute", "transpose", "t", "clone", "_to_copy", "detach", "alias"}
 KEEPS_NUMBERS |= {"index"}  # which chooses by them
@@ -56,7 +56,7 @@ class Rows(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused or func.namespace == "prim":
             return func(*args, **kwargs)
-        call = Call(self, func, args, kwargs)
+        call = AtenCall(self, func, args, kwargs)
         if draws(func, args, kwargs):
             raise Mixed(f"`{func}` draws random numbers")
         if call.batched and func._schema.name.split("::")[1] in ("_local_scalar_dense", "item", "is_nonzero"):
@@ -70,7 +70,7 @@ class Rows(TorchDispatchMode):
             self.dims[x] = dim
         return out
 
-    def _decide(self, call: Call) -> Any:
+    def _decide(self, call: AtenCall) -> Any:
         """Python looks at a number. All rows agree on an `all` that is true, and on an `any` that is false."""
         value = call.func(*call.args, **call.kwargs)
         if self.decided.get(call.args[0]) is not bool(value):
@@ -78,7 +78,7 @@ class Rows(TorchDispatchMode):
         self.decides = True
         return value
 
-    def _follow(self, call: Call, out: object) -> list[int | None]:
+    def _follow(self, call: AtenCall, out: object) -> list[int | None]:
         found = tensors(out)
         if call.writes_shared():
             raise Mixed(f"`{call.func}` writes rows into what all of them share")
@@ -105,7 +105,7 @@ class Rows(TorchDispatchMode):
             self.numbers.update((x, True) for x in found)
         return list(dim) if isinstance(dim, tuple) else [dim] * len(found)
 
-    def _truth(self, call: Call) -> bool | Count | None:
+    def _truth(self, call: AtenCall) -> bool | Count | None:
         """What is said of all rows at once: `all`, `any`, and `sum() == numel()`, by which transformers writes `all`."""
         if call.given.get("dim") is not None or call.given.get("keepdim"):
             return None
@@ -116,7 +116,7 @@ class Rows(TorchDispatchMode):
         count = self.decided.get(call.first)
         return True if call.name == "eq" and type(count) is Count and call.given.get("other") == count else None
 
-    def _made(self, call: Call, x: torch.Tensor) -> int | None:
+    def _made(self, call: AtenCall, x: torch.Tensor) -> int | None:
         """What is made without the rows may still have their number in its shape, each row then the same."""
         if not self.unlike:
             return None
