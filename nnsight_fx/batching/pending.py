@@ -6,11 +6,10 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ..compat.modules import comes_and_goes
 from ..compat.tensors import version
 from ..engine.captured.capture import Capture
 from ..errors import OutOfOrderError
@@ -20,6 +19,7 @@ from ..plan.keys import facts, made_at
 from ..plan.plan import InterventionGraph
 from ..plan.tree import PLAIN
 from ..plan.verbs import Apply, Barrier, Call, CallModule, Grad, Read, RunBackward, Save, SetGrad, StopRun, Sync, Write
+from ..scan.watch import Setting
 from ..tracing.functions import inside
 from ..tracing.lazy import LazyTensor, key_of
 from .effects import effects
@@ -29,50 +29,25 @@ TOGETHER = Read | Write | Call | CallModule | Save | StopRun | Barrier | Grad | 
 COPIED = 2**20  # bytes: what is larger is watched, not copied (SEMANTICS D23)
 
 
-class Setting(NamedTuple):
-    """What a model's forward depends on beside its input."""
-
-    training: tuple[bool, ...]
-    hooks: tuple
-    weights: tuple
-
-    @classmethod
-    def of(cls, host: Any) -> Setting:
-        modules = host.scanner.modules
-        tables = [t for m in modules for t in (m._forward_hooks, m._forward_pre_hooks) if t]
-        weights = [t for m in modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
-        return cls(
-            tuple([m.training for m in modules]),
-            tuple([id(hook) for table in tables for hook in table.values() if not comes_and_goes(hook)]),
-            _versions(weights),
+@contextlib.contextmanager
+def in_force(setting: Setting, pending: Pending) -> Iterator[None]:
+    """Run under it: flags are put back for the while, other changes are an error."""
+    watch = pending.host.scanner.watch
+    now = watch.setting()
+    if now[1:] != setting[1:]:
+        what = "the weights" if now.hooks == setting.hooks else "the hooks"
+        raise OutOfOrderError(
+            f"{pending.line}: {what} of the model were changed between this trace and the end of its session at "
+            f"{pending.session_line}, which runs it only then. Look at one of its values (`print(value)`) before the change, or "
+            "leave the session first."
         )
-
-    @contextlib.contextmanager
-    def in_force(self, pending: Pending) -> Iterator[None]:
-        """Run under it: flags are put back for the while, other changes are an error."""
-        modules = pending.host.scanner.modules
-        now = Setting.of(pending.host)
-        if now[1:] != self[1:]:
-            what = "the weights" if now.hooks == self.hooks else "the hooks"
-            raise OutOfOrderError(
-                f"{pending.line}: {what} of the model were changed between this trace and the end of its session at "
-                f"{pending.session_line}, which runs it only then. Look at one of its values (`print(value)`) before the change, or "
-                "leave the session first."
-            )
-        for module, flag in zip(modules, self.training, strict=True):
-            module.training = flag
-        try:
-            yield
-        finally:
-            for module, flag in zip(modules, now.training, strict=True):
-                module.training = flag
-
-
-def _versions(weights: list[torch.Tensor]) -> tuple:
+    for module, flag in zip(watch.modules, setting.training, strict=True):
+        module.training = flag
     try:
-        return *map(id, weights), *[version(t) for t in weights]
-    except RuntimeError:  # an inference tensor does not count its changes
-        return *map(id, weights), *[-1 if t.is_inference() else version(t) for t in weights]
+        yield
+    finally:
+        for module, flag in zip(watch.modules, now.training, strict=True):
+            module.training = flag
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from ..plan import tree
 from ..report.runs import Group, Report
 from .batch import batched
 from .forked import forked
-from .pending import Pending, why_alone
+from .pending import Pending, in_force, why_alone
 from .rows import Mixed
 
 Strategy = Callable[[list[Pending], Group], None]
@@ -50,13 +50,13 @@ def _kind(p: Pending) -> Hashable:
     options = p.tracer.compile
     return (
         *(id(p.host.module), len(p.host.edits), tuple(map(id, p.host.edits)), wave.fn, repr(options)),
-        *(spec, inputs, wave.batch.rows, flags, p.setting, stops),
+        *(spec, inputs, wave.batch.rows, flags, id(p.setting), stops),
     )
 
 
 def _run(group: list[Pending], report: Report) -> None:
     first = group[0]
-    with within(first.tracer.state), first.setting.in_force(first):
+    with within(first.tracer.state), in_force(first.setting, first):
         for p in group:
             p.check()
         how = together(group)

@@ -11,12 +11,13 @@ from ..errors import OutsideTraceError
 from ..lines import user_line
 from ..plan import tree
 from ..report.runs import Report
+from ..scan.watch import Setting
 from ..tracing import saving
 from ..tracing.contexts import Leaving, Tracer
 from ..tracing.lazy import LazyTensor, held_by, hold, key_of, tape_of
 from ..tracing.tape import Tape
 from . import planner
-from .pending import Copies, Pending, Setting, why_now
+from .pending import Copies, Pending, why_now
 
 
 class Session:
@@ -53,7 +54,7 @@ class Session:
         self.line = user_line()
         self.waiting: list[Pending] = []
         self.by_tape: dict[int, Pending] = {}  # what waits, by the id of its tape
-        self.settings: dict[Setting, Setting] = {}
+        self.settings: list[Setting] = []  # one for all traces that are alike, the latest first
         self.copies = Copies()
         self.report = Report()
         self.apart = False  # are its traces cells of a sweep, which see nothing of one another
@@ -136,8 +137,7 @@ class Session:
         tracer.forwards.put_off()
         wave = tracer.waves[-1]
         tape = wave.tape
-        setting = Setting.of(tracer.host)
-        pending = Pending(tracer, self.line, self.settings.setdefault(setting, setting))
+        pending = Pending(tracer, self.line, self._setting(tracer.host))
         used = dict.fromkeys(id(tape_of(x)) for x in tape.constants if type(x) is LazyTensor)
         pending.needs = [self.by_tape[i] for i in used if i in self.by_tape]
         tape.constants[:] = [self._copied(x, pending, tape.operands.handed.holds(x)) for x in tape.constants]
@@ -150,6 +150,14 @@ class Session:
         tape.bridged, tape.pending = True, lambda: self._flush([pending])
         self.waiting.append(pending)
         self.by_tape[id(tape)] = pending
+
+    def _setting(self, host: Any) -> Setting:
+        now = host.scanner.watch.setting()
+        for known in self.settings:
+            if known == now:
+                return known
+        self.settings.insert(0, now)
+        return now
 
     def _copied(self, x: object, pending: Pending, own: bool = False) -> Any:
         import torch

@@ -49,6 +49,14 @@ def version(x: torch.Tensor) -> int:
     return _version(x)
 
 
+def versions(tensors: list[torch.Tensor]) -> list[int]:
+    """How often each was changed in place; -1 for an inference tensor, which does not count that."""
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return [-1 if t.is_inference() else _version(t) for t in tensors]
+
+
 def wrapper(cls: type, size: tuple = ()) -> Any:
     """A tensor without data of a class that answers for all operations on it."""
     make = _WRAPPER()

@@ -27,6 +27,7 @@ from ..tracing.tape import quiet_fakes
 from .past import Past, copied, growing, is_cache, state
 from .scan import Scan, callee, scan, skeleton
 from .shapes import Shapes
+from .watch import Watch
 
 # Sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers.
 ROWS, LENGTH = 11, 13
@@ -67,8 +68,7 @@ class Scanner:
 
     def reset(self) -> None:
         """Forget everything: the module tree has changed."""
-        self.modules = list(self.module_.modules())
-        self.tables = [table for m in self.modules for table in (m._parameters, m._buffers)]
+        self.watch = Watch(list(self.module_.modules()))
         self.paths = {path for path, _ in self.module_.named_modules()}
         self.shapes = Shapes()
         self.fakes = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
@@ -91,9 +91,7 @@ class Scanner:
     def skeleton(self) -> nn.Module:
         """The structural copy, made anew when parameters changed their dtype, device or gradient flag."""
         with NoTorchFunction():  # in a body each look at an attribute would be looked at
-            tensors = [t for table in self.tables if table for t in table.values() if t is not None]
-            ids, devices = list(map(id, tensors)), [t.device for t in tensors]
-            state = (ids, devices, [t.dtype for t in tensors], [t.requires_grad for t in tensors])
+            state = self.watch.weights()
         if self._copy is None or self._copy[0] != state:
             if self._copy is not None:
                 self.signatures.clear()
@@ -142,8 +140,7 @@ class Scanner:
             copied: Any = self.skeleton()
         except Exception as e:
             copied = e
-        modes = tuple([m.training for m in self.modules])
-        key = (spec, described, fixed, unknown, fn, ambient.current(), modes)
+        key = (spec, described, fixed, unknown, fn, ambient.current(), self.watch.training())
         found = self.signatures.get(key)
         if found is None:
             found = self.signatures[key] = self._scan(copied, leaves, spec, fn, unknown, past)
@@ -200,7 +197,7 @@ class Scanner:
                 unsure=lambda: self.shapes.guessed,
                 frames=of.frames,
                 inside=self.shapes.inside,
-                real=dict(zip(copied.modules(), self.modules, strict=True)).get,
+                real=dict(zip(copied.modules(), self.watch.modules, strict=True)).get,
             )
         finally:
             self.shapes.guessing = False

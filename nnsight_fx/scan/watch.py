@@ -1,0 +1,67 @@
+"""What a forward depends on beside its input, looked at for each trace: in C, where a loop in Python would cost more than the trace."""
+
+from __future__ import annotations
+
+from itertools import chain
+from operator import attrgetter, itemgetter, methodcaller
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from ..compat.modules import comes_and_goes
+from ..compat.tensors import versions
+
+_values = methodcaller("values")
+_facts = attrgetter("device", "dtype", "requires_grad")
+
+
+class Weights(NamedTuple):
+    """The parameters and buffers of a model as a structural copy has them."""
+
+    ids: list[int]
+    facts: list[tuple]
+
+
+class Setting(NamedTuple):
+    """All that a forward depends on beside its input."""
+
+    training: tuple[bool, ...]
+    hooks: tuple
+    weights: tuple
+
+
+class Watch:
+    """The modules of one tree."""
+
+    def __init__(self, modules: list[nn.Module]):
+        self.modules = modules
+        self.tables = [table for m in modules for table in (m._parameters, m._buffers)]
+        self.hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        states = [vars(m) for m in modules]
+        self.states = states if all("training" in state for state in states) else None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The parameters and buffers."""
+        return [t for t in chain.from_iterable(map(_values, filter(None, self.tables))) if t is not None]
+
+    def weights(self) -> Weights:
+        """What a structural copy of the modules depends on."""
+        tensors = self.tensors()
+        return Weights(list(map(id, tensors)), list(map(_facts, tensors)))
+
+    def training(self) -> tuple[bool, ...]:
+        """The flag of each module."""
+        if self.states is None:  # a scripted module has it elsewhere
+            return tuple([m.training for m in self.modules])
+        return tuple(map(itemgetter("training"), self.states))
+
+    def setting(self) -> Setting:
+        """Everything, as it is now."""
+        hooks = [hook for table in filter(None, self.hooks) for hook in table.values()]
+        tensors = self.tensors()
+        return Setting(
+            self.training(),
+            tuple([id(hook) for hook in hooks if not comes_and_goes(hook)]),
+            (*map(id, tensors), *versions(tensors)),
+        )
