@@ -27,7 +27,7 @@ from ..tracing.tape import quiet_fakes
 from .past import Past, copied, growing, is_cache, state
 from .scan import Scan, callee, scan, skeleton
 from .shapes import Shapes
-from .watch import Watch
+from .watch import TreeWatch
 
 # Sizes that stand for the unknown ones in a scan: they show up as symbols, never as numbers.
 ROWS, LENGTH = 11, 13
@@ -68,7 +68,7 @@ class Scanner:
 
     def reset(self) -> None:
         """Forget everything: the module tree has changed."""
-        self.watch = Watch(list(self.module_.modules()))
+        self.watch = TreeWatch(list(self.module_.modules()))
         self.paths = {path for path, _ in self.module_.named_modules()}
         self.shapes = Shapes()
         self.fakes = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)

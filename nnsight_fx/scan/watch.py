@@ -31,7 +31,7 @@ class Setting(NamedTuple):
     weights: tuple
 
 
-class Watch:
+class TreeWatch:
     """The modules of one tree."""
 
     def __init__(self, modules: list[nn.Module]):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from nnsight_fx.scan.watch import Watch
+from nnsight_fx.scan.watch import TreeWatch
 
 
 def net() -> nn.Sequential:
@@ -38,7 +38,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_setting_changes(name):
     module = net()
-    watch = Watch(list(module.modules()))
+    watch = TreeWatch(list(module.modules()))
     before = watch.setting()
     assert watch.setting() == before
     CHANGES[name](module)
@@ -55,7 +55,7 @@ def moved(module):
 )
 def test_what_a_structural_copy_has_changes(change):
     module = net()
-    watch = Watch(list(module.modules()))
+    watch = TreeWatch(list(module.modules()))
     before = watch.weights()
     assert watch.weights() == before
     change(module)
@@ -64,7 +64,7 @@ def test_what_a_structural_copy_has_changes(change):
 
 def test_numbers_alone_change_no_structure():
     module = net()
-    watch = Watch(list(module.modules()))
+    watch = TreeWatch(list(module.modules()))
     before = watch.weights()
     with torch.no_grad():
         module[0].weight.mul_(2)
@@ -73,7 +73,7 @@ def test_numbers_alone_change_no_structure():
 
 def test_a_hook_that_is_taken_off_leaves_nothing():
     module = net()
-    watch = Watch(list(module.modules()))
+    watch = TreeWatch(list(module.modules()))
     before = watch.setting()
     handle = module[0].register_forward_hook(lambda m, a, out: out)
     assert watch.setting().hooks != before.hooks
@@ -84,14 +84,14 @@ def test_a_hook_that_is_taken_off_leaves_nothing():
 def test_inference_tensors_count_no_changes():
     with torch.inference_mode():
         module = net()
-    watch = Watch(list(module.modules()))
+    watch = TreeWatch(list(module.modules()))
     assert watch.setting() == watch.setting()
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_scripted_module_has_its_flag_elsewhere():
     module = nn.Sequential(torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3)), nn.Dropout())
-    watch = Watch(list(module.modules()))
+    watch = TreeWatch(list(module.modules()))
     assert watch.training() == tuple(m.training for m in module.modules())
     module.eval()
     assert watch.training() == (False,) * len(list(module.modules()))
