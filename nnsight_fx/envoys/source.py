@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 
+from .. import names
 from ..capture import operations
 from ..capture.source import Frame, plain
 from ..capture.source import operations as frame_of
@@ -41,7 +42,7 @@ class Operation(Observed):
         if self._path not in known:
             if self._root.tracer is None:
                 raise OutsideTraceError(
-                    f"{user_line()}: what `{self.path}` calls is known only inside a trace: open one, `with model.trace(...):`."
+                    f"{user_line()}: what `{names.shown(self._path)}` calls is known only inside a trace: open one, `with model.trace(...):`."
                 )
             called = self._root.tracer.tape.sites.called(self._path)
             with _named(self.path, user_line()):
@@ -56,7 +57,7 @@ class Operation(Observed):
     def __setattr__(self, name: str, value: object) -> None:
         if not name.startswith("_") and name != "name" and not hasattr(type(self), name):
             raise AttributeError(
-                f"{user_line()}: `{self.path}` has no `{name}`; {nearest(name, ['output', 'input', 'inputs'])}"
+                f"{user_line()}: `{names.shown(self._path)}` has no `{name}`; {nearest(name, ['output', 'input', 'inputs'])}"
             )
         super().__setattr__(name, value)
 
@@ -64,7 +65,9 @@ class Operation(Observed):
         line = self._within._frame.lines[self.name]
         text = self._within._frame.text.split("\n")
         shown = range(max(0, line - 6), min(len(text), line + 5))
-        return "\n".join([f"{self.path}:", "", *(f"{'-->' if i == line - 1 else '   '} {text[i]}" for i in shown)])
+        return "\n".join(
+            [f"{names.shown(self._path)}:", "", *(f"{'-->' if i == line - 1 else '   '} {text[i]}" for i in shown)]
+        )
 
 
 class Source:
@@ -84,7 +87,7 @@ class Source:
         own = self._frame.aliases.get(name, name)
         if own not in self._frame.lines:
             raise UnknownOperationError(
-                f"{user_line()}: `model.{self._path}` has no operation `{name}`; {nearest(name, self.names)} "
+                f"{user_line()}: `{names.shown(self._path)}` has no operation `{name}`; {nearest(name, self.names)} "
                 f"`print` the source to see all {len(self.names)}.{attention.hint(self._root, name)}"
             )
         return Operation(own, self)

@@ -324,7 +324,7 @@ def test_aliases_are_nnsights_own_names():
 
 def test_unknown_operations_name_the_nearest():
     model = NNsight(net())
-    with pytest.raises(UnknownOperationError, match=r"test_source\.py:\d+: `model\.block\.source` has no operation `torch_relu`; "
+    with pytest.raises(UnknownOperationError, match=r"test_source\.py:\d+: `block\.source` has no operation `torch_relu`; "
                        r"did you mean `torch_relu_0`"):  # fmt: skip
         _ = model.block.source.torch_relu
     assert issubclass(UnknownOperationError, AttributeError)
