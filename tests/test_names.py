@@ -66,7 +66,9 @@ def test_an_intervention_at_a_short_path(compile):
 def test_an_end_that_several_have_is_refused_with_their_names(model, tmp_path):
     text = "`mlp` is the end of 3 modules, `model.layers.0.mlp`, `model.layers.1.mlp`, .*; write more of the path"
     refuses(text, lambda: model.get("mlp"))
-    refuses(text.replace("`mlp` is", "`mlp.output` is").replace(".mlp`", ".mlp.output`"), lambda: model.get("mlp.output"))
+    refuses(
+        text.replace("`mlp` is", "`mlp.output` is").replace(".mlp`", ".mlp.output`"), lambda: model.get("mlp.output")
+    )
     refuses(text, lambda: model.harvest([[3, 4]], "mlp", tmp_path / "m", progress=False))
 
     def cached() -> Any:
@@ -113,7 +115,10 @@ def test_a_cache_finds_what_it_has_by_its_end(model):
     assert cache["mlp"].output is cache.model.model.layers[1].mlp.output is cache.model["layers.1.mlp"].output
     assert cache["layers"].keys() == ["model.model.layers.1.mlp", "model.model.layers.2"]
     assert repr(cache) == "CacheView(the cache: model.layers.1.mlp, model.layers.2)"
-    refuses("`model.layers.0` module path was never cached; the nearest that was is `model.layers", lambda: cache["layers.0"])
+    refuses(
+        "`model.layers.0` module path was never cached; the nearest that was is `model.layers",
+        lambda: cache["layers.0"],
+    )
     assert "layers.0" not in cache and "layers.2" in cache
 
 
@@ -156,7 +161,11 @@ def test_own_names_go_before_ends_and_keys_before_own_names_in_a_cache():
             return self.norm(self.model(x))
 
     net = NNsight(Net())
-    assert net.get("norm") is net.norm and net.get("model.norm") is net.model.norm and net.get("model.model.norm") is net.model.norm
+    assert (
+        net.get("norm") is net.norm
+        and net.get("model.norm") is net.model.norm
+        and net.get("model.model.norm") is net.model.norm
+    )
     with net.trace(torch.ones(1, 3)) as tracer:
         cache = tracer.cache()
     assert all(cache[key].output is value.output for key, value in cache.items())

@@ -19,7 +19,7 @@ from ..plan.plan import Site
 from ..plan.printing import module_name
 from ..tracing.lazy import LazyTensor
 from ..tracing.tape import Tape
-from . import attention, paths
+from . import attention
 from .methods import traceable
 
 _TAKEN = ("input", "inputs", "output", "source")  # every module's own: a child of such a name is `E_<name>`
@@ -182,7 +182,9 @@ class Envoy(Observed):
         return self._root.get(self._path.rpartition(".")[0])
 
     def _child(self, name: str) -> Envoy:
-        child = paths.child_of(self, name)
+        child = self._module._modules.get(name)
+        if child is None:
+            child = self._tree.names.at.get(self._module, {}).get(name)
         if child is None:
             raise KeyError(name)
         return self._tree.envoy_of(child)
@@ -217,6 +219,8 @@ class Envoy(Observed):
         ]
         ends = [p for p in self._tree.names.spelled if not self._path and p.endswith(f".{name}")]
         hint = f"it is `{module_name(ends[0])}`" if len(ends) == 1 else nearest(name, known)
+        if name == "save" or hasattr(torch.Tensor, name):
+            hint = f"a module's value is its `.output` or `.input`: `.output.{name}`"
         return UnknownModuleError(f"{user_line()}: `{shown(self._path)}` has no module `{name}`; {hint}")
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -260,7 +264,9 @@ class Envoy(Observed):
 
         Raises `UnknownModuleError` for a path that leads nowhere, or to several modules.
         """
-        here, rest = paths.resolved(self, path)
+        from .paths import resolved  # which needs `Envoy`
+
+        here, rest = resolved(self, path)
         return functools.reduce(getattr, rest, here)
 
     def modules(self, include_fn: Callable[[Envoy], bool] | None = None, names: bool = False) -> list:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
 from .. import names
 from ..errors import UnknownModuleError
 from ..lines import user_line
-
-if TYPE_CHECKING:
-    from .envoy import Envoy
+from .envoy import Envoy, path_of, tree_of
 
 VALUES = ("output", "input", "inputs", "source", "skip")  # what every module has
 
@@ -24,7 +21,7 @@ def resolved(here: Envoy, text: str, keys: bool = False) -> tuple[Envoy, list[st
     only one module has. Raises `UnknownModuleError`.
     """
     parts = names.plain(text).split(".") if text else []
-    whole = here.parent is None
+    whole = not path_of(here)
     forms = [parts, parts[1:]] if whole and parts[:1] == ["model"] else [parts]
     for given in reversed(forms) if keys else forms:
         at, rest = _walk(here, given)
@@ -35,14 +32,14 @@ def resolved(here: Envoy, text: str, keys: bool = False) -> tuple[Envoy, list[st
     for n in range(len(parts), 0, -1):
         found = names.matches(".".join(parts[:n]), known) if whole else _ends(parts[:n], known)
         modules = {known[path]: path for path in reversed(found)}
-        ats = [here._tree.envoy_of(module) for module in modules]
+        ats = [tree_of(here).envoy_of(module) for module in modules]
         good = [at for at in ats if n == len(parts) or _has(at, parts[n])]
         if len(good) == 1:
             return good[0], parts[n:]
         if good:
-            paths = [".".join([at._path, *parts[n:]]) for at in reversed(good)]
+            paths = [".".join([path_of(at), *parts[n:]]) for at in reversed(good)]
             raise UnknownModuleError(f"{user_line()}: {names.refused(text, (), paths)}.")
-        sites = sites or [f"{at._path}.{value}" for at in ats[:1] for value in VALUES if at._path]
+        sites = sites or [f"{path_of(at)}.{value}" for at in ats[:1] for value in VALUES if path_of(at)]
     raise UnknownModuleError(f"{user_line()}: {names.refused(text, [*known, *sites])}")
 
 
@@ -51,7 +48,7 @@ def module_of(here: Envoy, text: str, who: str) -> Envoy:
     at, rest = resolved(here, text, keys=True)
     if rest:
         raise UnknownModuleError(
-            f"{user_line()}: `{text}` is no module: {who} takes modules, here `{names.shown(at._path)}`."
+            f"{user_line()}: `{text}` is no module: {who} takes modules, here `{names.shown(path_of(at))}`."
         )
     return at
 
@@ -59,7 +56,7 @@ def module_of(here: Envoy, text: str, who: str) -> Envoy:
 def child_of(envoy: Envoy, name: str) -> nn.Module | None:
     """The child of that name, or of that alias."""
     found = envoy._module._modules.get(name)
-    return found if found is not None else envoy._tree.names.at.get(envoy._module, {}).get(name)
+    return found if found is not None else tree_of(envoy).names.at.get(envoy._module, {}).get(name)
 
 
 def _walk(here: Envoy, parts: list[str]) -> tuple[Envoy, list[str]]:
@@ -68,7 +65,7 @@ def _walk(here: Envoy, parts: list[str]) -> tuple[Envoy, list[str]]:
         module = child_of(here, name)
         if module is None:
             return here, parts[n:]
-        here = here._tree.envoy_of(module)
+        here = tree_of(here).envoy_of(module)
     return here, []
 
 
@@ -79,12 +76,12 @@ def _has(envoy: Envoy, name: str) -> bool:
     return child_of(envoy, name) is None and hasattr(envoy._module, name)
 
 
-def _below(here: Any) -> Mapping[str, nn.Module]:
+def _below(here: Envoy) -> Mapping[str, nn.Module]:
     """The modules below an envoy, by every path from it on."""
-    spelled = here._tree.names.spelled
-    if not here._path:
+    spelled = tree_of(here).names.spelled
+    if not path_of(here):
         return spelled
-    front = f"{here._path}."
+    front = f"{path_of(here)}."
     return {path.removeprefix(front): module for path, module in spelled.items() if path.startswith(front)}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import names
-from ..envoys.envoy import Envoy, host_of, tree_of
+from ..envoys.envoy import Envoy, host_of, path_of, tree_of
 from ..envoys.paths import module_of
 from ..errors import InvokeError, UnknownModuleError, nearest
 from ..lines import user_line
@@ -206,7 +206,11 @@ class CacheView:
                 name.removeprefix("E_") if name.removeprefix("E_") in ("output", "inputs", "input") else name
             )
         except KeyError as error:
-            raise AttributeError(f"{user_line()}: {error.args[0]}") from None
+            close = difflib.get_close_matches(
+                name, ("output", "input", "inputs", "visits", "keys", "values", "items"), n=1
+            )
+            hint = f"; a cache has `.{close[0]}`" if close else ""
+            raise AttributeError(f"{user_line()}: {error.args[0]}{hint}") from None
 
     def __getitem__(self, key: str | int) -> Any:
         if isinstance(key, int):
@@ -241,7 +245,7 @@ class CacheView:
         if self._path is not None or self._cache.root is None:
             return ""
         with contextlib.suppress(UnknownModuleError):
-            return self._missing(module_of(self._cache.root, key, "a cache")._path)
+            return self._missing(path_of(module_of(self._cache.root, key, "a cache")))
         return names.refused(key, tree_of(self._cache.root).names.spelled)
 
     def _ending(self, key: str) -> list[str]:
@@ -336,10 +340,10 @@ def _shown(path: str) -> str:
 def _path(root: Any, module: Any) -> str:
     """The path of a module that was given as an envoy or as text, from `model` on, or from the root."""
     if isinstance(module, Envoy):
-        return module._path
+        return path_of(module)
     if not isinstance(module, str):
         raise TypeError(f"{user_line()}: a cache takes modules as envoys or paths, and got {module!r}")
-    return module_of(root, module, "a cache")._path
+    return path_of(module_of(root, module, "a cache"))
 
 
 def _names(envoy: Envoy) -> list[str]:
@@ -348,7 +352,7 @@ def _names(envoy: Envoy) -> list[str]:
 
 
 def _nobody(envoy: Envoy, name: str) -> Any:
-    raise KeyError(f"`{names.shown(envoy._path)}` has no module `{name}`; {nearest(name, _names(envoy))}")
+    raise KeyError(f"`{names.shown(path_of(envoy))}` has no module `{name}`; {nearest(name, _names(envoy))}")
 
 
 def observed(detach: bool, device: Any, dtype: torch.dtype | None) -> Observation:

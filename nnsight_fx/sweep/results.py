@@ -67,7 +67,7 @@ class Results:
     def dataset(self) -> xarray.Dataset:
         """All results with their labels; needs the extra `sweep`."""
         xr = _extra("xarray")
-        coords: dict[str, Any] = {name: coordinates(values) for name, values in self.over.items()}
+        coords: dict[str, object] = {name: coordinates(values) for name, values in self.over.items()}
         coords |= {f"{name}_label": (name, texts) for name, texts in self.labels.items() if name in self.over}
         arrays = {}
         for name, value in self.values.items():

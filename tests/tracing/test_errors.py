@@ -188,7 +188,7 @@ def test_an_unknown_path_in_get(engine):
     with pytest.raises(AttributeError) as error:
         line = here(1)
         model.get("first.wieght")
-    says(error, line, "there is no module `first.wieght`; did you mean `first.`first.input`")
+    says(error, line, "there is no module `first.wieght`; did you mean `first.input`")
 
 
 def test_an_index_behind_the_last_child(engine):
