@@ -114,6 +114,7 @@ def sweep(
         here = type(runner) is Serial
         choice = Choice(job, engine, report, here, None if kept is None else kept.manifest.get("ran"))
         found = _run(job, job.chunks(chunk or CHUNK), kept, choice if here else runner, progress, report)
+        choice.settle()
         about = f"{len(job.cells)} cells" + ("" if here else f", with the executor {type(runner).__name__}")
         report.notes = [about, *report.notes]
     stacked = {name: torch.stack([found[i][name] for i in range(len(found))]) for name in found[0]}
