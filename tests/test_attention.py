@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import nnsight_fx
 from nnsight_fx import NNsight, WeightsNotComputedError
+from nnsight_fx.envoys.envoy import path_of
 
 IDS = torch.tensor([[5, 7, 11]])
 ENGINES = ["hooks", "eager", "aot_eager"]
@@ -52,7 +54,7 @@ def attention_of(model: NNsight):
 @pytest.mark.parametrize("family", [llama, gpt2])
 def test_asking_for_them_says_how_to_get_them(family, engine):
     model = family(engine=engine)
-    path = attention_of(model).path
+    path = path_of(attention_of(model))
     with pytest.raises(WeightsNotComputedError) as error, model.trace(IDS):
         attention_of(model).output[1].save()
     text = str(error.value)
@@ -124,3 +126,40 @@ def test_another_tuple_with_none_is_left_alone():
 
     with NNsight(Attention()).trace(torch.ones(1, 2)) as tracer:
         assert tracer.output[1] is None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_its_output_is_called_a_tuple(engine):
+    model, notes = llama(engine=engine), []
+    for name in ("save", "shape"):
+        with (
+            pytest.raises(AttributeError, match=f"^'tuple' object has no attribute '{name}'") as error,
+            model.trace(IDS),
+        ):
+            getattr(attention_of(model).output, name)
+        notes += error.value.__notes__
+    assert (
+        "`nnsight_fx.save(value)`" in notes[0]
+        and "a tuple of 2; its item `[0]` is a tensor: `value[0].shape`" in notes[1]
+    )
+    with model.trace(IDS):
+        found = attention_of(model).output
+        assert not hasattr(found, "save") and isinstance(copy.copy(found), tuple)
+        kept = nnsight_fx.save(found)
+    assert type(pickle.loads(pickle.dumps(kept))) is tuple
+    with pytest.raises(TypeError, match="must be Tensor, not tuple"), model.trace(IDS):
+        torch.relu(attention_of(model).output)
+
+
+def test_a_misspelt_method_of_a_value():
+    model = llama()
+    with pytest.raises(AttributeError) as error, model.trace(IDS):
+        model.lm_head.output.meen()
+    assert error.value.__notes__ == ["nnsight_fx: it is a tensor of this trace; did you mean `mean`, `median`, `min`?"]
+    with (
+        pytest.raises(AttributeError, match="a module's value is its `.output` or `.input`: `.output.save`"),
+        model.trace(IDS),
+    ):
+        model.lm_head.save()
+    with pytest.raises(AttributeError, match="has no `save`: it is an operation, whose values are"), model.trace(IDS):
+        attention_of(model).source.attention_interface_0.save()

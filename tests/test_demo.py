@@ -112,7 +112,7 @@ def test_run_writes_a_picture_and_the_scores_and_ends_with_one_line(patching, by
     assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "scores.json").read_text(encoding="utf-8")) == report
     torch.testing.assert_close(torch.tensor(report["logit_difference"]), by_hand, rtol=0, atol=1e-5)
-    assert report["tokens"][6] == "John / Mary" and report["layers"][2] == "model.model.layers.2"
+    assert report["tokens"][6] == "John / Mary" and report["layers"][2] == "model.layers.2"
     assert report["versions"]["torch"] == torch.__version__ and report["hardware"]["threads"] >= 1
     assert len(report["sampled_cells"]) == 4 and report["largest_difference"] < 1e-5
     assert 0 < report["seconds"]["compiled"] < report["seconds"]["compiled_with_compile_time"]

@@ -73,7 +73,10 @@ def invoked(model: Any, **kwargs: Any) -> None:
 MISSPELT = {
     "trace": (lambda m: nothing(m, compil=False), "`compil=` is no keyword of `trace` .* did you mean `compile`"),
     "the model's": (lambda m: nothing(m, use_cach=False), "did you mean `use_cache`"),
-    "generate's": (lambda m: nothing(m, do_sample=True), "`do_sample=` .* it is `generate`'s: `with model.generate"),
+    "generate's": (
+        lambda m: nothing(m, do_sample=True),
+        "`do_sample=` .*`do_sample` is `generate`'s: `with model.generate",
+    ),
     "of another tool": (lambda m: nothing(m, remote=True), "`remote=` is no keyword of `trace`"),
     "invoke": (lambda m: invoked(m, attenion_mask=IDS), "`invoke` .* did you mean `attention_mask`"),
     "sweep": (lambda m: m.sweep(body, IDS, over={"scale": [1.0]}, strore="x"), "`sweep` .* did you mean `store`"),
@@ -133,3 +136,68 @@ def test_help_lists_all_options() -> None:
     }.items():
         text = pydoc.plain(pydoc.render_doc(getattr(model, verb)))
         assert all(f"{name}:" in text.split("\n    ")[0] for name in names) and "Raises:" in text
+
+
+def generated(model: Any, **kwargs: Any) -> None:
+    with model.generate(IDS, **kwargs):
+        pass
+
+
+def cached(model: Any, **kwargs: Any) -> None:
+    with model.trace(IDS) as tracer:
+        tracer.cache(**kwargs)
+
+
+OURS = {
+    "generate, one letter": (
+        lambda m: generated(m, max_new_token=3),
+        "`max_new_token=` .*`generate`; did you mean `max_new",
+    ),
+    "generate, two letters": (
+        lambda m: generated(m, do_smaple=True),
+        "`do_smaple=` .*`generate`; did you mean `do_sample`",
+    ),
+    "generate, ours": (lambda m: generated(m, compil=False), "`compil=` .* did you mean `compile`"),
+    "nearly generate's": (lambda m: nothing(m, do_smaple=True), "`do_sample` is `generate`'s: `with model.generate"),
+    "compile": (lambda m: m.compile(bakend="eager"), "`bakend=` is no keyword of `compile`; did you mean `backend`"),
+    "a dict": (
+        lambda m: nothing(m, compile={"bakend": "eager"}),
+        "`bakend=` is no keyword of `compile`; did you mean `ba",
+    ),
+    "a dict of a sweep": (
+        lambda m: m.sweep(body, IDS, over={"scale": [1.0]}, compile={"bakend": "eager"}, progress=False),
+        "`bakend=` is no keyword of `compile`; did you mean `backend`",
+    ),
+    "no dict": (lambda m: nothing(m, compile="eager"), "`compile=` is `False`, `True`, or a dict .* it is 'eager'"),
+    "cache": (lambda m: cached(m, module=["lm_head"]), "`module=` is no keyword of `cache`; did you mean `modules`"),
+    "edit": (lambda m: m.edit(inplac=True), "`inplac=` is no keyword of `edit`; did you mean `inplace`"),
+    "session": (lambda m: m.session(seed=3), "`seed=` is no keyword of `session`"),
+}
+
+
+@pytest.mark.parametrize("name", list(OURS))
+def test_a_keyword_that_a_verb_does_not_have(name: str) -> None:
+    do, told = OURS[name]
+    model = LanguageModel(gpt2())
+    with pytest.raises((TypeError, ValueError), match=rf"^[^:]*test_keywords\.py:\d+: .*{told}"):
+        do(model)
+    assert model.tracer is None
+    nothing(model)
+
+
+def test_keywords_that_generate_takes() -> None:
+    model = LanguageModel(gpt2())
+    generated(
+        model, max_new_tokens=2, do_sample=True, temperature=0.5, attention_mask=torch.ones_like(IDS), use_cache=False
+    )
+    with pytest.raises(ValueError, match="xyzzy"):  # which transformers itself refuses
+        generated(model, max_new_tokens=2, xyzzy=2)
+
+
+def test_a_backend_that_torch_does_not_know() -> None:
+    model = LanguageModel(gpt2())
+    for do in (lambda: model.compile(backend="indcutor"), lambda: nothing(model, compile={"backend": "indcutor"})):
+        with pytest.raises(ValueError, match=r"py:\d+: torch knows no backend `indcutor`; did you mean `inductor`\?"):
+            do()
+    model.compile(backend="aot_eager_decomp_partition", disable="read_positions")
+    nothing(model)

@@ -6,9 +6,11 @@ A row of the table is checked against the module tree of the model that it is us
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..envoys.envoy import Envoy, path_of
+from ..envoys.paths import module_of
 from ..errors import UnknownModuleError
 from ..lines import user_line
 
@@ -40,25 +42,25 @@ class Parts:
     v: str | Column | None = None
 
     def check(self, model: Any) -> Parts:
-        """The parts by the model's own paths (`model.` in front is taken, too). Raise `UnknownModuleError` for one that is not there."""
-        tree = dict(model._module.named_modules(remove_duplicate=False))
-        inside = {"attention", "mlp", "z", "q", "k", "v"}
-        outer = {name: getattr(self, name) for name in ("layers", "norm", "unembed")}
-        short = {name: path.removeprefix("model.") for name, path in outer.items() if path not in tree}
-        if any(path != outer[name] and path in tree for name, path in short.items()):
-            return replace(self, **short).check(model)
-        for name in (f.name for f in fields(self)):
+        """The parts by the model's own paths. Raise `UnknownModuleError` for one that is not there."""
+        layers = path_of(self._found(model, "layers", self.layers))
+        found = {name: path_of(self._found(model, name, getattr(self, name))) for name in ("norm", "unembed")}
+        for name in ("attention", "mlp", "z", "q", "k", "v"):
             given = getattr(self, name)
-            path = given.path if isinstance(given, Column) else given
-            if path is None:
-                continue
-            whole = f"{self.layers}.0.{path}" if name in inside else path
-            if whole not in tree:
-                raise UnknownModuleError(
-                    f"{user_line()}: `{type(model._module).__name__}` has no module `{whole}`, where this table has its `{name}`. Give the "
-                    "paths of your model: `parts=nnsight_fx.Parts(layers=..., ...)`."
-                )
-        return self
+            if given is not None:
+                path = given.path if isinstance(given, Column) else given
+                path = path_of(self._found(model.get(f"{layers}.0"), name, path)).removeprefix(f"{layers}.0.")
+                found[name] = replace(given, path=path) if isinstance(given, Column) else path
+        return replace(self, layers=layers, **found)
+
+    def _found(self, here: Envoy, name: str, path: str) -> Envoy:
+        try:
+            return module_of(here, path, "a table of parts")
+        except UnknownModuleError as error:
+            raise UnknownModuleError(
+                f"{error} It is `{name}` in this table of parts for `{type(here.root._module).__name__}`. Give the paths of your "
+                "model: `parts=nnsight_fx.Parts(layers=..., ...)`."
+            ) from None
 
 
 def _llama(**other: object) -> Parts:

@@ -50,6 +50,13 @@ class Segment:
         made.ended = None if found is None else Break(*found)
         return made
 
+    @functools.cached_property
+    def varying(self) -> list[tuple[int | None, ...]]:
+        """The shapes of those of its inputs that have sizes for which it is not captured alone: `None` in their place."""
+        shapes = (x.shape for x in self.fakes if isinstance(x, torch.Tensor))
+        sizes = [tuple(compat.symbols.size_at(n, {}) for n in shape) for shape in shapes]
+        return list(dict.fromkeys(size for size in sizes if None in size))
+
     def copy(self) -> fx.GraphModule:
         """The graph, to be rewritten."""
         made = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))

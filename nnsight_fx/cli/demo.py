@@ -26,6 +26,7 @@ import torch
 import transformers
 
 from .. import atomic
+from ..envoys.envoy import path_of
 from ..errors import NNsightFXError
 from ..model.language import LanguageModel
 from ..viz.heatmap import heatmap, load_matplotlib
@@ -237,7 +238,7 @@ def _describe(p: Patching, name: str, scores: torch.Tensor) -> dict[str, Any]:
         "model": name,
         "metric": "logit(answer) - logit(wrong) at the end of the corrupted prompt, one cell patched",
         "tokens": p.tokens(),
-        "layers": [layer.path for layer in p.layers],
+        "layers": [path_of(layer) for layer in p.layers],
         "clean": p.clean,
         "corrupt": p.corrupt,
         "logit_difference": scores.tolist(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,11 +67,18 @@ class Ledger:
 process = Ledger()  # of all models
 
 
-def shape_of(inputs: object) -> str:
-    """The shapes of an input's tensors, each once: `1 x 14`."""
+def shape_of(inputs: object, varying: Sequence[tuple[int | None, ...]] = ()) -> str:
+    """The shapes of an input's tensors, each once: `1 x 14`; `1 x any` where a graph's input is `varying` so."""
     tensors = [x for x in tree.flatten(inputs)[0] if isinstance(x, torch.Tensor) and x.dim()]
-    found = dict.fromkeys(" x ".join(map(str, x.shape)) for x in tensors)
+    found = dict.fromkeys(" x ".join(map(str, _varying(tuple(x.shape), varying))) for x in tensors)
     return ", ".join(found) or "no tensor"
+
+
+def _varying(shape: tuple[int, ...], varying: Sequence[tuple[int | None, ...]]) -> tuple[int | str, ...]:
+    for of in varying:
+        if len(of) == len(shape) and all(a in (None, b) for a, b in zip(of, shape, strict=True)):
+            return tuple("any" if n is None else n for n in of)
+    return shape
 
 
 def seconds(s: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..plan.printing import short
@@ -36,6 +36,7 @@ class Notes:
     compile_s: float = 0.0
     hows: list[How] = field(default_factory=list)  # how its forwards ran: each way once
     what: str = "trace"  # or the verb that made it
+    plans: list[int] = field(default_factory=list, repr=False)  # of each structure, its one plan
 
     def __add__(self, other: Notes) -> Notes:
         joined: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in COUNTED}
@@ -76,7 +77,7 @@ COUNTED = (
     *("forwards", "segments", "compiles", "hits", "operations", "saved", "bytes", "graphs"),
     *("capture_s", "compile_s"),
 )
-LISTED = ("syncs", "live", "fallbacks", "hows")
+LISTED = ("syncs", "live", "fallbacks", "hows", "plans")
 ENGINES = ("spliced", "forked", "batched")
 SHARED = {"batched": "hooks", "forked": "captured graphs"}
 
@@ -115,7 +116,13 @@ def of_run(run: Any) -> Notes:
         hows=[How(run.shared) if run.shared else run.as_it_ran()] if run.forwards else [],
         capture_s=run.capture_s,
         compile_s=run.compile_s,
+        plans=[id(run.plan)],
     )
+
+
+def facts(notes: Notes) -> dict[str, Any]:
+    """The notes as plain data."""
+    return {name: value for name, value in asdict(notes).items() if name != "plans"}
 
 
 def size(n: int) -> str:

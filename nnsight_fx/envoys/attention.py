@@ -33,7 +33,7 @@ def hint(root: Any, name: str) -> str:
 
 
 def _text(envoy: Any, kernel: str) -> str:
-    path = envoy.path
+    path = envoy.path.removeprefix("model.")
     inside = _interface(envoy)
     text = (
         f'`{path}.output[1]` is None: attn_implementation="{kernel}" computes attention in one kernel, which gives no attention weights. '

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +13,9 @@ import torch.nn as nn
 
 from ..errors import OutsideTraceError, UnknownModuleError, nearest, own_error
 from ..lines import user_line
+from ..names import shown
 from ..plan import tree
+from ..plan.printing import module_name
 from ..plan.verbs import Site
 from ..tracing.lazy import LazyTensor
 from ..tracing.tape import Tape
@@ -37,7 +39,7 @@ class Observed:
         tracer = self._root.tracer
         if tracer is None:
             raise OutsideTraceError(
-                f"{user_line()}: cannot access `{self.path}.{what}` outside of a trace: values exist only while the model "
+                f"{user_line()}: cannot access `{shown(self._path)}.{what}` outside of a trace: values exist only while the model "
                 "runs. Open one: `with model.trace(...):`."
             )
         if tracer.waves:
@@ -49,7 +51,9 @@ class Observed:
         """From here on, the next occurrence of this module: `model.lm_head.next().output`."""
         tracer = self._root.tracer
         if tracer is None:
-            raise OutsideTraceError(f"{user_line()}: `{self.path}.next()` outside of a trace has nothing to count.")
+            raise OutsideTraceError(
+                f"{user_line()}: `{shown(self._path)}.next()` outside of a trace has nothing to count."
+            )
         tracer.cursor.next(step, self._path)
         return self
 
@@ -213,7 +217,11 @@ class Envoy(Observed):
             "skip",
             "source",
         ]
-        return UnknownModuleError(f"{user_line()}: `{self.path}` has no module `{name}`; {nearest(name, known)}")
+        ends = [p for p in self._tree.names.spelled if not self._path and p.endswith(f".{name}")]
+        hint = f"it is `{module_name(ends[0])}`" if len(ends) == 1 else nearest(name, known)
+        if name == "save" or hasattr(torch.Tensor, name):
+            hint = f"a module's value is its `.output` or `.input`: `.output.{name}`"
+        return UnknownModuleError(f"{user_line()}: `{shown(self._path)}` has no module `{name}`; {hint}")
 
     def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):
@@ -235,9 +243,9 @@ class Envoy(Observed):
         if isinstance(index, slice):
             return [self._child(n) for n in names[index]]
         if not names:
-            raise IndexError(f"{user_line()}: `{self.path}` has no children to index")
+            raise IndexError(f"{user_line()}: `{shown(self._path)}` has no children to index")
         if not -len(names) <= index < len(names):
-            raise IndexError(f"{user_line()}: `{self.path}` has {len(names)} children; there is no [{index}]")
+            raise IndexError(f"{user_line()}: `{shown(self._path)}` has {len(names)} children; there is no [{index}]")
         return self._child(names[index])
 
     def __len__(self) -> int:
@@ -250,24 +258,16 @@ class Envoy(Observed):
         return True
 
     def get(self, path: str) -> Any:
-        """What a dotted path leads to, from here: `model.get("transformer.h.3.output")`, or `"model.transformer.h.3.output"`."""
-        try:
-            return self._get(path)
-        except (AttributeError, KeyError):
-            if self._path or path.partition(".")[0] != "model":
-                raise
-            with contextlib.suppress(AttributeError, KeyError):
-                return self._get(path.partition(".")[2])
-            raise
+        """What a path leads to, from here: `model.get("transformer.h.3.output")`.
 
-    def _get(self, path: str) -> Any:
-        here: Any = self
-        for part in path.split(".") if path else ():
-            try:
-                here = here._child(part) if isinstance(here, Envoy) else getattr(here, part)
-            except KeyError:
-                here = getattr(here, part)
-        return here
+        `"model.transformer.h.3.output"` is the same, and so is `"h.3.output"` where no other module's path ends so.
+
+        Raises `UnknownModuleError` for a path that leads nowhere, or to several modules.
+        """
+        from .paths import resolved  # which needs `Envoy`
+
+        here, rest = resolved(self, path)
+        return functools.reduce(getattr, rest, here)
 
     def modules(self, include_fn: Callable[[Envoy], bool] | None = None, names: bool = False) -> list:
         """This envoy and all below it, children first; with `names`, as `(path, envoy)`."""

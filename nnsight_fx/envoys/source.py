@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.nn as nn
 
+from .. import names
 from ..capture import operations
 from ..capture.source import Frame, plain
 from ..capture.source import operations as frame_of
-from ..errors import OutsideTraceError, SourceNotAvailable, UnknownOperationError, nearest
+from ..errors import OutsideTraceError, SourceNotAvailable, UnknownOperationError, nearest, own_error
 from ..lines import Line, user_line
 from . import attention
 from .envoy import Envoy, Observed, host_of, tree_of
@@ -41,30 +42,43 @@ class Operation(Observed):
         if self._path not in known:
             if self._root.tracer is None:
                 raise OutsideTraceError(
-                    f"{user_line()}: what `{self.path}` calls is known only inside a trace: open one, `with model.trace(...):`."
+                    f"{user_line()}: what `{names.shown(self._path)}` calls is known only inside a trace: open one, `with model.trace(...):`."
                 )
             called = self._root.tracer.tape.sites.called(self._path)
-            with _named(self.path, user_line()):
+            with _named(names.shown(self._path), user_line()):
                 if called is None:
                     raise SourceNotAvailable("it is an assignment, or is not run in this trace")
                 if isinstance(called, nn.Module):
                     raise SourceNotAvailable("it calls a module, which has a `.source` of its own")
                 known[self._path] = plain(called)
-        with _named(self.path, user_line()):
+        with _named(names.shown(self._path), user_line()):
             return Source(operations.frame(self._path), self._root, frame_of(known[self._path][0]))
 
     def __setattr__(self, name: str, value: object) -> None:
         if not name.startswith("_") and name != "name" and not hasattr(type(self), name):
             raise AttributeError(
-                f"{user_line()}: `{self.path}` has no `{name}`; {nearest(name, ['output', 'input', 'inputs'])}"
+                f"{user_line()}: `{names.shown(self._path)}` has no `{name}`; {nearest(name, ['output', 'input', 'inputs'])}"
             )
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        own_error.reraise(self)
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"{user_line()}: `{names.shown(self._path)}` has no `{name}`: it is an operation, whose values are `.output`, `.input` and "
+            "`.inputs`.",
+            name=name,
+            obj=self,
+        )
 
     def __repr__(self) -> str:
         line = self._within._frame.lines[self.name]
         text = self._within._frame.text.split("\n")
         shown = range(max(0, line - 6), min(len(text), line + 5))
-        return "\n".join([f"{self.path}:", "", *(f"{'-->' if i == line - 1 else '   '} {text[i]}" for i in shown)])
+        return "\n".join(
+            [f"{names.shown(self._path)}:", "", *(f"{'-->' if i == line - 1 else '   '} {text[i]}" for i in shown)]
+        )
 
 
 class Source:
@@ -84,7 +98,7 @@ class Source:
         own = self._frame.aliases.get(name, name)
         if own not in self._frame.lines:
             raise UnknownOperationError(
-                f"{user_line()}: `model.{self._path}` has no operation `{name}`; {nearest(name, self.names)} "
+                f"{user_line()}: `{names.shown(self._path)}` has no operation `{name}`; {nearest(name, self.names)} "
                 f"`print` the source to see all {len(self.names)}.{attention.hint(self._root, name)}"
             )
         return Operation(own, self)
@@ -124,7 +138,7 @@ class Source:
 def source_of(envoy: Any) -> Source:
     """A module's `.source`."""
     module, root = envoy._module, envoy._root
-    with _named(envoy.path, user_line()):
+    with _named(names.shown(envoy._path), user_line()):
         function, _ = plain(host_of(root).markers.forward_of(module))
         return Source(operations.frame(envoy._path), root, frame_of(function))
 

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
 
-from ..errors import StoreError, nearest
+from .. import names
+from ..errors import StoreError
 from ..folder import read
 from ..lines import user_line
 
@@ -50,10 +51,11 @@ class Activations(Dataset):
             sorted(self.manifest.get("columns", {}), key=lambda n: WHERE.index(n) if n in WHERE else -1)
         )
         self.sites = tuple(name for name in self.columns if name not in WHERE)
-        if only is not None and only not in self.columns and only.removeprefix("model.") in self.columns:
-            self.only = only = only.removeprefix("model.")  # as an envoy's path has it
-        if only is not None and only not in self.columns:
-            raise KeyError(f"{user_line()}: there is no column `{only}`; {nearest(only, self.columns)}")
+        if only is not None:
+            found = [only] if only in self.columns else names.matches(only, self.columns)
+            if len(found) != 1:
+                raise KeyError(f"{user_line()}: {names.refused(only, self.columns, found, 'column')}")
+            self.only = found[0]
         self.starts = [0, *itertools.accumulate(shard["rows"] for shard in self.manifest["shards"])]
         self._mapped: collections.OrderedDict[int, dict[str, torch.Tensor]] = collections.OrderedDict()
 

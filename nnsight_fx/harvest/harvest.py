@@ -15,10 +15,12 @@ from tqdm.auto import tqdm
 from .. import atomic
 from ..draws import draw_for, own_draws
 from ..engine.clock import listening
-from ..envoys.envoy import Envoy, host_of
-from ..errors import StoreError
+from ..envoys.envoy import Envoy, host_of, path_of
+from ..envoys.paths import resolved
+from ..errors import StoreError, UnknownModuleError
 from ..folder import Folder
 from ..lines import user_line
+from ..names import shown
 from ..plan.tree import first
 from ..report.provenance import environment, hashed, of_model
 from ..report.runs import as_one
@@ -134,7 +136,7 @@ def named_sites(model: object, sites: object) -> dict[str, HarvestedSite]:
     """The sites by name."""
     if not isinstance(sites, Mapping):
         several = list(sites) if isinstance(sites, list | tuple) else [sites]
-        sites = {_bare(model, s.path if isinstance(s, Envoy) else s): s for s in several}
+        sites = {_name_of(model, s): s for s in several}
     found = {name: _site(model, what) for name, what in sites.items()}
     if not found or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{user_line()}: `sites` are paths, envoys, or a dict of names to these or to functions.")
@@ -143,13 +145,14 @@ def named_sites(model: object, sites: object) -> dict[str, HarvestedSite]:
     return found
 
 
-def _bare(model: Any, path: Any) -> Any:
-    """A path as the module itself has it: without the `model` that an envoy's begins with."""
-    if not isinstance(path, str):
-        return path
-    module = path.removesuffix(".output").removesuffix(".input")
-    own = dict(model._module.named_modules(remove_duplicate=False))
-    return path if module in own else path.removeprefix("model.")
+def _name_of(model: Any, what: object) -> Any:
+    """The name of a site: its module's own path, and of which of its values, where that was said."""
+    if isinstance(what, Envoy):
+        return shown(path_of(what))
+    if not isinstance(what, str):
+        return what
+    envoy, rest = resolved(model, what)
+    return ".".join([shown(path_of(envoy)), *rest])
 
 
 def _site(model: Any, what: Any) -> HarvestedSite:
@@ -157,12 +160,14 @@ def _site(model: Any, what: Any) -> HarvestedSite:
         return HarvestedSite(lambda: first(what.output), f"{what.path}.output")
     if not isinstance(what, str):
         return HarvestedSite(lambda: first(what()), f"function {hashed(what)}")
-    path, _, kind = what.rpartition(".")
-    if kind in ("input", "output") and what not in dict(model._module.named_modules(remove_duplicate=False)):
-        envoy = model.get(path) if path else model
-        read = (lambda: envoy.input) if kind == "input" else (lambda: first(envoy.output))
-        return HarvestedSite(read, f"{envoy.path}.{kind}")
-    return _site(model, model.get(what))
+    envoy, rest = resolved(model, what)
+    if rest not in ([], ["input"], ["output"]):
+        raise UnknownModuleError(
+            f"{user_line()}: `{what}` is no module's output or input. Anything else is a function in a dict of names: "
+            f'`{{"{rest[-1]}": lambda: model.get("{what}")}}`.'
+        )
+    read = (lambda: envoy.input) if rest == ["input"] else (lambda: first(envoy.output))
+    return HarvestedSite(read, f"{envoy.path}.{(rest or ['output'])[0]}")
 
 
 @dataclass

@@ -8,11 +8,14 @@ architectures.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.nn as nn
+
+from ..names import plain, shown
 
 Rename = Mapping[Any, Any]  # a path or a module class -> an alias, or a list of them
 Aliases = dict[str, nn.Module]
@@ -22,12 +25,32 @@ class Names:
     """The aliases of one module tree."""
 
     def __init__(self, root: nn.Module, rename: Rename, taken: type):
-        self.rename, self.taken = rename, taken
+        self.root, self.taken = root, taken
         self.at: dict[nn.Module, Aliases] = {}
         self.paths: dict[nn.Module, str] = {m: path for path, m in root.named_modules()}
+        self.rename: dict[Any, list[str]] = {}
+        for key, aliases in rename.items():
+            self.rename.setdefault(self._own(key), []).extend([aliases] if isinstance(aliases, str) else aliases)
         if rename:
             for module in reversed(self.paths):  # children first: outer keys may use inner aliases
                 self._bind(module)
+
+    @functools.cached_property
+    def spelled(self) -> dict[str, nn.Module]:
+        """Every module by its path, and by those that aliases make."""
+        found = dict(self.root.named_modules(remove_duplicate=False))
+        for path, module in list(found.items()) if self.rename else ():
+            for other in self.spellings(f"model.{path}", module)[1:] if path else ():
+                found.setdefault(other.removeprefix("model."), module)
+        return found
+
+    def _own(self, key: Any) -> Any:
+        """A key without the `model` that paths of envoys begin with, where it leads to a module only so."""
+        if not isinstance(key, str):
+            return key
+        bare = plain(key)
+        short = bare.removeprefix("model.")
+        return short if self._named(self.root, short) and not self._named(self.root, bare) else bare
 
     def _bind(self, module: nn.Module) -> None:
         for key, aliases in self.rename.items():
@@ -39,7 +62,7 @@ class Names:
                     f"({', '.join(matches.values())}); an alias names one. Key those by name."
                 )
             for target, path in matches.items():
-                for alias in [aliases] if isinstance(aliases, str) else aliases:
+                for alias in aliases:
                     self._put(module, alias, target, path)
 
     def _put(self, module: nn.Module, alias: str, target: nn.Module, path: str) -> None:
@@ -90,6 +113,9 @@ class Names:
                 yield part, child
 
     def _path(self, module: nn.Module) -> str:
+        return shown(self.paths[module])
+
+    def _full(self, module: nn.Module) -> str:
         return ".".join(p for p in ("model", self.paths[module]) if p)
 
     def spellings(self, path: str, module: nn.Module | None = None) -> list[str]:
@@ -101,7 +127,7 @@ class Names:
         for key, aliases in self.rename.items():
             size = 1 if isinstance(key, type) else key.lstrip(".").count(".") + 1
             named = isinstance(module, key) if isinstance(key, type) else size < len(parts) and ends_with(path, key)
-            for alias in ([aliases] if isinstance(aliases, str) else aliases) if named else ():
+            for alias in aliases if named else ():
                 down = alias.count(".")
                 if down < size:
                     host = ".".join(parts[: len(parts) - size + down])
@@ -117,7 +143,7 @@ class Names:
         by_class = next((envoys[cls] for cls in type(module).__mro__ if cls in envoys), None)
         if by_class is not None:
             return by_class
-        for spelling in self.spellings(self._path(module), module):
+        for spelling in self.spellings(self._full(module), module):
             for key, cls in envoys.items():
                 if isinstance(key, str) and ends_with(spelling, key):
                     return cls

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from ..envoys.envoy import Envoy, tree_of
+from .. import names
+from ..envoys.envoy import Envoy, host_of, path_of, tree_of
+from ..envoys.paths import module_of
 from ..errors import InvokeError, UnknownModuleError, nearest
 from ..lines import user_line
 from ..plan import tree
@@ -112,9 +114,9 @@ class Cache:
         self.forwards -= 1
         missed = [p for p in self.paths if p not in self.entries] if self.named and not self.forwards else []
         if missed:
-            names = ", ".join(f"`{_shown(p)}`" for p in missed)
+            some = ", ".join(f"`{names.shown(p)}`" for p in missed)
             warnings.warn(
-                f"nnsight_fx: a module to be cached was missed: {names} did not run in this trace (skipped, behind a stop, on a "
+                f"nnsight_fx: a module to be cached was missed: {some} did not run in this trace (skipped, behind a stop, on a "
                 "branch not taken, or its parent uses its weight without calling it).",
                 stacklevel=2,
             )
@@ -204,7 +206,11 @@ class CacheView:
                 name.removeprefix("E_") if name.removeprefix("E_") in ("output", "inputs", "input") else name
             )
         except KeyError as error:
-            raise AttributeError(f"{user_line()}: {error.args[0]}") from None
+            close = difflib.get_close_matches(
+                name, ("output", "input", "inputs", "visits", "keys", "values", "items"), n=1
+            )
+            hint = f"; a cache has `.{close[0]}`" if close else ""
+            raise AttributeError(f"{user_line()}: {error.args[0]}{hint}") from None
 
     def __getitem__(self, key: str | int) -> Any:
         if isinstance(key, int):
@@ -221,13 +227,38 @@ class CacheView:
                     f"{user_line()}: {self._here()} was visited {len(self.visits)} times; there is no [{key}]"
                 )
             return self.visits[key]
+        key = names.plain(key)
         try:
             return self._below(key)
         except KeyError as error:
             if self._path is None:  # a path of the module's own, without the `model` in front
                 with contextlib.suppress(KeyError):
                     return self._below(f"model.{key}")
-            raise KeyError(f"{user_line()}: {error.args[0]}") from None
+            found = self._ending(key)
+            if len(found) == 1:
+                return self._at(_shown(found[0]))
+            why = names.refused(key, (), found, "cached module") if found else self._why_not(key) or error.args[0]
+            raise KeyError(f"{user_line()}: {why}") from None
+
+    def _why_not(self, key: str) -> str:
+        """What is wrong with a path from the root on."""
+        if self._path is not None or self._cache.root is None:
+            return ""
+        with contextlib.suppress(UnknownModuleError):
+            return self._missing(path_of(module_of(self._cache.root, key, "a cache")))
+        return names.refused(key, tree_of(self._cache.root).names.spelled)
+
+    def _ending(self, key: str) -> list[str]:
+        """The own paths here that end so: of what was cached, and of what that is in."""
+        front = f"{self._path}." if self._path else ""
+        cached = [path.split(".") for path in self._cache.entries if path.startswith(front)]
+        inside = {".".join(parts[: n + 1]) for parts in cached for n in range(len(parts))}
+        root, spelled = self._cache.root, {path: path for path in sorted(inside)}
+        if root is not None:
+            paths = host_of(root).markers.paths
+            spelled |= {s: paths[m] for s, m in tree_of(root).names.spelled.items() if paths.get(m) in inside}
+        known = {s.removeprefix(front): path for s, path in spelled.items() if s.startswith(front)}
+        return list(dict.fromkeys(known[s] for s in names.matches(key, known)))
 
     def _below(self, path: str) -> CacheView:
         return functools.reduce(lambda view, part: view._child(part), path.split("."), self)
@@ -253,10 +284,13 @@ class CacheView:
         return envoy is not None and name in _names(envoy)
 
     def _here(self) -> str:
-        return "the cache" if self._path is None else f"`{_shown(self._path)}`"
+        return "the cache" if self._path is None else f"`{names.shown(self._path)}`"
 
-    def _missing(self) -> str:
-        wanted, known = _shown(self._path or ""), [_shown(p) for p in self._cache.entries]
+    def _missing(self, path: str | None = None) -> str:
+        wanted, known = (
+            names.shown((path if path is not None else self._path) or ""),
+            [names.shown(p) for p in self._cache.entries],
+        )
         hint = difflib.get_close_matches(wanted, known, n=1) or known[:1]
         close = f"; the nearest that was is `{hint[0]}`" if hint else "; nothing was"
         return f"`{wanted}` module path was never cached{close}"
@@ -265,12 +299,14 @@ class CacheView:
 
     def keys(self, alias: bool = False) -> list[str]:
         """The cached module paths at or below this one; with `alias`, by the names that `rename=` gave."""
-        inside = [p for p in self._cache.entries if self._path in (None, "", p) or p.startswith(f"{self._path}.")]
         root = self._cache.root
         return [
             tree_of(root).names.spellings(_shown(p), root._module.get_submodule(p))[-1] if alias else _shown(p)
-            for p in inside
+            for p in self._inside()
         ]
+
+    def _inside(self) -> list[str]:
+        return [p for p in self._cache.entries if self._path in (None, "", p) or p.startswith(f"{self._path}.")]
 
     def values(self) -> list[CacheView]:
         return [self._at(path) for path in self.keys()]
@@ -294,7 +330,7 @@ class CacheView:
         return len(self.keys()) if self._path is None else len(self.visits)
 
     def __repr__(self) -> str:
-        return f"CacheView({self._here()}: {', '.join(self.keys())})"
+        return f"CacheView({self._here()}: {', '.join(map(names.shown, self._inside()))})"
 
 
 def _shown(path: str) -> str:
@@ -304,21 +340,10 @@ def _shown(path: str) -> str:
 def _path(root: Any, module: Any) -> str:
     """The path of a module that was given as an envoy or as text, from `model` on, or from the root."""
     if isinstance(module, Envoy):
-        return module._path
+        return path_of(module)
     if not isinstance(module, str):
         raise TypeError(f"{user_line()}: a cache takes modules as envoys or paths, and got {module!r}")
-    paths = {e._path for e in root.modules()}
-    for path in (module.removeprefix("model").lstrip(".") if module.split(".")[0] == "model" else module, module):
-        if path in paths:
-            return path
-        envoy = root
-        for part in path.split(".") if path else ():
-            envoy = envoy._child(part) if isinstance(envoy, Envoy) and part in _names(envoy) else None
-        if envoy is not None:
-            return envoy._path
-    raise UnknownModuleError(
-        f"{user_line()}: there is no module `{module}` to cache; {nearest(module, [_shown(p) for p in paths])}"
-    )
+    return path_of(module_of(root, module, "a cache"))
 
 
 def _names(envoy: Envoy) -> list[str]:
@@ -327,7 +352,7 @@ def _names(envoy: Envoy) -> list[str]:
 
 
 def _nobody(envoy: Envoy, name: str) -> Any:
-    raise KeyError(f"`{envoy.path}` has no module `{name}`; {nearest(name, _names(envoy))}")
+    raise KeyError(f"`{names.shown(path_of(envoy))}` has no module `{name}`; {nearest(name, _names(envoy))}")
 
 
 def observed(detach: bool, device: Any, dtype: torch.dtype | None) -> Observation:

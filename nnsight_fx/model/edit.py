@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import InvokeError, NestedTraceError, NotRecordableError, own_error
 from ..lines import user_line
+from ..signatures import exact
 from ..stored import edits
 from ..tracing.conditions import Stopping
 from ..tracing.draft import Draft, Turn
@@ -94,6 +95,7 @@ class Edits:
 
     _host: ModelHost
 
+    @exact
     def edit(self, *, inplace: bool = False) -> Editor:
         """Record interventions that hold in every later trace, before its own, over the whole batch.
 

@@ -33,6 +33,7 @@ from ..plan.tree import PLAIN
 from ..report import bug_report
 from ..scan.scan import callee
 from ..scan.scanner import Scanner
+from ..signatures import named
 from ..tracing.contexts import Tracer
 from ..tracing.steps import Invoke
 from ..tracing.tape import Tape
@@ -43,6 +44,9 @@ from .inputs import Batch, ModuleInputs
 if TYPE_CHECKING:
     from .edit import Editor
     from .model import NNsight
+
+
+BACKENDS = ("inductor", "eager", "aot_eager")  # those that are there before torch has looked for any
 
 
 class Shared:
@@ -236,8 +240,14 @@ class ModelHost:
             return None
         if compile is None or (compile is True and self.compiled is not None):
             return self.compiled
+        if compile is not True and not isinstance(compile, dict):
+            raise TypeError(
+                f"{user_line()}: `compile=` is `False`, `True`, or a dict of `model.compile`'s keywords, "
+                f'`compile={{"backend": "eager"}}`; it is {compile!r}.'
+            )
         return self.captured(**(compile if isinstance(compile, dict) else {}))
 
+    @named("`compile`")
     def captured(
         self,
         backend: Any = "inductor",
@@ -250,6 +260,13 @@ class ModelHost:
         passes: Sequence | None = None,
         disable: Collection[str] = (),
     ) -> Capture:
+        if isinstance(backend, str) and backend not in BACKENDS:
+            known = torch.compiler.list_backends(exclude_tags=())
+            if backend not in known:
+                shown = [name for name in known if name not in BACKENDS and not name.endswith("_TESTING_ONLY")]
+                raise ValueError(
+                    f"{user_line()}: torch knows no backend `{backend}`; {nearest(backend, [*BACKENDS, *shown])}"
+                )
         if capture not in ("dynamo", "symbolic"):
             raise ValueError(f'{user_line()}: `capture={capture!r}` is unknown; there is "dynamo" and "symbolic"')
         if capture == "symbolic" and dynamic:
@@ -258,6 +275,7 @@ class ModelHost:
                 "leave it out, or capture with Dynamo"
             )
         needed = {step.__name__ for step in PIPELINE} - OPTIONAL
+        disable = [disable] if isinstance(disable, str) else disable
         for name in disable:
             if name not in OPTIONAL:
                 why = "without it a plan would not run" if name in needed else nearest(str(name), OPTIONAL)

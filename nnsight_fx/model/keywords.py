@@ -24,7 +24,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[str | None, Taken | None]] = w
 
 
 def check(module: nn.Module, fn: str | None, kwargs: Iterable[str], verb: str, *own: Callable) -> None:
-    """Raise a `TypeError` at the user's line for a keyword that neither `verb` nor the traced function takes.
+    """Raise a `TypeError` (of `generate` a `ValueError`) at the user's line for a keyword that neither `verb` nor the traced function takes.
 
     A model of transformers hands its `**kwargs` on: there every name counts that the `forward` of a module inside takes, or
     that an annotation of `**kwargs` has. Any other function may do with `**kwargs` what it likes: there only what is nearly
@@ -42,18 +42,33 @@ def check(module: nn.Module, fn: str | None, kwargs: Iterable[str], verb: str, *
     signatures = [inspect.signature(function).parameters.values() for function in own]
     ours = [p.name for parameters in signatures for p in parameters if p.kind == p.KEYWORD_ONLY]
     if taken.open:
-        wrong = [name for name in wrong if difflib.get_close_matches(name, ours, cutoff=0.8)]
+        wrong = [name for name in wrong if _close(name, [*ours, *(taken.names if taken.near else ())])]
     if not wrong:
         return
+    if taken.near:
+        raise ValueError(  # which transformers raises
+            f"{user_line()}: `{wrong[0]}=` is no keyword of `{verb}`; {nearest(wrong[0], [*ours, *sorted(taken.names, key=len)])}"
+        )
     where = f"`{fn}`" if fn else "forward"
     hint = nearest(wrong[0], [*ours, *sorted(taken.names, key=len)])
-    if hasattr(getattr(module, "generation_config", None), wrong[0]):
-        hint = f"it is `generate`'s: `with model.generate(..., {wrong[0]}=...)`"
+    close = _close(wrong[0], [*ours, *taken.names, *_of_generate(module)])
+    if close and close not in ours and close not in taken.names:
+        hint = f"`{close}` is `generate`'s: `with model.generate(..., {close}=...)`"
     raise TypeError(
         f"{user_line()}: `{wrong[0]}=` is no keyword of `{verb}` and none of the model's {where}; {hint.removesuffix('?')}"
         f"{'?' if hint.endswith('?') else '.'} A keyword that only a module inside knows goes among the inputs: "
         f'`{{"input_ids": ids, "{wrong[0]}": ...}}`.'
     )
+
+
+def _close(name: str, known: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
+
+
+def _of_generate(module: nn.Module) -> set[str]:
+    """What transformers' `generate` takes beside its own parameters: the fields of its configuration."""
+    config = getattr(module, "generation_config", None)
+    return set() if config is None else {name for name in vars(type(config)()) if name[0] != "_"}
 
 
 def shows(function: Callable) -> Callable[[Callable], Callable]:
@@ -69,10 +84,11 @@ def shows(function: Callable) -> Callable[[Callable], Callable]:
 
 
 class Taken(NamedTuple):
-    """The keywords that a function takes; is it open: may others be meant for it, too."""
+    """The keywords that a function takes; is it open: may others be meant for it, too, and is what is nearly one of them wrong."""
 
     names: frozenset[str]
     open: bool
+    near: bool = False
 
 
 def known(module: nn.Module, fn: str | None = None) -> Taken | None:
@@ -92,8 +108,13 @@ def _taken(module: nn.Module, fn: str | None) -> Taken | None:
     names = {p.name for p in parameters if p not in rest}
     if not rest:
         return Taken(frozenset(names), False)
+    if fn == "generate" and type(module).__module__.startswith(
+        "transformers."
+    ):  # which has a check of its own behind this
+        forward = _taken(module, None)
+        return Taken(frozenset(names | _of_generate(module) | (forward.names if forward else set())), True, True)
     of_transformers = type(called).__module__.startswith("transformers.") and isinstance(called, nn.Module)
-    if not of_transformers:  # and `generate` has a check of its own
+    if not of_transformers:
         return Taken(frozenset(names), True)
     for forward in {type(m).forward: m.forward for m in called.modules()}.values():
         for parameter in _parameters(forward) or ():

@@ -18,6 +18,7 @@ from ..harvest.harvest import harvest
 from ..lines import user_line
 from ..report.explain import Explanation
 from ..scan.scan import callee
+from ..signatures import exact
 from ..sweep.results import Results
 from ..sweep.sweep import sweep
 from ..tracing.contexts import Tracer
@@ -125,7 +126,7 @@ class NNsight(Edits, Envoy):
     ) -> Any:
         self._check_fn(fn)
         self.dispatch()
-        host.check_keywords(fn, kwargs, "trace", NNsight.trace)
+        host.check_keywords(fn, kwargs, "generate" if fn == "generate" else "trace", NNsight.trace)
         if not trace and host.edits:
             with self.trace(*args, compile=compile, fn=fn, pad_to=pad_to, **kwargs) as tracer:
                 result = save(tracer.result)
@@ -186,6 +187,7 @@ class NNsight(Edits, Envoy):
             return iter((opened, self))
         return super().__iter__()
 
+    @exact
     def session(self) -> Session:
         """Several traces whose values flow from one to the next without `.save()`; see `Session`."""
         return Session()
@@ -234,6 +236,7 @@ class NNsight(Edits, Envoy):
         latest = ran.told() if hasattr(ran, "told") else ran
         return Explanation(self._module, list(self._host.captures.values()), self._host.compiled, latest)
 
+    @exact
     def compile(
         self,
         backend: object = "inductor",
@@ -262,7 +265,8 @@ class NNsight(Edits, Envoy):
         `docs/passes.md` has the list.
 
         Raises:
-            ValueError: another `capture`, or `dynamic=True` with a symbolic one; a pass that cannot be left out, or is none.
+            ValueError: a backend that torch does not know; another `capture`, or `dynamic=True` with a symbolic one; a pass that
+                cannot be left out, or is none.
         """
         self._host.compiled = self._host.captured(
             backend, mode, dynamic, fullgraph, options, capture, regional, passes, disable

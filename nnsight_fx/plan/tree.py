@@ -62,6 +62,9 @@ class Explained(tuple):
         return tuple, (list(self),)
 
 
+Explained.__name__ = Explained.__qualname__ = "tuple"  # what Python's and torch's own errors call it
+
+
 def children(value: Any) -> tuple[str, tuple, list] | None:
     """`(kind, keys, values)` of a container, or `None` for a leaf."""
     cls = type(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from .. import compat
 from ..engine.captured.capture import Capture
 from ..engine.clock import seconds
 from ..engine.notes import Notes
+from ..engine.notes import facts as facts_of
 from .runs import Report
 
 SHAPES = 16  # rows of what capturing and compiling took: the latest
@@ -41,7 +41,7 @@ class Explanation:
             "engine": "hooks" if self.current is None else f"spliced, backend={self.current.options.backend}",
             "captures": [_of(c) for c in self.captures],
             "missing": compat.missing(),
-            "trace": asdict(self.latest) if isinstance(self.latest, Notes) else None,
+            "trace": facts_of(self.latest) if isinstance(self.latest, Notes) else None,
             "run": self.latest.to_dict() if isinstance(self.latest, Report) else None,
         }
 

@@ -7,11 +7,12 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..engine.clock import seconds
 from ..engine.notes import SHARED, Notes
+from ..engine.notes import facts as facts_of
 from ..envoys.envoy import host_of
 from ..lines import user_line
 from ..plan.printing import short
@@ -48,6 +49,7 @@ class Group:
         self.ran = (
             functools.reduce(operator.add, notes, *([] if self.ran is None else [self.ran])) if notes else self.ran
         )
+        self.structures = max(self.structures, 0 if self.ran is None else len(self.ran.plans))
 
     def join(self, other: Group) -> None:
         """Take over another one's figures: one line tells of both. Lines of code are held once."""
@@ -73,7 +75,7 @@ class Group:
     def to_dict(self) -> dict[str, Any]:
         hidden = ("lines", "further", "ran")
         facts = {k: v for k, v in vars(self).items() if v not in (None, []) and k not in hidden}
-        facts |= {} if self.ran is None else {"ran": asdict(self.ran)}
+        facts |= {} if self.ran is None else {"ran": facts_of(self.ran)}
         return facts | {
             "engine": self.engine,
             "traces": self.traces,
@@ -119,8 +121,7 @@ class Report:
     def at_once(self, line: object, why: str, ran: Sequence[Notes] = ()) -> None:
         """A trace that was not put off."""
         group = Group("at once", [line], why, forwards=sum(n.forwards for n in ran))
-        group.ran_alone(ran)
-        self.add(group)
+        self._alone(group, ran)
 
     def take(self, other: Report) -> None:
         """What another one tells, too: like with like."""
@@ -135,6 +136,9 @@ class Report:
     def alone(self, line: object, ran: Sequence[Notes]) -> None:
         """A trace outside of any session."""
         group = Group("one by one", [line], forwards=sum(n.forwards for n in ran))
+        self._alone(group, ran)
+
+    def _alone(self, group: Group, ran: Sequence[Notes]) -> None:
         group.ran_alone(ran)
         group.compiles, group.waited = sum(n.compiles for n in ran), sum(n.capture_s + n.compile_s for n in ran)
         self.add(group)

@@ -135,6 +135,12 @@ class Choice:
         else:
             self.ran = self._told(HOOKS, f'{cost_text}, more than it saves: {each}. `engine="compiled"` compiles')
 
+    def settle(self) -> None:
+        """Behind the sweep: what was to run compiled and could not says so."""
+        groups = self.report.groups
+        if self.ran == COMPILED and groups and all(group.engine == HOOKS for group in groups):
+            self.report.notes = [f"{HOOKS}: the model is compiled and could not be captured; why stands below"]
+
     def _learn(self) -> None:
         """What compiling has taken, for the next estimate."""
         if self.ran not in (COMPILED, AFTER) or self.capture is None:

@@ -20,6 +20,7 @@ from ..plan import tree
 from ..report.provenance import hashed
 from ..report.runs import Report, gathered
 from ..tracing.lazy import LazyTensor
+from .store import label, short
 
 PROMPT = "prompt"  # the axis of a list of inputs
 
@@ -84,7 +85,7 @@ class SweepJob:
         return self.cells[cell][0] if self.many else 0
 
     def named(self, cell: int) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in zip(self.names, self.cells[cell], strict=True))
+        return ", ".join(f"{name}={_told(value)}" for name, value in zip(self.names, self.cells[cell], strict=True))
 
     def prepared(self, chunk: Sequence[int]) -> None:
         """Have what the bodies of some cells need."""
@@ -162,6 +163,11 @@ def is_dataset(model: object, inputs: object) -> bool:
     """A list of inputs? A list of numbers is one prompt's token ids."""
     ids = hasattr(model, "tokenizer") and isinstance(inputs, list) and all(isinstance(x, int) for x in inputs)
     return isinstance(inputs, list) and not (ids and inputs)
+
+
+def _told(value: object) -> str:
+    text = repr(value) if isinstance(value, str) else str(label(value))
+    return text if short(text) or isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _own(x: object) -> Any:

@@ -13,7 +13,7 @@ import torch
 from ..errors import MissingExtraError
 from ..lines import user_line
 from ..viz.heatmap import heatmap
-from .store import label
+from .store import coordinates
 
 if TYPE_CHECKING:
     import pandas
@@ -26,7 +26,9 @@ class Results:
     `values[name]` is a tensor of shape (len of each axis ..., shape of one result); a body that returns one tensor has
     the name `"result"`. `array` (xarray) has the axes' names and values as labels, `dataset` all names at once. `errors` are
     the standard errors of values that are means, `manifest` is that of the store. `baselines` has what a ready-made sweep
-    measured with nothing patched ("clean", "corrupted"), `labels` the tokens at an axis's positions: both go into heat maps.
+    measured with nothing patched ("clean", "corrupted"), `labels` the tokens at an axis's positions, or the beginnings of
+    prompts: both go into heat maps, and `labels` beside the numbers of the axis (`position_label`) into `array` and frames.
+    Modules on an axis are there by their paths.
     """
 
     def __init__(
@@ -65,7 +67,8 @@ class Results:
     def dataset(self) -> xarray.Dataset:
         """All results with their labels; needs the extra `sweep`."""
         xr = _extra("xarray")
-        coords = {name: [label(v) for v in values] for name, values in self.over.items()}
+        coords: dict[str, object] = {name: coordinates(values) for name, values in self.over.items()}
+        coords |= {f"{name}_label": (name, texts) for name, texts in self.labels.items() if name in self.over}
         arrays = {}
         for name, value in self.values.items():
             dims = [*self.over, *(f"{name}_{i}" for i in range(value.dim() - len(self.over)))]
@@ -102,8 +105,8 @@ class Results:
             )
         (up, rows), (right, columns) = self.over.items()
         given = {
-            "x": self.labels.get(right) or [str(label(c)) for c in columns],
-            "y": self.labels.get(up) or [str(label(r)) for r in rows],
+            "x": self.labels.get(right) or [str(c) for c in coordinates(columns)],
+            "y": self.labels.get(up) or [str(r) for r in coordinates(rows)],
             "xlabel": right,
             "ylabel": up,
             "bar": name,

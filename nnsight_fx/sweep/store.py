@@ -12,6 +12,7 @@ result, to the bit.
 
 from __future__ import annotations
 
+import collections
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,12 +22,15 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 
 from .. import atomic
+from ..envoys.envoy import Observed, path_of
 from ..errors import StoreError
 from ..folder import Folder
 from ..lines import user_line
+from ..names import shown
 from ..report.provenance import environment, hashed, of_model
 
 VERSION = 2
+LONG = 48  # characters of a coordinate
 SAME = {
     "version": "another version of nnsight_fx",
     "structure": "another model",
@@ -92,5 +96,25 @@ class Store:
 
 
 def label(value: object) -> Any:
-    """A grid value as a coordinate: numbers and text as they are, anything else by its text."""
+    """A grid value as a coordinate: numbers and text as they are, a module by its path, anything else by its text."""
+    if isinstance(value, Observed):
+        return shown(path_of(value))
+    if isinstance(value, tuple | list):
+        return f"({', '.join(str(label(item)) for item in value)})"
     return value if isinstance(value, int | float | str | bool) else str(value)
+
+
+def coordinates(values: Sequence) -> list:
+    """The coordinates of an axis: what has no short text that is its own by its kind and its number."""
+    found = [label(value) for value in values]
+    seen = collections.Counter(map(str, found))
+    plain = [isinstance(value, int | float | str | bool | Observed) for value in values]
+    return [
+        text if plain[n] or (short(text) and seen[text] == 1) else f"{type(values[n]).__name__} {n}"
+        for n, text in enumerate(found)
+    ]
+
+
+def short(text: str) -> bool:
+    """Can it stand in a line with others?"""
+    return len(text) <= LONG and "\n" not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from .choice import Choice, checked
 from .executors import Executor, Serial, chosen
 from .job import PROMPT, SweepJob, is_dataset, look
 from .results import Results
-from .store import Store, manifest
+from .store import LONG, Store, manifest
 
 CHUNK = 64
 
@@ -113,12 +114,15 @@ def sweep(
         here = type(runner) is Serial
         choice = Choice(job, engine, report, here, None if kept is None else kept.manifest.get("ran"))
         found = _run(job, job.chunks(chunk or CHUNK), kept, choice if here else runner, progress, report)
+        choice.settle()
         about = f"{len(job.cells)} cells" + ("" if here else f", with the executor {type(runner).__name__}")
         report.notes = [about, *report.notes]
     stacked = {name: torch.stack([found[i][name] for i in range(len(found))]) for name in found[0]}
     shape = [len(values) for values in axes.values()]
     values = {name: rows.reshape(*shape, *rows.shape[1:]) for name, rows in stacked.items()}
-    results = Results(axes, values, kept.manifest if kept else {})
+    texts = [textwrap.shorten(item, LONG, placeholder="...") for item in items if isinstance(item, str)]
+    labels = {PROMPT: texts} if many and len(texts) == len(items) else {}
+    results = Results(axes, values, kept.manifest if kept else {}, labels=labels)
     return results.mean(PROMPT) if reduce else results
 
 

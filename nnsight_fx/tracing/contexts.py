@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from ..config import quiet
-from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, own_error
+from ..errors import InvokeError, MissedSiteError, NestedTraceError, OutsideTraceError, nearest, own_error
 from ..lines import Line, user_line
 from ..plan import tree
 from ..plan.graph import Graph
+from ..signatures import exact
 from . import saving
 from .calls import held
 from .conditions import Condition, Stopping
 from .forwards import Forwards
 from .invoke import Invoker
 from .iteration import Cursor, Iterations, Never
+from .lazy import LazyTensor
 from .recorder import Recorder, unrecorded
 from .tape import Tape
 
@@ -239,6 +241,7 @@ class Tracer:
         self.barriers.append((n, reached, user_line()))
         return barrier
 
+    @exact
     def cache(
         self,
         modules: list | None = None,
@@ -351,6 +354,9 @@ def leave(tracer: Tracer, error: BaseException | None) -> bool:
     return type(error) is Stopping
 
 
+_TENSOR = [*(n for n in dir(torch.Tensor) if n[0] != "_"), "save", "update"]  # what a recorded value has
+
+
 def tell_more(tracer: Tracer, error: BaseException) -> None:
     """What is known of an error of the body beside its text."""
     refusal = tracer.waves[-1].tape.refusal if tracer.waves else None
@@ -362,6 +368,13 @@ def tell_more(tracer: Tracer, error: BaseException) -> None:
         error.add_note(
             "nnsight_fx: `.save()` is a method of tensors; a container is saved with `nnsight_fx.save(value)`."
         )
+    elif isinstance(error, AttributeError) and isinstance(error.obj, tuple) and hasattr(torch.Tensor, str(error.name)):
+        at = next((i for i, item in enumerate(error.obj) if isinstance(item, torch.Tensor)), None)
+        if at is not None:
+            use = "" if error.name.startswith("__") else f": `value[{at}].{error.name}`"
+            error.add_note(f"nnsight_fx: it is a tuple of {len(error.obj)}; its item `[{at}]` is a tensor{use}.")
+    elif isinstance(error, AttributeError) and isinstance(error.obj, LazyTensor):
+        error.add_note(f"nnsight_fx: it is a tensor of this trace; {nearest(str(error.name), _TENSOR)}")
 
 
 class Leaving(Stopping):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import MissingExtraError
+from ..signatures import exact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _MOST_LABELS = 64  # on one axis; beyond that every n-th is written
 
 
+@exact
 def heatmap(
     values: torch.Tensor,
     *,

@@ -142,7 +142,7 @@ def a_cache_of_something_else(m):
         tracer.cache(modules=[3])
 
 
-@row(KeyError, "no module `frist`")
+@row(KeyError, "no module `model.frist`; did you mean `first`")
 def an_entry_that_a_cache_does_not_have(m):
     with m.trace(X) as tracer:
         cache = tracer.cache()

@@ -192,7 +192,7 @@ def ablation_in_an_unknown_way(m):
     nnsight_fx.patching.ablate(m, IDS, lambda x: x.sum(), by="sample", progress=False)
 
 
-@row(UnknownModuleError, "no module `9`", "cell layer=9")
+@row(UnknownModuleError, "no module `transformer.h.9`; did you mean `transformer.h.1`", "cell layer=9")
 def patching_of_a_layer_too_many(m):
     nnsight_fx.patching.patch(m, IDS, IDS, lambda x: x.sum(), layers=[9], progress=False)
 

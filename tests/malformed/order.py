@@ -129,17 +129,17 @@ def a_layer_before_the_first(m):
     m.layers[-3]
 
 
-@row(UnknownModuleError, "`layer`")
+@row(UnknownModuleError, "no module `layer.0.fc`; did you mean `layers.0.fc`")
 def an_unknown_path_in_get(m):
     m.get("layer.0.fc")
 
 
-@row(UnknownModuleError, "`fcx`")
+@row(UnknownModuleError, "no module `layers.0.fcx`; did you mean `layers.0.fc`")
 def an_unknown_last_name_in_get(m):
     m.get("layers.0.fcx")
 
 
-@row(OutsideTraceError, "`model.first.output` outside of a trace")
+@row(OutsideTraceError, "`first.output` outside of a trace")
 def a_read_outside_of_a_trace(m):
     m.first.output
 

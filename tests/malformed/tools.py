@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-from torch._dynamo.exc import InvalidBackend
 
 import nnsight_fx
 from nnsight_fx import (
@@ -325,7 +324,7 @@ def activations_that_are_not_there(m):
     nnsight_fx.Activations("nothing")
 
 
-@row(InvalidBackend, "inductr", line=False)
+@row(ValueError, "no backend `inductr`; did you mean `inductor`?")
 def an_unknown_backend(m):
     m.compile(backend="inductr")
 
@@ -335,7 +334,7 @@ def an_unknown_mode(m):
     NNsight(m._module).compile(mode="fastest")
 
 
-@row(TypeError, line=False)
+@row(TypeError, "`backends=` is no keyword of `compile`; did you mean `backend`?")
 def an_unknown_compile_option(m):
     m.compile(backends="eager")
 

@@ -171,7 +171,7 @@ def test_what_does_not_run_is_not_there(engine):
         cache = tracer.cache()
         model.blocks[1].skip(model.blocks[1].input)
     assert "model.blocks.1" in cache and "model.blocks.1.up" not in cache and "model.blocks.2.up" in cache
-    with pytest.warns(UserWarning, match=r"missed: `model.blocks.1.up` did not run"), model.trace(x) as tracer:
+    with pytest.warns(UserWarning, match=r"missed: `blocks.1.up` did not run"), model.trace(x) as tracer:
         tracer.cache(["model.blocks.1.up", "model.blocks.0"])
         model.blocks[1].skip(model.blocks[1].input)
 
@@ -232,18 +232,18 @@ def test_what_is_not_there():
     model, cache = eleven()
     with pytest.raises(AttributeError, match=r"`model` has no module `nope`"):
         cache.nope  # noqa: B018
-    with pytest.raises(KeyError, match="has no module `12`"):
+    with pytest.raises(KeyError, match="there is no module `model.12`; did you mean `2`"):
         cache["model.12"]
     with pytest.raises(IndexError, match="out of bounds"):
         cache.model[12]
     with model.trace(torch.ones(1, 2)) as tracer:
         few = tracer.cache([model[3]])
-    with pytest.raises(KeyError, match="`model.4` module path was never cached; the nearest that was is `model.3`"):
+    with pytest.raises(KeyError, match="`4` module path was never cached; the nearest that was is `3`"):
         few["model.4"]
     with pytest.raises(KeyError, match="never cached"):
         few.model.output  # noqa: B018
     with (
-        pytest.raises(UnknownModuleError, match="no module `model.33` to cache; did you mean"),
+        pytest.raises(UnknownModuleError, match="no module `model.33`; did you mean"),
         model.trace(torch.ones(1, 2)) as t,
     ):
         t.cache(["model.33"])
@@ -322,7 +322,7 @@ def test_a_path_with_and_without_the_model_in_front(make, path):
     assert list(cache.keys()) == [f"model.{path}"]
     assert cache[path].output is cache[f"model.{path}"].output and path in cache and f"model.{path}" in cache
     assert model.get(path) is model.get(f"model.{path}")
-    with pytest.raises(KeyError, match="has no module `nothing`"):
+    with pytest.raises(KeyError, match="there is no module `nothing`; there is"):
         cache["nothing"]
-    with pytest.raises((AttributeError, KeyError), match="has no module `nothing`|no module `model`"):
+    with pytest.raises((AttributeError, KeyError), match="there is no module `model.nothing`"):
         model.get("model.nothing")

@@ -188,7 +188,7 @@ def test_an_unknown_path_in_get(engine):
     with pytest.raises(AttributeError) as error:
         line = here(1)
         model.get("first.wieght")
-    says(error, line, "`model.first` has no module `wieght`", "there is `output`, `input`")
+    says(error, line, "there is no module `first.wieght`; did you mean `first.input`")
 
 
 def test_an_index_behind_the_last_child(engine):
@@ -217,7 +217,7 @@ def test_a_value_outside_of_a_trace(engine, what):
         line = here(1)
         getattr(model.first, what)
     assert type(error.value) is errors.OutsideTraceError
-    says(error, line, f"`model.first.{what}` outside of a trace", "`with model.trace(...):`")
+    says(error, line, f"`first.{what}` outside of a trace", "`with model.trace(...):`")
 
 
 def test_save_outside_of_a_trace(engine):

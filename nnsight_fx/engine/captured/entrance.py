@@ -113,7 +113,8 @@ class Entrance:
             finally:
                 if self.capture.captures > captures:
                     run.capture_s += time.perf_counter() - begun - (run.segments_s - inside)
-                    self.capture.took(clock.CAPTURE, run.capture_s, clock.shape_of(self.inputs), run.opened)
+                    varying = [shape for segment in entry.segments[-1:] for shape in segment.varying]
+                    self.capture.took(clock.CAPTURE, run.capture_s, clock.shape_of(self.inputs, varying), run.opened)
         if missed and captures == self.capture.captures:
             entry.missed += 1
             entry.whole = False

@@ -141,7 +141,12 @@ class Symbolic:
             elif isinstance(x, PLAIN):
                 described_leaves.append(x)
             else:
-                raise Untraceable(f"it returns a {type(x).__name__}, an object that a traced graph cannot make")
+                cure = (
+                    " (`use_cache=False` among the keywords of the trace or sweep leaves it out)"
+                    if "Cache" in type(x).__name__
+                    else ""
+                )
+                raise Untraceable(f"it returns a {type(x).__name__}, an object that a traced graph cannot make{cure}")
         tracer.follow_modes()
         tracer.create_node("output", "output", (tuple(outputs),), {})
         takes = [i for i, node in enumerate(tracer.given) if node.users]

@@ -103,7 +103,7 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
     took = time.perf_counter() - begun
     clock.say("")
     run.compile_s += took
-    run.capture.took(clock.COMPILE, took, clock.shape_of(run.inputs), run.opened)
+    run.capture.took(clock.COMPILE, took, clock.shape_of(run.inputs, segment.varying), run.opened)
     found.append(made)
     if made.constants:
         segment.following.setdefault(kin, []).append(made)
