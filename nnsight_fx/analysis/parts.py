@@ -44,7 +44,9 @@ class Parts:
     def check(self, model: Any) -> Parts:
         """The parts by the model's own paths. Raise `UnknownModuleError` for one that is not there."""
         layers = path_of(self._found(model, "layers", self.layers))
-        found = {name: path_of(self._found(model, name, getattr(self, name))) for name in ("norm", "unembed")}
+        found: dict[str, str | Column] = {
+            name: path_of(self._found(model, name, getattr(self, name))) for name in ("norm", "unembed")
+        }
         for name in ("attention", "mlp", "z", "q", "k", "v"):
             given = getattr(self, name)
             if given is not None:

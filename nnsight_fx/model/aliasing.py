@@ -44,7 +44,7 @@ class Names:
                 found.setdefault(other.removeprefix("model."), module)
         return found
 
-    def _own(self, key: Any) -> Any:
+    def _own(self, key: str | type) -> str | type:
         """A key without the `model` that paths of envoys begin with, where it leads to a module only so."""
         if not isinstance(key, str):
             return key

@@ -371,7 +371,7 @@ def tell_more(tracer: Tracer, error: BaseException) -> None:
     elif isinstance(error, AttributeError) and isinstance(error.obj, tuple) and hasattr(torch.Tensor, str(error.name)):
         at = next((i for i, item in enumerate(error.obj) if isinstance(item, torch.Tensor)), None)
         if at is not None:
-            use = "" if error.name.startswith("__") else f": `value[{at}].{error.name}`"
+            use = "" if str(error.name).startswith("__") else f": `value[{at}].{error.name}`"
             error.add_note(f"nnsight_fx: it is a tuple of {len(error.obj)}; its item `[{at}]` is a tensor{use}.")
     elif isinstance(error, AttributeError) and isinstance(error.obj, LazyTensor):
         error.add_note(f"nnsight_fx: it is a tensor of this trace; {nearest(str(error.name), _TENSOR)}")

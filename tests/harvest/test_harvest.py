@@ -305,7 +305,9 @@ def test_what_a_folder_refuses(tmp_path):
 
 def test_bad_input(tmp_path):
     model = wrap()
-    with pytest.raises(UnknownModuleError, match=r"there is no module `transformer.h.9`; did you mean `transformer.h.\d`"):
+    with pytest.raises(
+        UnknownModuleError, match=r"there is no module `transformer.h.9`; did you mean `transformer.h.\d`"
+    ):
         model.harvest(prompts(), "transformer.h.9", tmp_path / "a", **quiet)
     with pytest.raises(ValueError, match="`token` says where a row is from"):
         model.harvest(prompts(), {"token": "transformer.h.0"}, tmp_path / "a", **quiet)

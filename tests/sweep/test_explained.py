@@ -102,7 +102,7 @@ def test_ready_made_experiments():
     patching.attribution(model, IDS, OTHER, metric)
     assert [re.sub(r"\w+\.py:\d+|/\S*:\d+", "here", line) for line in told(model)[1:]] == [
         "attribution at here",
-        "5 trace(s) from here: one by one on hooks, 5 forward(s)",
+        "5 trace(s) from here: one by one on hooks, 5 forward(s), 3 structures",
     ]
 
 

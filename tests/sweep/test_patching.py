@@ -224,7 +224,9 @@ def test_the_lens_and_steering():
 def test_the_table_fits_the_models():
     for name in ("gpt2", "llama"):
         FAMILIES[name].check(wrap(name))
-    with pytest.raises(UnknownModuleError, match="no module `.*It is `.*` in this table of parts for `GPT2LMHeadModel`"):
+    with pytest.raises(
+        UnknownModuleError, match="no module `.*It is `.*` in this table of parts for `GPT2LMHeadModel`"
+    ):
         Parts("h", "attn", "mlp", None, "norm", "head").check(wrap("gpt2"))
 
 
