@@ -18,9 +18,13 @@ class App:
     `DEBUG` keeps this package's own frames in the tracebacks of errors that leave a trace; it is read when an error
     leaves. It also warns of a `[0]` on a module's output that is a tensor: the first prompt alone, where tutorials for
     transformers 4 meant a tuple's first value. The environment variable `NNSIGHT_FX_DEBUG=1` sets it.
+
+    `PROGRESS` shows on a terminal what a trace is about while it captures or compiles for more than a second. The
+    environment variable `NNSIGHT_FX_PROGRESS=0` turns it off.
     """
 
     DEBUG: bool = field(default_factory=lambda: os.environ.get("NNSIGHT_FX_DEBUG", "0") not in ("", "0"))
+    PROGRESS: bool = field(default_factory=lambda: os.environ.get("NNSIGHT_FX_PROGRESS", "1") not in ("", "0"))
 
 
 @dataclass

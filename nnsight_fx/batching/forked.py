@@ -376,20 +376,17 @@ class Sheet:
             if key not in known:
                 new.setdefault(key, graph)
         for n, (key, graph) in enumerate(new.items(), 1):
-            clock.say(f"compiling (region {n} of {len(new)})")
-            region = SizedRegion(graph, self.segment)
-            self._compile(region, ())
-            known[key] = region
-        clock.say("")
+            known[key] = region = SizedRegion(graph, self.segment)
+            with clock.doing(f"compiling (region {n} of {len(new)})"):
+                self._compile(region, ())
         return {name: known[key] for name, key in keys.items()}
 
     def _call(self, region: SizedRegion, values: Sequence) -> object:
         """Run a region; where what is compiled of it is not for these sizes, compile it for them."""
         call = region.call_for(self.segment, values)
         if call is None:
-            clock.say("compiling (a region for other sizes)")
-            call = self._compile(region, values)
-            clock.say("")
+            with clock.doing("compiling (a region for other sizes)"):
+                call = self._compile(region, values)
         return call(*values)
 
     def _compile(self, region: SizedRegion, values: Sequence) -> Callable:

@@ -61,9 +61,9 @@ def captured(
         batch.let_lengths_vary()
     markers, begun = host.markers, time.perf_counter()
     outer, active.run = getattr(active, "run", None), None
-    clock.say("capturing the model")
+    told, inside = clock.doing("capturing the model"), compat.dynamo.capturing(len(markers.paths))
     try:
-        with markers.installed(list(markers.paths), {}), compat.dynamo.capturing(len(markers.paths)):
+        with told, markers.installed(list(markers.paths), {}), inside:
             capture.rowwise[key](batch.args, batch.kwargs)
     except Captured as found:
         if found.segment not in capture.row_graphs:  # else Dynamo knew it
@@ -77,7 +77,6 @@ def captured(
         raise Mixed(f"the model is not one graph for any number of rows: {type(error).__name__}: {why}") from error
     finally:
         active.run = outer
-        clock.say("")
     raise Mixed("Dynamo ran the model as it is")
 
 

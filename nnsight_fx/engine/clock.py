@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..plan import tree
+from .waiting import Waiting
 
 CAPTURE, COMPILE = "capture", "compile"
 KEPT = 512  # of each capture: the latest
@@ -86,11 +87,16 @@ def seconds(s: float) -> str:
     return f"{s:.1f} s" if s < 9.95 else f"{s:.0f} s"
 
 
-def say(doing: str) -> None:
-    """Tell whoever waits on this thread what takes the time; `""`: nothing any more."""
-    listener = getattr(_told, "listener", None)
-    if listener is not None:
-        listener(doing)
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Tell whoever waits on this thread what takes the time in this block; where nobody listens, the terminal."""
+    if getattr(_told, "listener", None) is None:
+        _told.listener = Waiting()
+    _told.listener(what)
+    try:
+        yield
+    finally:
+        _told.listener("")
 
 
 @contextlib.contextmanager

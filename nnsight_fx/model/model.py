@@ -248,6 +248,7 @@ class NNsight(Edits, Envoy):
         regional: bool | None = None,
         passes: Sequence | None = None,
         disable: Collection[str] = (),
+        warm: object = None,
     ) -> None:
         """Run traces on captured, compiled graphs from now on; the arguments are `nn.Module.compile`'s.
 
@@ -264,6 +265,10 @@ class NNsight(Edits, Envoy):
         `torch.fx.GraphModule` and says how many rewrites it made; `explain()` counts them. Sessions and sweeps then run one trace a forward. `disable={"prune"}` leaves passes out.
         `docs/passes.md` has the list.
 
+        `warm=inputs` captures and compiles now, on one input as `trace` takes it (a prompt, a tensor; a dict is keywords), and not in
+        the first trace. The model runs once, without interventions, in the grad mode that is on. A trace
+        on inputs of such a shape then compiles what it changes alone. On a terminal a line shows what takes the time.
+
         Raises:
             ValueError: a backend that torch does not know; another `capture`, or `dynamic=True` with a symbolic one; a pass that
                 cannot be left out, or is none.
@@ -271,6 +276,9 @@ class NNsight(Edits, Envoy):
         self._host.compiled = self._host.captured(
             backend, mode, dynamic, fullgraph, options, capture, regional, passes, disable
         )
+        if warm is not None:
+            with self.trace(**warm) if isinstance(warm, dict) else self.trace(warm):
+                pass
 
     def save_compiled(self, path: object) -> None:
         """Save what compilers made in this process so far into the folder `path`, for `load_compiled` in another process.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ..engine.clock import say
+from ..engine.clock import doing
 from ..envoys.envoy import host_of
 from ..errors import WorkerLostError
 from ..lines import user_line
@@ -49,8 +50,9 @@ class Pool:
         """Each chunk's results, as they come. Where the model is compiled, one worker begins; the others get what it compiled."""
         todo, lost = collections.deque(chunks), collections.Counter()
         artifacts, first = None, _compiles(job)
+        told = contextlib.ExitStack()
         if first:
-            say("one worker compiles, the others wait")
+            told.enter_context(doing("one worker compiles, the others wait"))
         self.open(pack(job))
         free, idle, busy = list(range(self.size)), [], {}
         try:
@@ -74,10 +76,11 @@ class Pool:
                         ) from error
                     continue
                 idle.append((slot, worker))
-                say("")
+                told.close()
                 artifacts, first = made if first else artifacts, False
                 yield chunk, done
         finally:
+            told.close()
             self.close()
 
     def open(self, packed: bytes) -> None:

@@ -103,9 +103,8 @@ class Entrance:
             except compat.dynamo.NotCaptured:
                 missed = True
         captures, begun, inside = self.capture.captures, time.perf_counter(), run.segments_s
-        if not entry.segments:
-            clock.say("capturing the model")
-        with in_force(run, self.half), compat.dynamo.capturing(len(run.owner.paths)), live(run, run.everything):
+        told = contextlib.nullcontext() if entry.segments else clock.doing("capturing the model")
+        with told, in_force(run, self.half), compat.dynamo.capturing(len(run.owner.paths)), live(run, run.everything):
             try:
                 result = entry.call(*self.inputs)
             except Unread:

@@ -119,9 +119,8 @@ class _Regions:
             if guards is not None:
                 break
         else:
-            clock.say(f"compiling (region {number} of {max(number, self.kinds)})")
-            found, guards = self._compile(graph, inputs, symbols), []
-            clock.say("")
+            with clock.doing(f"compiling (region {number} of {max(number, self.kinds)})"):
+                found, guards = self._compile(graph, inputs, symbols), []
             self.known.setdefault(key, []).append(found)
             if len(self.known) > KEPT:
                 self.known.pop(next(iter(self.known)))

@@ -96,12 +96,10 @@ def variant(segment: Segment, run: SplicedRun, args: tuple) -> Variant:
             return _hit(run, each)
     _check_written(segment, run, args)
     begun = time.perf_counter()
-    clock.say("compiling")
-    with compat.symbols.own_sizes(segment.context, segment.fakes, args) as fakes:
+    with clock.doing("compiling"), compat.symbols.own_sizes(segment.context, segment.fakes, args) as fakes:
         fakes = [compat.fakes.unchanged(segment.context, *each) for each in zip(fakes, args, strict=True)]
         made = _compile(segment, run, fakes, args, aliases)
     took = time.perf_counter() - begun
-    clock.say("")
     run.compile_s += took
     run.capture.took(clock.COMPILE, took, clock.shape_of(run.inputs, segment.varying), run.opened)
     found.append(made)
