@@ -28,10 +28,10 @@ _COUNTERS = Name("torch._dynamo.utils.counters", "graphs of which no CUDA graph 
 _ARTIFACT = Name("torch._logging.getArtifactLogger", "why there is no CUDA graph is not told")
 _LOWERING = Name("torch._inductor.lowering.register_lowering", "products of few rows are MKL's own")
 _HANDLER = Name("torch._inductor.lowering.fallback_handler", "products of few rows are MKL's own")
-_CONFIG = Name(
-    "torch._inductor.config.patch", "what draws random numbers is not compiled"
+_CONFIG = Name("torch._inductor.config.patch", "what draws random numbers is not compiled")
+_JOINT = Name(
+    "torch._functorch.config.patch", "what draws random numbers is not compiled where values are differentiable"
 )
-_JOINT = Name("torch._functorch.config.patch", "what draws random numbers is not compiled where values are differentiable")
 _PASS = Name("torch._inductor.custom_graph_pass.CustomGraphPass", "products of few rows are MKL's own")
 
 
