@@ -63,6 +63,16 @@ def changes(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and _changes(node, name) is not None
 
 
+def draws(node: fx.Node) -> bool:
+    """Does `node` draw random numbers, or may it, as far as its function tells? What switches a mode does not."""
+    if isinstance(node.target, OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags
+    if node.op not in ("call_function", "call_method") or node.target in (anchor, site, supply):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return _draws(node, name) is not None or (not name.startswith(("_", "set_")) and _unknown(node, name) is not None)
+
+
 def _of_schema(op: OpOverload) -> str | None:
     if op._schema.is_mutable or "batch_norm" in op._schema.name:  # whose schemas do not admit to the statistics
         return "changes a tensor in place"

@@ -13,6 +13,7 @@ import torch.fx as fx
 
 from .. import compat
 from ..compat.transformers import restored
+from .checkpoints import unfold
 from .marker import close, marker_of, site, supply
 
 
@@ -43,6 +44,7 @@ class Segment:
         kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         for old, new in zip(gm.graph.nodes, kept.graph.nodes, strict=True):
             new.meta = dict(old.meta)
+        unfold(kept)
         close(kept.graph)
         pure = compat.graphs.replays_nothing(restored)
         made = cls(kept, compat.fakes.placeholder_fakes(gm), context, compat.symbols.guard_count(context), pure)

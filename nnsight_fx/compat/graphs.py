@@ -28,6 +28,9 @@ _TRANSLATOR = Name(
 _EFFECTS = Name(
     "torch._dynamo.output_graph.OutputGraph.side_effects", "the whole model runs also where nobody reads its result"
 )
+_CHECKPOINT = Name(
+    "torch.ops.higher_order.tag_activation_checkpoint", "no intervention reaches into a checkpointed block"
+)
 _LOCAL = Name("torch._dynamo.source.LocalSource", "CUDA graphs copy each parameter at each replay")
 
 
@@ -131,6 +134,11 @@ def _contents_changed(effects: Any, variable: Any) -> bool:
         if hasattr(variable, name):
             return getattr(variable, name)(effects)
     return bool(getattr(variable.mutation_type, "is_modified", False))
+
+
+def checkpointed(node: torch.fx.Node) -> bool:
+    """Does a node of a captured graph call a block by `torch.utils.checkpoint`?"""
+    return node.op == "call_function" and node.target is _CHECKPOINT()
 
 
 def break_of(gm: torch.fx.GraphModule) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Inductor: the kernels that it builds."""
+"""Inductor: the kernels that it builds, and what it and AOTAutograd are set to while they compile."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ _COUNTERS = Name("torch._dynamo.utils.counters", "graphs of which no CUDA graph 
 _ARTIFACT = Name("torch._logging.getArtifactLogger", "why there is no CUDA graph is not told")
 _LOWERING = Name("torch._inductor.lowering.register_lowering", "products of few rows are MKL's own")
 _HANDLER = Name("torch._inductor.lowering.fallback_handler", "products of few rows are MKL's own")
-_CONFIG = Name(
-    "torch._inductor.config.patch", "a compiler may leave out a random draw that nobody uses, and later ones differ"
+_CONFIG = Name("torch._inductor.config.patch", "what draws random numbers is not compiled")
+_JOINT = Name(
+    "torch._functorch.config.patch", "what draws random numbers is not compiled where values are differentiable"
 )
 _PASS = Name("torch._inductor.custom_graph_pass.CustomGraphPass", "products of few rows are MKL's own")
 
@@ -80,11 +82,25 @@ def lowering(operator: object, calls: object) -> bool:
     return True
 
 
-def keeping_draws() -> contextlib.AbstractContextManager:
-    """While a compiler works, by whatever backend: torch takes a random draw that nobody uses for dead code, unless Inductor is to
-    draw as eager code does. Left out, it would shift every later draw."""
-    patch = _CONFIG()
-    return contextlib.nullcontext() if patch is None else patch(fallback_random=True)
+def keeps_draws() -> bool:
+    """Can `keeping_draws` do what it says?"""
+    return _CONFIG() is not None and _JOINT() is not None
+
+
+@contextlib.contextmanager
+def keeping_draws() -> Iterator[None]:
+    """While a compiler works, by whatever backend: each random draw is made, and is made once. Left out, it would shift every
+    later one.
+
+    torch takes a draw that nobody uses for dead code, unless Inductor is to draw as eager code does. Where it makes a graph
+    with a backward, it first joins what is computed twice, and takes `randn_like(h)` and `randn_like(h)` for that (its
+    `compile_utils.rand_ops` lacks `randn_like` and `randint_like`, torch 2.13).
+    """
+    with contextlib.ExitStack() as settings:
+        for patch, setting in ((_CONFIG(), {"fallback_random": True}), (_JOINT(), {"cse": False})):
+            if patch is not None:
+                settings.enter_context(patch(**setting))
+        yield
 
 
 def graph_pass() -> type:

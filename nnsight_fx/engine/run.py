@@ -21,10 +21,13 @@ from ..plan import tree
 from ..plan.ambient import under
 from ..plan.interleave import Firing, Stopped, TensorInterleaver
 from ..plan.keys import Outside, Recorded, SizeExpr, TensorSlot, Value
+from ..plan.lifting import name_of
+from ..plan.names import RANDOM_IN_PLACE
 from ..plan.plan import InterventionGraph, Op
 from ..plan.skips import check_skips, gather
 from ..plan.verbs import Apply, Call, CallModule, Observation, Read, RunBackward, Site, Skip, Sync, Write, place_of_site
 from ..tracing.nested import refuse_nested
+from . import recomputed
 from .how import How
 from .missed import check, missed_error
 from .offload import Offload
@@ -39,6 +42,8 @@ class Run(TensorInterleaver):
     forwards = 1  # none: work on values that the model has given
     shared = ""  # how it ran with others in one forward, where it did: `Notes.engine`
     how = How()  # as it was chosen
+    grads = False  # may a backward follow
+    changing: int | None = None  # the operation that changed what the model goes on with, at the site that it passes
 
     def __init__(
         self,
@@ -67,7 +72,7 @@ class Run(TensorInterleaver):
     def forward(self) -> None:
         """Run the model once."""
         outer = getattr(active, "run", None)
-        active.run = self
+        active.run, self.grads = self, torch.is_grad_enabled()
         try:
             self.work(None)
             if self.stopping:
@@ -169,8 +174,10 @@ class Run(TensorInterleaver):
         if self.closed and not self._watches(site):
             return value
         leaves, spec = tree.flatten(value)
-        old = list(leaves)
+        old, before, self.changing = list(leaves), recomputed.versions(leaves) if self.grads else [], None
         self.fire(Firing(site, leaves, spec))
+        if self.grads and (self.changing is not None or recomputed.versions(old) != before):
+            self._changed(site, old, leaves)
         if self.stopping:
             raise Stopped
         new_spec = self.restructured.pop(site, spec)
@@ -179,6 +186,15 @@ class Run(TensorInterleaver):
         if any(a is not b for a, b in zip(old, leaves, strict=True)):
             return tree.replace(value, old, leaves)
         return value
+
+    def _changed(self, site: Site, old: list, leaves: list) -> None:
+        """Something other than reading took place at a site."""
+        where = f"`{place_of_site(site)}`"
+        what = f"{where} is changed" if self.changing is None else f"{self.lines[self.changing]}: {where} is changed"
+        skips = self.changing is not None and isinstance(self.plan.ops[self.changing].verb, Skip)
+        had = any(isinstance(x, torch.Tensor) and x.requires_grad for x in old)
+        trained = had or any(p.requires_grad for p in next(iter(self.owner.paths)).parameters())
+        recomputed.refuse_backward([] if skips else leaves, what, trained)
 
     def _watches(self, site: Site) -> bool:
         path, kind, _ = site
@@ -215,11 +231,14 @@ class Run(TensorInterleaver):
         return super().observed(leaf, how)
 
     def perform(self, n: int, firing: Firing | None) -> None:
-        verb = self.plan.ops[n].verb
+        op = self.plan.ops[n]
+        verb = op.verb
         if isinstance(verb, Read | Write) and firing is not None:
             refuse_nested(self.lines[n], verb.site, firing.leaves)
         if isinstance(verb, Read) and firing is not None:
             self._alias_saved(n, verb, firing.leaves)
+        if isinstance(verb, Write | Skip) or op.effect == "random" or _draws_in_place(op):
+            self.changing = n
         self.note_write(n)
         super().perform(n, firing)
 
@@ -302,6 +321,10 @@ class Run(TensorInterleaver):
 
     def missed_error(self, missed: list[int]) -> MissedSiteError:
         return missed_error(self, missed)
+
+
+def _draws_in_place(op: Op) -> bool:
+    return op.effect == "inplace" and isinstance(op.verb, Call) and name_of(op.verb.fn.obj) in RANDOM_IN_PLACE
 
 
 def written(verb: Write | Skip, line: Line) -> tuple[str, Line]:

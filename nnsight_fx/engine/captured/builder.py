@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 
 from ... import compat
+from ...passes.effects import draws
 from . import cuda_graphs
+from .draws import give_out, without
 from .options import Options
 from .watch import Fallbacks
 
@@ -32,10 +34,16 @@ class Builder:
         """A rewritten segment, compiled; where its compiler fails by `aot_eager`, and where that fails the graph as it is."""
         if self.options.backend == "eager":
             return self.compiler(gm, inputs())
+        if not compat.inductor.keeps_draws() and any(map(draws, gm.graph.nodes)):
+            self.told.fall_back(
+                "a segment that draws random numbers runs with `eager`: this torch cannot be told to keep them"
+            )
+            return gm
         spare = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
         try:
             with compat.inductor.keeping_draws():
-                return self._compiled(gm, inputs())
+                further = 0 if self.options.backend == "aot_eager" else give_out(gm)
+                return without(self._compiled(gm, inputs()), further)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
