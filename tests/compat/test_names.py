@@ -240,6 +240,24 @@ def test_autocast_in_a_graph(without):
     assert "_enter_autocast` is missing" in str(model.explain())
 
 
+@pytest.mark.parametrize("name", ["torch._functorch.config.patch", "torch._inductor.config.patch"])
+def test_draws_without_the_settings_that_keep_them(without, name):
+    without(name)
+
+    def drawn(model):
+        torch.manual_seed(3)
+        with model.trace(x(2)):
+            h = model.blocks[0].output
+            torch.randn_like(h)
+            model.blocks[1].output += torch.randn_like(h)
+            out = model.output.save()
+        return [out.detach(), torch.get_rng_state()]
+
+    model = net("aot_eager")
+    torch.testing.assert_close(drawn(model), drawn(net("hooks")))
+    assert "runs with `eager`: this torch cannot be told" in str(model.explain())
+
+
 def test_dynamos_errors_are_told_by_name(without):
     without(*(f"torch._dynamo.exc.{name}" for name in ("Unsupported", "InternalTorchDynamoError", "TorchRuntimeError")))
     from torch._dynamo import exc

@@ -29,11 +29,15 @@ class Forgetful(nn.Module):
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x):
-        torch.rand(3), torch.randperm(4), torch.multinomial(torch.ones(4), 2)
+        torch.rand(3)
+        torch.randperm(4)
+        torch.multinomial(torch.ones(4), 2)
         h = self.a(x)
         torch.randn_like(h)
         h = h + 0.1 * torch.randn_like(h)
-        torch.empty(4).normal_(), torch.zeros(2).bernoulli_(0.5), torch.empty(3).uniform_()
+        torch.empty(4).normal_()
+        torch.zeros(2).bernoulli_(0.5)
+        torch.empty(3).uniform_()
         with torch.no_grad():
             h = h + torch.randn_like(h) - torch.randn_like(h)
         return self.b(torch.tanh(h)) + torch.rand(8)
@@ -182,6 +186,8 @@ def agree(made: nn.Module, body: Callable[[Any], Any], mode: str, engine: str, *
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+# Inductor has a pattern for an index by `randperm` that fails (torch 2.13), which the warning says.
+@pytest.mark.filterwarnings("ignore:.*`inductor` could not compile a segment.*`aot_eager`.*slice_shape")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str, engine: str) -> None:
@@ -211,7 +217,7 @@ MODELS: dict[str, tuple] = {
         lambda m: noise(m, "embeddings", "layernorm"),
     ),
     "t5": (
-        lambda: T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=0, use_cache=False)),
+        lambda: T5ForConditionalGeneration(T5Config(**T5)),
         {"input_ids": IDS, "decoder_input_ids": IDS},
         lambda m: noise(m, "encoder.final_layer_norm", "lm_head"),
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.fx as fx
@@ -48,7 +47,7 @@ def without(call: Callable, further: int) -> Callable:
     if not further:
         return call
 
-    def given(*args: object) -> Any:
+    def given(*args: object) -> tuple:
         return tuple(call(*args))[:-further]
 
     return given
