@@ -33,7 +33,6 @@ from .prompts import Batches, Item, Positions, Reader, kept, rows_of
 VERSION = 1
 TOKENS = 4096  # a batch
 CACHED = 512  # a batch on a CPU: what a layer makes of it stays in the cache (measured: 1.3 times as fast as 4096)
-EXACT, PAIRS = "exact", "exact, two rows at least"  # how batches are padded; without, to widths that many share
 SAME = {
     "version": "another version of nnsight_fx",
     "structure": "another model",
@@ -83,8 +82,8 @@ def harvest(
             the end. `None`: the value has one row a prompt. Padding never gives one.
         dtype: what is written; by default what the model computes.
         batch_size, tokens_per_batch: prompts in a forward, or tokens with padding: by default 4096, and 512 on a CPU, whose
-            cache holds no more. Prompts of similar length go together, padded to their longest; to one of four widths an octave,
-            so that there are few shapes, where each shape costs a capture (`dynamic=False`, `capture="symbolic"`, CUDA graphs).
+            cache holds no more (then two prompts at least). Prompts of similar length go together, padded to one of four widths
+            an octave, so that there are few shapes.
         shard_size: rows (about) in a file: what is held in memory, and what a crash costs.
         max_length: longer prompts are cut.
         seed: of what a model in train mode draws.
@@ -99,14 +98,14 @@ def harvest(
     """
     chosen = named_sites(model, sites)
     reader = Reader(model, column, max_length)
-    batches = _batches(model, out, batch_size, tokens_per_batch, compile)
+    batches = _batches(model, out, batch_size, tokens_per_batch)
     reading: dict[str, object] = {
         "batch_size": batch_size,
         "tokens_per_batch": batches.tokens,
         "shard_size": shard_size,
     }
-    if batches.exact:  # a folder of an earlier version goes on as it was begun
-        reading["widths"] = PAIRS if batches.pairs else EXACT
+    if batches.pairs:  # a folder of an earlier version goes on as it was begun
+        reading["pairs"] = True
     about = {
         "format": "nnsight_fx.harvest",
         "version": VERSION,
@@ -137,20 +136,16 @@ def harvest(
     return Activations(out)
 
 
-def _batches(model: Any, out: Any, size: int | None, tokens: int | None, compile: object) -> Batches:
-    """How prompts are batched: as they were in a folder that goes on, else as it suits the device and the engine."""
+def _batches(model: Any, out: Any, size: int | None, tokens: int | None) -> Batches:
+    """How prompts are batched: as they were in a folder that goes on, else as it suits the device."""
     host = host_of(model)
     on_cpu = host.device is None or host.device.type == "cpu"
     if os.path.exists(os.path.join(os.fspath(out), "manifest.json")):
         old = manifest_of(out).get("reading", {})
-        auto, widths = old.get("tokens_per_batch", TOKENS), old.get("widths")
-        exact, pairs = widths in (EXACT, PAIRS), widths == PAIRS
+        auto, pairs = old.get("tokens_per_batch", TOKENS), old.get("pairs", False)
     else:
-        auto = CACHED if on_cpu else TOKENS
-        capture = host.capture_for(compile)
-        exact = capture is None or capture.options.any_shape
-        pairs = exact and on_cpu and tokens is None and size is None
-    return Batches(size, auto if tokens is None else tokens, pairs, exact)
+        auto, pairs = CACHED if on_cpu else TOKENS, on_cpu and tokens is None and size is None
+    return Batches(size, auto if tokens is None else tokens, pairs)
 
 
 @dataclass

@@ -109,7 +109,6 @@ class Batches:
     size: int | None
     tokens: int
     pairs: bool = False  # no batch of one row, where two fit as well: it would be compiled for itself
-    exact: bool = False  # padded to their longest, and to no width that many share
 
     def __call__(self, items: list[Item], sized: bool) -> Iterator[tuple[list[int], int | None]]:
         """Indices into `items` and the width that they are padded to; longest first, so that what is too large fails at once."""
@@ -118,8 +117,7 @@ class Batches:
             return
         order = sorted(range(len(items)), key=lambda i: -items[i].length)
         while order:
-            longest = items[order[0]].length
-            wide = longest if self.exact else width(longest)
+            wide = width(items[order[0]].length)
             rows = self.size or max(1 + self.pairs, self.tokens // wide)
             rows += self.pairs and len(order) == rows + 1
             yield order[:rows], wide

@@ -248,7 +248,7 @@ def sizes(folder):
     return {k: v for k, v in json.loads((folder / "manifest.json").read_text())["reading"].items() if k in READING}
 
 
-READING = ("tokens_per_batch", "widths")
+READING = ("tokens_per_batch", "pairs")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -259,34 +259,29 @@ def test_no_compile_for_a_single_row(tmp_path, engine):
     ids = [torch.arange(1, n + 1) for n in (30, 29, 28, 7, 6)]
     model.harvest(ids, SITES[0], tmp_path / "a", **quiet)
     assert all(rows >= 2 for rows, _ in seen)
-    batches = Batches(None, 32, pairs=True, exact=True)
     items = [Item(i, x, "") for i, x in enumerate(ids)]
-    assert list(batches(items, True)) == [([0, 1], 30), ([2, 3, 4], 28)]
-    assert list(Batches(None, 32, exact=True)(items, True)) == [([0], 30), ([1], 29), ([2], 28), ([3, 4], 7)]
+    assert list(Batches(None, 32, pairs=True)(items, True)) == [([0, 1], 32), ([2, 3, 4], 32)]
+    assert list(Batches(None, 32)(items, True)) == [([0], 32), ([1], 32), ([2], 32), ([3, 4], 8)]
 
 
 @pytest.mark.parametrize(
-    ("engine", "given", "widths"),
+    ("given", "read"),
     [
-        ("hooks", {}, "exact, two rows at least"),
-        ("eager", {}, "exact, two rows at least"),
-        ("hooks", {"tokens_per_batch": 64}, "exact"),
-        ("hooks", {"batch_size": 2}, "exact"),
-        ("eager", {"compile": {"backend": "eager", "dynamic": False}}, None),
+        ({}, {"tokens_per_batch": 512, "pairs": True}),
+        ({"tokens_per_batch": 64}, {"tokens_per_batch": 64}),
+        ({"batch_size": 2}, {"tokens_per_batch": 512}),
     ],
 )
-def test_how_prompts_are_batched_stands_in_the_manifest(tmp_path, engine, given, widths):
-    wrap(engine).harvest(prompts(), SITES[0], tmp_path / "a", **given, **quiet)
-    tokens = {"tokens_per_batch": given.get("tokens_per_batch", 512)}
-    assert sizes(tmp_path / "a") == tokens | ({} if widths is None else {"widths": widths})
+def test_how_prompts_are_batched_stands_in_the_manifest(tmp_path, given, read):
+    wrap().harvest(prompts(), SITES[0], tmp_path / "a", **given, **quiet)
+    assert sizes(tmp_path / "a") == read
 
 
 def test_a_folder_of_an_earlier_version_goes_on_as_it_was_begun(tmp_path):
-    """It has batches of 4096 tokens, padded to widths that many prompts share."""
+    """It has batches of 4096 tokens."""
     path, model = tmp_path / "a", wrap()
     model.harvest(prompts()[:4], SITES[0], path, shard_size=1, tokens_per_batch=4096, **quiet)
     manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["reading"]["widths"]
     (path / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
     found = model.harvest(prompts(), SITES[0], path, shard_size=1, **quiet)
     assert sizes(path) == {"tokens_per_batch": 4096} and len(found) == sum(LENGTHS)

@@ -25,11 +25,6 @@ class Options:
     disable: frozenset = frozenset()  # passes that are left out
 
     @property
-    def any_shape(self) -> bool:
-        """Does one capture serve inputs of other shapes?"""
-        return self.capture == "dynamo" and self.dynamic is not False and not self.replays
-
-    @property
     def replays(self) -> bool:
         """Are CUDA graphs recorded, whose next replay writes over what this one gave?"""
         return cuda_graphs.recorded(self.backend, self.mode, dict(self.options))
