@@ -3,8 +3,9 @@
     python -m bench.harvest [--prompts 256] [--layers 30] [--rounds 3] [--out bench/results/harvest.json]
 
 Prompts of 16 to 64 tokens on a model of SmolLM2's shape; the output of the middle layer at every token, float32, written to files.
-The loops (raw hooks, nnsight 0.8.1) get the batches padded alike and sorted by length, as `harvest` makes them, and write each
-with `torch.save`. All of them stop behind the middle layer.
+`harvest` batches as it does by default. The loops (raw hooks, nnsight 0.8.1) get prompts sorted by length in batches of 4096
+padded tokens, and the raw hooks in batches of the size that `harvest` chose as well; they write each with `torch.save`. All
+of them stop behind the middle layer. `--shortest 64 --longest 512 --out ...` has longer ones.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from nnsight_fx import LanguageModel
+from nnsight_fx.harvest.harvest import CACHED
 
 from .measure import arguments, interleaved, setting, timed, write
 from .models import MODELS
@@ -44,11 +46,11 @@ else:
 """
 
 
-def batched(prompts: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and mask of batches of `TOKENS` padded tokens, by length."""
+def batched(prompts: list[torch.Tensor], tokens: int = TOKENS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and mask of batches of so many padded tokens, by length."""
     left, found = sorted(prompts, key=len, reverse=True), []
     while left:
-        rows = max(1, TOKENS // len(left[0]))
+        rows = max(1, tokens // len(left[0]))
         part, left = left[:rows], left[rows:]
         ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in part], batch_first=True)
@@ -77,12 +79,12 @@ def by_hooks(module: Any, block: Any, batches: list, folder: Path) -> None:
         handle.remove()
 
 
-def measure(prompts: int, layers: int, rounds: int) -> dict[str, Any]:
+def measure(prompts: int, layers: int, rounds: int, shortest: int, longest: int) -> dict[str, Any]:
     shape = MODELS["smollm2"]
     module = shape.build(layers)
-    lengths = torch.randint(16, 65, (prompts,)).tolist()
+    lengths = torch.randint(shortest, longest + 1, (prompts,)).tolist()
     data = [torch.randint(0, shape.config["vocab_size"], (n,)) for n in lengths]
-    batches, site = batched(data), f"{shape.blocks}.{layers // 2}"
+    batches, small, site = batched(data), batched(data, CACHED), f"{shape.blocks}.{layers // 2}"
     hooks, compiled = LanguageModel(module), LanguageModel(module)
     compiled.compile()
     with tempfile.TemporaryDirectory() as root:
@@ -93,7 +95,6 @@ def measure(prompts: int, layers: int, rounds: int) -> dict[str, Any]:
                 [ids.tolist() for ids in data],
                 site,
                 out=Path(root) / f"harvest-{next(count)}",
-                tokens_per_batch=TOKENS,
                 progress=False,
             )
 
@@ -112,6 +113,9 @@ def measure(prompts: int, layers: int, rounds: int) -> dict[str, Any]:
             "raw hooks": torch.no_grad()(
                 lambda: by_hooks(module, bench.parts.blocks[layers // 2], batches, Path(root))
             ),
+            "raw hooks, small batches": torch.no_grad()(
+                lambda: by_hooks(module, bench.parts.blocks[layers // 2], small, Path(root))
+            ),
             "nnsight 0.8.1": peer.timed(1),
         }
         found, first = timed(calls["ours"])
@@ -120,7 +124,7 @@ def measure(prompts: int, layers: int, rounds: int) -> dict[str, Any]:
         medians = interleaved(calls, rounds)
     tokens = sum(lengths)
     return {
-        "workload": f"{prompts} prompts, {tokens} tokens, the middle one of {layers} layers of SmolLM2's shape",
+        "workload": f"{prompts} prompts of {shortest} to {longest} tokens, {tokens} in all, the middle one of {layers} layers of SmolLM2's shape",
         "grad": "no_grad, parameters frozen",
         "first_s": first,
         "median_s": medians,
@@ -132,8 +136,8 @@ def measure(prompts: int, layers: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = arguments(__doc__, "harvest", prompts=256, layers=30, rounds=3).parse_args()
-    write(measure(args.prompts, args.layers, args.rounds), args.out)
+    args = arguments(__doc__, "harvest", prompts=256, layers=30, rounds=3, shortest=16, longest=64).parse_args()
+    write(measure(args.prompts, args.layers, args.rounds, args.shortest, args.longest), args.out)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ class Batches:
 
     size: int | None
     tokens: int
+    pairs: bool = False  # no batch of one row, where two fit as well: it would be compiled for itself
 
     def __call__(self, items: list[Item], sized: bool) -> Iterator[tuple[list[int], int | None]]:
         """Indices into `items` and the width that they are padded to; longest first, so that what is too large fails at once."""
@@ -117,7 +118,8 @@ class Batches:
         order = sorted(range(len(items)), key=lambda i: -items[i].length)
         while order:
             wide = width(items[order[0]].length)
-            rows = self.size or max(1, self.tokens // wide)
+            rows = self.size or max(1 + self.pairs, self.tokens // wide)
+            rows += self.pairs and len(order) == rows + 1
             yield order[:rows], wide
             order = order[rows:]
 

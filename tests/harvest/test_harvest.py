@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from nnsight_fx import Activations, LanguageModel, NNsight, StoreError, UnknownModuleError, assert_max_compiles
 from nnsight_fx.errors import PromptError
-from nnsight_fx.harvest.prompts import width
+from nnsight_fx.harvest.prompts import Batches, Item, width
 
 ENGINES = ["hooks", "eager", "aot_eager"]
 LENGTHS = [3, 11, 1, 20, 7, 7, 2, 16, 5, 9, 4, 13]
@@ -242,6 +242,49 @@ def test_one_row_a_prompt(tmp_path):
 def test_few_widths_and_little_padding():
     widths = {width(n) for n in range(1, 1025)}
     assert len(widths) < 32 and all(n <= width(n) < n * 1.26 + 8 for n in range(1, 1025))
+
+
+def sizes(folder):
+    return {k: v for k, v in json.loads((folder / "manifest.json").read_text())["reading"].items() if k in READING}
+
+
+READING = ("tokens_per_batch", "pairs")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_compile_for_a_single_row(tmp_path, engine):
+    """Prompts of which one fits a batch go in pairs, and one that is left over goes with those before it."""
+    seen, model = [], wrap(engine)
+    model._module.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].shape), with_kwargs=True)
+    ids = [torch.arange(1, n + 1) for n in (30, 29, 28, 7, 6)]
+    model.harvest(ids, SITES[0], tmp_path / "a", **quiet)
+    assert all(rows >= 2 for rows, _ in seen)
+    items = [Item(i, x, "") for i, x in enumerate(ids)]
+    assert list(Batches(None, 32, pairs=True)(items, True)) == [([0, 1], 32), ([2, 3, 4], 32)]
+    assert list(Batches(None, 32)(items, True)) == [([0], 32), ([1], 32), ([2], 32), ([3, 4], 8)]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({}, {"tokens_per_batch": 512, "pairs": True}),
+        ({"tokens_per_batch": 64}, {"tokens_per_batch": 64}),
+        ({"batch_size": 2}, {"tokens_per_batch": 512}),
+    ],
+)
+def test_how_prompts_are_batched_stands_in_the_manifest(tmp_path, given, read):
+    wrap().harvest(prompts(), SITES[0], tmp_path / "a", **given, **quiet)
+    assert sizes(tmp_path / "a") == read
+
+
+def test_a_folder_of_an_earlier_version_goes_on_as_it_was_begun(tmp_path):
+    """It has batches of 4096 tokens."""
+    path, model = tmp_path / "a", wrap()
+    model.harvest(prompts()[:4], SITES[0], path, shard_size=1, tokens_per_batch=4096, **quiet)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    found = model.harvest(prompts(), SITES[0], path, shard_size=1, **quiet)
+    assert sizes(path) == {"tokens_per_batch": 4096} and len(found) == sum(LENGTHS)
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------
