@@ -10,7 +10,6 @@ if its time is to mean something.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,6 @@ def measure(layers: int, lengths: list[int], backend: str, runs: int) -> dict[st
     found = {"lengths": lengths, "layers": layers, "backend": backend, "cells": len(scores)}
     found |= {"first": each[0], "then": each[1:], "captures": facts["captures"], "compiles": facts["compiles"]}
     found |= setting()
-    found["hardware"]["load"] = os.getloadavg()[0]
     return found
 
 

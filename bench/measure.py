@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from nnsight_fx.report.provenance import hardware
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -54,16 +59,45 @@ class Told:
 
 
 def setting() -> dict[str, Any]:
-    """Versions and hardware."""
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    """What figures are of, and were taken on: the commit, versions, the hardware and how busy it was, when."""
     return {
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "hardware": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **gpu},
+        "hardware": {
+            **hardware(),
+            "caches": _caches(),
+            "threads": torch.get_num_threads(),
+            "load": [round(x, 2) for x in os.getloadavg()],
+        },
     }
+
+
+def _commit() -> str | None:
+    """The commit that is measured, `+` where files differ from it."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(RESULTS.parent), *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = [line for line in git("status", "--porcelain", "-uno").splitlines() if "bench/results" not in line]
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):  # a copy without its history
+        return None
+
+
+def _caches() -> dict[str, str]:
+    """The caches of the first core, by level and kind: `{"L2": "1024K", ...}`."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (folder.joinpath(name).read_text().strip() for name in ("level", "type", "size"))
+        found[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
+    return found
 
 
 def arguments(doc: str | None, name: str, **numbers: int) -> argparse.ArgumentParser:

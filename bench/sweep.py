@@ -11,7 +11,6 @@ with the compiled one, `spread` has the fastest and the slowest of both.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from pathlib import Path
@@ -213,7 +212,6 @@ def measure(layers: int, tokens: int, runs: int, sample: int, with_peer: bool, b
     for group in (found["explain"] or {"groups": []})["groups"]:
         group["lines"] = [line.rpartition("/")[2] for line in group["lines"]]
     found |= setting()
-    found["hardware"]["load"] = os.getloadavg()[0]  # of the machine, other processes' too
     return found
 
 
