@@ -194,6 +194,14 @@ def test_keywords_that_generate_takes() -> None:
         generated(model, max_new_tokens=2, xyzzy=2)
 
 
+@pytest.mark.parametrize("backend", [None, 3, ["eager"]])
+def test_what_is_no_backend(backend: object) -> None:
+    model = NNsight(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"py:\d+: a backend is a name, or a function"):
+        model.compile(backend=backend)
+    assert model.compile(backend="eager") is None
+
+
 def test_a_backend_that_torch_does_not_know() -> None:
     model = LanguageModel(gpt2())
     for do in (lambda: model.compile(backend="indcutor"), lambda: nothing(model, compile={"backend": "indcutor"})):

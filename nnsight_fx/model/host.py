@@ -260,6 +260,11 @@ class ModelHost:
         passes: Sequence | None = None,
         disable: Collection[str] = (),
     ) -> Capture:
+        if not isinstance(backend, str) and not callable(backend):
+            raise TypeError(
+                f"{user_line()}: a backend is a name, or a function `backend(gm, inputs)`; it is {backend!r}. To run on hooks leave "
+                "`compile` out, or give a trace `compile=False`"
+            )
         if isinstance(backend, str) and backend not in BACKENDS:
             known = torch.compiler.list_backends(exclude_tags=())
             if backend not in known:
