@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -313,11 +313,20 @@ def _paired(site: PartPlace, ours: list, theirs: list, verb: str) -> None:
         a, b = map(site.length, pair)
         if a != b:
             which = f"pair {n} of prompts differs" if len(ours) > 1 else "the prompts differ"
-            shown = " and ".join(reprlib.repr(item) if isinstance(item, str) else "token ids" for item in pair)
+            shown = " and ".join(map(_shown, pair))
             raise ValueError(
                 f"{user_line()}: {which} in length, {a} tokens and {b}: {shown}. `{verb}` goes position by position: give "
                 "prompts of the same number of tokens."
             )
+
+
+def _shown(prompt: Any) -> str:
+    """A prompt in a few words: the text, or the first ids."""
+    if isinstance(prompt, str):
+        return reprlib.repr(prompt)
+    ids = prompt.get("input_ids") if isinstance(prompt, Mapping) else prompt
+    flat = torch.as_tensor(ids).flatten().tolist()
+    return f"ids {', '.join(map(str, flat[:6]))}{', ...' if len(flat) > 6 else ''}"
 
 
 def _length(site: PartPlace, items: list) -> int:

@@ -265,9 +265,10 @@ class NNsight(Edits, Envoy):
         `torch.fx.GraphModule` and says how many rewrites it made; `explain()` counts them. Sessions and sweeps then run one trace a forward. `disable={"prune"}` leaves passes out.
         `docs/passes.md` has the list.
 
-        `warm=inputs` captures and compiles now, on one input as `trace` takes it (a prompt, a tensor; a dict is keywords), and not in
-        the first trace. The model runs once, without interventions, in the grad mode that is on. A trace
-        on inputs of such a shape then compiles what it changes alone. On a terminal a line shows what takes the time.
+        `warm=prompt` captures and compiles now, on an input as `trace` takes it (a prompt, a tensor; a dict is keywords), and not in
+        the first trace. The model runs once, without interventions, in the grad mode that is on: under `torch.no_grad()` for traces
+        under it. A trace then captures nothing, and compiles only what it changes where equal blocks are compiled once
+        (`regional`). Sweeps capture for any number of rows, once more. On a terminal a line shows what takes the time.
 
         Raises:
             ValueError: a backend that torch does not know; another `capture`, or `dynamic=True` with a symbolic one; a pass that
@@ -277,8 +278,8 @@ class NNsight(Edits, Envoy):
             backend, mode, dynamic, fullgraph, options, capture, regional, passes, disable
         )
         if warm is not None:
-            with self.trace(**warm) if isinstance(warm, dict) else self.trace(warm):
-                pass
+            with self.trace(**warm) if isinstance(warm, dict) else self.trace(warm) as tracer:
+                save(tracer.result)  # else what computes it would be left out
 
     def save_compiled(self, path: object) -> None:
         """Save what compilers made in this process so far into the folder `path`, for `load_compiled` in another process.

@@ -47,7 +47,7 @@ class Explanation:
 
     def __str__(self) -> str:
         facts = self.to_dict()
-        lines = [f"{facts['model']}: {facts['engine']}"]
+        lines = [f"{facts['model']}: {facts['engine']}{self._so_far()}"]
         lines += [f"  torch {torch.__version__}: {what}" for what in facts["missing"]]
         for each in facts["captures"]:
             lines += _text(each)
@@ -56,6 +56,12 @@ class Explanation:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _so_far(self) -> str:
+        """What is compiled by its options alone."""
+        current = self.current
+        unable = current is not None and current.fallbacks and not (current.segments or current.row_graphs)
+        return "; all ran on hooks so far, see below" if unable else ""
 
 
 def _of(capture: Capture) -> dict[str, Any]:

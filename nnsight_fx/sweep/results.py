@@ -97,12 +97,16 @@ class Results:
         name = name or self._only()
         value = self.values[name].squeeze() if self.values[name].dim() != len(self.over) else self.values[name]
         if len(self.over) != 2 or value.dim() != 2:
+            has = f"`{name}` has shape {tuple(self.values[name].shape)} over {list(self.over)}"
             extra = [f"{name}_{i}" for i in range(self.values[name].dim() - len(self.over))]
-            raise ValueError(
-                f"{user_line()}: a heat map has two axes and a number for each cell; `{name}` has shape {tuple(self.values[name].shape)} over "
-                f"{list(self.over)}. Let the body return one number a cell (`value.mean()`), or draw a mean over what is too much: "
-                f"`results.dataset[{name!r}].mean({[*extra, *self.over][0]!r}).plot()`.",
-            )
+            if len(self.over) < 2 and value.dim() <= 1:  # a line says it all
+                advice = f"Draw a line: `results.dataset[{name!r}].plot()`, or sweep over a second axis"
+            else:
+                advice = (
+                    "Let the body return one number a cell (`value.mean()`), or draw a mean over what is too much: "
+                    f"`results.dataset[{name!r}].mean({[*extra, *self.over][0]!r}).plot()`"
+                )
+            raise ValueError(f"{user_line()}: a heat map has two axes and a number for each cell; {has}. {advice}.")
         (up, rows), (right, columns) = self.over.items()
         given = {
             "x": self.labels.get(right) or [str(c) for c in coordinates(columns)],

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from nnsight_fx import CONFIG, NNsight
+from nnsight_fx import CONFIG, NNsight, save
 from nnsight_fx.engine import clock, waiting
 from nnsight_fx.engine.captured.watch import assert_max_compiles
 
@@ -46,9 +46,20 @@ def terminal(monkeypatch):
 def test_a_warm_model_captures_and_compiles_nothing_more(given, backend):
     model = NNsight(Keywords().requires_grad_(False))
     model.compile(backend=backend, warm=given)
-    with assert_max_compiles(0), model.trace(**given) if isinstance(given, dict) else model.trace(given):
-        pass
+    with assert_max_compiles(0), model.trace(**given) if isinstance(given, dict) else model.trace(given) as tracer:
+        save(tracer.result)
     assert model.explain().to_dict()["captures"][0]["compiles"] == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_warm_model_has_its_whole_result(backend):
+    """Nobody takes what the model returns in most traces, and what computes that alone is left out there."""
+    model = NNsight(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).requires_grad_(False))
+    with torch.no_grad():
+        model.compile(backend=backend, warm=X)
+        with assert_max_compiles(0), model.trace(X) as tracer:
+            result = tracer.result.save()
+    torch.testing.assert_close(result, model._module(X))
 
 
 def test_what_is_wrong_with_a_warm_input_is_told_at_once():
