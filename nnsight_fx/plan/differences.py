@@ -120,7 +120,7 @@ def _keys(where: str, a: Key, b: Key, shift: int) -> Iterator[str]:
             yield f"{where} is a lifted {a.kind} here and a lifted {b.kind} there"
     elif isinstance(a, Plain) and isinstance(b, Plain):
         yield (
-            f"{where} is {a.value!r} here and {b.value!r} there, which is structure (only positions and floats in arithmetic "
+            f"{where} is {a.value!r} here and {b.value!r} there, which is structure (only positions and numbers in arithmetic "
             "are lifted)"
         )
     elif isinstance(a, Span) and isinstance(b, Span):

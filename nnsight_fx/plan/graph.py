@@ -47,7 +47,7 @@ class Graph:
     [op.site for op in tracer.graph if op.kind == "write"]
     ```
 
-    Two graphs are equal when their structures are: what is lifted (tensors, positions, floats in arithmetic) may differ,
+    Two graphs are equal when their structures are: what is lifted (tensors, positions, numbers in arithmetic) may differ,
     and so may the lines.
     """
 

@@ -1,6 +1,6 @@
 """Which numbers of a recorded operation are lifted: what a sweep varies must not make a new plan.
 
-Integers that index a tensor (`h[:, 3]`, `select(h, 1, 3)`) and floats that are an operand of simple arithmetic with a
+Integers that index a tensor (`h[:, 3]`, `select(h, 1, 3)`) and numbers that are an operand of simple arithmetic with a
 floating tensor are lifted. Everything else (dims, sizes, exponents, eps, p) is structure.
 """
 
@@ -20,6 +20,7 @@ FLOAT_OPERANDS = {
     *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__"),
     *("__iadd__", "__isub__", "__imul__", "__itruediv__"),
 }
+FILLS = {"where", "fill", "masked_fill"}  # what they are given is mostly a 0, which stays
 
 
 # A 0-d tensor that is written to chosen places must have the dtype of what it is written to; a number need not.
@@ -79,11 +80,16 @@ def lift(name: str, args: tuple, kwargs: dict, shape_of: Any) -> tuple[tuple, di
         shape, _ = shape_of(args[0])
         if -len(shape) <= args[1] < len(shape):
             return (args[0], args[1], _position(args[2], shape[args[1]])), kwargs
-    if base in FLOAT_OPERANDS and any(type(a) is float for a in args):
+    if base in FLOAT_OPERANDS and any(_scales(a, base) for a in args):
         kind = _kind([shape_of(a) for a in args if isinstance(a, torch.Tensor)])
         if kind is not None:
-            return tuple(Lifted(kind, a) if type(a) is float else a for a in args), kwargs
+            return tuple(Lifted(kind, float(a)) if _scales(a, base) else a for a in args), kwargs
     return args, kwargs
+
+
+def _scales(x: Any, base: str) -> bool:
+    """Is it a number that arithmetic with a floating tensor takes as a float: a float, or an integer that is one exactly?"""
+    return type(x) is float or (type(x) is int and base not in FILLS and abs(x) <= 2**53)
 
 
 def _kind(operands: list) -> str | None:

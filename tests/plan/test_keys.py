@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from nnsight_fx import NNsight, save
+from nnsight_fx import NNsight, assert_max_compiles, save
 from nnsight_fx.plan import keys, verbs
 from nnsight_fx.plan.differences import stable
 from nnsight_fx.plan.encode import encode
@@ -110,3 +110,33 @@ def test_a_dict_may_have_any_names(engine):
         got = save(tracer.apply(lambda d: d["v"] * d["k"] + d["c"] + d["o"][0], given))
     h = model._module[0](x)
     torch.testing.assert_close(got, (h * 2 + h + 1 + h).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("engine", ["eager", "aot_eager"])
+def test_integers_that_scale_do_not_compile_anew(engine, dtype):
+    """In arithmetic with floats an integer is lifted, as a float is; exponents and what is filled in are structure."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(dtype).requires_grad_(False)
+    x = torch.linspace(-1, 1, 8).reshape(2, 4).to(dtype)
+    model = NNsight(net)
+    model.compile(backend=engine)
+    with assert_max_compiles(1):
+        for i in (2, 0, 1, -7, 1000, 2**40):
+            with torch.no_grad(), model.trace(x):
+                h = model[0].output
+                h *= i
+                got = ((i - h * 3) / max(i, 1) + i).save()
+                model[0].output = got
+                out = model[1].output.save()
+            h = net[0](x) * i
+            want = (i - h * 3) / max(i, 1) + i
+            assert torch.equal(got, want)
+            torch.testing.assert_close(out, net[1](want))
+
+
+def test_an_integer_that_no_float_is_and_one_beside_integers_are_structure():
+    model = NNsight(nn.Linear(2, 2))
+    with model.trace(torch.ones(1, 2)) as tracer:
+        h = model.output
+        kept = save([h + (2**53 + 1), h.argmax(-1) + 3, h**2, torch.where(h > 0, h, 0)])
+    assert len(kept) == 4 and len(tracer.graph.constants) == 0
