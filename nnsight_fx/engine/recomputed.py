@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -38,7 +38,7 @@ def refuse_backward(leaves: list, what: str, gradients: bool) -> None:
     if within is None:
         return
 
-    def refuse(*_: Any) -> NoReturn:
+    def refuse(*_: object) -> NoReturn:
         raise NotRecordableError(
             f"{what} in a block that `torch.utils.checkpoint` runs again in the backward, where the intervention would not take "
             "place: the gradients would be of another computation. Turn checkpointing off (transformers: "

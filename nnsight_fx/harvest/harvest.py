@@ -42,7 +42,7 @@ SAME = {
 
 
 def harvest(
-    model: object,
+    model: Envoy,
     dataset: Iterable,
     sites: object,
     out: object,
@@ -132,7 +132,7 @@ class HarvestedSite:
     told: str
 
 
-def named_sites(model: object, sites: object) -> dict[str, HarvestedSite]:
+def named_sites(model: Envoy, sites: object) -> dict[str, HarvestedSite]:
     """The sites by name."""
     if not isinstance(sites, Mapping):
         several = list(sites) if isinstance(sites, list | tuple) else [sites]
@@ -145,7 +145,7 @@ def named_sites(model: object, sites: object) -> dict[str, HarvestedSite]:
     return found
 
 
-def _name_of(model: Any, what: object) -> Any:
+def _name_of(model: Envoy, what: object) -> Any:
     """The name of a site: its module's own path, and of which of its values, where that was said."""
     if isinstance(what, Envoy):
         return shown(path_of(what))
@@ -155,7 +155,7 @@ def _name_of(model: Any, what: object) -> Any:
     return ".".join([shown(path_of(envoy)), *rest])
 
 
-def _site(model: Any, what: Any) -> HarvestedSite:
+def _site(model: Envoy, what: Any) -> HarvestedSite:
     if isinstance(what, Envoy):
         return HarvestedSite(lambda: first(what.output), f"{what.path}.output")
     if not isinstance(what, str):
@@ -174,12 +174,12 @@ def _site(model: Any, what: Any) -> HarvestedSite:
 class Shape:
     """How prompts become rows."""
 
-    model: Any
+    model: Envoy
     reader: Reader
     sites: dict[str, HarvestedSite]
     positions: Positions
     dtype: torch.dtype | None
-    options: dict[str, Any]
+    options: dict
 
     def places(self, item: Item) -> list[int]:
         """The position of each row that an item gives."""
@@ -188,7 +188,7 @@ class Shape:
     def run(self, items: list[Item], width: int | None, places: list[list[int]]) -> dict[str, torch.Tensor]:
         """One forward: the rows of each site, item by item, on the CPU."""
         args, kwargs = rows_of(items) if width is None else (([item.value for item in items],), {"pad_to": width})
-        values: dict[str, Any] = {}
+        values: dict = {}
         with torch.no_grad(), self.model.trace(*args, **kwargs, **self.options) as tracer:
             for name, site in self.sites.items():
                 values[name] = save(site.read())
@@ -305,7 +305,7 @@ def _together(items: list[Item]) -> str:
     return hashed([item.digest for item in items])
 
 
-def _tokenizer(model: Any) -> str | None:
+def _tokenizer(model: Envoy) -> str | None:
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
     return (
         None if model.tokenizer is None else hashed(backend.to_str() if backend is not None else repr(model.tokenizer))
