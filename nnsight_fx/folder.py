@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class Folder:
         StoreError: the folder is of something else, or has files and no manifest.
     """
 
-    def __init__(self, path: Any, described: dict[str, Any], same: Mapping[str, str]):
+    def __init__(self, path: Any, described: dict, same: Mapping[str, str]):
         self.path = Path(path)
         self.file = self.path / "manifest.json"
         kind = described["format"].rpartition(".")[2]
@@ -33,7 +34,7 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.manifest = described
             self.write()
-        self.manifest: dict[str, Any] = read(self.path)
+        self.manifest: dict = read(self.path)
         for key, what in {"format": "something else than a " + kind, **same}.items():
             if self.manifest.get(key) != json.loads(json.dumps(described[key])):
                 raise StoreError(
@@ -49,7 +50,7 @@ class Folder:
         atomic.write(self.file, json.dumps(self.manifest, indent=1).encode())
 
 
-def read(path: Any) -> dict[str, Any]:
+def read(path: str | os.PathLike) -> dict:
     """The manifest of a folder."""
     file = Path(path) / "manifest.json"
     try:

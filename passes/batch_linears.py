@@ -71,7 +71,7 @@ class _Shapes(fx.Interpreter):
         super().__init__(gm)
         self.wanted, self.rows = wanted, {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         found = super().run_node(n)
         if n in self.wanted and all(isinstance(size, int) for size in found.shape) and not found.requires_grad:
             self.rows[n] = found.numel() // found.shape[-1]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.fx as fx
+
+if TYPE_CHECKING:
+    from ..plan.tree import Spec
 
 
 class LeafOf:
@@ -24,7 +27,7 @@ class LeafOf:
         return node
 
 
-def paths(spec: Any) -> list[tuple]:
+def paths(spec: Spec | None) -> list[tuple]:
     """The indices that lead to each leaf of a result."""
     if spec is None:
         return [()]
@@ -47,7 +50,7 @@ class FunctionCall:
         self.__name__ = self.__qualname__ = f"call_{getattr(fn, '__name__', 'function')}"
         self.__module__ = __name__
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self.fn(*args, **kwargs)
 
 
@@ -65,5 +68,5 @@ class ModuleCall:
     def __hash__(self) -> int:
         return id(self.module)
 
-    def __call__(self, tensors: dict, args: tuple, kwargs: dict) -> Any:
+    def __call__(self, tensors: dict, args: tuple, kwargs: dict) -> object:
         return torch.func.functional_call(self.module, dict(tensors), args, dict(kwargs))  # fx gives immutable ones

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.fx as fx
@@ -79,7 +79,7 @@ def is_softmax(node: fx.Node) -> bool:
     return name == "softmax" and dim in (-1, 3)
 
 
-def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
+def _argument(node: fx.Node, name: str, default: object = None) -> object:
     at = _ARGUMENTS.index(name)
     return node.args[at] if len(node.args) > at else node.kwargs.get(name, default)
 
@@ -146,7 +146,7 @@ class _Rewriting:
 
     # -- the nodes -----------------------------------------------------------------------------------------------------
 
-    def _add(self, before: fx.Node, target: Callable, args: tuple, like: fx.Node | None, **meta: Any) -> fx.Node:
+    def _add(self, before: fx.Node, target: Callable, args: tuple, like: fx.Node | None, **meta: object) -> fx.Node:
         with self.graph.inserting_before(before):
             new = self.graph.call_function(target, args)
         new.meta = {"flops": 0, "bytes": 0} | ({} if like is None else dict(like.meta)) | meta
@@ -170,7 +170,7 @@ class _Rewriting:
             self.packed[args] = known
         return known
 
-    def _number(self) -> Any:
+    def _number(self) -> object:
         return self.count.meta["example_value"]
 
     def _site(self, n: fx.Node, fact: Fact) -> None:
@@ -184,7 +184,7 @@ class _Rewriting:
 
     def _meta(self, n: fx.Node, fact: Fact) -> dict:
         """Of a value as tokens: where they are, and what one of them costs."""
-        facts: dict[str, Any] = {"rows": fact.rows, "packed": fact.position, "mixed": None}
+        facts: dict = {"rows": fact.rows, "packed": fact.position, "mixed": None}
         return facts | {k: n.meta[k] / self.facts.tokens for k in ("flops", "bytes") if k in n.meta}
 
     def _made(self, like: torch.Tensor, shape: list) -> torch.Tensor:
@@ -230,14 +230,14 @@ class _Rewriting:
         name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
         if name not in ("view", "reshape", "expand") or fact.position == fact.rows:
             return n.args, dict(n.kwargs)
-        sizes: Any = n.args[1:]
+        sizes: object = n.args[1:]
         if len(sizes) == 1 and not isinstance(sizes[0], int):
             sizes = sizes[0]
         if isinstance(sizes, fx.Node):
             if sizes.target is not torch.Size:
                 return n.args, dict(n.kwargs)
             sizes = sizes.args[0]
-        new: list[Any] = list(sizes)
+        new: list[object] = list(sizes)
         size = new[fact.position]
         size = size.meta.get("example_value") if isinstance(size, fx.Node) else size
         if isinstance(size, int | torch.SymInt) and compat.symbols.same_size(size, self.facts.tokens):
@@ -318,7 +318,7 @@ class _Rewriting:
         self.graph.erase_node(old)
 
 
-def _value(node: Any) -> torch.Tensor:
+def _value(node: fx.Node) -> torch.Tensor:
     while node.target is site and "example_value" not in node.meta:
         node = marker_of(node).value
     return node.meta["example_value"]

@@ -140,6 +140,6 @@ def _aligned(node: fx.Node, shape: tuple) -> list[fx.Node] | None:
     return found or None
 
 
-def _shape(node: Any) -> tuple | None:
+def _shape(node: object) -> tuple | None:
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None

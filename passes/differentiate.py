@@ -64,7 +64,7 @@ def differentiate(gm: fx.GraphModule, job: Job) -> int:
     return len(passes)
 
 
-def _leaf(x: Any) -> bool:
+def _leaf(x: object) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad
 
 
@@ -80,7 +80,7 @@ class Flow(fx.Interpreter):
         self.requires: list[bool] = []
         self.accumulates: list[int] = []
 
-    def values(self, *given: Any) -> list:
+    def values(self, *given: object) -> list:
         mode = get_proxy_mode()
         assert mode is not None
         self.traced, self.env = mode.tracer.graph, {}
@@ -122,7 +122,7 @@ class Flow(fx.Interpreter):
             self.made.append(made)
         return made
 
-    def cut(self, _: Any = None) -> None:
+    def cut(self, _: object = None) -> None:
         self.ends.append(next(iter(reversed(self.traced.nodes))))
 
     def begin(self, graph: fx.Graph) -> list[fx.Node]:
@@ -169,12 +169,12 @@ class Flow(fx.Interpreter):
             if at not in self.env and at.target not in (gradient, set_gradient) and self.ready(at):
                 self.env[at] = self.run_node(at)
             at = at.next
-        new: Any = next((n.args[1] for n in mine.users if n.target is set_gradient), None)
+        new: object = next((n.args[1] for n in mine.users if n.target is set_gradient), None)
         if new is not None and new not in self.env:
             raise NotDifferentiable("a gradient is set with one that comes after it")
         return None if new is None else self.env[new]
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         # Written in Python, dropout draws otherwise, and one that drops nothing copies, where eager's gives back its input.
         dropout = getattr(n.target, "__name__", "") in ("dropout", "dropout_")
         with no_python_dispatcher() if dropout else contextlib.nullcontext():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-from typing import Any
 
 import torch
 import torch.fx as fx
@@ -124,7 +123,7 @@ def _signature(node: fx.Node) -> inspect.BoundArguments | None:
     return bound
 
 
-def _given(node: fx.Node, name: str) -> Any:
+def _given(node: fx.Node, name: str) -> object:
     """An argument of a call, by name; `None` where it has none or its signature is unknown."""
     bound = _signature(node)
     return node.kwargs.get(name) if bound is None else bound.arguments.get(name)

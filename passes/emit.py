@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
@@ -19,6 +19,11 @@ from nnsight_fx.plan.verbs import Call, CallModule, Observation, Read, RunBackwa
 from ..plan.skips import skip_of
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
 from .job import Job, backward, constant, fetch, gradient, parameter, put_rows, rows, select, set_gradient, settled, tap
+
+if TYPE_CHECKING:
+    from ..plan.ambient import Ambient
+    from ..plan.tree import Spec
+
 
 STILL = {  # modules that only compute in train mode, too
     *(
@@ -49,7 +54,7 @@ class Emitter(Interleaver):
         self.predicates: dict[tuple[Recorded, ...], fx.Node] = {}
         self.taps: dict[int, tuple] = {}  # gradient -> its tap, the node that has it, the rows that a value has of that
         self.supplied: dict[Site, list] = {}  # what the model's Python sees replaced
-        self.written: dict[fx.Node, Any] = {}  # marker -> what the model goes on with
+        self.written: dict[fx.Node, object] = {}  # marker -> what the model goes on with
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -77,7 +82,7 @@ class Emitter(Interleaver):
                 self.fetched[key] = self._emit("call_function", target, args)
         return self.fetched[key]
 
-    def _emit(self, op: str, target: Any, args: tuple = (), kwargs: dict | None = None) -> fx.Node:
+    def _emit(self, op: str, target: object, args: tuple = (), kwargs: dict | None = None) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs or {})
         self.job.emitted.add(node)
         return node
@@ -90,13 +95,13 @@ class Emitter(Interleaver):
             else self._emit("call_function", rows, (leaf, *group, self.plan.groups.total, batched))
         )
 
-    def put_rows(self, leaf: Any, new: Any, invoke: int, batched: bool | None) -> Any:
+    def put_rows(self, leaf: object, new: object, invoke: int, batched: bool | None) -> Any:
         group = self._group(leaf, invoke, batched)
         if group is None:
             return new
         return self._emit("call_function", put_rows, (leaf, new, *group, self.plan.groups.total, batched))
 
-    def observed(self, leaf: Any, how: Observation) -> Any:
+    def observed(self, leaf: object, how: Observation) -> object:
         of = leaf.args[0] if isinstance(leaf, fx.Node) and leaf.target is rows else leaf
         fake = of.meta.get("example_value") if isinstance(of, fx.Node) else None
         moved = isinstance(fake, torch.Tensor) and how.leaves_gpu(fake)  # by the run, behind the graph
@@ -107,13 +112,13 @@ class Emitter(Interleaver):
             leaf = self._emit("call_method", name, (leaf,), given)
         return leaf
 
-    def _group(self, leaf: Any, invoke: int, batched: bool | None) -> tuple[int, int] | None:
+    def _group(self, leaf: object, invoke: int, batched: bool | None) -> tuple[int, int] | None:
         groups = self.plan.groups.rows
         return groups[invoke] if invoke < len(groups) and isinstance(leaf, fx.Node) and batched is not False else None
 
     # -- operations ----------------------------------------------------------------------------------------------
 
-    def check(self, n: int, leaves: list, expected: tuple, spec: Any) -> None:
+    def check(self, n: int, leaves: list, expected: tuple, spec: Spec) -> None:
         for leaf, want in zip(leaves, expected, strict=False):
             leaf = leaf.args[0] if isinstance(leaf, fx.Node) and leaf.target is rows else leaf
             fake = leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else None
@@ -164,7 +169,7 @@ class Emitter(Interleaver):
                 self._emit("call_function", set_gradient, (got, self.put_rows(got, new, *part) if part else new))
         self._emit("call_function", settled, (back,))
 
-    def _make(self, value: Value, node: Any) -> None:
+    def _make(self, value: Value, node: object) -> None:
         """A value is there, as a node."""
         self.env[value] = node
         self.made.add(value)
@@ -200,7 +205,7 @@ class Emitter(Interleaver):
             m.training and type(m) not in STILL for m in self.job.skeleton(path).modules()
         )
 
-    def select(self, op: Op, new: Any, old: Any) -> Any:
+    def select(self, op: Op, new: object, old: object) -> object:
         if not op.when or new is old:
             return new
         return self._emit("call_function", select, (self._predicate(op.when), new, old))
@@ -213,7 +218,7 @@ class Emitter(Interleaver):
             self.predicates[when] = last
         return self.predicates[when]
 
-    def _changed(self, op: Op, kind: str, target: Any, args: tuple, kwargs: dict) -> fx.Node:
+    def _changed(self, op: Op, kind: str, target: object, args: tuple, kwargs: dict) -> fx.Node:
         """A conditional in-place operation: on a copy, which is copied back where the condition holds."""
         old, *rest = args
         new = self._emit("call_method", "clone", (old,))
@@ -221,7 +226,7 @@ class Emitter(Interleaver):
         self._emit("call_method", "copy_", (old, self.select(op, new, old)))
         return made
 
-    def execute(self, n: int, op: Op) -> Any:
+    def execute(self, n: int, op: Op) -> object:
         args, kwargs = self.arguments(op)
         leave = self._enter(op.ambient)
         if isinstance(op.verb, CallModule):
@@ -235,7 +240,7 @@ class Emitter(Interleaver):
         leave()
         return n, node
 
-    def _enter(self, ambient: Any) -> Callable[[], None]:
+    def _enter(self, ambient: Ambient | None) -> Callable[[], None]:
         """Emit the switch to an operation's own modes; the return emits the way back."""
         if ambient is None:
             return lambda: None
@@ -263,11 +268,11 @@ class Emitter(Interleaver):
         given = {name: self._source(("parameter", path, name), parameter, (path, name)) for name in tensors}
         return self._emit("call_function", ModuleCall(path, module), (given, args, kwargs))
 
-    def split(self, result: Any) -> tuple[list, Any]:
+    def split(self, result: object) -> tuple[list, object]:
         n, node = result
         return [LeafOf(self._emit, node, path) for path in paths(self.plan.specs[n])], None
 
-    def _keep(self, n: int, leaves: list, spec: Any) -> None:
+    def _keep(self, n: int, leaves: list, spec: Spec | None) -> None:
         for j, leaf in enumerate(leaves):
             if (n, j) in self.plan.users or not self.closed:
                 self._make(Value(n, j), leaf() if isinstance(leaf, LeafOf) else leaf)

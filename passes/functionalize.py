@@ -19,12 +19,12 @@ SOURCES = (constant, fetch, parameter)
 UNLOWERED = (rows, put_rows, supply)
 
 
-def recorded(node: fx.Node) -> Any:
+def recorded(node: fx.Node) -> object:
     """The fake that capture left on a node, if any."""
     return node.meta.get("example_value")
 
 
-def functionalize(gm: fx.GraphModule, job: Job, *, example: Callable[[fx.Node], Any] = recorded) -> int:
+def functionalize(gm: fx.GraphModule, job: Job, *, example: Callable[[fx.Node], object] = recorded) -> int:
     """Rewrite the graph so that no tensor made in it is changed in place.
 
     ```
@@ -77,7 +77,7 @@ class GraphFunction(fx.Interpreter):
         self.markers: list[Marker] = []
         self.own: list = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
 
-    def values(self, *given: Any) -> list:
+    def values(self, *given: object) -> list:
         self.env = {}
         for node in self.module.graph.nodes:  # type: ignore[union-attr]
             if node in self.inputs:
@@ -89,7 +89,7 @@ class GraphFunction(fx.Interpreter):
         outputs = [n for n in [*self.own, *self.leaving] if isinstance(n, fx.Node)]
         return [self.env[n] for n in outputs]
 
-    def _mark(self, node: fx.Node) -> Any:
+    def _mark(self, node: fx.Node) -> object:
         """A marker as a copy that nobody reads: tracing keeps its place, and aliasing stays what it is."""
         marker = marker_of(node)
         value = self.env[marker.value]

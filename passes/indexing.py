@@ -101,7 +101,7 @@ def _lower(gm: fx.GraphModule, job: Job, node: fx.Node, lifted: set[fx.Node], ba
         _settle(gm, key[i])
 
 
-def _written_back(read: fx.Node, effects: list[fx.Node], kept: set[Any], over: bool) -> list[fx.Node] | None:
+def _written_back(read: fx.Node, effects: list[fx.Node], kept: set[object], over: bool) -> list[fx.Node] | None:
     """The operations that change what was read, and nothing else of the same memory; `None` where a copy would show.
 
     `effects` are the operations of the graph that do more than compute, in order; `kept` is what leaves the graph, and `over`
@@ -135,19 +135,19 @@ def _written_back(read: fx.Node, effects: list[fx.Node], kept: set[Any], over: b
     return found
 
 
-def _given(x: Any) -> bool:
+def _given(x: object) -> bool:
     """Does a value lie in the memory of what the graph is given (the user's input)?"""
     root = _root(x)
     given = [n for n in root.graph.nodes if n.op == "placeholder"]
     return root in given or (_storage(root) is not None and _storage(root) in map(_storage, given))
 
 
-def _changed(node: fx.Node) -> Any:
+def _changed(node: fx.Node) -> object:
     """What an operation in place changes."""
     return node.kwargs.get("out") or (node.args[0] if node.args else None)
 
 
-def _may_share(a: Any, b: Any) -> bool:
+def _may_share(a: object, b: object) -> bool:
     """May two values lie in the same memory?"""
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return True
@@ -184,7 +184,7 @@ def _root(node: fx.Node) -> fx.Node:
     return node
 
 
-def _within(node: fx.Node) -> Any:
+def _within(node: fx.Node) -> object:
     """What a marker, a view or an operation in place is of."""
     if node.target is site:
         return marker_of(node).value
@@ -220,7 +220,7 @@ def take_at(x: torch.Tensor, dims: list[int], numbers: list[torch.Tensor]) -> to
     return front[tuple(n.reshape(1).to(x.device) for n in numbers)].squeeze(0)
 
 
-def put_at(x: torch.Tensor, dims: list[int], numbers: list[torch.Tensor], rest: tuple, value: Any) -> None:
+def put_at(x: torch.Tensor, dims: list[int], numbers: list[torch.Tensor], rest: tuple, value: object) -> None:
     """`x[..., n, rest] = value`, likewise."""
     part = x.movedim(dims, [*range(len(dims))])[(*[slice(None)] * len(dims), *rest)]
     shape = part.shape[len(dims) :]

@@ -59,7 +59,7 @@ class CutSite:
     site: Site
     last: int  # index, in the pristine graph, of the site's last marker
     leaves: list  # the values of the site's leaves so far (`None` where a leaf is no tensor)
-    written: dict[fx.Node, Any] = field(default_factory=dict)  # marker -> what the model goes on with
+    written: dict[fx.Node, object] = field(default_factory=dict)  # marker -> what the model goes on with
 
 
 @dataclass
@@ -70,10 +70,10 @@ class Job:
     entry: Progress
     closed: bool = True  # is the plan whole
     raw_numbers: bool = False  # give lifted numbers as Python numbers (a backend that runs the graph as it is)
-    skeleton: Callable[[str], Any] | None = None  # the structure of a module, to call it on values
+    skeleton: Callable[[str], object] | None = None  # the structure of a module, to call it on values
     half: frozenset = frozenset()  # the sites that the plan replaced while Dynamo traced
     lines: Sequence = ()  # where each operation was written
-    modes: Any = None  # the modes that the trace was opened under
+    modes: object = None  # the modes that the trace was opened under
     begun: bool = False  # did the run begin before the plan was complete? Then a stop cuts the segment
     removes: bool = False  # are skips and stops made in this graph, and not while Dynamo traces
     unread: bool = False  # does nobody take what the model returns
@@ -109,27 +109,27 @@ class Unfit(Exception):
     """A plan's skips and stops cannot be made in the shared graph. Never reaches the user."""
 
 
-def tap(x: Any, n: int) -> Any:
+def tap(x: object, n: int) -> object:
     """A value whose gradient is asked for, before `differentiate`."""
     raise RuntimeError("lowered by differentiate")
 
 
-def backward(loss: Any, weight: Any, taps: tuple, options: dict, only: bool) -> Any:
+def backward(loss: object, weight: object, taps: tuple, options: dict, only: bool) -> object:
     """A backward of the body, before `differentiate`."""
     raise RuntimeError("lowered by differentiate")
 
 
-def gradient(back: Any, tapped: Any) -> Any:
+def gradient(back: object, tapped: object) -> Any:
     """What a tap got in a backward, before `differentiate`."""
     raise RuntimeError("lowered by differentiate")
 
 
-def set_gradient(got: Any, new: Any) -> Any:
+def set_gradient(got: object, new: object) -> object:
     """What flows on in place of a gradient, before `differentiate`."""
     raise RuntimeError("lowered by differentiate")
 
 
-def settled(back: Any) -> Any:
+def settled(back: object) -> object:
     """The end of what runs while a backward does, before `differentiate`."""
     raise RuntimeError("lowered by differentiate")
 
@@ -139,12 +139,12 @@ def constant(slot: int, kind: str) -> Any:
     raise RuntimeError("lowered by lift_constants")
 
 
-def fetch(op: int, leaf: int) -> Any:
+def fetch(op: int, leaf: int) -> object:
     """A value from outside the segment, before `lift_constants`."""
     raise RuntimeError("lowered by lift_constants")
 
 
-def parameter(path: str, name: str) -> Any:
+def parameter(path: str, name: str) -> object:
     """A parameter or buffer of the model that the segment does not hold, before `lift_constants`."""
     raise RuntimeError("lowered by lift_constants")
 
@@ -154,11 +154,11 @@ def rows(x: Any, start: int, size: int, total: int, batched: bool | None) -> Any
     raise RuntimeError("lowered by narrow")
 
 
-def select(holds: Any, new: Any, old: Any) -> Any:
+def select(holds: object, new: object, old: object) -> object:
     """`new` where a condition holds, before `conditional`."""
     raise RuntimeError("lowered by conditional")
 
 
-def put_rows(x: Any, new: Any, start: int, size: int, total: int, batched: bool | None) -> Any:
+def put_rows(x: object, new: object, start: int, size: int, total: int, batched: bool | None) -> Any:
     """A leaf with an invoke's rows replaced, before `narrow`."""
     raise RuntimeError("lowered by narrow")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable
-from typing import Any
 
 import torch
 import torch.fx as fx
@@ -221,7 +220,7 @@ def _gives_tensors(region: _Region) -> bool:
     return all(isinstance(_value(n), torch.Tensor) for n in given if "example_value" in n.meta)
 
 
-def _value(node: fx.Node) -> Any:
+def _value(node: fx.Node) -> object:
     while node.target is site:
         node = marker_of(node).value
     return node.meta.get("example_value")
@@ -235,7 +234,7 @@ def _facts(node: fx.Node) -> Hashable:
     return str(value)
 
 
-def _described(arg: Any, numbers: dict[fx.Node, int]) -> Hashable:
+def _described(arg: fx.node.Argument, numbers: dict[fx.Node, int]) -> Hashable:
     """An argument by structure: nodes by their number, literals by type and value."""
     if isinstance(arg, fx.Node):
         return ("node", numbers[arg])

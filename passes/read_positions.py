@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.fx as fx
@@ -155,9 +155,9 @@ def _note(gm: fx.GraphModule, job: Job) -> None:
         for node in gm.graph.nodes:
             ready = all("example_value" in n.meta for n in node.all_input_nodes)
             if node in job.emitted and "example_value" not in node.meta and ready and effect(node) is None:
-                known: Any = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])  # type: ignore[arg-type]
+                known: object = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])  # type: ignore[arg-type]
                 node.meta["example_value"] = _one(gm, node, *known)
 
 
-def _one(gm: fx.GraphModule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+def _one(gm: fx.GraphModule, node: fx.Node, args: tuple, kwargs: dict) -> object:
     return getattr(fx.Interpreter(gm), node.op)(node.target, args, kwargs)

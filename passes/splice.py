@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.fx as fx
 
@@ -78,7 +76,7 @@ class Weaver(Emitter):
         markers = [marker_of(node) for node in group]
         path, kind = markers[0].name
         here = (path, kind, self.count(path, kind))
-        leaves: list[Any] = [None] * (max(marker.leaf for marker in markers) + 1)
+        leaves: list = [None] * (max(marker.leaf for marker in markers) + 1)
         for node, marker in zip(group, markers, strict=True):
             if marker.value.target is not anchor:
                 leaves[marker.leaf] = node
@@ -102,7 +100,7 @@ class Weaver(Emitter):
             self._take_over({old: new for old, new in zip(before, leaves, strict=True) if new is not old})
         return len(self.job.emitted) - emitted
 
-    def _take_over(self, new: dict[fx.Node, Any]) -> None:
+    def _take_over(self, new: dict[fx.Node, object]) -> None:
         """The model goes on with the written leaves: all at once, since they may be each other's (a swap)."""
         self.written.update(new)
         for user in {u: None for old in new for u in old.users if u not in self.job.emitted}:
@@ -119,7 +117,7 @@ class Weaver(Emitter):
         else:
             self.supplied[firing.site] = self.merged(op, verb, firing, new)
 
-    def supplied_leaf(self, node: fx.Node, marker: Marker) -> Any:
+    def supplied_leaf(self, node: fx.Node, marker: Marker) -> object:
         """The value of a `supply` node: a leaf of a written or skipped output."""
         here = marker.site
         if here not in self.supplied:
@@ -143,7 +141,7 @@ class Weaver(Emitter):
             for i, (spec, leaves, batched) in parts.items()
         }
 
-    def _from_before(self, leaf: Any, n: int, j: int) -> Any:
+    def _from_before(self, leaf: object, n: int, j: int) -> object:
         """A leaf of a skip value, which an earlier segment or a live site may have made."""
         value = Value(n, j)
         return leaf if value in self.env or not isinstance(leaf, torch.Tensor) else self.lookup(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -34,7 +34,9 @@ class Layout:
     Tokens are in the rows' order, those of a row in the positions'. Rows that are a base come first, with all positions.
     """
 
-    def __init__(self, positions: int, starts: Sequence[int], bases: Sequence[int], device: Any = None):
+    def __init__(
+        self, positions: int, starts: Sequence[int], bases: Sequence[int], device: torch.device | str | None = None
+    ):
         self.positions, self.starts, self.bases = positions, list(starts), list(bases)
         self.ends = list(accumulate(positions - s for s in starts))
         firsts = [0, *self.ends[:-1]]
@@ -159,7 +161,7 @@ def attend(
     count: int,
     is_causal: bool,
     clean: tuple[bool, bool, bool],
-    **how: Any,
+    **how: object,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` of tokens: `(tokens, heads, 1, width)`, each over the positions up to its own.
 

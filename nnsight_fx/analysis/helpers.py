@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from ..envoys.envoy import Envoy, host_of, path_of
 from ..model.model import NNsight
 from ..plan import tree
 from ..tracing.saving import save
+
+if TYPE_CHECKING:
+    from ..tracing.contexts import Tracer
 
 
 @dataclass
@@ -75,7 +78,7 @@ class TraceDict(dict[str, Retained]):
     def __exit__(self, *_: object) -> None:
         host_of(self.model).caller = self.outer
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, *args: object, **kwargs: Any) -> Any:
         result = None
         if self.retain_grad:
             kwargs["compile"] = False  # a compiled graph has no gradient of its intermediate values
@@ -115,7 +118,7 @@ class TraceDict(dict[str, Retained]):
         return tree.tree_map(copied, value)
 
 
-def _place(tracer: Any, layer: Envoy) -> int:
+def _place(tracer: Tracer, layer: Envoy) -> int:
     """Where in the model's order a layer returns; unknown ones last."""
     return getattr(tracer.tape.meta((path_of(layer), "output", 0)), "order", 2**31)
 

@@ -7,12 +7,15 @@ A row of the table is checked against the module tree of the model that it is us
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..envoys.envoy import Envoy, path_of
 from ..envoys.paths import module_of
 from ..errors import UnknownModuleError
 from ..lines import user_line
+
+if TYPE_CHECKING:
+    from ..model.model import NNsight
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Parts:
     k: str | Column | None = None
     v: str | Column | None = None
 
-    def check(self, model: Any) -> Parts:
+    def check(self, model: NNsight) -> Parts:
         """The parts by the model's own paths. Raise `UnknownModuleError` for one that is not there."""
         layers = path_of(self._found(model, "layers", self.layers))
         found: dict[str, str | Column] = {
@@ -79,7 +82,7 @@ _LLAMAS = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "stablelm", "cohere", "granite", "smollm3"),
     *("mixtral", "qwen3_moe", "gpt_oss"),
 )  # fmt: skip
-_FUSED: dict[str, Any] = {"q": None, "k": None, "v": None}  # heads interleaved, or of another shape
+_FUSED: dict[str, object] = {"q": None, "k": None, "v": None}  # heads interleaved, or of another shape
 
 FAMILIES: dict[str, Parts] = {
     **dict.fromkeys(_LLAMAS, _llama()),
@@ -97,7 +100,7 @@ FAMILIES: dict[str, Parts] = {
 }  # fmt: skip
 
 
-def parts_of(model: Any, given: Parts | None = None) -> Parts:
+def parts_of(model: NNsight, given: Parts | None = None) -> Parts:
     """The parts of a model: `given`, or its family's; checked against its modules."""
     if given is None:
         family = getattr(getattr(model._module, "config", None), "model_type", None)
@@ -110,7 +113,7 @@ def parts_of(model: Any, given: Parts | None = None) -> Parts:
     return given.check(model)
 
 
-def heads_of(model: Any, part: str) -> int:
+def heads_of(model: NNsight, part: str) -> int:
     """How many heads a part has side by side."""
     config = model._module.config
     names = ("num_attention_heads", "n_head")

@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,12 +35,17 @@ from ..tracing.saving import save
 from .parts import Parts
 from .places import HEADED, PartPlace, PartValues
 
+if TYPE_CHECKING:
+    from ..model.model import NNsight
+    from ..tracing.contexts import Tracer
+
+
 Metric = Callable[..., torch.Tensor]
 
 
 @one_run
 def activations(
-    model: object, inputs: object, part: str = "residual", parts: Parts | None = None
+    model: NNsight, inputs: object, part: str = "residual", parts: Parts | None = None
 ) -> list[torch.Tensor]:
     """A part of every layer on a prompt: tensors (batch, length, width)."""
     found = PartValues(PartPlace(model, part, parts), [inputs])
@@ -50,7 +55,7 @@ def activations(
 
 @one_run
 def patch(
-    model: object,
+    model: NNsight,
     clean: object,
     corrupted: object,
     metric: Metric,
@@ -87,7 +92,7 @@ def patch(
 
 @one_run
 def ablate(
-    model: object,
+    model: NNsight,
     inputs: object,
     metric: Metric,
     *,
@@ -128,8 +133,8 @@ def ablate(
 
 @one_run
 def steering(
-    model: Any,
-    inputs: Any,
+    model: NNsight,
+    inputs: object,
     metric: Metric,
     vector: torch.Tensor,
     scales: Iterable[float],
@@ -137,7 +142,7 @@ def steering(
     layers: Iterable[int] | None = None,
     positions: int | slice | None = None,
     parts: Parts | None = None,
-    **options: Any,
+    **options: object,
 ) -> Results:
     """Add `scale * vector` to the residual stream behind a layer, for every layer and scale. `vector` is (width,)."""
     _checked(model, steering, options)
@@ -146,7 +151,7 @@ def steering(
 
     measure = _measure(model, site, metric)
 
-    def body(tracer: Any, layer: int, scale: float, prompt: int = 0) -> torch.Tensor:
+    def body(tracer: Tracer, layer: int, scale: float, prompt: int = 0) -> torch.Tensor:
         h = site.value(layer)
         h[:, where] = h[:, where] + tracer.constant(float(scale)).to(vector.dtype) * vector
         return measure(prompt)
@@ -158,9 +163,9 @@ def steering(
 
 @one_run
 def attribution(
-    model: Any,
-    clean: Any,
-    corrupted: Any,
+    model: NNsight,
+    clean: object,
+    corrupted: object,
     metric: Metric,
     *,
     part: str = "residual",
@@ -201,7 +206,7 @@ def attribution(
 
 
 @one_run
-def logit_lens(model: Any, inputs: Any, *, position: int | None = -1, parts: Parts | None = None) -> Results:
+def logit_lens(model: NNsight, inputs: object, *, position: int | None = -1, parts: Parts | None = None) -> Results:
     """The logits that the embeddings and each layer's output would give through the final norm and the unembedding.
 
     Results (nostalgebraist 2020, "interpreting GPT: the logit lens"): an axis `layer`, of "embedding" and the layers' numbers,
@@ -223,7 +228,7 @@ def logit_lens(model: Any, inputs: Any, *, position: int | None = -1, parts: Par
     )
 
 
-def _checked(model: Any, verb: Callable, options: dict[str, Any]) -> None:
+def _checked(model: NNsight, verb: Callable, options: dict[str, object]) -> None:
     """A misspelt keyword is told by the verb that it was written to."""
     own = {"compile", "fn", "pad_to"} | inspect.signature(sweep).parameters.keys()
     model.dispatch()
@@ -239,7 +244,7 @@ def _write(
     positions: Iterable[int] | None,
     source: Callable[[torch.Tensor, int, int], torch.Tensor],
     prepare: Callable[[list[int]], None] | None,
-    options: dict[str, Any],
+    options: dict,
 ) -> Results:
     """The sweep that writes one place of a part."""
     model, chosen = site.model, tuple(over or site.axes)
@@ -267,7 +272,7 @@ def _write(
     return model.sweep(body, inputs, {name: every[name] for name in chosen}, prepare=prepare, **options)
 
 
-def _beside(found: Results, site: PartPlace, metric: Metric, runs: dict[str, list], options: dict[str, Any]) -> Results:
+def _beside(found: Results, site: PartPlace, metric: Metric, runs: dict[str, list], options: dict) -> Results:
     """Add what the metric is with nothing patched, of each prompt and run, and the tokens at the positions."""
     model, measure = site.model, _measure(site.model, site, metric)
     plain = {k: v for k, v in options.items() if k not in inspect.signature(sweep).parameters}
@@ -287,7 +292,7 @@ def _beside(found: Results, site: PartPlace, metric: Metric, runs: dict[str, lis
     return found
 
 
-def _measure(model: Any, site: PartPlace, metric: Metric) -> Callable[[int], torch.Tensor]:
+def _measure(model: NNsight, site: PartPlace, metric: Metric) -> Callable[[int], torch.Tensor]:
     """The metric of the logits; it gets the prompt's number where it has a parameter `prompt`."""
     takes = "prompt" in inspect.signature(metric).parameters
 
@@ -299,7 +304,7 @@ def _measure(model: Any, site: PartPlace, metric: Metric) -> Callable[[int], tor
     return measured
 
 
-def _several(model: Any, inputs: Any) -> list:
+def _several(model: NNsight, inputs: Any) -> list:
     return list(inputs) if is_dataset(model, inputs) else [inputs]
 
 
@@ -320,7 +325,7 @@ def _paired(site: PartPlace, ours: list, theirs: list, verb: str) -> None:
             )
 
 
-def _shown(prompt: Any) -> str:
+def _shown(prompt: object) -> str:
     """A prompt in a few words: the text, or the first ids."""
     if isinstance(prompt, str):
         return reprlib.repr(prompt)

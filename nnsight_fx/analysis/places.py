@@ -79,7 +79,7 @@ class PartPlace:
         with self.model.scan(*args, **kwargs):
             return int(self.value(0).shape[1])
 
-    def tokens(self, items: Iterable[Any]) -> list[str] | None:
+    def tokens(self, items: Iterable) -> list[str] | None:
         """The token at each position, of several prompts `one / other` where they differ; `None` where there is no text."""
         tokenizer: Any = getattr(self.model, "tokenizer", None)
         rows = []

@@ -24,7 +24,7 @@ from .rows import Mixed, Rows
 ROWS = 32  # a forward: on 2 cores more cost as much a row
 
 Flags = dict[Site, tuple[bool | None, ...]]
-_proofs: weakref.WeakKeyDictionary[Any, Flags | str] = weakref.WeakKeyDictionary()  # signature -> where the rows are
+_proofs: weakref.WeakKeyDictionary[object, Flags | str] = weakref.WeakKeyDictionary()  # signature -> where the rows are
 
 
 def batched(group: list[Pending], told: Group) -> None:
@@ -195,10 +195,10 @@ class BatchedRun(Run):
         ] = {}  # the leaves of a site that were written, and by whom
 
     @property
-    def skips(self) -> Any:
+    def skips(self) -> dict[str, set[int]]:
         return self.plan.skips
 
-    def pass_site(self, path: str, kind: str, value: object) -> Any:
+    def pass_site(self, path: str, kind: str, value: object) -> object:
         follow = self.follow
         if follow is None:
             return super().pass_site(path, kind, value)

@@ -95,7 +95,7 @@ class Walk(fx.Interpreter):
         with contextlib.suppress(Finished):
             self.run(*args)
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         if n.op == "call_module":
             args: Any = self.map_nodes_to_values(n.args, n)
             held = [(x, _rows(a)) for a, x in zip(n.args, args, strict=True)]
@@ -120,7 +120,7 @@ class Walk(fx.Interpreter):
 
     def _fire(self, where: Site, group: list[fx.Node], last: object) -> list:
         markers = [marker_of(n) for n in group]
-        leaves: list[Any] = [None] * (max(m.leaf for m in markers) + 1)
+        leaves: list = [None] * (max(m.leaf for m in markers) + 1)
         metas: list[dict] = [{}] * len(leaves)
         for n, marker in zip(group, markers, strict=True):
             leaves[marker.leaf] = last if n is group[-1] else self.env[n]

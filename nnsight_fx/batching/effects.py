@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..plan import tree
 from ..plan.tree import PLAIN
 from ..scan.scan import callee, scan
 
-_known: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[object, str | None] = weakref.WeakKeyDictionary()
 
 
 def effects(host: object, signature: object, fn: str | None) -> str | None:
@@ -63,13 +63,13 @@ class Effects(TorchDispatchMode):
         self.storages = {memory(x) for x in tensors if x.layout is torch.strided}
         self.found: str | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}
         if self.found is None:
             self.found = self._effect(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _effect(self, func: Any, args: tuple, kwargs: dict) -> str | None:
+    def _effect(self, func: Callable, args: tuple, kwargs: dict) -> str | None:
         if draws(func, args, kwargs):
             return f"the model draws random numbers (`{func}`)"
         given = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
@@ -83,7 +83,7 @@ class Effects(TorchDispatchMode):
         return None
 
 
-def draws(func: Any, args: tuple, kwargs: dict) -> bool:
+def draws(func: Callable, args: tuple, kwargs: dict) -> bool:
     """Does an operation take from the random state?"""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
@@ -95,7 +95,7 @@ def draws(func: Any, args: tuple, kwargs: dict) -> bool:
     return True
 
 
-def _attributes(root: nn.Module) -> Iterator[tuple[str, Any]]:
+def _attributes(root: nn.Module) -> Iterator[tuple[str, object]]:
     """What each module holds beside its hooks: plain values, the length of containers, the identity of the rest."""
     for path, module in root.named_modules():
         tables = {k: v for k, v in vars(module).items() if k in ("_buffers", "_parameters", "_modules")}

@@ -121,14 +121,14 @@ def _of_one_length(cells: list[Pending], told: Group, whole: bool, why: OneLengt
 
 def _bases(group: list[Pending]) -> list[list[Pending]]:
     """The traces by the values of their input."""
-    found: dict[Any, list[Pending]] = {}
+    found: dict[object, list[Pending]] = {}
     for p in group:
         found.setdefault(_input(p), []).append(p)
     return list(found.values())
 
 
 def _input(p: Pending) -> tuple:
-    def known(x: object) -> Any:
+    def known(x: object) -> object:
         if not isinstance(x, torch.Tensor):
             return x
         if x.device.type == "cpu" and x.numel() * x.element_size() <= 2**16 and x.dtype is not torch.bfloat16:
@@ -220,7 +220,7 @@ class Sheet:
         starts, at = self._starts(cells, bases)
         with self._for_any_length():
             made = self._prepared(chosen is not None, at, tuple(leaving))
-        indices: list[Any] = []
+        indices: list[object] = []
         if made.demanded:
             self.told.note(f"`{'.'.join(self.last[:2])}` was computed at one position of a row")
             indices.append(torch.tensor(chosen, dtype=torch.int64, device=self._device))
@@ -350,7 +350,7 @@ class Sheet:
         return False
 
     @property
-    def _device(self) -> Any:
+    def _device(self) -> torch.device:
         return next(x.device for x in self.args if isinstance(x, torch.Tensor))
 
     def _cell(self, p: Pending, base: int) -> Cell:

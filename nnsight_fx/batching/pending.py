@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,11 @@ from ..scan.watch import Setting
 from ..tracing.functions import inside
 from ..tracing.lazy import LazyTensor, key_of
 from .effects import effects
+
+if TYPE_CHECKING:
+    from ..lines import Line
+    from ..tracing.contexts import Tracer
+
 
 # What may be in traces that share a forward. A kind that is not here runs alone.
 TOGETHER = Read | Write | Call | CallModule | Save | StopRun | Barrier | Grad | SetGrad | RunBackward | Apply | Sync
@@ -55,7 +60,7 @@ class Pending:
     """One recorded trace. `alone` says why it cannot run with others, where it cannot."""
 
     tracer: Any
-    session_line: Any
+    session_line: object
     setting: Setting
     needs: list[Pending] = field(default_factory=list)  # earlier traces whose values it uses
     watched: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # large tensors, and their versions
@@ -80,7 +85,7 @@ class Pending:
         return self.wave.tape
 
     @property
-    def line(self) -> Any:
+    def line(self) -> Line:
         return self.tracer.line
 
     @property
@@ -121,7 +126,7 @@ class Pending:
             tape.open = False
 
 
-def why_now(tracer: Any) -> str | None:
+def why_now(tracer: Tracer) -> str | None:
     """Why a trace cannot be put off, if it cannot: it or its model does more than compute values."""
     if tracer.generation is not None:
         return "it generates"

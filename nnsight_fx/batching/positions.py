@@ -59,7 +59,7 @@ def _followed(gm: fx.GraphModule, seeds: set[fx.Node], size: int | torch.SymInt,
     return found.facts
 
 
-def _of_one_row(node: fx.Node, numbers: dict) -> Any:
+def _of_one_row(node: fx.Node, numbers: dict) -> object:
     value, dim = node.meta.get("example_value"), node.meta.get("rows")
     if dim == "count":
         return 1
@@ -80,7 +80,7 @@ class _Following(fx.Interpreter):
         self.seeds, self.follow = seeds, follow
         self.facts: dict[fx.Node, Fact] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         given = [a for a in n.all_input_nodes if a in self.facts]
         if n.op == "output":
             return None
@@ -98,7 +98,7 @@ class _Following(fx.Interpreter):
                 return value
         return self._alone(n, given)
 
-    def _site(self, n: fx.Node, tainted: bool) -> Any:
+    def _site(self, n: fx.Node, tainted: bool) -> object:
         marker = marker_of(n)
         value = self.env[marker.value]
         if tainted:
@@ -110,7 +110,7 @@ class _Following(fx.Interpreter):
             self._holds(n, value, 1)
         return value
 
-    def _one(self, n: fx.Node, given: list[fx.Node]) -> Any:
+    def _one(self, n: fx.Node, given: list[fx.Node]) -> object:
         """Behind the choice of one position of each row."""
         if any(a.meta.get("rows") is not None and a not in self.facts for a in n.all_input_nodes if not _count(a)):
             raise Mixed(f"`{n.name}` takes rows of the clean run to those of the others")
@@ -119,7 +119,7 @@ class _Following(fx.Interpreter):
         self.facts[n] = Fact("one")
         return self.env[n.args[0]][:, :1] if n.target is take else super().run_node(n)  # type: ignore[index]
 
-    def _alone(self, n: fx.Node, given: list[fx.Node]) -> Any:
+    def _alone(self, n: fx.Node, given: list[fx.Node]) -> torch.Tensor | list | tuple:
         """An operation on each position alone; what the clean run has for each position may be lifted to take part."""
         why: Mixed | None = None
         for lifted in self._liftings(n, given):
@@ -140,7 +140,7 @@ class _Following(fx.Interpreter):
             return self._note(n, value, tuple(x for x, _ in lifted))
         raise why or Mixed(f"`{n.name}` cannot be followed")
 
-    def _note(self, n: fx.Node, value: object, lifted: tuple) -> Any:
+    def _note(self, n: fx.Node, value: object, lifted: tuple) -> torch.Tensor | list | tuple:
         if isinstance(value, torch.Tensor):
             self._holds(n, value, self.follow.dim(value), lifted)
         elif isinstance(value, list | tuple) and all(isinstance(x, torch.Tensor) for x in value):
@@ -185,7 +185,7 @@ class _Following(fx.Interpreter):
 
     # -- attention -----------------------------------------------------------------------------------------------------
 
-    def _attention(self, n: fx.Node) -> Any:
+    def _attention(self, n: fx.Node) -> object:
         """One operation: queries, keys and values hold the positions next to last, and no mask depends on them."""
         q, k, v = n.args[:3]
         rest = [a for a in n.all_input_nodes if a not in (q, k, v)]
@@ -202,7 +202,7 @@ class _Following(fx.Interpreter):
         self._holds(n, value, value.dim() - 2, kind="")
         return value
 
-    def _weights(self, n: fx.Node) -> Any:
+    def _weights(self, n: fx.Node) -> object:
         """Attention written out: `matmul(q, k^T)`, what is done with its result, the softmax, `matmul(weights, v)`."""
         kinds = {a: self.facts[a].kind for a in n.all_input_nodes if a in self.facts}
         multiplies = n.target in (torch.matmul, operator.matmul, "matmul") and len(n.args) == 2
@@ -245,7 +245,7 @@ class _Following(fx.Interpreter):
             raise Mixed(f"`{n.name}` does something else with attention weights")
         return value
 
-    def _scores(self, n: fx.Node) -> Any:
+    def _scores(self, n: fx.Node) -> object:
         (q, k) = n.args
         places = [(2, q), (3, k)]
         for at, x in places:
@@ -257,7 +257,7 @@ class _Following(fx.Interpreter):
         self.facts[n] = Fact(SCORES, 2, 0)
         return value
 
-    def _values(self, n: fx.Node) -> Any:
+    def _values(self, n: fx.Node) -> object:
         weights, v = n.args
         fact, value = self.facts.get(v), self.env[v]  # type: ignore[arg-type, index]
         own = v.meta.get("rows") == 0 if fact is None else (fact.kind, fact.position, fact.rows) == ("", 2, 0)  # type: ignore[union-attr]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..plan.keys import ALL, Items, Keep, Key, NumberSlot, Plain, Span, Value, references
 from ..plan.lifting import name_of
@@ -107,7 +107,7 @@ def _indexed(op: Op) -> tuple[Value | None, Key | None]:
 def _first(index: Key | None, constants: list, positions: int) -> int:
     """The first position in `[:, position]` and `[:, start:]`; 0 in anything else."""
 
-    def number(key: Key) -> Any:
+    def number(key: Key) -> object:
         if isinstance(key, NumberSlot) and key.kind == "int":
             return constants[key.slot]
         return key.value if isinstance(key, Plain) else None

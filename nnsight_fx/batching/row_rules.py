@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from ..plan import tree
+
+Dims: TypeAlias = int | tuple | None  # where the rows are in the result, or in each of several
 
 FILLS = {"zeros", "ones", "full", "empty", "scalar_tensor", "new_zeros", "new_ones", "new_full", "new_empty"}
 SAME = {
@@ -59,7 +61,7 @@ def tensors(value: object) -> list[torch.Tensor]:
 class AtenCall:
     """One operation with what is known of its arguments."""
 
-    def __init__(self, rows: Any, func: Any, args: tuple, kwargs: dict):
+    def __init__(self, rows: Any, func: Callable, args: tuple, kwargs: dict):
         self.known, self.func, self.args, self.kwargs = rows, func, args, kwargs
         self.name = func._schema.name.split("::")[1]
         schema = func._schema.arguments
@@ -84,7 +86,7 @@ class AtenCall:
     def only_first(self) -> bool:
         return self.d is not None and len(self.batched) == 1
 
-    def axis(self, value: Any, size: int | None = None) -> int:
+    def axis(self, value: int, size: int | None = None) -> int:
         n = self.first.dim() if size is None else size  # type: ignore[union-attr]
         return value + n if value < 0 else value
 
@@ -92,7 +94,7 @@ class AtenCall:
 # -- the rules: the dimension of the results, or None where rows meet ---------------------------------------------------
 
 
-def pointwise(call: AtenCall, found: list) -> Any:
+def pointwise(call: AtenCall, found: list) -> tuple | None:
     at = {call.known.dim(x) - x.dim() for x in call.batched}  # counted from the right, as broadcasting does
     if len(at) != 1:
         return None
@@ -103,11 +105,11 @@ def pointwise(call: AtenCall, found: list) -> Any:
     return tuple(at + x.dim() for x in found)
 
 
-def _same(call: AtenCall, found: list) -> Any:
+def _same(call: AtenCall, found: list) -> Dims:
     return call.d if len(call.tensors) == 1 else pointwise(call, found)
 
 
-def _along(call: AtenCall, found: list) -> Any:
+def _along(call: AtenCall, found: list) -> Dims:
     dims = call.given.get("dim", call.given.get("dims", -1))
     dims = [-1] if dims is None else dims if isinstance(dims, list | tuple) else [dims]
     if not dims:  # of all of it, flattened
@@ -115,7 +117,7 @@ def _along(call: AtenCall, found: list) -> Any:
     return call.d if call.only_first() and call.d not in [call.axis(d) for d in dims] else None
 
 
-def _reduces(call: AtenCall, found: list) -> Any:
+def _reduces(call: AtenCall, found: list) -> Dims:
     dims = call.given.get("dim")
     if dims is None or dims == [] or not call.only_first() or call.d is None:
         return None
@@ -125,7 +127,7 @@ def _reduces(call: AtenCall, found: list) -> Any:
     return call.d if call.given.get("keepdim") else call.d - sum(d < call.d for d in gone)
 
 
-def _view(call: AtenCall, found: list) -> Any:
+def _view(call: AtenCall, found: list) -> int | None:
     before, after = call.first.shape, found[0].shape  # type: ignore[union-attr]
     ahead = math.prod(before[: call.d])
     for e in range(len(after)):
@@ -134,32 +136,32 @@ def _view(call: AtenCall, found: list) -> Any:
     return None
 
 
-def _expand(call: AtenCall, found: list) -> Any:
+def _expand(call: AtenCall, found: list) -> Dims:
     return call.d + found[0].dim() - call.first.dim()  # type: ignore[union-attr, operator]
 
 
-def _repeat(call: AtenCall, found: list) -> Any:
+def _repeat(call: AtenCall, found: list) -> Dims:
     d = _expand(call, found)
     return d if call.given["repeats"][d] == 1 else None
 
 
-def _permute(call: AtenCall, found: list) -> Any:
+def _permute(call: AtenCall, found: list) -> int:
     return next(i for i, d in enumerate(call.given["dims"]) if call.axis(d) == call.d)
 
 
-def _transpose(call: AtenCall, found: list) -> Any:
+def _transpose(call: AtenCall, found: list) -> Dims:
     if call.name == "t":
         return 1 - call.d if call.first.dim() == 2 else call.d  # type: ignore[union-attr, operator]
     a, b = call.axis(call.given["dim0"]), call.axis(call.given["dim1"])
     return {a: b, b: a}.get(call.d, call.d)  # type: ignore[arg-type]
 
 
-def _unsqueeze(call: AtenCall, found: list) -> Any:
+def _unsqueeze(call: AtenCall, found: list) -> Dims:
     at = call.axis(call.given["dim"], call.first.dim() + 1)  # type: ignore[union-attr]
     return call.d + (at <= call.d)  # type: ignore[operator]
 
 
-def _squeeze(call: AtenCall, found: list) -> Any:
+def _squeeze(call: AtenCall, found: list) -> Dims:
     dims = call.given.get("dim")
     shape = call.first.shape  # type: ignore[union-attr]
     dims = range(len(shape)) if dims is None else dims if isinstance(dims, list | tuple) else [dims]
@@ -167,24 +169,24 @@ def _squeeze(call: AtenCall, found: list) -> Any:
     return None if call.d in gone else call.d - sum(d < call.d for d in gone)  # type: ignore[operator]
 
 
-def _select(call: AtenCall, found: list) -> Any:
+def _select(call: AtenCall, found: list) -> Dims:
     at = call.axis(call.given["dim"])
     return None if at == call.d or not call.only_first() else call.d - (at < call.d)  # type: ignore[operator]
 
 
-def _slice(call: AtenCall, found: list) -> Any:
+def _slice(call: AtenCall, found: list) -> Dims:
     whole = found[0].shape == call.first.shape  # type: ignore[union-attr]
     return call.d if call.only_first() and (whole or call.axis(call.given.get("dim", 0)) != call.d) else None
 
 
-def _split(call: AtenCall, found: list) -> Any:
+def _split(call: AtenCall, found: list) -> Dims:
     at = call.axis(call.given.get("dim", 0))
     if at == call.d:
         return None
     return call.d - (call.name == "unbind" and at < call.d)  # type: ignore[operator]
 
 
-def _cat(call: AtenCall, found: list) -> Any:
+def _cat(call: AtenCall, found: list) -> Dims:
     full = [x for x in call.tensors if x.numel()]  # the first keys of a cache stand behind an empty tensor
     dims = {call.known.dim(x) for x in full}
     if len(dims) != 1 or None in dims:
@@ -196,7 +198,7 @@ def _cat(call: AtenCall, found: list) -> Any:
     return d + (at <= d) if call.name == "stack" else d if at != d else None  # type: ignore[operator]
 
 
-def _mm(call: AtenCall, found: list) -> Any:
+def _mm(call: AtenCall, found: list) -> int | None:
     *bias, a, b = call.tensors
     if any(call.known.dim(x) is not None or (x.dim() > 1 and x.shape[0] != 1) for x in bias):
         return None
@@ -204,25 +206,25 @@ def _mm(call: AtenCall, found: list) -> Any:
     return 0 if (da, db) == (0, None) else 1 if (da, db) == (None, 1) and not bias else None
 
 
-def _bmm(call: AtenCall, found: list) -> Any:
+def _bmm(call: AtenCall, found: list) -> int | None:
     return 0 if {call.known.dim(x) for x in call.tensors} == {0} else None
 
 
-def _linear(call: AtenCall, found: list) -> Any:
+def _linear(call: AtenCall, found: list) -> Dims:
     return call.d if call.only_first() and call.d < call.first.dim() - 1 else None  # type: ignore[union-attr, operator]
 
 
-def _layer_norm(call: AtenCall, found: list) -> Any:
+def _layer_norm(call: AtenCall, found: list) -> Dims:
     kept = call.first.dim() - len(call.given["normalized_shape"])  # type: ignore[union-attr]
     return call.d if call.only_first() and call.d < kept else None  # type: ignore[operator]
 
 
-def _embedding(call: AtenCall, found: list) -> Any:
+def _embedding(call: AtenCall, found: list) -> Dims:
     indices = call.given["indices"]
     return call.known.dim(indices) if len(call.batched) == 1 and call.batched[0] is indices else None
 
 
-def _index(call: AtenCall, found: list) -> Any:
+def _index(call: AtenCall, found: list) -> Dims:
     """`x[i, j]`: the rows of `x` stay, or are chosen by their own numbers, or those of `i` and `j` choose from what all share."""
     x, indices = call.given["self"], call.given["indices"]
     used = [at for at, i in enumerate(indices) if i is not None]
@@ -241,21 +243,21 @@ def _index(call: AtenCall, found: list) -> Any:
     return (used[0] if contiguous else 0) + max(indices[i].dim() for i in used) + place
 
 
-def _gather(call: AtenCall, found: list) -> Any:
+def _gather(call: AtenCall, found: list) -> Dims:
     dims = {call.known.dim(x) for x in call.tensors}
     return call.d if dims == {call.d} and call.axis(call.given["dim"]) != call.d else None
 
 
-def _pad(call: AtenCall, found: list) -> Any:
+def _pad(call: AtenCall, found: list) -> Dims:
     touched = [call.first.dim() - 1 - i // 2 for i, n in enumerate(call.given["pad"]) if n]  # type: ignore[union-attr]
     return call.d if call.d not in touched else None
 
 
-def _triangle(call: AtenCall, found: list) -> Any:
+def _triangle(call: AtenCall, found: list) -> Dims:
     return call.d if call.d < call.first.dim() - 2 else None  # type: ignore[union-attr, operator]
 
 
-def _attention(call: AtenCall, found: list) -> Any:
+def _attention(call: AtenCall, found: list) -> tuple[int | None, ...] | None:
     q, k, v, *rest = call.tensors
     if {call.known.dim(x) for x in (q, k, v)} != {0}:
         return None
@@ -267,7 +269,7 @@ def _attention(call: AtenCall, found: list) -> Any:
     return tuple(0 if x.dim() > 1 and x.shape[0] % call.known.rows == 0 else None for x in found)
 
 
-def _image(call: AtenCall, found: list) -> Any:
+def _image(call: AtenCall, found: list) -> tuple[int | None, ...] | None:
     if not call.only_first() or call.d != 0 or call.given.get("training") or call.given.get("transposed"):
         return None
     return tuple(0 if x.dim() and x.shape[0] == call.known.rows else None for x in found)

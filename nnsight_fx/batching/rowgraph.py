@@ -36,7 +36,7 @@ class Captured(Exception):
 
 
 def captured(
-    host: Any, capture: Capture, fn: str | None, batch: Any, line: Any, vary: bool = False
+    host: Any, capture: Capture, fn: str | None, batch: Any, line: object, vary: bool = False
 ) -> tuple[Segment, list]:
     """The graph of the model over the rows of `batch`, two at least, and its inputs, for traces at `line`. Nothing runs.
 
@@ -238,7 +238,7 @@ class Noting(fx.Interpreter):
         self.follow, self.counter, self.total, self.positions = follow, flops, 0, positions
         self.notes: dict[fx.Node, Note] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         rows, mixed, size = self.follow.rows, None, None
         value = self.env[marker_of(n).value] if n.target is site else super().run_node(n)
         total = self.counter.get_total_flops()

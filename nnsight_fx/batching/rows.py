@@ -7,7 +7,7 @@ raises `Mixed`. The table errs to that side: what it does not know mixes rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Rows(TorchDispatchMode):
         """Is dimension 0 the rows, and nothing else?"""
         return self.dim(x) == 0 and x.shape[0] == self.rows
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}
         if self.paused or func.namespace == "prim":
             return func(*args, **kwargs)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from ..engine.deliver import deliver
 from ..errors import OutsideTraceError
@@ -18,6 +18,11 @@ from ..tracing.lazy import LazyTensor, held_by, hold, key_of, tape_of
 from ..tracing.tape import Tape
 from . import planner
 from .pending import Copies, Pending, why_now
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..engine.wave import ForwardWave
 
 
 class Session:
@@ -49,7 +54,7 @@ class Session:
     """
 
     def __init__(self):
-        self.containers: list[Any] = []
+        self.containers: list[object] = []
         self.tapes: list[Tape] = []
         self.line = user_line()
         self.waiting: list[Pending] = []
@@ -58,7 +63,7 @@ class Session:
         self.copies = Copies()
         self.report = Report()
         self.apart = False  # are its traces cells of a sweep, which see nothing of one another
-        self.hosts: dict[int, Any] = {}  # the models that it ran
+        self.hosts: dict = {}  # the models that it ran
 
     def __enter__(self) -> Session:
         self.line = self.report.line = user_line()
@@ -159,7 +164,7 @@ class Session:
         self.settings.insert(0, now)
         return now
 
-    def _copied(self, x: object, pending: Pending, own: bool = False) -> Any:
+    def _copied(self, x: object, pending: Pending, own: bool = False) -> object:
         import torch
 
         if not isinstance(x, torch.Tensor) or type(x) is LazyTensor or x.requires_grad:
@@ -195,7 +200,7 @@ class Session:
                     self.tapes.append(p.tape)
             raise
 
-    def _hold(self, wave: Any) -> None:
+    def _hold(self, wave: ForwardWave) -> None:
         """Leave the real tensor with each value that somebody still holds."""
         tape = wave.tape
         tape.bridged = True
@@ -207,14 +212,14 @@ class Session:
                         hold(lazy, wave.value(key_of(lazy)))
 
 
-def _held(tape: Tape, key: Any) -> Any:
+def _held(tape: Tape, key: Any) -> torch.Tensor | None:
     lazy = tape.values.get(key)
     if lazy is None or held_by(lazy) is None:
         raise KeyError(key)
     return held_by(lazy)
 
 
-def _raiser(error: BaseException) -> Any:
+def _raiser(error: BaseException) -> Callable:
     def again() -> None:
         raise error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch.fx as fx
 
@@ -39,9 +38,9 @@ def keep_until(gm: fx.GraphModule, last: Site) -> None:
         gm.graph.erase_node(node)
 
 
-def positions(cells: Iterable[Any], where: Site, rows: int, size: int) -> list[int] | None:
+def positions(cells: Iterable, where: Site, rows: int, size: int) -> list[int] | None:
     """The one position of each row that is read at a site, if that is all that is done with it there."""
-    found: dict[int, Any] = {}
+    found: dict = {}
     for cell in cells:
         plan = cell.plan
         slots: set[int] = set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch.nn as nn
 
@@ -34,7 +33,7 @@ def take(module: nn.Module) -> None:
     module._forward_hooks_with_kwargs.pop(KEY, None)
 
 
-def _insert(table: dict, hook: Callable, comes_after: Callable[[Any], bool]) -> None:
+def _insert(table: dict, hook: Callable, comes_after: Callable[[object], bool]) -> None:
     """Insert `hook` in front of those that come after it. By taking them out and in again: Dynamo guards on the order of
     insertion, which `move_to_end` leaves as it is."""
     later = [(key, other) for key, other in table.items() if comes_after(other)] if table else []

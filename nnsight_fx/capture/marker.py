@@ -77,7 +77,7 @@ class Marker:
 
 def marker_of(node: fx.Node) -> Marker:
     """What a `site` or `supply` node says."""
-    args: tuple[Any, ...] = node.args
+    args: tuple = node.args
     if node.target is supply:
         path, kind, call, leaf = args
         return Marker(path, kind, leaf, call=call)

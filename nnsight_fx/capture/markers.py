@@ -27,9 +27,9 @@ class Passing(Protocol):
 
     owner: Markers
 
-    def pass_site(self, path: str, kind: str, value: object) -> Any: ...
+    def pass_site(self, path: str, kind: str, value: object) -> object: ...
 
-    def skip(self, path: str, forward: Callable, args: tuple, kwargs: dict) -> Any: ...
+    def skip(self, path: str, forward: Callable, args: tuple, kwargs: dict) -> object: ...
 
 
 class Holding:
@@ -62,7 +62,7 @@ class Markers:
         self.calls: dict[tuple[str, str], list[None]] = {}  # counted by Dynamo itself, for modules in the capture half
 
     def _hooks(self, path: str) -> tuple[Callable, Callable]:
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> object:
             if is_compiling():
                 return self.traced((args, kwargs), path, "input")
             run = getattr(active, "run", None)
@@ -72,7 +72,7 @@ class Markers:
             new = run.pass_site(path, "input", old)
             return None if new is old else new
 
-        def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> Any:
+        def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
             if is_compiling():
                 return self.traced(output, path, "output")
             run = getattr(active, "run", None)
@@ -116,7 +116,7 @@ class Markers:
             raise Stop
         return value
 
-    def skip_traced(self, path: str) -> tuple[bool, Any]:
+    def skip_traced(self, path: str) -> tuple[bool, object]:
         """While Dynamo traces: is this call skipped, and its output then."""
         if self.half is None or (path, "skip") not in self.calls:
             return False, None
@@ -160,7 +160,7 @@ class Markers:
             path, original = self.paths[module], module.forward
             self.originals[module] = original
 
-            def forward(*args: object, **kwargs: object) -> Any:
+            def forward(*args: object, **kwargs: object) -> object:
                 body = self.operations.bodies.get(path, original)
                 if is_compiling():
                     skipped, out = self.skip_traced(path)
@@ -214,7 +214,7 @@ class Stop(Exception):
     """Ends a forward that Dynamo traces; the captured function catches it."""
 
 
-def between(path: str, counted: bool, module: nn.Module, /, *args: object, **kwargs: object) -> Any:
+def between(path: str, counted: bool, module: nn.Module, /, *args: object, **kwargs: object) -> object:
     """A module's `forward` between its two sites. `__call__` calls it for the length of a run.
 
     `counted` says whether the tensors of a value are counted, for a capture half."""
@@ -223,7 +223,7 @@ def between(path: str, counted: bool, module: nn.Module, /, *args: object, **kwa
 
 def among(
     path: str, counted: bool, collectors: tuple[Callable, ...], module: nn.Module, /, *args: object, **kwargs: object
-) -> Any:
+) -> object:
     """The same, and behind ours run the hooks by which transformers collects outputs.
 
     Without it Dynamo would read torch's own code for hooks, which is three times as long, and guard on what each hook holds.

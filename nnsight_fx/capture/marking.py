@@ -83,7 +83,7 @@ def mark_inside(value: object, path: str, kind: str, leaf: int, left: int) -> tu
     return tuple(fresh) if type(value) is tuple else _with(value, fresh), leaf, left
 
 
-def _with(value: Any, fresh: list) -> Any:
+def _with(value: Any, fresh: list) -> object:
     """A container with other children: a list, dict or dataclass itself, since its owner holds it; else a new one."""
     if isinstance(value, ModelOutput):
         return type(value)(**dict(zip(value.keys(), fresh, strict=True)))
@@ -124,7 +124,7 @@ def _leaves(value: object) -> list:
     return [value]
 
 
-def _build(spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:
+def _build(spec: tree.Spec, leaves: list, at: int) -> tuple[object, int]:
     if spec is None:
         return leaves[at], at + 1
     values = []
@@ -134,7 +134,7 @@ def _build(spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:
     return _made(spec.kind, spec.cls, spec.keys, values), at
 
 
-def _made(kind: str, cls: Any, keys: tuple, values: list) -> Any:
+def _made(kind: str, cls: type, keys: tuple, values: list) -> Any:
     """A new container, as Dynamo can trace it (`tree.construct`)."""
     if kind == "tuple":
         return tuple(values)
@@ -161,7 +161,7 @@ def _alike(value: Any, spec: tree.Spec) -> bool:
     return all([_alike(child, of) for child, of in zip(kids, spec.children, strict=True)])
 
 
-def _filled(value: Any, spec: tree.Spec, leaves: list, at: int) -> tuple[Any, int]:
+def _filled(value: Any, spec: tree.Spec, leaves: list, at: int) -> tuple[object, int]:
     """`value` with other leaves: lists, dicts and dataclasses in place, since their owner holds them (`tree.replace`)."""
     if spec is None:
         return leaves[at], at + 1
@@ -184,7 +184,7 @@ def _filled(value: Any, spec: tree.Spec, leaves: list, at: int) -> tuple[Any, in
     return value, at
 
 
-def replaced(value: object, path: str, kind: str, call: int, half: Replacement) -> Any:
+def replaced(value: object, path: str, kind: str, call: int, half: Replacement) -> object:
     """The capture half, as Dynamo traces it."""
     old = _leaves(value)
     new = []
@@ -196,7 +196,7 @@ def replaced(value: object, path: str, kind: str, call: int, half: Replacement) 
     return (_filled(value, half.spec, new, 0) if _alike(value, half.spec) else _build(half.spec, new, 0))[0]
 
 
-def skipped_output(path: str, call: int, half: Replacement) -> Any:
+def skipped_output(path: str, call: int, half: Replacement) -> object:
     """A skipped module's output, while Dynamo traces."""
     new = []
     for i in range(len(half.leaves)):

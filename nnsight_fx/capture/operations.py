@@ -17,6 +17,7 @@ import torch.nn as nn
 from . import source
 
 if TYPE_CHECKING:
+    from ..plan.plan import InterventionGraph
     from .markers import Markers
 
 
@@ -40,7 +41,7 @@ def frames_of(paths: Iterable[str], modules: Container[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def alike(frames: Iterable[str], root: nn.Module, called: Mapping[str, Any]) -> frozenset[str]:
+def alike(frames: Iterable[str], root: nn.Module, called: Mapping[str, object]) -> frozenset[str]:
     """The same frames of other modules of a class: who looks into one layer's attention looks into the next one's, too.
 
     Inside an operation only where those call the same function: `called` has what each called.
@@ -62,7 +63,7 @@ def alike(frames: Iterable[str], root: nn.Module, called: Mapping[str, Any]) -> 
     return frozenset(found)
 
 
-def _function(called: object) -> Any:
+def _function(called: object) -> object:
     return getattr(called, "__func__", called)
 
 
@@ -76,11 +77,11 @@ class Operations:
         self.made: dict[
             str, tuple[FunctionType, FunctionType, bool]
         ] = {}  # frame -> function, rewritten, is it a method
-        self.touched: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()  # by plan
+        self.touched: weakref.WeakKeyDictionary[object, frozenset[str]] = weakref.WeakKeyDictionary()  # by plan
         self.bodies: dict[str, Callable] = {}
         self.inner: dict[str, tuple[FunctionType, FunctionType, bool]] = {}
 
-    def frames(self, plan: Any) -> frozenset[str]:
+    def frames(self, plan: InterventionGraph) -> frozenset[str]:
         """The frames that a plan touches."""
         if plan not in self.touched:
             self.touched[plan] = frames_of((path for path, _ in plan.watched), self.modules)
@@ -105,7 +106,7 @@ class Operations:
         return found
 
     def op(self, name: str) -> Callable:
-        def op(name: str, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        def op(name: str, fn: Callable, /, *args: object, **kwargs: object) -> object:
             path = prefix + name
             if torch.compiler.is_compiling():
                 return self.traced(path, fn, args, kwargs)
@@ -137,6 +138,6 @@ class Operations:
         return self.markers.traced(out, path, "output")
 
 
-def identity(value: object) -> Any:
+def identity(value: object) -> object:
     """What an assignment calls."""
     return value

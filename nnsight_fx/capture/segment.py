@@ -31,10 +31,10 @@ class Segment:
         self.gm, self.fakes, self.context, self.guards = gm, fakes, context, guards
         self.pure = pure  # does the frame change no object that existed before it
         self.ended: Break | None = None
-        self.plan: Any = None  # whose capture half it was captured for
-        self.variants: OrderedDict[tuple, list[Any]] = OrderedDict()  # the latest used last
-        self.following: OrderedDict[tuple, list[Any]] = OrderedDict()  # those that serve constants of other sizes, too
-        self.regions: dict[Any, list[Any]] = {}  # compiled blocks, by structure
+        self.plan: object = None  # whose capture half it was captured for
+        self.variants: OrderedDict[tuple, list] = OrderedDict()  # the latest used last
+        self.following: OrderedDict[tuple, list] = OrderedDict()  # those that serve constants of other sizes, too
+        self.regions: dict = {}  # compiled blocks, by structure
         self.tails: dict[tuple[int, int], tuple[Segment, list[int], list[int]]] = {}
 
     @classmethod

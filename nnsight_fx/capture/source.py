@@ -213,7 +213,7 @@ def _rewrite(function: FunctionType) -> Frame:
     free = [ast.arg(n) for n in (*code.co_freevars, OP)]
     given = ast.arguments(posonlyargs=[], args=free, kwonlyargs=[], kw_defaults=[], defaults=[])
     returned = ast.Return(ast.Name(definition.name, ast.Load()))
-    shell: Any = ast.FunctionDef(name=SHELL, args=given, body=[definition, returned], decorator_list=[])
+    shell: object = ast.FunctionDef(name=SHELL, args=given, body=[definition, returned], decorator_list=[])
     owner = function.__qualname__.split(".")[-2:-1]
     if owner and owner[0].isidentifier():
         shell = ast.ClassDef(name=owner[0], bases=[], keywords=[], body=[shell], decorator_list=[])

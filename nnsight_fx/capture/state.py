@@ -45,8 +45,8 @@ class ModuleState:
     and files. `forward_of` gives the `forward` that a module has when no run stands in for it.
     """
 
-    def __init__(self, module: nn.Module, forward_of: Callable[[nn.Module], Any] | None = None):
-        self.facts: list[Any] = []
+    def __init__(self, module: nn.Module, forward_of: Callable[[nn.Module], object] | None = None):
+        self.facts: list = []
         self.tensors: list[torch.Tensor] = []
         self.modules: list[nn.Module] = []
         self.forward_of = forward_of
@@ -88,7 +88,7 @@ class ModuleState:
                 self._walk(value)
 
 
-def attributes(x: object, forward_of: Callable[[nn.Module], Any] | None = None) -> list[tuple[str, Any]]:
+def attributes(x: object, forward_of: Callable[[nn.Module], object] | None = None) -> list[tuple[str, Any]]:
     """What an object has of its own; of a module what is not torch's bookkeeping, and no table that is empty."""
     own = getattr(x, "__dict__", {})
     if not isinstance(x, nn.Module):
@@ -107,7 +107,7 @@ def described(x: torch.Tensor) -> tuple:
     return (type(x), x.shape, strides, x.dtype, x.device, x.requires_grad, x.is_inference(), x.is_leaf)
 
 
-def snapshot(module: nn.Module) -> dict[str, Any]:
+def snapshot(module: nn.Module) -> dict[str, object]:
     """Each attribute of each module, by its path: the tensors that it holds, and its facts."""
     found = {}
     for path, m in module.named_modules():
@@ -119,6 +119,6 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+def changed(before: dict[str, object], after: dict[str, object]) -> str | None:
     """The first attribute that two snapshots of one module differ in."""
     return next((k for k in {**before, **after} if before.get(k) != after.get(k)), None)

@@ -11,12 +11,12 @@ from .marker import anchor, site
 from .marking import PLAIN
 
 
-def between(tx: object, path: object, counted: object, module: object, /, *args: object, **kwargs: object) -> Any:
+def between(tx: object, path: object, counted: object, module: object, /, *args: object, **kwargs: object) -> object:
     """`markers.between`."""
     return among(tx, path, counted, compat.variables.tuple_of([]), module, *args, **kwargs)
 
 
-def among(tx: Any, path: Any, counted: Any, collectors: Any, module: Any, /, *args: Any, **kwargs: Any) -> Any:
+def among(tx: Any, path: Any, counted: Any, collectors: Any, module: Any, /, *args: object, **kwargs: object) -> object:
     """`markers.among`; what is rare is left to its text, which Dynamo then reads."""
     hooks = compat.variables.items(collectors)
     if sum(compat.variables.length(tx, module, table) for table in TABLES) != 2 + len(hooks):

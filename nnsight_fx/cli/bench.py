@@ -32,7 +32,7 @@ class Row:
 
 def compare(
     model: Any,
-    inputs: Any = "The quick brown fox jumps over the lazy dog",
+    inputs: object = "The quick brown fox jumps over the lazy dog",
     backends: Sequence[str] = ("eager", "inductor"),
     runs: int = 10,
     parts: Parts | None = None,
@@ -50,7 +50,7 @@ def compare(
     size = model._module.get_submodule(at.unembed).weight.shape[-1]
     vector = torch.full((size,), 0.01, dtype=model.dtype, device=model.device)
 
-    def trace(compiled: Any) -> torch.Tensor:
+    def trace(compiled: object) -> torch.Tensor:
         with torch.no_grad(), model.trace(inputs, compile=compiled):
             kept = save([])
             for i, layer in enumerate(layers):
@@ -66,7 +66,7 @@ def compare(
         with torch.no_grad():
             model._module(*batch.args, **batch.kwargs)
 
-    ways: dict[str, Callable[[], Any]] = {"bare model, eager": bare, "hooks": lambda: trace(False)}
+    ways: dict[str, Callable[[], object]] = {"bare model, eager": bare, "hooks": lambda: trace(False)}
     ways |= {name: lambda name=name: trace({"backend": name}) for name in backends}
     firsts, kept, times = {}, {}, {name: [] for name in ways}
     for name, run in ways.items():

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import transformers
@@ -31,6 +31,10 @@ from ..errors import NNsightFXError
 from ..model.language import LanguageModel
 from ..viz.heatmap import heatmap, load_matplotlib
 from . import weights
+
+if TYPE_CHECKING:
+    from ..envoys.envoy import Envoy
+
 
 Cell = tuple[int, int]  # layer, position
 T = TypeVar("T")
@@ -116,7 +120,7 @@ class Patching:
         """Score every cell, (layers, positions), under a progress bar: `model.sweep`, `chunk` cells in a session."""
         layers, positions = self.shape
 
-        def patch(tracer: object, layer: int, position: int) -> Any:
+        def patch(tracer: object, layer: int, position: int) -> object:
             self.layers[layer].output[:, position] = self.stream[layer][:, position]
             return self._metric()
 
@@ -147,7 +151,7 @@ def run(
     out: Path = Path("demo-out"),
     chunk: int | None = None,
     sample: int = SAMPLE,
-) -> dict[str, Any]:
+) -> dict:
     """Patch every cell, compare a sample with the hook engine, write `out`/heatmap.png and `out`/scores.json.
 
     `model` is a hub id, a folder, a LanguageModel, or None for the bundled SmolLM2; `chunk` cells make a session, by
@@ -181,7 +185,7 @@ def load(model: str | LanguageModel | None) -> tuple[LanguageModel, str]:
     return LanguageModel(str(weights.smollm2()), dtype=torch.float32, dispatch=True), weights.NOTE
 
 
-def _against_hooks(p: Patching, scores: torch.Tensor, sample: int, seconds: dict) -> dict[str, Any]:
+def _against_hooks(p: Patching, scores: torch.Tensor, sample: int, seconds: dict) -> dict[str, object]:
     """Time and score some cells with the hook engine: one at a time, and as one batch."""
     cells = _sampled(p.cells, sample)
     p.one(*cells[0])  # once untimed, as the compiled sweep was
@@ -201,7 +205,7 @@ def _against_hooks(p: Patching, scores: torch.Tensor, sample: int, seconds: dict
     }
 
 
-def _last_line(report: dict[str, Any]) -> str:
+def _last_line(report: dict) -> str:
     s, layers = report["seconds"], len(report["logit_difference"])
     compiled, total = s["compiled"], s["compiled_with_compile_time"]
     one, batched = s["hooks_one_at_a_time_scaled"], s["hooks_batched_scaled"]
@@ -231,7 +235,7 @@ def _print_strongest(p: Patching, scores: torch.Tensor, n: int = 8) -> None:
         print(f"  {layer:>5}  {position:>8}  {score:>+10.3f}  {share:>9.1%}  {tokens[position]}")
 
 
-def _describe(p: Patching, name: str, scores: torch.Tensor) -> dict[str, Any]:
+def _describe(p: Patching, name: str, scores: torch.Tensor) -> dict[str, object]:
     device = p.corrupt_ids.device
     return {
         "task": asdict(p.task),
@@ -253,7 +257,7 @@ def _describe(p: Patching, name: str, scores: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _write(p: Patching, name: str, scores: torch.Tensor, report: dict[str, Any], out: Path) -> None:
+def _write(p: Patching, name: str, scores: torch.Tensor, report: dict[str, object], out: Path) -> None:
     figure = heatmap(
         p.recovered(scores),
         x=p.tokens(),
@@ -269,7 +273,7 @@ def _write(p: Patching, name: str, scores: torch.Tensor, report: dict[str, Any],
     print(f"\nwrote {out / 'heatmap.png'} and {out / 'scores.json'}")
 
 
-def _blocks(model: LanguageModel) -> Any:
+def _blocks(model: LanguageModel) -> Envoy:
     for path in BLOCKS:
         try:
             return model.get(path)

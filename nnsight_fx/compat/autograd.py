@@ -10,7 +10,7 @@ import dis
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import BuiltinMethodType, CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -35,12 +35,12 @@ def _apply_code() -> CodeType | None:
     return getattr(getattr(Function.apply, "__func__", None), "__code__", None)
 
 
-def separate(cls: Any) -> bool:
+def separate(cls: type) -> bool:
     """Has a function a `setup_context`, and a `forward` that takes no `ctx`?"""
     return cls.setup_context is not Function.setup_context
 
 
-def call_of(cls: Any) -> Any:
+def call_of(cls: type) -> Callable:
     """`cls.apply` as a function written in Python: the text of a graph names the module of each function that it calls."""
     apply = cls.apply
     if not isinstance(apply, BuiltinMethodType):
@@ -97,10 +97,10 @@ def applied(frame: FrameType) -> Applied:
     return Applied(classes[0], args, kwargs)
 
 
-def _forwards() -> dict[CodeType, list[Any]]:
+def _forwards() -> dict[CodeType, list]:
     """The functions whose `forward` has some code."""
-    found: dict[CodeType, list[Any]] = {}
-    classes: list[Any] = Function.__subclasses__()
+    found: dict[CodeType, list[object]] = {}
+    classes: list = Function.__subclasses__()
     for cls in classes:
         classes += cls.__subclasses__()
     for cls in dict.fromkeys(classes):

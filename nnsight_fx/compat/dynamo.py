@@ -6,7 +6,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -124,7 +124,7 @@ def recompiles(functions: list[Callable]) -> int:
 def capturing(modules: int) -> Iterator[None]:
     """Dynamo's settings while it captures a model for us: its floats are structure, since variants compile too late to ask
     Dynamo to look again; and a frame may have `patience` captures under each of its entries."""
-    config: Any = torch._dynamo.config
+    config: object = torch._dynamo.config
     limit = patience(modules)
     wanted = {_FLOATS: True, _LIMIT: limit, _TOTAL: max(128 * limit, _TOTAL.of(config, 0))}
     wanted = {name.path.rpartition(".")[2]: value for name, value in wanted.items() if name.of(config) is not None}
@@ -181,11 +181,11 @@ def dynamo_compile(
     return context(function), _cached_only(context, function)
 
 
-def _never(*_: object) -> Any:
+def _never(*_: object) -> NoReturn:
     raise NotCaptured
 
 
-def _cached_only(context: Any, function: Callable) -> Callable:
+def _cached_only(context: object, function: Callable) -> Callable:
     found, put, callback, depth_of, undo = _RETURN(), SET(), _CALLBACK.of(context), _DEPTH(), _UNDO()
     if None in (found, put, callback, depth_of, undo):
         return _never
@@ -198,7 +198,7 @@ def _cached_only(context: Any, function: Callable) -> Callable:
     code, refusal = function.__code__, cast(Any, refuse)
     refusal._torchdynamo_orig_backend = callback  # the captures to look among
 
-    def cached(*args: object) -> Any:
+    def cached(*args: object) -> object:
         if forced_eager():
             raise NotCaptured
         depth, outer = depth_of(), put(refusal)

@@ -13,6 +13,7 @@ from .modes import dispatch_modes
 from .probe import Name, needed
 
 if TYPE_CHECKING:
+    from torch._guards import TracingContext
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 else:
     FakeTensor = needed("torch._subclasses.fake_tensor.FakeTensor")
@@ -116,7 +117,7 @@ def fake_like(context: Any, facts: tuple) -> torch.Tensor:
     return made.requires_grad_(requires_grad)
 
 
-def unchanged(context: Any, fake: Any, value: Any) -> Any:
+def unchanged(context: TracingContext, fake: Any, value: object) -> object:
     """A fake input that requires grad as its value does: written in place while Dynamo traced, it may have come to."""
     if not isinstance(value, torch.Tensor) or fake.requires_grad == value.requires_grad:
         return fake
@@ -130,7 +131,7 @@ def as_leaf(context: object, fake: object) -> Any:
     return fake_like(context, (fake.shape, fake.stride(), fake.dtype, fake.device, fake.requires_grad))
 
 
-def as_input(context: object, fake: object) -> Any:
+def as_input(context: object, fake: object) -> object:
     """A fake from inside a graph as the input of another: a leaf."""
     if not isinstance(fake, torch.Tensor) or fake.is_leaf:
         return fake

@@ -80,7 +80,7 @@ def forced_eager() -> bool:
     return getattr(_Stance.bodies, "open", False) if found is None else found.stance == "force_eager"
 
 
-def body_stance(body: bool = True) -> Any:
+def body_stance(body: bool = True) -> tuple | None:
     """The stance under which compiled functions run as written; or, for a model that runs inside a body, as compiled."""
     now = stance()
     return now and (now[0], body)
@@ -101,7 +101,7 @@ def _out_of_body() -> Iterator[None]:
         set_stance(old)
 
 
-def frame_callback(value: object = None) -> Any:
+def frame_callback(value: object = None) -> object:
     """Set the thread's frame evaluation callback; returns the one that was set."""
     put = None if _eval_frame() is None else SET()
     return None if put is None else put(value)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .fakes import FakeTensorMode, detect_fake_mode, placeholder_fakes
 from .probe import Name, needed
+
+if TYPE_CHECKING:
+    from torch._dynamo.side_effects import SideEffects
+    from torch._dynamo.variables.base import VariableTracker
+
 
 OpOverload = type(torch.ops.aten.add.Tensor)  # an operation of aten's, as it stands in a graph
 make_fx = needed("torch.fx.experimental.proxy_tensor.make_fx")
@@ -51,11 +56,11 @@ def as_dynamos(gm: torch.fx.GraphModule) -> None:
 class Context:
     """What we ask of a context of compilation, where torch has none."""
 
-    def __init__(self, fake_mode: Any):
+    def __init__(self, fake_mode: object):
         self.fake_mode = fake_mode
 
 
-def tracing_context(gm: torch.fx.GraphModule) -> Any:
+def tracing_context(gm: torch.fx.GraphModule) -> object:
     """In a backend's callback: the context of compilation."""
     found = _CONTEXT()
     if found is not None and _TRACING() is not None:
@@ -63,7 +68,7 @@ def tracing_context(gm: torch.fx.GraphModule) -> Any:
     return Context(detect_fake_mode(placeholder_fakes(gm)) or FakeTensorMode())
 
 
-def new_context(mode: object) -> tuple[Any, Any]:
+def new_context(mode: object) -> tuple:
     """A context of compilation as Dynamo would have made it, and the block in which it holds."""
     context = (_CONTEXT() if _TRACING() is not None else None) or Context
     return (made := context(mode)), _within(made)
@@ -88,7 +93,7 @@ def tracing(context: Any) -> Iterator[None]:
             env.settings = old
 
 
-def replays_nothing(restored: Callable[[Any], bool]) -> bool:
+def replays_nothing(restored: Callable[[object], bool]) -> bool:
     """In a backend's callback: does nothing that existed before the frame change when the graph has run, tensors aside?
 
     `restored` tells objects that Dynamo writes to and that are then as they were. When this cannot tell, it says no.
@@ -98,7 +103,7 @@ def replays_nothing(restored: Callable[[Any], bool]) -> bool:
     try:
         output = _TRANSLATOR().current_tx().output
         effects = _EFFECTS.of(output)
-        changed: list[Any] = [
+        changed: list = [
             v
             for v in effects.id_to_variable.values()
             if effects.is_modified(v) and not type(v.mutation_type).__name__.endswith("New")
@@ -116,7 +121,7 @@ def replays_nothing(restored: Callable[[Any], bool]) -> bool:
         return False
 
 
-def _as_before(effects: Any, variable: Any) -> bool:
+def _as_before(effects: SideEffects, variable: Any) -> bool:
     """Are all attributes that Dynamo is to store on an object the constants that it holds already?"""
     stores = effects.store_attr_mutations.get(variable)
     if not stores or _contents_changed(effects, variable):
@@ -128,7 +133,7 @@ def _as_before(effects: Any, variable: Any) -> bool:
     )
 
 
-def _contents_changed(effects: Any, variable: Any) -> bool:
+def _contents_changed(effects: SideEffects, variable: VariableTracker) -> bool:
     """Does what an object holds as a container change?"""
     for name in ("is_base_vt_modified", "is_underlying_vt_modified"):  # up to torch 2.14; 2.11
         if hasattr(variable, name):

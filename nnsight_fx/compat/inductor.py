@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from .probe import Name
 
@@ -75,7 +74,7 @@ def lowering(operator: object, calls: object) -> bool:
     if register is None or fallback is None:
         return False
 
-    def lowered(*args: object) -> Any:
+    def lowered(*args: object) -> object:
         return fallback(calls, add_to_fallback_set=False)(*args, "none", [], "")
 
     register(operator, type_promotion_kind=None)(lowered)

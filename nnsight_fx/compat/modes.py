@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,9 +39,9 @@ _pop_dispatch, _push_dispatch = (
 class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Any] = []
+        self.seen: list[object] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
@@ -67,17 +68,17 @@ def any_autocast() -> bool:
     return asked() if asked is not None else any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
-def enter_autocast() -> Any:
+def enter_autocast() -> Callable:
     """The function that begins autocast in a graph, and gives a token."""
     return _ENTER() or _enter
 
 
-def exit_autocast() -> Any:
+def exit_autocast() -> Callable:
     """The function that ends it."""
     return _EXIT() or _exit
 
 
-def _enter(*given: Any) -> Any:
+def _enter(*given: Any) -> object:
     block = torch.autocast(*given)
     block.__enter__()
     return block
@@ -100,7 +101,7 @@ def push_function_modes(modes: list[TorchFunctionMode]) -> None:
         _push_function(mode)
 
 
-def dispatch_modes(take: bool = False) -> list[Any]:
+def dispatch_modes(take: bool = False) -> list[object]:
     """The thread's stack of dispatch modes, bottom first; `take` leaves it empty."""
     modes = _dispatches() if _dispatch_count() else []
     for _ in modes if take else ():
@@ -108,7 +109,7 @@ def dispatch_modes(take: bool = False) -> list[Any]:
     return modes
 
 
-def push_dispatch_modes(modes: list[Any]) -> None:
+def push_dispatch_modes(modes: list[object]) -> None:
     for mode in modes:
         _push_dispatch(mode)
 

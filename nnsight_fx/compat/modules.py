@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch.nn.modules.module as globally
 
@@ -16,7 +16,7 @@ _WAYS = {
 }
 
 
-def _table(name: str, register: Any) -> dict:
+def _table(name: str, register: Callable) -> dict:
     """Where torch keeps them."""
     found = Name(
         f"torch.nn.modules.module._global_{name}", "the table is found by registering a hook and removing it"

@@ -53,7 +53,7 @@ def own_sizes(context: Any, fakes: Sequence = (), values: Sequence = ()) -> Iter
     `fakes` of the inputs with these.
     """
     env = context.fake_mode.shape_env
-    tables: tuple[Any, ...] = (
+    tables: tuple = (
         () if env is None else (_hints(env), *(name.of(env) for name in (_RANGES, _DIVISIBLE, _COUNTER, _MADE)))
     )
     if env is None or any(table is None for table in tables):
@@ -157,10 +157,10 @@ def input_of_size(fakes: Sequence, size: int, dim: int) -> int | None:
     return found.get(next((expr for expr in (*there, *found) if expr in found), None))
 
 
-def _hinted(context: Any, env: Any, fake: Any, sizes: dict) -> Any:
+def _hinted(context: object, env: Any, fake: object, sizes: dict) -> object:
     """A fake input with the sizes of this call as its hints."""
 
-    def hinted(size: Any) -> Any:
+    def hinted(size: object) -> object:
         if not isinstance(size, torch.SymInt):
             return size
         expr = size.node._expr

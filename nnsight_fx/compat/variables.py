@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .probe import Name
+
+if TYPE_CHECKING:
+    from torch._dynamo.variables.base import VariableTracker
+
 
 _HANDLERS = Name(
     "torch._dynamo.variables.TorchInGraphFunctionVariable._get_handlers", "Dynamo reads the instructions of our markers"
@@ -42,7 +47,7 @@ def is_tensor(value: object) -> bool:
     return type(value) is _vt().TensorVariable
 
 
-def _vt() -> Any:
+def _vt() -> ModuleType:
     """Their classes: importing them loads Dynamo."""
     from torch._dynamo import variables
 
@@ -54,7 +59,7 @@ def _unread() -> type | None:
     return _LAZY()
 
 
-def looked_at(value: Any) -> Any:
+def looked_at(value: VariableTracker) -> VariableTracker:
     """A variable as an `isinstance` leaves it."""
     return value if type(value) is _unread() and not value.is_realized() else value.realize()
 
@@ -83,7 +88,7 @@ def items(value: Any) -> Any:
     return list(value.items) if type(value) is _vt().TupleVariable else None
 
 
-def tuple_of(values: list) -> Any:
+def tuple_of(values: list) -> VariableTracker:
     return _vt().TupleVariable(values)
 
 
@@ -92,7 +97,7 @@ def attribute(tx: object, value: object, name: str) -> Any:
     return variable(tx, getattr).call_function(tx, [value, variable(tx, name)], {})
 
 
-def length(tx: Any, module: Any, name: str) -> int:
+def length(tx: Any, module: object, name: str) -> int:
     """Of a table among a module's attributes: as it is, where the code that Dynamo has read so far did not look at it."""
     table = getattr(getattr(module, "value", None), name, None)
     if table is None or table in tx.output.side_effects:
@@ -100,12 +105,12 @@ def length(tx: Any, module: Any, name: str) -> int:
     return len(table)
 
 
-def node(tx: object, function: Callable, *args: object) -> Any:
+def node(tx: object, function: Callable, *args: object) -> VariableTracker:
     """A call of a function that is `register`ed."""
     return _vt().TorchInGraphFunctionVariable(function).call_function(tx, _variables(tx, args), {})
 
 
-def inlined(tx: object, function: Callable, /, *args: object, **kwargs: object) -> Any:
+def inlined(tx: object, function: Callable, /, *args: object, **kwargs: object) -> VariableTracker:
     """A call of a function whose instructions Dynamo reads."""
     return _vt().UserFunctionVariable(function).call_function(tx, _variables(tx, args), kwargs)
 

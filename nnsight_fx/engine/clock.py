@@ -45,7 +45,7 @@ class Ledger:
     def total(self) -> float:
         return sum(self.seconds.values())
 
-    def by_shape(self) -> list[dict[str, Any]]:
+    def by_shape(self) -> list[dict[str, object]]:
         """The latest of it, one row for each shape and plan."""
         rows: dict[tuple[str, str], dict[str, Any]] = {}
         for spent in self.each:

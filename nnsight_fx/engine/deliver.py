@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from .retained import retained
 _RECORDED = ("_tape", "_key", "_fake", "_line")
 
 
-def deliver(tape: Tape, value: Callable[[Recorded], Any], release: Callable[[], None]) -> list[tuple[int, bool]]:
+def deliver(tape: Tape, value: Callable[[Recorded], object], release: Callable[[], None]) -> list[tuple[int, bool]]:
     """Turn every saved value that was computed into the real tensor; `release` makes the runs let go of theirs.
 
     Returns, for each, its bytes and whether it lies on an autograd graph.

@@ -6,11 +6,15 @@ import functools
 import operator
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..plan.printing import short
 from .clock import seconds
 from .how import How
+
+if TYPE_CHECKING:
+    from .captured.run import SplicedRun
+    from .run import Run
 
 
 @dataclass
@@ -39,10 +43,8 @@ class Notes:
     plans: list[int] = field(default_factory=list, repr=False)  # of each structure, its one plan
 
     def __add__(self, other: Notes) -> Notes:
-        joined: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in COUNTED}
-        lists: dict[str, Any] = {
-            name: list(dict.fromkeys(getattr(self, name) + getattr(other, name))) for name in LISTED
-        }
+        joined: dict = {name: getattr(self, name) + getattr(other, name) for name in COUNTED}
+        lists: dict = {name: list(dict.fromkeys(getattr(self, name) + getattr(other, name))) for name in LISTED}
         return Notes(
             self.line or other.line,
             next((e for e in ENGINES if e in (self.engine, other.engine)), "hooks"),
@@ -82,7 +84,7 @@ ENGINES = ("spliced", "forked", "batched")
 SHARED = {"batched": "hooks", "forked": "captured graphs"}
 
 
-def notes_of(line: object, runs: Iterable[Any], delivered: list) -> Notes:
+def notes_of(line: object, runs: Iterable, delivered: list) -> Notes:
     """The notes of one recording: its runs, and the tensors that were delivered."""
     made = functools.reduce(operator.add, map(of_run, runs))
     made.line, made.saved = short(line), len(delivered)
@@ -100,7 +102,7 @@ def took(notes: Notes) -> str:
     return f"; {', '.join(told)}" if told else ""
 
 
-def of_run(run: Any) -> Notes:
+def of_run(run: Run | SplicedRun) -> Notes:
     """The notes of one run, before it is released."""
     segments = getattr(run, "segments_run", 0)
     return Notes(
@@ -120,7 +122,7 @@ def of_run(run: Any) -> Notes:
     )
 
 
-def facts(notes: Notes) -> dict[str, Any]:
+def facts(notes: Notes) -> dict:
     """The notes as plain data."""
     return {name: value for name, value in asdict(notes).items() if name != "plans"}
 

@@ -216,7 +216,7 @@ class Run(TensorInterleaver):
     def skip(self, path: str) -> Callable:
         """The `forward` of a module that the plan skips."""
 
-        def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
+        def forward(original: Callable, args: tuple, kwargs: dict) -> object:
             called = self.owner.running() is not self  # by an operation of the plan
             found = None if called else self.skip_value(path, self.counts.get((path, "input"), 0) - 1)
             return original(*args, **kwargs) if found is None else tree.unflatten(*found)

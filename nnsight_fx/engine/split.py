@@ -69,7 +69,7 @@ def part(tape: Tape, members: list[int], groups: Groups, real: Callable[[Recorde
     return Part(members, plan, constants, lines, numbers)
 
 
-def _left_out(tape: Tape, op: Op, members: list[int], real: Callable[[Recorded], Any]) -> bool:
+def _left_out(tape: Tape, op: Op, members: list[int], real: Callable[[Recorded], object]) -> bool:
     """Has an earlier forward decided that an operation does not take effect?"""
     for key in op.when:
         if isinstance(key, Value) and tape.ops[key.op].invoke not in members:

@@ -77,7 +77,7 @@ def within(state: ThreadState) -> Iterator[None]:
 FLOOR = 32  # calls from C: each is three frames of the C stack and more
 
 
-def floored(run: Callable[[], Any]) -> Callable[[], None]:
+def floored(run: Callable[[], object]) -> Callable[[], None]:
     """`run` on a floor of C frames.
 
     Every error of torch's records the innermost 64 C frames when it is made. A greenlet's stack ends where the body's begins, and
@@ -100,18 +100,18 @@ def floored(run: Callable[[], Any]) -> Callable[[], None]:
     return floor
 
 
-def _from_c(levels: int, function: Callable[[], Any]) -> Any:
+def _from_c(levels: int, function: Callable[[], object]) -> Any:
     return next(map(_from_c, (levels - 1,), (function,))) if levels else function()
 
 
 class Coroutine:
     """A run in a greenlet of its own, so that it can stop in the middle of a forward and go on later."""
 
-    def __init__(self, run: Callable[[], Any], state: ThreadState):
+    def __init__(self, run: Callable[[], object], state: ThreadState):
         self.model = greenlet.greenlet(floored(run))
         self.model.gr_context = contextvars.copy_context()
         self.body = greenlet.getcurrent()
-        self.states: dict[Any, ThreadState] = {self.model: state}
+        self.states: dict[object, ThreadState] = {self.model: state}
         self.guard = contextlib.ExitStack()
 
     def _switch(self, to: Any, throw: tuple = ()) -> None:

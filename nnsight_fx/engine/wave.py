@@ -40,12 +40,12 @@ class ForwardWave:
 
     signature: Signature | None = None  # what the plans that run as a call are found by; none in a generation
 
-    def __init__(self, host: Any, tracer: Tracer, first: Any, alone: bool):
+    def __init__(self, host: Any, tracer: Tracer, first: object, alone: bool):
         """`first` is the first input; a list of them when all are given first."""
         self.host, self.tracer, self.alone, self.fn = host, tracer, alone, tracer.fn
         self.edits = len(host.edits)
         self.members: list[Invoker | Shadow | None] = [None] * (self.edits + alone)  # `None`: over the whole batch
-        self.batches: list[Any] = [first] if alone else []
+        self.batches: list = [first] if alone else []
         self.run: Run | None = None
         self.notes: Notes | None = None  # when it has run
         self.done: list[tuple[Part, Run]] = []  # the forwards of a recording that does not fit one

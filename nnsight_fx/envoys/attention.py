@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import WeightsNotComputedError
 from ..lines import user_line
 from ..plan import tree
 
+if TYPE_CHECKING:
+    from .envoy import Envoy
+
+
 FLAG = 'attn_implementation="eager"'
 
 
-def explained(envoy: Any, value: Any) -> Any:
+def explained(envoy: Envoy, value: object) -> object:
     """An attention module's output (attention, weights), whose weights say why they are `None` when they are asked for."""
     if type(value) is not tuple or len(value) < 2 or value[1] is not None:
         return value
@@ -24,7 +28,7 @@ def explained(envoy: Any, value: Any) -> Any:
     return made
 
 
-def hint(root: Any, name: str) -> str:
+def hint(root: Envoy, name: str) -> str:
     """What is added where an operation of written-out attention is asked for, and a kernel does it."""
     kernel = _implementation(root._module, root._module)
     if kernel is None or not any(part in name for part in ("softmax", "matmul", "dropout")):
@@ -32,7 +36,7 @@ def hint(root: Any, name: str) -> str:
     return f' Under attn_implementation="{kernel}" attention is one kernel: load the model with `{FLAG}` to see its operations.'
 
 
-def _text(envoy: Any, kernel: str) -> str:
+def _text(envoy: Envoy, kernel: str) -> str:
     path = envoy.path.removeprefix("model.")
     inside = _interface(envoy)
     text = (
@@ -47,7 +51,7 @@ def _text(envoy: Any, kernel: str) -> str:
     )
 
 
-def _interface(envoy: Any) -> str | None:
+def _interface(envoy: Envoy) -> str | None:
     """The operation in which transformers calls the implementation."""
     try:
         names = envoy.source.names

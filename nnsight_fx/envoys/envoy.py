@@ -110,7 +110,7 @@ class Envoy(Observed):
     `["output"]`.
     """
 
-    def __init__(self, module: nn.Module, path: str, root: Any):
+    def __init__(self, module: nn.Module, path: str, root: Envoy):
         self._module, self._path, self._root = module, path, root
         self._tree = root._tree  # of all envoys
 
@@ -299,7 +299,7 @@ class Envoy(Observed):
     def devices(self) -> set[torch.device]:
         return {p.device for p in self._module.parameters()}
 
-    def to(self, *args: Any, **kwargs: Any) -> Envoy:
+    def to(self, *args: Any, **kwargs: object) -> Envoy:
         """`nn.Module.to`, in place."""
         self._module.to(*args, **kwargs)
         return self

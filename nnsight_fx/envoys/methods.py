@@ -6,18 +6,22 @@ import dis
 import functools
 import sys
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
+if TYPE_CHECKING:
+    from .envoy import Envoy
 
-def traceable(envoy: Any, name: str, found: Any) -> Any:
+
+def traceable(envoy: Envoy, name: str, found: object) -> object:
     """A method that the model's own class has, as one that opens a trace where a `with` statement calls it."""
     if not isinstance(found, types.MethodType) or hasattr(nn.Module, name):
         return found
 
     @functools.wraps(found)
-    def method(*args: Any, **kwargs: Any) -> Any:
+    def method(*args: object, **kwargs: object) -> Callable:
         caller = sys._getframe(1)
         if _is_entered(caller.f_code, caller.f_lasti):
             return envoy.trace(*args, fn=name, **kwargs)

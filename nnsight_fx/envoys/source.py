@@ -84,7 +84,7 @@ class Operation(Observed):
 class Source:
     """The operations of one frame, by name; iteration gives them in the order of evaluation."""
 
-    def __init__(self, path: str, root: Any, frame: Frame):
+    def __init__(self, path: str, root: Envoy, frame: Frame):
         self._path, self._root, self._frame = path, root, frame
 
     @property
@@ -135,7 +135,7 @@ class Source:
         return "\n".join(shown)
 
 
-def source_of(envoy: Any) -> Source:
+def source_of(envoy: Envoy) -> Source:
     """A module's `.source`."""
     module, root = envoy._module, envoy._root
     with _named(names.shown(envoy._path), user_line()):

@@ -57,8 +57,8 @@ class Generation:
         self.stops = [(m.__dict__, functools.partial(self._called, path)) for m, path in host.markers.paths.items()]
         self.held: dict[str, set[str]] = {}  # `parts` of the modules that were called
         self.run: Run | None = None  # the one of the forward that is running, or has just run
-        self.given: list[Any] = []  # what the streamer got: the prompt, and the tokens of each forward
-        self.caches: list[Any] = []  # what observes every forward
+        self.given: list = []  # what the streamer got: the prompt, and the tokens of each forward
+        self.caches: list = []  # what observes every forward
         self.free = False  # is the body done? Then nothing stops any more
         self.freed: Notes | None = None  # what the forwards behind the body did
         self.result: Any = None
@@ -72,7 +72,7 @@ class Generation:
         return self.coroutine.ended
 
     @property
-    def modes(self) -> Any:
+    def modes(self) -> object:
         """The modes that hold where the model is called: those of the body too."""
         return self.coroutine.states[self.coroutine.model].ambient if not self.ended else self.tracer.state.ambient
 

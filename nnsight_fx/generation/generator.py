@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OutsideTraceError, own_error
 from ..lines import user_line
 from .generation import streamed
 
+if TYPE_CHECKING:
+    from ..envoys.envoy import Envoy
+
 
 class GenerationValue:
     """Something of a generation that has an `.output` and is no module."""
 
-    def __init__(self, root: Any, name: str):
+    def __init__(self, root: Envoy, name: str):
         self._root, self._name = root, name
 
     def _tracer(self) -> Any:

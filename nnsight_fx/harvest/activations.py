@@ -85,7 +85,7 @@ class Activations(Dataset):
         found = self[list(indices)]
         return list(found) if self.only else [{n: rows[i] for n, rows in found.items()} for i in range(len(indices))]
 
-    def batches(self, size: int, *, seed: int | None = None, drop_last: bool = False) -> Iterator[Any]:
+    def batches(self, size: int, *, seed: int | None = None, drop_last: bool = False) -> Iterator:
         """Rows, `size` at a time: in order, or with a `seed` in one random order of all rows (8 bytes a row are held for it)."""
         order = None
         if seed is not None:
@@ -96,7 +96,7 @@ class Activations(Dataset):
                 return
             yield self._rows(torch.arange(start, stop) if order is None else order[start:stop])
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
@@ -104,7 +104,7 @@ class Activations(Dataset):
         shown = [f"{n}: {(len(self), *facts[n]['shape'])} {facts[n]['dtype']}" for n in self._names()]
         return f"Activations({'; '.join(shown)}{'' if self.manifest['complete'] else '; not complete'})"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_mapped": collections.OrderedDict()}  # each process maps the files itself
 
     def _names(self) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ class Activations(Dataset):
         self._mapped.move_to_end(number)
         return self._mapped[number]
 
-    def prompt(self, number: int) -> Any:
+    def prompt(self, number: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """The rows of one prompt."""
         firsts = [shard["prompts"][0] for shard in self.manifest["shards"]]
         shard = bisect.bisect_right(firsts, number) - 1

@@ -46,10 +46,10 @@ SAME = {
 
 
 def harvest(
-    model: object,
+    model: Envoy,
     dataset: Iterable,
     sites: object,
-    out: object,
+    out: str | os.PathLike,
     *,
     positions: Positions = slice(None),  # noqa: B008  (a slice of constants)
     dtype: torch.dtype | None = None,
@@ -136,7 +136,7 @@ def harvest(
     return Activations(out)
 
 
-def _batches(model: Any, out: Any, size: int | None, tokens: int | None) -> Batches:
+def _batches(model: Envoy, out: str | os.PathLike, size: int | None, tokens: int | None) -> Batches:
     """How prompts are batched: as they were in a folder that goes on, else as it suits the device."""
     host = host_of(model)
     on_cpu = host.device is None or host.device.type == "cpu"
@@ -156,7 +156,7 @@ class HarvestedSite:
     told: str
 
 
-def named_sites(model: object, sites: object) -> dict[str, HarvestedSite]:
+def named_sites(model: Envoy, sites: object) -> dict[str, HarvestedSite]:
     """The sites by name."""
     if not isinstance(sites, Mapping):
         several = list(sites) if isinstance(sites, list | tuple) else [sites]
@@ -169,7 +169,7 @@ def named_sites(model: object, sites: object) -> dict[str, HarvestedSite]:
     return found
 
 
-def _name_of(model: Any, what: object) -> Any:
+def _name_of(model: Envoy, what: object) -> Any:
     """The name of a site: its module's own path, and of which of its values, where that was said."""
     if isinstance(what, Envoy):
         return shown(path_of(what))
@@ -179,7 +179,7 @@ def _name_of(model: Any, what: object) -> Any:
     return ".".join([shown(path_of(envoy)), *rest])
 
 
-def _site(model: Any, what: Any) -> HarvestedSite:
+def _site(model: Envoy, what: Any) -> HarvestedSite:
     if isinstance(what, Envoy):
         return HarvestedSite(lambda: first(what.output), f"{what.path}.output")
     if not isinstance(what, str):
@@ -198,12 +198,12 @@ def _site(model: Any, what: Any) -> HarvestedSite:
 class Shape:
     """How prompts become rows."""
 
-    model: Any
+    model: Envoy
     reader: Reader
     sites: dict[str, HarvestedSite]
     positions: Positions
     dtype: torch.dtype | None
-    options: dict[str, Any]
+    options: dict
 
     def places(self, item: Item) -> list[int]:
         """The position of each row that an item gives."""
@@ -212,7 +212,7 @@ class Shape:
     def run(self, items: list[Item], width: int | None, places: list[list[int]]) -> dict[str, torch.Tensor]:
         """One forward: the rows of each site, item by item, on the CPU."""
         args, kwargs = rows_of(items) if width is None else (([item.value for item in items],), {"pad_to": width})
-        values: dict[str, Any] = {}
+        values: dict = {}
         with torch.no_grad(), self.model.trace(*args, **kwargs, **self.options) as tracer:
             for name, site in self.sites.items():
                 values[name] = save(site.read())
@@ -329,7 +329,7 @@ def _together(items: list[Item]) -> str:
     return hashed([item.digest for item in items])
 
 
-def _tokenizer(model: Any) -> str | None:
+def _tokenizer(model: Envoy) -> str | None:
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
     return (
         None if model.tokenizer is None else hashed(backend.to_str() if backend is not None else repr(model.tokenizer))

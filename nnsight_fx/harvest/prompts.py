@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,10 @@ from ..envoys.envoy import host_of
 from ..errors import PromptError
 from ..lines import user_line
 from ..report.provenance import hashed
+
+if TYPE_CHECKING:
+    from ..envoys.envoy import Envoy
+
 
 Positions = int | slice | Sequence[int] | None
 Run = Callable[["list[Item]", int], dict[str, torch.Tensor]]
@@ -35,7 +39,7 @@ class Item(NamedTuple):
 class Reader:
     """Items of a data set for one model. `tokens`: the model takes prompts, and items are those."""
 
-    model: Any
+    model: Envoy
     column: str
     max_length: int | None
 
@@ -60,7 +64,7 @@ class Reader:
             raise PromptError(f"prompt {item.number} of the data set has no tokens. Leave it out.")
         return item._replace(value=ids)
 
-    def _plain(self, given: object, number: int) -> Any:
+    def _plain(self, given: object, number: int) -> str | torch.Tensor:
         """A string, or the ids that are no padding."""
         if isinstance(given, Mapping) and "input_ids" not in given:
             if self.column not in given:
@@ -129,7 +133,7 @@ class Batches:
 
     @staticmethod
     def _alike(items: list[Item]) -> Iterable[list[int]]:
-        found: dict[Any, list[int]] = {}
+        found: dict[object, list[int]] = {}
         for i, item in enumerate(items):
             found.setdefault(_shape(item.value), []).append(i)
         return found.values()
@@ -143,7 +147,7 @@ def rows_of(items: list[Item]) -> tuple[tuple, dict]:
     return (torch.stack([torch.as_tensor(i.value) for i in items]),), {}
 
 
-def _shape(value: object) -> Any:
+def _shape(value: object) -> tuple:
     if isinstance(value, Mapping):
         return tuple((k, _shape(v)) for k, v in value.items())
     if not isinstance(value, torch.Tensor | np.ndarray):

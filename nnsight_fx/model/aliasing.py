@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from ..names import plain, shown
 
-Rename = Mapping[Any, Any]  # a path or a module class -> an alias, or a list of them
+Rename = Mapping  # a path or a module class -> an alias, or a list of them
 Aliases = dict[str, nn.Module]
 
 

@@ -8,7 +8,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,11 @@ from ..plan.verbs import Observation
 from ..tracing.lazy import LazyTensor, key_of
 from ..tracing.steps import DeclaredCache, Invoke, SiteMeta
 from ..tracing.tape import Tape
+
+if TYPE_CHECKING:
+    from ..engine.wave import ForwardWave
+    from ..tracing.contexts import Tracer
+
 
 SLOTS = {"input": "inputs", "output": "output"}  # kind of site -> field of an `Entry`
 
@@ -69,7 +74,7 @@ class Cache:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "root": None}
 
-    def record(self, wave: Any) -> None:
+    def record(self, wave: ForwardWave) -> None:
         """Observe a forward, in a worker over the rows of the invoke that is open."""
         tape = wave.tape
         mine = tape.invoke
@@ -101,7 +106,7 @@ class Cache:
         for path, kind, _, _, value in () if self.entries else recorded:
             self._put(path, kind, value)
 
-    def _fill(self, wave: Any, recorded: list, followed: list) -> None:
+    def _fill(self, wave: ForwardWave, recorded: list, followed: list) -> None:
         """After a forward: keep the visits that took place, behind those of the forwards before."""
         self.entries, self.real = self.entries if self.real else {}, True
         before = {path: len(visits) for path, visits in self.entries.items()}
@@ -130,7 +135,7 @@ class Cache:
         setattr(visits[at], slot, value)
 
 
-def _real(leaf: Any, wave: Any) -> Any:
+def _real(leaf: Any, wave: ForwardWave) -> Any:
     """What a leaf is that the scan took for a tensor and the run did not (an attention mask that need not be made)."""
     if not isinstance(leaf, LazyTensor):
         return leaf
@@ -141,7 +146,7 @@ def _real(leaf: Any, wave: Any) -> Any:
     return leaf if isinstance(real, torch.Tensor) else real
 
 
-def cache(tracer: Any, modules: list | None, kinds: list[str], how: Observation) -> CacheView:
+def cache(tracer: Tracer, modules: list | None, kinds: list[str], how: Observation) -> CacheView:
     """Record a cache in the invoke of `tracer` that is open; in a generation, in every forward from there on."""
     tape = tracer.tape
     mine = tape.invoke

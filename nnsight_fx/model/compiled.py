@@ -21,7 +21,7 @@ FORMAT = "nnsight_fx.model.compiled"
 SAME = {"torch": "another torch", "machine": "another kind of machine"}
 
 
-def _described() -> dict[str, Any]:
+def _described() -> dict:
     cuda = torch.cuda.is_available()
     return {
         "format": FORMAT,

@@ -162,7 +162,7 @@ class Turns(Iterations):
     An end that is known makes a body for each number. Without one the body is recorded once, for all, and has no number.
     """
 
-    def __init__(self, editor: Any, chosen: Any = None):
+    def __init__(self, editor: Any, chosen: object = None):
         super().__init__(editor, chosen)
 
     def __getitem__(self, chosen: int | slice | list[int]) -> Turns:

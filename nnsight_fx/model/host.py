@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
+import os
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ class ModelHost:
         self.shared = Shared(model, module)
         self.inputs: ModuleInputs = model._inputs(self)
         self.compiled: Capture | None = None
-        self.edits: list[Any] = []  # each can `replay(tape)`
+        self.edits: list = []  # each can `replay(tape)`
         self.told = Latest()
         self.caller: Callable | None = None  # who runs the calls of the model outside of traces
         self.unpacks: Editor | None = None  # the edit that has just been opened
@@ -190,11 +191,11 @@ class ModelHost:
             if self.shared.verb is not None:
                 self.shared.verb.alone(tracer.line, notes)
 
-    def bug_report(self, tracer: Tracer, path: Any, inputs: bool) -> None:
+    def bug_report(self, tracer: Tracer, path: str | os.PathLike, inputs: bool) -> None:
         bug_report.write(tracer, path, inputs)
 
     def cache(
-        self, tracer: Any, modules: Any, device: Any, dtype: Any, detach: bool, output: bool, inputs: bool
+        self, tracer: Tracer, modules: Any, device: Any, dtype: Any, detach: bool, output: bool, inputs: bool
     ) -> CacheView:
         kinds = [kind for kind, wanted in (("input", inputs), ("output", output)) if wanted]
         return cache(tracer, modules, kinds, observed(detach, device, dtype))
@@ -218,7 +219,7 @@ class ModelHost:
             return run
         frames = self.markers.operations.frames(plan)
 
-        def stop_at() -> Any:
+        def stop_at() -> tuple[str, str, int] | None:
             values = request.constants[len(request.tape.constants) :]
             return request.sites.replay(request.tape, plan, values).stop_site
 
@@ -251,10 +252,10 @@ class ModelHost:
     def captured(
         self,
         backend: Any = "inductor",
-        mode: Any = None,
-        dynamic: Any = None,
+        mode: str | None = None,
+        dynamic: bool | None = None,
         fullgraph: bool = False,
-        options: Any = None,
+        options: dict | None = None,
         capture: str = "dynamo",
         regional: bool | None = None,
         passes: Sequence | None = None,

@@ -91,7 +91,7 @@ class ModuleInputs:
         return Batch(args, kwargs, sum(b.rows for b in batches), any(b.text for b in batches))
 
     @staticmethod
-    def _join(index: int, column: list) -> Any:
+    def _join(index: int, column: list) -> object:
         first = column[0]
         if isinstance(first, torch.Tensor) and first.dim() > 0:
             if any(x.shape[1:] != first.shape[1:] for x in column):

@@ -7,7 +7,7 @@ import inspect
 import typing
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn as nn
 
@@ -123,7 +123,7 @@ def _taken(module: nn.Module, fn: str | None) -> Taken | None:
     return Taken(frozenset(names | {f"{part}_{name}" for part in ("encoder", "decoder") for name in names}), False)
 
 
-def _parameters(function: Any) -> list[inspect.Parameter] | None:
+def _parameters(function: Callable) -> list[inspect.Parameter] | None:
     try:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # TorchScript, C

@@ -18,6 +18,8 @@ from .prompts import PromptInputs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..envoys.envoy import Envoy
+
 
 class LanguageModel(NNsight):
     """Wrap a transformers language model, by hub id, by folder, or one that is loaded already.
@@ -53,9 +55,9 @@ class LanguageModel(NNsight):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         rename: Rename | None = None,
-        envoys: Any = None,
+        envoys: object = None,
         dispatch: bool = False,
-        **from_pretrained: Any,
+        **from_pretrained: object,
     ):
         self._source: ModelSource | None = None
         if not isinstance(model, nn.Module):
@@ -104,7 +106,7 @@ class LanguageModel(NNsight):
         """The transformers configuration of the model."""
         return self._module.config
 
-    def generate(self, *args: Any, compile: bool | dict | None = None, trace: bool = True, **kwargs: Any) -> Any:
+    def generate(self, *args: object, compile: bool | dict | None = None, trace: bool = True, **kwargs: Any) -> Any:
         """Generate tokens with the interventions of a `with` block; keywords are those of transformers' `generate`.
 
         ```python
@@ -120,6 +122,6 @@ class LanguageModel(NNsight):
         return self.trace(*args, fn="generate", compile=compile, trace=trace, **kwargs)
 
     @property
-    def generator(self) -> Any:
+    def generator(self) -> Envoy | Generator:
         """What `generate` returns (`.output`), and the tokens as they come (`.streamer.output`)."""
         return self._child("generator") if "generator" in self._module._modules else Generator(self, "model.generator")

@@ -31,7 +31,7 @@ class ModelNotFoundError(NNsightFXError, FileNotFoundError):
 class ModelSource:
     """A model that can be loaded, by folder or hub id, with the options of `from_pretrained`."""
 
-    def __init__(self, name: str | os.PathLike, options: dict[str, Any]):
+    def __init__(self, name: str | os.PathLike, options: dict[str, object]):
         self.options = {"trust_remote_code": False} | options
         self.folder = _folder(name, self.options)
         self.where = self.folder or str(name)
@@ -78,7 +78,7 @@ class ModelSource:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def _of(self, *names: str) -> dict[str, Any]:
+    def _of(self, *names: str) -> dict:
         return {k: v for k, v in self.options.items() if k in names}
 
     def _no_model(self, error: Exception) -> ModelNotFoundError:
@@ -89,14 +89,14 @@ class ModelSource:
         )
 
 
-def _dtype(dtype: Any, config: Any) -> torch.dtype:
+def _dtype(dtype: Any, config: object) -> torch.dtype:
     """The dtype that `from_pretrained` would choose."""
     if dtype is None or dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _folder(name: str | os.PathLike, options: dict[str, Any]) -> str | None:
+def _folder(name: str | os.PathLike, options: dict) -> str | None:
     """The folder that `name` is, or None for a hub id. A path to nothing is a `ModelNotFoundError`."""
     path = Path(name).expanduser()
     inner = path / options.get("subfolder", "")

@@ -50,9 +50,9 @@ class NNsight(Edits, Envoy):
         ValueError: an alias that would hide something, or that names two modules.
     """
 
-    envoys: Any = None
+    envoys: object = None
 
-    def __init__(self, module: nn.Module, *, rename: Rename | None = None, envoys: Any = None):
+    def __init__(self, module: nn.Module, *, rename: Rename | None = None, envoys: object = None):
         if not isinstance(module, nn.Module):
             raise TypeError(
                 f"{user_line()}: `NNsight` wraps an `nn.Module`, and got {module!r}. A name or a folder is for `LanguageModel`."
@@ -181,7 +181,7 @@ class NNsight(Edits, Envoy):
         made._tree, made._host = self._tree.copy(made), self._host.copy(made)
         return made
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         opened, self._host.unpacks = self._host.unpacks, None
         if opened is not None and not opened.tape.ops and _binds_two(sys._getframe(1)):  # `as (tracer, edited)`
             return iter((opened, self))
@@ -193,7 +193,9 @@ class NNsight(Edits, Envoy):
         return Session()
 
     @keywords.shows(sweep)
-    def sweep(self, fn: Callable[..., Any], inputs: Any, /, over: Mapping[str, Iterable], **options: Any) -> Results:
+    def sweep(
+        self, fn: Callable[..., object], inputs: object, /, over: Mapping[str, Iterable], **options: Any
+    ) -> Results:
         for name in options.keys() & {"fn", "inputs"}:
             raise TypeError(
                 f"{user_line()}: `{name}=` is ambiguous: a sweep takes its body and its inputs by position. Where the model takes a `{name}` "
@@ -203,11 +205,11 @@ class NNsight(Edits, Envoy):
         return sweep(self, fn, inputs, over, **options)
 
     @keywords.shows(harvest)
-    def harvest(self, dataset: Iterable, sites: Any, out: Any, **options: Any) -> Activations:
+    def harvest(self, dataset: Iterable, sites: object, out: Any, **options: Any) -> Activations:
         self._check_options("harvest", harvest, options)
         return harvest(self, dataset, sites, out, **options)
 
-    def program(self, fn: Callable[..., Any], *, stop: bool = False, **options: object) -> Program:
+    def program(self, fn: Callable[..., object], *, stop: bool = False, **options: object) -> Program:
         """`fn(tracer, *args)` as a function `program(inputs, *args)`, recorded once for each kind of input; see `Program`.
 
         `stop` ends each forward behind the last site of the body. `options` are keywords of every trace: `compile`, `fn`, `pad_to`, and the model's own.
@@ -224,7 +226,7 @@ class NNsight(Edits, Envoy):
         self._check_options("program", NNsight.program, options)
         return Program(self, fn, stop, options)
 
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+    def explain(self, *args: object, **kwargs: Any) -> Explanation:
         """What ran how: engine, segments and graph breaks, compiles, passes, what ran outside captured code, the latest trace.
 
         With inputs the model runs on them first, without interventions.

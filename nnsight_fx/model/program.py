@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -31,6 +31,10 @@ from ..tracing.contexts import Tracer
 from ..tracing.lazy import LazyTensor, key_of
 from .inputs import Batch
 
+if TYPE_CHECKING:
+    from .model import NNsight
+
+
 _PLAIN = (torch.Tensor, *PLAIN)
 ENTRIES = 64  # recordings that a program keeps
 KINDS = Read | Write | Skip | Call | CallModule | Save | StopRun
@@ -49,7 +53,7 @@ class Program:
     objects, generation, tensors of its own changed in place), is traced each time; `explain()` says which, and why.
     """
 
-    def __init__(self, model: Any, fn: Callable[..., Any], stop: bool, options: dict[str, Any]):
+    def __init__(self, model: NNsight, fn: Callable, stop: bool, options: dict):
         self.model, self.fn, self.stop, self.options = model, fn, stop, options
         self.recordings: OrderedDict[Hashable, RecordedBody] = OrderedDict()
         self.calls: OrderedDict[Hashable, RecordedBody] = (

@@ -155,7 +155,7 @@ class PromptInputs(ModuleInputs):
         known = (getattr(place, name, None) for place, name in places)
         return next((i for i in known if isinstance(i, int) and i >= 0), 0)
 
-    def ids_of(self, value: Any) -> Any:
+    def ids_of(self, value: Any) -> object:
         """Token ids of a string, or of the strings in a list; whatever else comes stays as it is."""
         if not tokens.is_text(value):
             return value
@@ -178,7 +178,7 @@ class PromptInputs(ModuleInputs):
             if isinstance(value, torch.Tensor) and value.shape[:2] == shape and value.dim() < 4
         }
 
-    def padded(self, batch: Batch, width: int) -> dict[str, Any]:
+    def padded(self, batch: Batch, width: int) -> dict:
         if width == self.length(batch):
             return batch.kwargs
         self.check_padding([self.length(batch) or 0, width])
@@ -191,7 +191,7 @@ class PromptInputs(ModuleInputs):
         fill = {**tokens.FILL, "input_ids": self.pad_id}
         return batch.kwargs | {n: tokens.pad(x, width, fill[n], self.left) for n, x in along.items()}
 
-    def positioned(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def positioned(self, kwargs: dict) -> dict:
         """Add `position_ids` where padding on the left would shift the tokens (SEMANTICS D9)."""
         mask = kwargs.get("attention_mask")
         if kwargs.get("position_ids") is not None or mask is None or mask.dim() != 2:

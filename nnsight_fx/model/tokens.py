@@ -35,7 +35,7 @@ FILL: dict[str, float] = {
 SHARED = ("token_type_ids", "position_ids")
 
 
-def named(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named(args: tuple, kwargs: Mapping[str, object]) -> dict:
     """An input by the model's names. What is given by position is the `input_ids`, or a dict of inputs."""
     if len(args) > 1:
         raise PromptError(
@@ -90,7 +90,7 @@ def token_ids(value: object, fill: float, left: bool) -> tuple[torch.Tensor, lis
     return ids.long(), lengths
 
 
-def companion(name: str, value: object, lengths: list[int], left: bool) -> Any:
+def companion(name: str, value: object, lengths: list[int], left: bool) -> object:
     """Another input along the tokens (one of `FILL`), in the rows of the prompts and padded like them.
 
     One row of `SHARED` inputs serves all prompts.
@@ -136,7 +136,7 @@ def positions(mask: torch.Tensor, length: int) -> torch.Tensor | None:
     return (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)[:, -length:]
 
 
-def merge(name: str, values: list, rows: list[int]) -> Any:
+def merge(name: str, values: list, rows: list[int]) -> object:
     """One input of several invokes: their rows are concatenated, a value that is the same in all stays."""
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
     if tensors and len(values) < len(rows):
@@ -177,8 +177,8 @@ def _has_rows(value: torch.Tensor, rows: int) -> bool:
     return value.dim() > 0 and len(value) == rows
 
 
-def _same(a: Any, b: Any) -> bool:
-    def equal(x: Any, y: Any) -> bool:
+def _same(a: object, b: object) -> bool:
+    def equal(x: object, y: Any) -> bool:
         return type(x) is type(y) and bool(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y)
 
     (one, spec), (two, other) = tree.flatten(a), tree.flatten(b)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class EnvoyTree:
     """Those of one model; an edited copy has its own."""
 
-    def __init__(self, model: NNsight, rename: Rename, classes: Any):
+    def __init__(self, model: NNsight, rename: Rename, classes: object):
         self.model = weakref.ref(model)
         self.rename, self.classes = rename, classes
         self.envoys: dict[int, Envoy] = {id(model._module): model}

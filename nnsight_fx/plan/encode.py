@@ -30,7 +30,7 @@ def encode(
     value: Any,
     tensor: Callable[[torch.Tensor], Key],
     number: Callable[[Lifted], Key],
-    other: Callable[[Any], Key] = Identity,
+    other: Callable[[object], Key] = Identity,
 ) -> Key:
     """The key of an argument; `tensor` gives that of a tensor, `number` that of a lifted number and `other` that of an object."""
     cls = type(value)

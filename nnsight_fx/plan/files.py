@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,13 +19,13 @@ _WHAT = {PLAN: "a saved plan", EDITS: "an export of edits"}
 _AGAIN = {PLAN: "Save the plan again, from the trace that made it,", EDITS: "Export the edits again"}
 
 
-def write(path: Any, kind: str, document: dict, tensors: dict[str, torch.Tensor]) -> None:
+def write(path: str | os.PathLike, kind: str, document: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Write a file, or leave what is there: never half of it."""
     document = {"version": VERSION, "torch": torch.__version__, **document}
     atomic.write(path, to_bytes(tensors, {"format": kind, "plan": json.dumps(document)}))
 
 
-def read(path: Any, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
+def read(path: str | os.PathLike, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """The document and the tensors of a file."""
     what = _WHAT[kind]
     try:

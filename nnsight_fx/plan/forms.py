@@ -31,7 +31,7 @@ from .verbs import Barrier, Call, CallModule, Grad, Read, RunBackward, Save, Set
 EDIT_KINDS = frozenset({verb.name for verb in (Read, Write, Skip, Call, CallModule, StopRun, Barrier)})
 PLAN_KINDS = EDIT_KINDS | {verb.name for verb in (Visit, Save, Grad, SetGrad, RunBackward)}
 
-_LITERALS: dict[str, dict[str, Any]] = {
+_LITERALS: dict[str, dict] = {
     "dtype": {str(x): x for x in vars(torch).values() if isinstance(x, torch.dtype)},
     "layout": {str(x): x for x in vars(torch).values() if isinstance(x, torch.layout)},
     "format": {str(x): x for x in vars(torch).values() if isinstance(x, torch.memory_format)},
@@ -83,7 +83,7 @@ def argument(key: Key, operation: Callable[[int], int] = lambda n: n) -> Any:
     return walk(key)
 
 
-def _literal(key: Plain) -> Any:
+def _literal(key: Plain) -> object:
     if key.cls is float:
         return {"float": key.held}
     if key.cls is torch.device:
@@ -93,7 +93,7 @@ def _literal(key: Plain) -> Any:
     return key.value if key.cls in (int, bool, str, type(None)) else _LITERAL_OF[key.value]
 
 
-def structure(spec: tree.Spec) -> Any:
+def structure(spec: tree.Spec) -> list | None:
     """The JSON of a tree's structure.
 
     Raises:
@@ -113,7 +113,7 @@ def modes(ambient: tuple) -> list:
     return [grad, inference, [[device, on, str(dtype)] for device, on, dtype in autocast]]
 
 
-def shapes(value: object) -> Any:
+def shapes(value: object) -> object:
     """The JSON of an input: of tensors the shapes and dtypes only."""
     if isinstance(value, torch.Tensor):
         return {"tensor": [list(value.shape), str(value.dtype)]}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from ..lines import Line
 from . import differences, printing
@@ -55,9 +54,9 @@ class Graph:
         self,
         plan: InterventionGraph,
         lines: Sequence[Line],
-        constants: Sequence[Any],
+        constants: Sequence[object],
         names: dict[int, str] | None = None,
-        recording: Any = None,
+        recording: object = None,
     ):
         self.plan, self.lines, self.constants = plan, list(lines), list(constants)
         self.names = names or {}  # constants by slot
@@ -104,7 +103,7 @@ class Graph:
     def diff(self, other: Graph) -> list[differences.Difference]:
         """Why the structures differ, so that the two do not share what is compiled; empty when they do."""
 
-        def say(graph: Graph) -> Any:
+        def say(graph: Graph) -> Callable:
             return lambda n: f"`{graph[n].code}` ({printing.short(graph.lines[n])})"
 
         return differences.diff(self.plan, other.plan, say(self), say(other))
@@ -139,7 +138,7 @@ class Graph:
         svg = drawing.svg(self)
         return {"text/plain": self.code} | ({"image/svg+xml": svg} if svg is not None else {})
 
-    def save_plan(self, path: str | os.PathLike, names: dict[str, Any] | None = None) -> None:
+    def save_plan(self, path: str | os.PathLike, names: dict[str, object] | None = None) -> None:
         """Write the plan to `path`: one safetensors file, the operations as JSON in its header; no pickle, no code.
 
         `names` calls saved values, caches and lifted tensors by name: `{"logits": logits, "steering": vector}`; a module that

@@ -69,7 +69,7 @@ class ValueKind:
         """What a slot of the constants, or a size, stands for."""
         raise NotImplementedError
 
-    def execute(self, n: int, op: Op) -> Any:
+    def execute(self, n: int, op: Op) -> object:
         """Run one `call`, `module`, `apply` or `sync` operation and return its result."""
         raise NotImplementedError
 
@@ -81,7 +81,7 @@ class ValueKind:
         """A leaf with an invoke's rows replaced."""
         raise NotImplementedError
 
-    def observed(self, leaf: object, how: Observation) -> Any:
+    def observed(self, leaf: object, how: Observation) -> object:
         """A leaf as an observation keeps it."""
         raise NotImplementedError
 
@@ -103,7 +103,7 @@ class Interleaver(ValueKind):
         self.bases: dict[
             Value, tuple
         ] = {}  # the leaf, invoke and rows that a value is a part of: its gradient is that leaf's
-        self.replaced: dict[int, Any] = {}  # gradients that the plan sets, until the backward comes by
+        self.replaced: dict[int, object] = {}  # gradients that the plan sets, until the backward comes by
         self.visiting: set[int] = set()  # invokes at a site inside a module that they call themselves
 
     # The schedule.
@@ -178,7 +178,7 @@ class Interleaver(ValueKind):
         """Do an operation's conditions hold?"""
         return all(bool(self.lookup(key)) for key in op.when)
 
-    def select(self, op: Op, new: object, old: object) -> Any:
+    def select(self, op: Op, new: object, old: object) -> object:
         """What a conditional operation makes of a leaf, where `holds` cannot tell."""
         return new
 
@@ -386,7 +386,7 @@ class TensorInterleaver(Interleaver):
         assert not isinstance(key, SizeExpr)  # a run and a scan know the sizes
         return self.constants[key.slot]
 
-    def observed(self, leaf: object, how: Observation) -> Any:
+    def observed(self, leaf: object, how: Observation) -> object:
         return observed(leaf, how)
 
     def _batched(self, leaf: object, invoke: int, batched: bool | None) -> tuple[int, int] | None:
@@ -411,7 +411,7 @@ class TensorInterleaver(Interleaver):
         return torch.cat([*before, new, *behind])  # no empty parts: they would hang the old leaf's graph on it
 
 
-def observed(leaf: object, how: Observation) -> Any:
+def observed(leaf: object, how: Observation) -> object:
     """A leaf as an observation keeps it."""
     for name, kwargs in how.steps if isinstance(leaf, torch.Tensor) else ():
         leaf = getattr(leaf, name)(**dict(kwargs))

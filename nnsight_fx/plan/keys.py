@@ -51,7 +51,7 @@ class Plain(NamedTuple):
 class SizeExpr(NamedTuple):
     """A size that is not known yet, as an expression over symbols."""
 
-    expr: Any
+    expr: object
 
 
 class Identity:
@@ -198,7 +198,7 @@ def slots(*keys: Key) -> list[int]:
     return [k.slot for k in leaves(*keys) if isinstance(k, TensorSlot | NumberSlot)]
 
 
-def objects(*keys: Key) -> list[Any]:
+def objects(*keys: Key) -> list[object]:
     """The objects in keys that are compared by identity."""
     return [k.obj for k in leaves(*keys) if isinstance(k, Identity)]
 

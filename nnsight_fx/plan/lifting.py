@@ -35,7 +35,7 @@ def _gathers(index: object) -> bool:
 _PLAIN = frozenset({int, slice})  # entries of an index that each take one dimension
 
 
-def _size_at(shape: Any, index: tuple, at: int) -> Any:
+def _size_at(shape: torch.Size | tuple, index: tuple, at: int) -> object:
     """The size of the dimension that entry `at` of an index takes, or `None` when the index is not plain."""
     if any(isinstance(i, torch.Tensor | list | bool) for i in index):
         return None
@@ -46,14 +46,14 @@ def _size_at(shape: Any, index: tuple, at: int) -> Any:
     return shape[dim] if -len(shape) <= dim < len(shape) else None
 
 
-def _position(value: int, size: object) -> Any:
+def _position(value: int, size: object) -> int | Lifted:
     """A lifted, non-negative position, or the number as it is where its range cannot be told."""
     if not isinstance(size, int) or not -size <= value < size:
         return value  # an unknown size: structure; out of range: torch raises at the user's line
     return Lifted("int", value % size, value if value < 0 else None)
 
 
-def _lift_index(index: Any, shape: Any) -> Any:
+def _lift_index(index: object, shape: torch.Size | tuple) -> object:
     if type(index) is int:
         return _position(index, _size_at(shape, (index,), 0))
     if type(index) is not tuple:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.overrides import get_overridable_functions, resolve_name
@@ -116,7 +115,7 @@ def _allowed(name: str) -> bool:
 
 
 @functools.cache
-def _names() -> dict[Any, str]:
+def _names() -> dict[object, str]:
     return {function: name for name, function in reversed(table().items())}
 
 

@@ -295,7 +295,7 @@ class InterventionGraph:
         return any(isinstance(self.ops[n].verb, Apply) for op, _ in writes for n, _ in op.needs)
 
 
-def fx_target(func: Any) -> tuple[str, Any, tuple]:
+def fx_target(func: Any) -> tuple[str, object, tuple]:
     """`(op, target, leading args)` by which `torch.fx` calls a function that reached `__torch_function__`.
 
     Method descriptors become `call_method`, property getters `getattr`.

@@ -136,7 +136,7 @@ def unflatten(leaves: list, spec: Spec, like: object = None) -> Any:
     return _build(spec, iter(leaves), like)
 
 
-def _build(spec: Spec, leaves: Iterator, old: object) -> Any:
+def _build(spec: Spec, leaves: Iterator, old: object) -> object:
     if spec is None:
         return next(leaves)
     kind, cls, keys, specs = spec
@@ -146,7 +146,7 @@ def _build(spec: Spec, leaves: Iterator, old: object) -> Any:
     return construct(kind, cls, keys, values, old)
 
 
-def construct(kind: str, cls: type, keys: tuple, values: list, like: object = None) -> Any:
+def construct(kind: str, cls: type, keys: tuple, values: list, like: object = None) -> object:
     """One container of type `cls` from its children."""
     if kind in ("tuple", "list", "structseq"):
         return cls(values)
@@ -177,7 +177,7 @@ def _slots(cls: type) -> list[str]:
     return [name for names in declared for name in ([names] if isinstance(names, str) else names)]
 
 
-def put(container: Any, kind: str, key: Any, value: Any) -> None:
+def put(container: Any, kind: str, key: Any, value: object) -> None:
     """Set one child of a list, dict or dataclass. A class that is two of these (diffusers' outputs), or keeps its items as
     attributes too, has the child in both places."""
     if kind in ("list", "dict"):
@@ -200,13 +200,13 @@ def leaf_count(spec: Spec) -> int:
     return 1 if spec is None else sum(leaf_count(s) for s in spec.children)
 
 
-def tree_map(fn: Callable[[Any], Any], value: object) -> Any:
+def tree_map(fn: Callable[[object], object], value: object) -> Any:
     """`value` with `fn` applied to each leaf; containers are new."""
     leaves, spec = flatten(value)
     return unflatten([fn(x) for x in leaves], spec, value)
 
 
-def replace(value: object, old: list, new: list) -> Any:
+def replace(value: object, old: list, new: list) -> object:
     """`value` with leaf `old[i]` replaced by `new[i]` where they differ.
 
     A container in which nothing changed stays the object it was; lists, dicts and dataclasses are changed in place,
@@ -215,7 +215,7 @@ def replace(value: object, old: list, new: list) -> Any:
     return _replace(value, zip(old, new, strict=True))
 
 
-def _replace(value: object, pairs: Iterator) -> Any:
+def _replace(value: object, pairs: Iterator) -> object:
     parts = children(value)
     if parts is None:
         old, new = next(pairs)

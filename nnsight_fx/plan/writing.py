@@ -42,13 +42,13 @@ class Origin:
     device: torch.device | None  # the model's
     members: list[str]  # of each worker: "edit", "input", "whole" (an invoke without input), "cache"
     inputs: list[tuple[tuple, dict]]  # of each "input"
-    caches: list[Any]  # the `tracing.tape.DeclaredCache`s
+    caches: list  # the `tracing.tape.DeclaredCache`s
     alone: bool  # one direct input, no invokes
     together: bool  # all inputs given first, by `tracer.batch`
     fn: str | None
     pad_to: int | None
     sites: list[list | None]  # what each read found: shape and dtype, leaf by leaf
-    slots: dict[int, Any]  # id of a saved value -> its key
+    slots: dict  # id of a saved value -> its key
     changed: set[int]  # ids of real tensors that the body changes
     waves: int
     generates: bool
@@ -140,7 +140,7 @@ class Writer:
 class PlanWriter(Writer):
     """One plan: `Graph.save_plan`."""
 
-    def __init__(self, graph: Any, names: dict[str, Any]):
+    def __init__(self, graph: Any, names: dict):
         if graph.recording is None:
             raise PlanError("this graph was not recorded by a trace; save the one that it was loaded from")
         self.graph, self.recording = graph, graph.recording

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import zipfile
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -17,10 +17,14 @@ from .. import atomic
 from ..compat.guards import guards
 from ..plan import tree
 
+if TYPE_CHECKING:
+    from ..tracing.contexts import Tracer
+
+
 PACKAGES = ("nnsight-fx", "torch", "transformers", "safetensors", "greenlet", "numpy", "accelerate", "peft", "triton")
 
 
-def write(tracer: Any, path: str | os.PathLike, inputs: bool = False) -> None:
+def write(tracer: Tracer, path: str | os.PathLike, inputs: bool = False) -> None:
     """One zip archive: the plan as code, what `explain()` says, the captured segments, what Dynamo
     guards on, and versions.
 
@@ -52,7 +56,7 @@ def write(tracer: Any, path: str | os.PathLike, inputs: bool = False) -> None:
     atomic.write(path, made.getvalue())
 
 
-def versions() -> dict[str, Any]:
+def versions() -> dict[str, object]:
     found = {}
     for name in PACKAGES:
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn as nn
 
@@ -34,7 +32,7 @@ class Explanation:
     ):
         self.module, self.captures, self.current, self.latest = module, captures, current, latest
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict:
         """The same facts as plain data."""
         return {
             "model": type(self.module).__name__,
@@ -64,7 +62,7 @@ class Explanation:
         return "; all ran on hooks so far, see below" if unable else ""
 
 
-def _of(capture: Capture) -> dict[str, Any]:
+def _of(capture: Capture) -> dict:
     entries = compat.dynamo.recompiles([e.inner for e in capture.entries.values() if e.inner is not None])
     limit = compat.dynamo.patience(len(capture.markers.paths))
     before, report = capture.nodes, capture.last[-1] if capture.last else []
@@ -104,7 +102,7 @@ def _of(capture: Capture) -> dict[str, Any]:
     }
 
 
-def _plain(option: object) -> Any:
+def _plain(option: object) -> object:
     """An option as data: passes by their names."""
     if isinstance(option, frozenset):
         return sorted(option)
@@ -113,7 +111,7 @@ def _plain(option: object) -> Any:
     return option
 
 
-def _text(facts: dict[str, Any]) -> list[str]:
+def _text(facts: dict) -> list[str]:
     lines = [f"  {', '.join(f'{k}={v}' for k, v in facts['options'].items())}"]
     spent = facts["seconds"]
     lines.append(

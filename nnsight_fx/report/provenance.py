@@ -10,7 +10,7 @@ import os
 import sys
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,10 +20,14 @@ from ..envoys.envoy import Observed, host_of
 from ..plan import tree
 from .bug_report import versions
 
+if TYPE_CHECKING:
+    from ..envoys.envoy import Envoy
+
+
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, slice, range)
 
 
-def of_model(model: Any) -> dict[str, Any]:
+def of_model(model: Envoy) -> dict[str, object]:
     """Which model: its class, and digests of its structure (modules, configuration, edits) and of its weights."""
     model.dispatch()
     module = model._module
@@ -38,7 +42,7 @@ def of_model(model: Any) -> dict[str, Any]:
     }
 
 
-def environment(model: Any, compile: Any) -> dict[str, Any]:
+def environment(model: Envoy, compile: object) -> dict[str, object]:
     """The engine, versions, hardware, and when."""
     capture = host_of(model).capture_for(compile)
     return {
@@ -51,7 +55,7 @@ def environment(model: Any, compile: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def hardware() -> dict[str, Any]:
+def hardware() -> dict[str, object]:
     """The processor, its cores, memory in bytes, and the GPUs."""
     return {
         "processor": _processor(),
@@ -85,7 +89,7 @@ def hashed(*values: object) -> str:
 class _Feed:
     def __init__(self):
         self.digest = hashlib.blake2b(digest_size=16)
-        self.seen: dict[int, tuple[int, Any]] = {}
+        self.seen: dict[int, tuple[int, object]] = {}
 
     def text(self, text: str) -> None:
         self.digest.update(f"{len(text)}:{text}".encode())

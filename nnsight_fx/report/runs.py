@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..engine.clock import seconds
 from ..engine.notes import SHARED, Notes
@@ -17,13 +17,16 @@ from ..envoys.envoy import host_of
 from ..lines import user_line
 from ..plan.printing import short
 
+if TYPE_CHECKING:
+    from ..envoys.envoy import Envoy
+
 
 @dataclass
 class Group:
     """Traces that ran together, or the reason why they did not."""
 
     strategy: str
-    lines: list[Any]
+    lines: list[object]
     why: str | None = None
     forwards: int = 0
     structures: int = 1
@@ -72,7 +75,7 @@ class Group:
         if line not in self.notes:
             self.notes.append(line)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict:
         hidden = ("lines", "further", "ran")
         facts = {k: v for k, v in vars(self).items() if v not in (None, []) and k not in hidden}
         facts |= {} if self.ran is None else {"ran": facts_of(self.ran)}
@@ -113,7 +116,7 @@ class Group:
 class Report:
     """Readable as text, `.to_dict()` for tools."""
 
-    def __init__(self, what: str = "session", line: Any = None):
+    def __init__(self, what: str = "session", line: object = None):
         self.what, self.line = what, line
         self.groups: list[Group] = []
         self.notes: list[str] = []  # of all of it: which engine, and why
@@ -152,7 +155,7 @@ class Report:
         else:
             self.groups.append(group)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict:
         """The same facts as plain data."""
         about = {"what": self.what, "line": None if self.line is None else str(self.line), "notes": self.notes}
         return about | {"groups": [g.to_dict() for g in self.groups]}
@@ -171,7 +174,7 @@ def _bare(note: str) -> str:
 
 
 @contextlib.contextmanager
-def gathered(model: Any, report: Report) -> Iterator[Report]:
+def gathered(model: Envoy, report: Report) -> Iterator[Report]:
     """What runs in the block is told in `report`, and not elsewhere."""
     outer, host_of(model).shared.verb = host_of(model).shared.verb, report
     try:
@@ -181,7 +184,7 @@ def gathered(model: Any, report: Report) -> Iterator[Report]:
 
 
 @contextlib.contextmanager
-def as_one(model: Any, what: str, line: Any) -> Iterator[Report]:
+def as_one(model: Envoy, what: str, line: object) -> Iterator[Report]:
     """Everything that runs in the block is one run, for `model.explain()`: that of the outermost verb, at `line`."""
     outer = host_of(model).shared.verb
     try:
@@ -198,7 +201,7 @@ def one_run(verb: Callable) -> Callable:
     """A function of a model, `verb(model, ...)`, that `model.explain()` tells as one run."""
 
     @functools.wraps(verb)
-    def told(model: object, *args: object, **kwargs: object) -> Any:
+    def told(model: Envoy, *args: object, **kwargs: object) -> Callable:
         with as_one(model, verb.__name__, user_line()):
             return verb(model, *args, **kwargs)
 

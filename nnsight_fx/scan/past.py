@@ -21,7 +21,7 @@ LENGTH = 23  # stands for the cache's length in a scan: shows up as a symbol, ne
 class Past:
     """A cache that grows by concatenation, of `length` tokens, which `queries` more follow."""
 
-    def __init__(self, cache: Any, length: int, queries: int, mask: Any):
+    def __init__(self, cache: Any, length: int, queries: int, mask: torch.Tensor | None):
         self.cache, self.length, self.queries, self.mask = cache, length, queries, mask
         self.inside = {id(t) for layer in cache.layers for t in (layer.keys, layer.values)}
 
@@ -86,7 +86,7 @@ def _covers(mask: object, length: int) -> bool:
     return isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[-1] == length
 
 
-def state(x: object, past: Past | None = None) -> Any:
+def state(x: object, past: Past | None = None) -> object:
     """What a scan depends on of an input that is no tensor; of a cache the shapes and numbers in it."""
     if isinstance(x, torch.Tensor):
         return (past.shape(x) if past else tuple(x.shape), x.dtype, x.device)
@@ -106,7 +106,7 @@ class _Copies(TorchFunctionMode):
         super().__init__()
         self.make = make
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         if func is not torch.Tensor.__deepcopy__:
             return func(*args, **(kwargs or {}))
         x, memo = args

@@ -71,7 +71,7 @@ def _part(function: object, copies: dict[nn.Module, nn.Module]) -> bool:
     return isinstance(owner, nn.Module) and owner in copies
 
 
-def _uncopyable(module: nn.Module) -> Iterator[tuple[int, Any]]:
+def _uncopyable(module: nn.Module) -> Iterator[tuple[int, object]]:
     """Attributes of which there is no copy (operators, locks, clients): the copy holds the same."""
     for m in module.modules():
         for name, value in vars(m).items():
@@ -86,7 +86,7 @@ def _from_meta(module: nn.Module) -> None:
     """What is not loaded yet as if it were on the CPU, where the inputs are."""
     moved: dict[int, torch.Tensor] = {}
     for m in module.modules():
-        tables: list[Any] = [m._parameters, m._buffers]
+        tables: list = [m._parameters, m._buffers]
         for table in tables:
             for name, t in table.items():
                 if t is not None and t.device.type == "meta":
@@ -105,7 +105,7 @@ class Scan:
         self.ended: BaseException | None = None  # why it could not go on
         self.stop_site: Site | None = None
         self.deciders: set[str] = set()  # the modules whose Python looks at values, which the scan guesses
-        self.called: dict[str, Any] = {}  # what each operation inside a module called first
+        self.called: dict = {}  # what each operation inside a module called first
 
     def decided(self, path: str | None) -> bool:
         """Do values decide how often a module is called? `None`: any module."""
@@ -124,7 +124,7 @@ class Scan:
 
 def scan(
     copied: nn.Module,
-    call: Callable[[nn.Module], Any],
+    call: Callable[[nn.Module], object],
     fakes: FakeTensorMode,
     *,
     plan: TensorInterleaver | None = None,
@@ -132,7 +132,7 @@ def scan(
     unsure: Callable[[], bool] = lambda: False,
     frames: Collection[str] = (),
     inside: list[str] | None = None,
-    real: Callable[[nn.Module], Any] = lambda m: None,
+    real: Callable[[nn.Module], object] = lambda m: None,
 ) -> Scan:
     """Run `call(copied)` on fakes and note every site; with `plan`, its interventions take effect on the way.
 
@@ -142,7 +142,7 @@ def scan(
     running = [] if inside is None else inside
     counts, clock = found.counts, Clock()
 
-    def known(x: object) -> Any:
+    def known(x: object) -> object:
         if isinstance(x, (torch.Tensor, FunctionType, BuiltinFunctionType, *PLAIN)):
             return x
         module = real(x) if isinstance(x, nn.Module) else None
@@ -176,7 +176,7 @@ def scan(
         return value
 
     def observer(frame: str, depth: int) -> Callable:
-        def op(name: str, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        def op(name: str, fn: Callable, /, *args: object, **kwargs: object) -> Any:
             path = f"{frame}.{name}"
             args, kwargs = note(path, "input", (args, kwargs), depth)
             found.called.setdefault(path, fn)
@@ -208,7 +208,7 @@ def scan(
         def before(m: nn.Module, args: tuple, kwargs: dict, path: str = path) -> Any:
             return note(path, "input", (args, kwargs))
 
-        def after(m: nn.Module, args: tuple, kwargs: dict, out: object, path: str = path) -> Any:
+        def after(m: nn.Module, args: tuple, kwargs: dict, out: object, path: str = path) -> object:
             return note(path, "output", out)
 
         put(module, before, after)
@@ -254,7 +254,7 @@ class Mended(TorchDispatchMode):
     are asked for; its fake gives a tensor.
     """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         if func._schema.name.startswith("aten::quantize_per"):
             raise NotImplementedError("there are no fakes of quantised tensors")
         if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:
@@ -265,7 +265,7 @@ class Mended(TorchDispatchMode):
         return out
 
 
-def _given(func: Any, args: tuple, kwargs: dict | None, name: str) -> Any:
+def _given(func: Callable, args: tuple, kwargs: dict | None, name: str) -> object:
     """An argument of a call of an operator."""
     named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
     return named.get(name, next(a.default_value for a in func._schema.arguments if a.name == name))
@@ -294,7 +294,7 @@ class Clock:
 
 def _fire(
     plan: TensorInterleaver, site: Site, value: object, leaves: list, spec: tree.Spec
-) -> tuple[Any, list, tree.Spec]:
+) -> tuple[object, list, tree.Spec]:
     old = list(leaves)
     firing = Firing(site, leaves, spec)
     plan.fire(firing)

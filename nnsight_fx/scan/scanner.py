@@ -38,14 +38,14 @@ STEPS = 100_000  # recorded operations kept a scan
 class Signature:
     """What all recordings over inputs of one kind share: the tree of steps and the scan."""
 
-    def __init__(self, found: Scan, keep: Any, fn: str | None = None):
+    def __init__(self, found: Scan, keep: object, fn: str | None = None):
         self.scan, self.keep, self.fn = found, keep, fn
         self._root = Step()
         self.inputs: Callable[[], Any] = lambda: ((), {})  # fresh fakes of them: a forward fills a cache
-        self.past: dict[Any, int] = {}  # symbols of sizes that grow with a cache, and what each is beyond its length
+        self.past: dict[object, int] = {}  # symbols of sizes that grow with a cache, and what each is beyond its length
         self.holds: Callable[[list], bool] = lambda values: True  # is it the scan for such lengths
         self.rescans: OrderedDict[Step, Scan] = OrderedDict()
-        self.symbols: tuple[Any, Any] = (None, None)  # of rows and length, in a scan over unknown sizes
+        self.symbols: tuple = (None, None)  # of rows and length, in a scan over unknown sizes
         self.metas: dict[tuple, SiteMeta | Missing] = {}
         self.frames: frozenset[str] = frozenset()  # the modules that the scan looks into
 
@@ -251,7 +251,7 @@ def _fixed(leaves: list, unknown: tuple) -> tuple:
     )
 
 
-def faked(fakes: FakeTensorMode, x: object, make: Callable | None = None) -> Any:
+def faked(fakes: FakeTensorMode, x: object, make: Callable | None = None) -> object:
     if isinstance(x, torch.Tensor):
         return make(x) if make else fakes.from_tensor(x, static_shapes=True)
     if isinstance(x, PLAIN) or callable(x):
@@ -271,7 +271,7 @@ def _again(inputs: list) -> list:
             made[id(x)] = x if x.requires_grad else x.detach()  # which a write of something that does would change
         return made[id(x)]
 
-    def again(x: object) -> Any:
+    def again(x: object) -> object:
         return own(x) if isinstance(x, torch.Tensor) else x if isinstance(x, PLAIN) or callable(x) else copied(x, own)
 
     with NoTorchFunction():

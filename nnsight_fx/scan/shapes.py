@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 import sympy
@@ -26,7 +27,7 @@ class _Unknown(PaddedLengthUnknown, GuardOnDataDependentSymNode):
 
     def __init__(self, message: str):
         Exception.__init__(self, message)
-        self.cond: Any = None
+        self.cond: object = None
 
 
 class Shapes(ShapeEnv):
@@ -46,7 +47,7 @@ class Shapes(ShapeEnv):
 
     def _first_turns(self) -> bool:
         """Is a line decided for the first times? A `while` on values would never end with one answer."""
-        frame: Any = sys._getframe(2)
+        frame: FrameType = sys._getframe(2)
         while frame.f_back is not None and frame.f_code.co_filename.startswith(BELOW):
             frame = frame.f_back
         line = (id(frame), frame.f_lineno)
@@ -63,7 +64,7 @@ class Shapes(ShapeEnv):
     def allow_dynamic_output_shape_ops(self) -> bool:
         return self.guessing
 
-    def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
+    def evaluate_expr(self, orig_expr: Any, *args: object, **kwargs: object) -> object:
         try:
             return super().evaluate_expr(orig_expr, *args, **kwargs)
         except GuardOnDataDependentSymNode:
@@ -74,7 +75,7 @@ class Shapes(ShapeEnv):
             guess = orig_expr.xreplace({s: sympy.Integer(1) for s in free_unbacked_symbols(orig_expr)})
             return guess if guess not in (sympy.true, sympy.false) or self._first_turns() else sympy.Not(guess)
 
-    def _make_data_dependent_error(self, *args: object, **kwargs: object) -> Any:
+    def _make_data_dependent_error(self, *args: object, **kwargs: object) -> PaddedLengthUnknown:
         return _Unknown(
             f"{user_line()}: the padded length of this batch is not known before all its prompts are. Index from the right "
             "(`h[:, -1]`), give the prompts first (`a, b = tracer.batch(p1, p2)`, then `with a:` and `with b:`), or fix the length "

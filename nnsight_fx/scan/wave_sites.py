@@ -32,8 +32,8 @@ class WaveSites:
         self,
         scanner: Scanner,
         signature: Signature,
-        rows_of: Callable[[int], Any],
-        length: Any,
+        rows_of: Callable[[int], object],
+        length: object,
         alone: Callable[[int], Signature | None] = lambda index: None,
         past: int | None = None,
     ):
@@ -176,7 +176,7 @@ class WaveSites:
             leaves.append(leaf)
         return meta._replace(leaves=tuple(leaves) if sizes else meta.leaves, sizes=tuple(sizes))
 
-    def symbol(self, expr: object) -> Any:
+    def symbol(self, expr: object) -> sympy.Symbol | None:
         """The size that an expression over the padded length stands for."""
         return self.scanner.shapes.create_symintnode(expr, hint=None)
 
@@ -204,7 +204,7 @@ class FakeInterleaver(TensorInterleaver):
         """Fakes cannot tell, and what a conditional operation changes keeps its metadata; a skip or stop may not come."""
         return not isinstance(op.verb, Skip | StopRun)
 
-    def select(self, op: Op, new: Any, old: Any) -> Any:
+    def select(self, op: Op, new: Any, old: Any) -> object:
         return torch.where(self.lookup(op.when[-1]), new, old) if op.when else new
 
     def tap(self, n: int, op: Op) -> None:
@@ -215,7 +215,7 @@ class FakeInterleaver(TensorInterleaver):
     def differentiate(self, n: int, op: Op, verb: RunBackward) -> None:
         """Fakes have no graph to go back through; their gradients were there at once."""
 
-    def execute(self, n: int, op: Op) -> Any:
+    def execute(self, n: int, op: Op) -> object:
         verb = op.verb
         if not isinstance(verb, Call | CallModule):
             return None

@@ -47,7 +47,7 @@ def export(model: Any, path: str) -> None:
     files.write(path, files.EDITS, {"model": type(module).__name__, "edits": edits}, held)
 
 
-def imported(model: object, path: str) -> list[Draft]:
+def imported(model: Any, path: str) -> list[Draft]:
     """The edits in a file, for a model."""
     if not os.path.exists(path):
         folder = os.path.dirname(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from ..lines import Line
 from ..plan.forms import decode
 from ..plan.names import effect_of
 from ..plan.verbs import Call, CallModule, Read, Skip, Visit, Write
+
+if TYPE_CHECKING:
+    from ..envoys.envoy import Envoy
 
 
 class Stored:
@@ -29,7 +32,7 @@ class Stored:
         path: str,
         data: dict,
         tensors: dict[str, torch.Tensor],
-        model: Any,
+        model: Envoy,
         kinds: frozenset[str],
         functions: dict[str, Callable],
     ):
@@ -114,9 +117,7 @@ class Stored:
         return self.slots[slot][1]
 
 
-def arguments(
-    op: dict, value: Callable[[int, int], Any], constant: Callable[[int], Any]
-) -> tuple[list, dict[str, Any]]:
+def arguments(op: dict, value: Callable[[int, int], object], constant: Callable[[int], object]) -> tuple[list, dict]:
     """The arguments of an operation."""
     named = op.get("kwargs", {})
     kwargs = decode(list(named.values()), value, constant)

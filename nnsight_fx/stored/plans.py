@@ -7,7 +7,7 @@ is, runs on every engine, and shares what is compiled with the trace that made i
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -22,13 +22,16 @@ from ..tracing.contexts import Tracer
 from .file import Stored, line_of, undamaged
 from .replay import Edit, Replay
 
+if TYPE_CHECKING:
+    from ..envoys.envoy import Envoy
 
-def save_plan(tracer: Tracer, path: str | os.PathLike, names: dict[str, Any] | None = None) -> None:
+
+def save_plan(tracer: Tracer, path: str | os.PathLike, names: dict[str, object] | None = None) -> None:
     """`tracer.graph.save_plan(path, names)`."""
     tracer.graph.save_plan(path, names)
 
 
-def load_plan(path: str | os.PathLike, model: object) -> Plan:
+def load_plan(path: str | os.PathLike, model: Envoy) -> Plan:
     """A plan that `save_plan` wrote, for `model`.
 
     ```python
@@ -50,7 +53,7 @@ def load_plan(path: str | os.PathLike, model: object) -> Plan:
 class Plan:
     """A loaded plan. `constants` are the lifted values by name, `saved` the names of what it returns: values, and caches."""
 
-    def __init__(self, path: str, document: dict, tensors: dict[str, torch.Tensor], model: Any):
+    def __init__(self, path: str, document: dict, tensors: dict[str, torch.Tensor], model: Envoy):
         self.path, self.document, self.model = path, document, model
         with undamaged(path):
             self._stored = Stored(path, document, tensors, model, PLAN_KINDS, table())
@@ -68,7 +71,7 @@ class Plan:
         self.graph: Graph | None = self._fit()
 
     @property
-    def constants(self) -> dict[str, Any]:
+    def constants(self) -> dict:
         """The lifted values by name; `plan(..., constants={name: other})` runs with others."""
         return dict(self._stored.slots)
 
@@ -79,7 +82,7 @@ class Plan:
         """Record the plan on the input it was made for, running nothing: what does not fit the model is refused here."""
         if self.document["inputs"] is None:
             return None
-        given: list[Any] = [decode(i, _no, _no) for i in self.document["inputs"]]
+        given: list = [decode(i, _no, _no) for i in self.document["inputs"]]
         if self.document["alone"]:
             args, kwargs = given[0]
         else:
@@ -91,10 +94,10 @@ class Plan:
     def __call__(
         self,
         *inputs: object,
-        constants: dict[str, Any] | None = None,
+        constants: dict[str, object] | None = None,
         compile: bool | dict | None = None,
         **kwargs: object,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Run the model on an input with these interventions, and return the saved values by name, in order; caches come last.
 
         A plan with one input takes what `model.trace` takes; one with invokes takes one positional argument for each
@@ -106,7 +109,7 @@ class Plan:
         """
         return self._record(inputs, kwargs, constants or {}, scan=False, compile=compile)[0]
 
-    def _with(self, given: dict[str, Any]) -> list[Any]:
+    def _with(self, given: dict) -> list[object]:
         known = self.constants
         for name, value in given.items():
             if name not in known:
@@ -129,7 +132,7 @@ class Plan:
 
     def _record(
         self, inputs: tuple, kwargs: dict, constants: dict, *, scan: bool, compile: object
-    ) -> tuple[dict[str, Any], Graph]:
+    ) -> tuple[dict[str, object], Graph]:
         document, replay = self.document, Replay(self._stored, self._with(constants), strict=scan)
         options = {"fn": document["fn"], "pad_to": document["pad_to"]}
         options |= {} if scan else {"compile": compile}
@@ -143,7 +146,7 @@ class Plan:
             model = model._copy()
             host_of(model).edits = [Edit(replay, self._numbers(i)) for i in range(self._edits)]
         open_trace = model.scan if scan else model.trace
-        caches: dict[str, Any] = {}
+        caches: dict = {}
         with open_trace(*(inputs if direct else ()), **(kwargs if direct else {}), **options) as tracer:
             if direct:
                 caches |= self._caches(tracer, self._edits)
@@ -161,7 +164,7 @@ class Plan:
         """The operations of one member."""
         return [n for n, op in enumerate(self.document["operations"]) if op["invoke"] == member]
 
-    def _caches(self, tracer: Any, member: int) -> dict[str, Any]:
+    def _caches(self, tracer: Tracer, member: int) -> dict[str, object]:
         """Declare the caches of an invoke that has just been opened."""
         made = {}
         for c in self.document["caches"]:
@@ -172,7 +175,7 @@ class Plan:
                 tracer.tape.lines[mark:] = [line_of(c)] * (len(tracer.tape.lines) - mark)
         return made
 
-    def _invokes(self, tracer: Any, replay: Replay, inputs: tuple, caches: dict[str, Any]) -> None:
+    def _invokes(self, tracer: Tracer, replay: Replay, inputs: tuple, caches: dict[str, object]) -> None:
         """Open the invokes in order, each around its operations."""
         roles, given = self.document["members"][self._edits :], iter(map(_Input.of, inputs))
         prepared = iter(
@@ -229,5 +232,5 @@ def _facts(value: object) -> str:
     )
 
 
-def _no(*_: object) -> Any:
+def _no(*_: object) -> NoReturn:
     raise ValueError("an input holds no values")

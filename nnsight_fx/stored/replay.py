@@ -31,7 +31,7 @@ class Replay:
 
     def __init__(self, stored: Stored, constants: list, *, strict: bool):
         self.stored, self.constants, self.strict = stored, constants, strict
-        self.values: list[list[Any]] = [[] for _ in stored.operations]
+        self.values: list[list] = [[] for _ in stored.operations]
 
     def operations(self, tape: Tape, numbers: Iterable[int]) -> None:
         for n in numbers:
@@ -51,7 +51,7 @@ class Replay:
     @contextlib.contextmanager
     def _conditions(self, tape: Tape, op: dict) -> Iterator[None]:
         """What must hold for the operation, as open blocks of `tracer.cond`."""
-        blocks: list[Any] = tape.conditions.blocks
+        blocks: list = tape.conditions.blocks
         held = decode(op.get("when", []), self._value, self.constants.__getitem__)
         blocks += map(Held, held)
         try:
@@ -65,7 +65,7 @@ class Replay:
     def _unfit(self, op: dict, why: str) -> PlanError:
         return PlanError(f"`{self.stored.path}` does not fit this model: {op['line']} {why}")
 
-    def _operation(self, tape: Tape, op: dict) -> Any:
+    def _operation(self, tape: Tape, op: dict) -> object:
         kind: str = op["kind"]
         target: Any = op.get("target")
         if kind in (Read.name, Write.name, Skip.name) and is_inside(target[0]) and target[0] not in self.stored.paths:
@@ -112,16 +112,16 @@ class Replay:
             )
         tape.write(site, tree.unflatten(leaves, spec))
 
-    def _read(self, tape: Tape, site: Site, op: dict) -> Any:
+    def _read(self, tape: Tape, site: Site, op: dict) -> object:
         value = tape.read(site)
-        leaves: list[Any] = tree.flatten(value)[0]
+        leaves: list = tree.flatten(value)[0]
         found: Any = op["found"]
         name = ".".join(p for p in site[:2] if p)
         if found is not None and len(found) != len(leaves):
             raise self._unfit(
                 op, f"reads `{name}`, which has {len(leaves)} values, and had {len(found)} when that was recorded."
             )
-        before: list[Any] = found or []
+        before: list = found or []
         for leaf, was in zip(leaves, before, strict=False):
             if was is None or not isinstance(leaf, torch.Tensor):
                 continue

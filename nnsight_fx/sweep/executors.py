@@ -13,7 +13,7 @@ that dies costs its chunk's time; the store is written here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..errors import nearest
 from ..lines import user_line
@@ -36,7 +36,7 @@ class Serial:
             yield chunk, job(chunk)
 
 
-NAMES: dict[str, Any] = {"serial": Serial, "devices": Devices, "ray": Ray}
+NAMES: dict = {"serial": Serial, "devices": Devices, "ray": Ray}
 
 
 def chosen(executor: str | Executor | None) -> Executor:

@@ -7,7 +7,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -21,6 +21,10 @@ from ..report.provenance import hashed
 from ..report.runs import Report, gathered
 from ..tracing.lazy import LazyTensor
 from .store import label, short
+
+if TYPE_CHECKING:
+    from ..envoys.envoy import Envoy
+
 
 PROMPT = "prompt"  # the axis of a list of inputs
 
@@ -42,11 +46,11 @@ class Done(NamedTuple):
 class SweepJob:
     """One body over a grid. Called with the numbers of some cells it runs them, in one session."""
 
-    model: Any
+    model: Envoy
     fn: Callable
-    inputs: list[Any]
+    inputs: list
     axes: dict[str, list]
-    options: dict[str, Any]
+    options: dict
     many: bool = False  # the first axis are the inputs
     prepare: Callable | None = None
     stop: bool = False
@@ -106,7 +110,7 @@ class SweepJob:
 
     def __call__(self, chunk: Sequence[int], ready: bool = False) -> Done:
         """Run some cells; `ready`: what they need is `prepared`."""
-        saved: list[dict[str, Any]] = []
+        saved: list[dict] = []
         plans: list[str] = []
         options = {**self.options, "compile": False} if self.on_hooks else self.options
         if not self.on_hooks:
@@ -150,7 +154,7 @@ def given(model: object, item: object) -> tuple[tuple, dict]:
     return (item,), {}
 
 
-def look(model: Any, item: Any) -> tuple[str, tuple, tuple[int | None, bool]]:
+def look(model: Envoy, item: object) -> tuple[str, tuple, tuple[int | None, bool]]:
     """A digest of one input as the model gets it, the shapes in it, how many tokens it has, and is it text."""
     args, kwargs = given(model, item)
     batch = host_of(model).inputs.prepare(args, kwargs)
@@ -170,12 +174,12 @@ def _told(value: object) -> str:
     return text if short(text) or isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def _own(x: object) -> Any:
+def _own(x: object) -> object:
     """An input that a body, or the model, may change in place: the next cell has it as it was."""
     return x.clone() if isinstance(x, torch.Tensor) else x
 
 
-def _saved(result: object) -> dict[str, Any]:
+def _saved(result: object) -> dict[str, object]:
     """What a body returned, by name, saved."""
     named = dict(result) if isinstance(result, Mapping) else {"result": result}
     for name, value in named.items():
@@ -189,7 +193,7 @@ def _saved(result: object) -> dict[str, Any]:
     return named
 
 
-def _caller(fn: Callable, names: tuple[str, ...], many: bool) -> Callable[[Any, tuple], Any]:
+def _caller(fn: Callable, names: tuple[str, ...], many: bool) -> Callable[[object, tuple], object]:
     """`fn` with a cell's values by name, where it has parameters of these names; else in their order, without the prompt."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())[1:]

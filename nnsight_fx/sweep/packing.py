@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,10 @@ from ..compat.transformers import without_library_hooks
 from ..envoys.envoy import Envoy, host_of, path_of
 from ..errors import MissingExtraError
 from ..lines import user_line
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
 
 try:
     import cloudpickle
@@ -47,11 +51,11 @@ def unpack(data: bytes, device: str | None) -> Any:
     return torch.load(io.BytesIO(data), map_location=device, weights_only=False)
 
 
-def _model(cls: Any, module: Any, state: dict, compiled: dict | None) -> object:
+def _model(cls: type, module: nn.Module, state: dict, compiled: dict | None) -> object:
     return cls.unpacked(module, state, compiled)
 
 
-def _envoy(root: Any, path: str) -> Any:
+def _envoy(root: Envoy, path: str) -> Any:
     return root.get(path)
 
 
@@ -60,7 +64,7 @@ if cloudpickle is not None:
     class Pickler(cloudpickle.Pickler):
         """What `torch.save` writes a job with."""
 
-        def reducer_override(self, obj: object) -> Any:
+        def reducer_override(self, obj: object) -> object:
             if isinstance(obj, torch.nn.Module):
                 return without_library_hooks(obj)
             if not isinstance(obj, Envoy):

@@ -90,11 +90,11 @@ class Pool:
     def start(self, slot: int, artifacts: bytes | None) -> Any:
         raise NotImplementedError
 
-    def submit(self, worker: object, chunk: list[int], wanted: bool) -> Any:
+    def submit(self, worker: object, chunk: list[int], wanted: bool) -> object:
         """Begin; a ticket for the result."""
         raise NotImplementedError
 
-    def wait(self, tickets: list) -> Any:
+    def wait(self, tickets: list) -> object:
         """A ticket whose worker has done, or is lost."""
         raise NotImplementedError
 

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import traceback
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any
 
 import torch
 
@@ -59,7 +58,7 @@ class Devices(Pool):
         _send(worker, (chunk, wanted))
         return worker
 
-    def wait(self, tickets: list[Connection]) -> Any:
+    def wait(self, tickets: list[Connection]) -> object:
         return wait(tickets)[0]
 
     def result(self, ticket: Connection) -> tuple[Done, bytes | None]:

@@ -50,10 +50,10 @@ class Ray(Pool):
         self.alive.append(actor)
         return actor
 
-    def submit(self, worker: Any, chunk: list[int], wanted: bool) -> Any:
+    def submit(self, worker: Any, chunk: list[int], wanted: bool) -> object:
         return worker.work.remote(chunk, wanted)
 
-    def wait(self, tickets: list) -> Any:
+    def wait(self, tickets: list) -> object:
         return self.ray.wait(tickets, num_returns=1)[0][0]
 
     def result(self, ticket: object) -> tuple[Done, bytes | None]:

@@ -6,7 +6,8 @@ import importlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -35,7 +36,7 @@ class Results:
         self,
         over: Mapping[str, Sequence],
         values: dict[str, torch.Tensor],
-        manifest: dict[str, Any],
+        manifest: dict[str, object],
         errors: dict[str, torch.Tensor] | None = None,
         baselines: dict[str, torch.Tensor] | None = None,
         labels: dict[str, list[str]] | None = None,
@@ -86,7 +87,7 @@ class Results:
         """One row for each cell (and element of a result), the axes as columns; needs the extra `sweep`."""
         return self.dataset.to_dataframe().reset_index()
 
-    def heatmap(self, path: str | os.PathLike | None = None, name: str | None = None, **labels: object) -> Any:
+    def heatmap(self, path: str | os.PathLike | None = None, name: str | None = None, **labels: object) -> object:
         """Draw a result of one number a cell over two axes: the first upwards, the second to the right.
 
         `path` is written by its suffix (PNG, SVG, PDF); the figure is returned. `labels` go to `viz.heatmap`
@@ -137,7 +138,7 @@ class Results:
         return f"Results({axes}; {found})"
 
 
-def _extra(name: str) -> Any:
+def _extra(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as e:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import collections
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -28,6 +28,10 @@ from ..folder import Folder
 from ..lines import user_line
 from ..names import shown
 from ..report.provenance import environment, hashed, of_model
+
+if TYPE_CHECKING:
+    from ..envoys.envoy import Envoy
+
 
 VERSION = 2
 LONG = 48  # characters of a coordinate
@@ -42,7 +46,7 @@ SAME = {
 }
 
 
-def manifest(model: object, fn: object, inputs: list, over: Mapping[str, Sequence], options: dict) -> dict[str, Any]:
+def manifest(model: Envoy, fn: object, inputs: list, over: Mapping[str, Sequence], options: dict) -> dict:
     """What a sweep is: the same for two sweeps means the same results."""
     rest = {k: v for k, v in options.items() if k != "compile"}
     return {
@@ -60,11 +64,11 @@ def manifest(model: object, fn: object, inputs: list, over: Mapping[str, Sequenc
 class Store:
     """One folder. Raises `StoreError` where it holds another sweep."""
 
-    def __init__(self, path: Any, described: dict[str, Any]):
+    def __init__(self, path: object, described: dict):
         self.folder = Folder(path, described, SAME)
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> dict:
         return self.folder.manifest
 
     def adopt(self, name: str, given: object) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -19,26 +19,30 @@ from .job import PROMPT, SweepJob, is_dataset, look
 from .results import Results
 from .store import LONG, Store, manifest
 
+if TYPE_CHECKING:
+    from ..envoys.envoy import Envoy
+
+
 CHUNK = 64
 
 
 def sweep(
-    model: Any,
-    fn: Callable[..., Any],
+    model: Envoy,
+    fn: Callable[..., object],
     inputs: Any,
     over: Mapping[str, Iterable],
     *,
     reduce: str | None = None,
     stop: bool = False,
     prepare: Callable[[list[int]], None] | None = None,
-    store: Any = None,
+    store: object = None,
     chunk: int | None = None,
     seed: int | None = None,
     executor: str | Executor | None = None,
     engine: str = "auto",
     progress: bool = True,
-    compile: Any = None,
-    **options: Any,
+    compile: bool | dict | None = None,
+    **options: object,
 ) -> Results:
     """Run `fn` as the body of a trace for every cell of a grid.
 

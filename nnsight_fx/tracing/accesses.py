@@ -105,7 +105,7 @@ class Accesses:
         self.follow_container(site, value)
         return value
 
-    def _read_again(self, site: Site, again: Beaten) -> Any:
+    def _read_again(self, site: Site, again: Beaten) -> object:
         """A read that other recordings have made behind the same lines."""
         invoke, meta = self.tape.invoke, again.meta
         assert meta is not None
@@ -124,7 +124,7 @@ class Accesses:
             self.over = (site, line)
         return found
 
-    def observe(self, site: Site, how: Observation) -> tuple[int, Any]:
+    def observe(self, site: Site, how: Observation) -> tuple[int, object]:
         """A saved read of a site as everybody leaves it; the operation's number and the value."""
         meta = self.meta(site)
         assert isinstance(meta, SiteMeta)
@@ -142,7 +142,7 @@ class Accesses:
         """An observation of every call of a module, of which nothing is known before the run."""
         return self.tape.number(Observe((path, kind, EVERY), None, how), result=nothing)
 
-    def _read_live(self, site: Site) -> Any:
+    def _read_live(self, site: Site) -> object:
         """A read whose value must be looked at: the model runs up to it."""
         n = self.tape.number(Read(site), result=nothing)
         real = self.tape.syncs.values_of([Value(n, -1)])[0]
@@ -160,7 +160,7 @@ class Accesses:
         self.tape.invoke.metas[site] = SiteMeta(spec, tuple(fakes), (False,) * len(fakes), -1)
         return tree.unflatten(values, spec, real)
 
-    def read_input(self, site: Site) -> Any:
+    def read_input(self, site: Site) -> object:
         """The first argument at an input: positional, else by keyword."""
         args, kwargs = self.read(site)
         return args[0] if args else next(iter(kwargs.values()), None)

@@ -28,7 +28,7 @@ class CalledModules:
         # Sites of modules that the body has called in sight: what is known of each, whose invoke's it is, and where.
         self.visits: dict[Site, tuple[SiteMeta, int, Line]] = {}
 
-    def module(self, path: str, args: tuple, kwargs: dict) -> Any:
+    def module(self, path: str, args: tuple, kwargs: dict) -> object:
         """Call a module of the model on values, unobserved; one that values decide about looks at them."""
 
         def result() -> Any:
@@ -47,7 +47,7 @@ class CalledModules:
             lambda x: self.tape.calls.call(torch.Tensor.view_as, (x, x), {}) if isinstance(x, torch.Tensor) else x, got
         )
 
-    def hooked(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    def hooked(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> object:
         """Call a module of the model on values in sight of the trace: it and all in it pass their sites."""
         handles = []
         for name, m in module.named_modules():
@@ -74,10 +74,10 @@ class CalledModules:
     def _enter(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         return self.visit(path, "input", (args, kwargs))
 
-    def _leave(self, path: str, module: nn.Module, args: tuple, kwargs: dict, out: object) -> Any:
+    def _leave(self, path: str, module: nn.Module, args: tuple, kwargs: dict, out: object) -> object:
         return self.visit(path, "output", out)
 
-    def visit(self, path: str, kind: str, value: object) -> Any:
+    def visit(self, path: str, kind: str, value: object) -> object:
         """Pass a site of a called module: earlier and later invokes may act there."""
         site = (path, kind, self._call_now(path, kind))
         if any(isinstance(op.verb, Skip) and op.verb.site == (path, "output", site[2]) for op in self.tape.ops):

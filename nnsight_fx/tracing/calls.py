@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import types
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +122,7 @@ class TorchCalls:
                 raise
         return self.tape.given.saveable(func(*self.tape.syncs.real_args(args), **self.tape.syncs.real_args(kwargs)))
 
-    def _drawn(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+    def _drawn(self, func: Callable, name: str, args: tuple, kwargs: dict) -> object:
         """A draw from a generator of the user's: made now, since the model has no part in it."""
         self.tape.drew = True
         if name not in RANDOM_IN_PLACE:
@@ -149,7 +150,7 @@ class TorchCalls:
             parts.append(part)
         return tuple(parts)
 
-    def _attribute(self, func: Any, name: str, args: tuple) -> Any:
+    def _attribute(self, func: Any, name: str, args: tuple) -> object:
         attr = func.__self__.__name__
         if attr == "grad":
             if not isinstance(args[0], LazyTensor):
@@ -197,7 +198,7 @@ class TorchCalls:
 _FUNCTIONS = {types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType}
 
 
-def _position(x: Any) -> Any:
+def _position(x: Any) -> object:
     """A position or slice as something to look up by; `None` for anything else."""
     cls = type(x)
     if cls is int:
@@ -217,7 +218,7 @@ def held(args: object) -> Any:
     return tree.unflatten(real, spec, args)
 
 
-def _held(x: object) -> Any:
+def _held(x: object) -> object:
     if isinstance(x, LazyObject):
         return real_of(x)
     return tape_of(x).syncs.earlier(x) if type(x) is LazyTensor and tape_of(x).bridged else x

@@ -46,7 +46,7 @@ class Left(BaseException):
 class Condition:
     """`with tracer.cond(value):`, open."""
 
-    def __init__(self, tracer: Tracer, value: Any):
+    def __init__(self, tracer: Tracer, value: object):
         self.tracer, self.value, self.line = tracer, value, user_line()
 
     def __enter__(self) -> None:
@@ -59,7 +59,7 @@ class Condition:
         return type(error) is Stopping or (isinstance(error, Left) and error.block is self)
 
 
-def predicate(value: object, constant: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+def predicate(value: object, constant: Callable[[object], torch.Tensor]) -> torch.Tensor:
     """The truth of a value as a 0-d tensor, of a recorded one a recorded tensor."""
     if isinstance(value, LazyObject) or not isinstance(value, torch.Tensor):
         return constant(bool(value))
@@ -128,7 +128,7 @@ class Conditions:
             "`tracer.cond` that did not hold in this run."
         )
 
-    def decide(self, keys: list[Recorded], look: Callable[[Recorded], Any]) -> None:
+    def decide(self, keys: list[Recorded], look: Callable[[Recorded], object]) -> None:
         """Before values are looked at: are they there? Leaves the innermost open block that is not; `look` syncs."""
         for block, key in zip(list(self.blocks), self.open(), strict=True):
             if not look(key):

@@ -62,7 +62,7 @@ class DraftTensor(LazyTensor):
         parts = _bounds(self._tape.ops[self._key.op])
         return parts if parts is not None else _refuse("its length")
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[torch.Tensor]:
         parts = _bounds(self._tape.ops[self._key.op])
         if parts is not None:  # `*h.shape[:2]`
             return iter([self[i] for i in range(parts)])
@@ -84,7 +84,7 @@ class Draft(Recording):
         self.turn: Turn | None = None  # of `tracer.iter`, where one is open
         self.turns: list[Turn | None] = []  # of each operation
 
-    def call(self, func: object, args: tuple, kwargs: dict) -> Any:
+    def call(self, func: object, args: tuple, kwargs: dict) -> int | DraftTensor:
         self.check_open(args, kwargs)
         name = name_of(func)
         if name == "__hash__":
@@ -99,9 +99,9 @@ class Draft(Recording):
         args: tuple = (),
         kwargs: dict | None = None,
         *,
-        result: Callable[[], Any] | None = None,
+        result: Callable[[], object] | None = None,
         sizes: tuple = (),
-    ) -> Any:
+    ) -> DraftTensor:
         self.check_open(args, kwargs or {})
         op = Op(verb, 0, *self.operands.arguments(args, kwargs or {}), self.modes())
         line = user_line()
@@ -117,10 +117,10 @@ class Draft(Recording):
     def fake_of_result(self, key: Value) -> NoReturn:
         _refuse("its shape")
 
-    def read(self, site: Site) -> Any:
+    def read(self, site: Site) -> DraftTensor:
         return self.add(Read(site))
 
-    def read_input(self, site: Site) -> Any:
+    def read_input(self, site: Site) -> DraftTensor:
         return self.add(Read(site, first=True))
 
     def write(self, site: Site, value: object) -> None:
@@ -132,10 +132,10 @@ class Draft(Recording):
     def skip(self, path: str, call: int, value: object) -> None:
         self.add(Skip((path, "output", call)), (value,))
 
-    def module(self, path: str, args: tuple, kwargs: dict) -> Any:
+    def module(self, path: str, args: tuple, kwargs: dict) -> DraftTensor:
         return self.add(CallModule(path), args, kwargs)
 
-    def hooked(self, path: str, module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
+    def hooked(self, path: str, module: torch.nn.Module, args: tuple, kwargs: dict) -> DraftTensor:
         return self.add(CallModule(path, Identity(module)), args, kwargs)
 
     def replay(self, tape: Tape) -> None:
@@ -163,7 +163,7 @@ class Draft(Recording):
         before, count = passes(*_passed(first))
         return [call for call in range(count) if turn.holds(before + call)]
 
-    def do(self, n: int, tape: Tape, results: dict[int, Any], call: int | None = None) -> Any:
+    def do(self, n: int, tape: Tape, results: dict[int, object], call: int | None = None) -> object:
         """Do one operation, with what those before it gave; `call` is that of its site which is meant."""
 
         def lookup(key: Value | Outside) -> Any:
@@ -217,10 +217,10 @@ class Repeated:
     site has not come yet waits, and so does what needs it.
     """
 
-    def __init__(self, draft: Any):
+    def __init__(self, draft: Draft):
         self.draft = draft
         self.results: dict[int, Any] = {}
-        self.old: dict[int, Any] = {}  # of the forward before
+        self.old: dict = {}  # of the forward before
         self.fresh: set[int] = set()  # what this forward has done
         self.kept: set[int] = set()  # what this forward still uses of the one before
         self.met: set[int] = set()  # what is for some occurrences, which need not come
@@ -289,7 +289,7 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
-def _again(tape: Tape, op: Op, args: tuple, kwargs: dict) -> Any:
+def _again(tape: Tape, op: Op, args: tuple, kwargs: dict) -> object:
     match op.verb:
         case Read(site, first=first):
             return tape.read_input(site) if first else tape.read(site)
@@ -311,7 +311,7 @@ def _again(tape: Tape, op: Op, args: tuple, kwargs: dict) -> Any:
             raise AssertionError(f"an edit records no `{verb.name}`")
 
 
-def _called(func: Any, args: tuple, kwargs: dict) -> Any:
+def _called(func: Any, args: tuple, kwargs: dict) -> object:
     """A recorded call, as Python makes it on what the values turned out to be."""
     name = name_of(func)
     first = args[0] if args else None

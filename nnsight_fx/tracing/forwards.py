@@ -19,9 +19,9 @@ class Forwards:
 
     def __init__(self, tracer: Tracer):
         self.tracer = tracer
-        self.waves: list[Any] = []
+        self.waves: list = []
         self.generation: Any = None  # a function that runs the model many times, forward by forward
-        self.generations: list[Any] = []  # those that have run, each of an invoke
+        self.generations: list = []  # those that have run, each of an invoke
         self.start = 0  # the first wave of the open generation
         self.modes: contextlib.AbstractContextManager = contextlib.nullcontext()  # those that a generation runs under
         self.missed: MissedSiteError | None = None

@@ -36,7 +36,7 @@ def inside(key: Recorded) -> bool:
     return isinstance(key, Value) and key.op == INSIDE
 
 
-_applies: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
+_applies: weakref.WeakKeyDictionary[type, object] = weakref.WeakKeyDictionary()
 
 
 class Inside(NamedTuple):
@@ -118,7 +118,7 @@ class Scope:
 
     def step(self, tape: Tape, func: object, args: tuple, kwargs: dict) -> Inside:
         """The next operation of the running `forward`, over fakes."""
-        lazies: dict[int, Any] = {}
+        lazies: dict[int, object] = {}
 
         def fake(x: object) -> Any:
             known = _fake(tape, x)

@@ -30,7 +30,7 @@ class Gradients:
 
     def __init__(self, tape: Tape):
         self.tape = tape
-        self.asked: dict[Any, Any] = {}  # key of a value -> its gradient in the next backward, as it is now
+        self.asked: dict[object, object] = {}  # key of a value -> its gradient in the next backward, as it is now
         self.creating = False  # does the open backward make a graph of its own
         self.backwards = 0
 
@@ -70,7 +70,7 @@ class Gradients:
         self.tape.add(SetGrad(), (gradient, new), result=nothing)
         self.asked[key_of(value)] = new
 
-    def of_parameter(self, parameter: torch.Tensor) -> Any:
+    def of_parameter(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """`.grad` of a real tensor: nobody's business here, unless a recorded backward is to fill it."""
         if self.backwards and parameter.requires_grad and parameter.is_leaf:
             raise NotRecordableError(
@@ -164,7 +164,7 @@ class Backward:
     """A recorded backward. `with loss.backward(): ...` makes the block's gradients its own."""
 
     def __init__(
-        self, gradients: Gradients, loss: torch.Tensor, gradient: Any, retain: bool, create: bool, inputs: Any
+        self, gradients: Gradients, loss: torch.Tensor, gradient: object, retain: bool, create: bool, inputs: object
     ):
         self.gradients, self.creates = gradients, create
         self.asked = dict(gradients.asked)

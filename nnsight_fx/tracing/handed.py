@@ -33,10 +33,10 @@ class Written(NamedTuple):
 class Handed:
     """What one recording has written to sites, by its memory."""
 
-    def __init__(self, constants: list, slots: dict[int, TensorSlot], watch: Callable[[torch.Tensor], Any]):
+    def __init__(self, constants: list, slots: dict[int, TensorSlot], watch: Callable[[torch.Tensor], object]):
         self.constants, self.slots, self.watch = constants, slots, watch
         self.apart = False  # is it of a cell of a sweep
-        self.lines: dict[Any, Written] = {}  # by memory, and by site
+        self.lines: dict[object, Written] = {}  # by memory, and by site
         self.made: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()  # by the body itself
         self.copies: dict[int, torch.Tensor] = {}  # memory of the cell's own
         self.told = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -44,7 +44,7 @@ class LazyTensor(torch.Tensor):
         pass
 
     @classmethod
-    def __torch_function__(cls, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(cls, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         lazy = first_lazy(args, kwargs or {})
         if lazy is None:
             return NotImplemented
@@ -100,7 +100,7 @@ class LazyTensor(torch.Tensor):
     def __format__(self, spec: str) -> str:
         return format(self._real(), spec)
 
-    def __array__(self, *args: object, **kwargs: object) -> Any:
+    def __array__(self, *args: object, **kwargs: object) -> object:
         return self._real().__array__(*args, **kwargs)
 
     def __contains__(self, item: object) -> bool:
@@ -119,15 +119,15 @@ class LazyTensor(torch.Tensor):
             raise TypeError("len() of a 0-d tensor")
         return int(self._fake.shape[0])
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[torch.Tensor]:
         if self._fake.dim() == 0:
             raise TypeError("iteration over a 0-d tensor")
         return iter(self.unbind(0))
 
-    def __copy__(self) -> Any:
+    def __copy__(self) -> torch.Tensor:
         return self.view_as(self)
 
-    def __deepcopy__(self, memo: dict) -> Any:
+    def __deepcopy__(self, memo: dict) -> object:
         return memo.setdefault(id(self), self.clone())
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -136,7 +136,7 @@ class LazyTensor(torch.Tensor):
             "`.save()` it and pickle it after the trace."
         )
 
-    def __dlpack__(self, *args: object, **kwargs: object) -> Any:
+    def __dlpack__(self, *args: object, **kwargs: object) -> object:
         return self._real().__dlpack__(*args, **kwargs)
 
 
@@ -165,7 +165,7 @@ class Given:
         self.all: list[weakref.ref[torch.Tensor]] = []
         self.latest: deque[torch.Tensor] = deque(maxlen=8)  # a `h[h > 0].save()` has no other name for it
 
-    def saveable(self, value: object) -> Any:
+    def saveable(self, value: object) -> object:
         """`value`, the tensors in it with a `save`."""
         for x in (value,) if type(value) is torch.Tensor else value if isinstance(value, tuple | list) else ():
             if type(x) is torch.Tensor and "save" not in x.__dict__:
@@ -196,10 +196,10 @@ def first_lazy(args: Any, kwargs: dict) -> LazyTensor | None:
 
 # What other files may ask of a recorded value. Its own names begin with an underscore: all others are a tensor's.
 key_of: Callable[[Any], Recorded] = operator.attrgetter("_key")
-tape_of: Callable[[Any], Tape] = operator.attrgetter("_tape")
-fake_in: Callable[[Any], torch.Tensor] = operator.attrgetter("_fake")
-line_of: Callable[[Any], Line] = operator.attrgetter("_line")
-held_by: Callable[[Any], torch.Tensor | None] = operator.attrgetter("_held")
+tape_of: Callable[[object], Tape] = operator.attrgetter("_tape")
+fake_in: Callable[[object], torch.Tensor] = operator.attrgetter("_fake")
+line_of: Callable[[object], Line] = operator.attrgetter("_line")
+held_by: Callable[[object], torch.Tensor | None] = operator.attrgetter("_held")
 
 
 def rebind(lazy: LazyTensor, fake: torch.Tensor) -> None:

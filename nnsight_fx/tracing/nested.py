@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from ..lines import Line
 from ..plan.verbs import Site
 
 
-def refuse_nested(line: Line, site: Site, leaves: Iterable[Any]) -> None:
+def refuse_nested(line: Line, site: Site, leaves: Iterable[object]) -> None:
     """A value of rows of different lengths has no shape, and a body that was recorded for one does not fit."""
     if any(isinstance(x, torch.Tensor) and x.is_nested for x in leaves):
         where = ".".join(part for part in site[:2] if part)

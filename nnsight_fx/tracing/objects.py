@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from collections.abc import Callable
 from types import BuiltinMethodType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -62,16 +63,16 @@ class LazyObject:
     def __delattr__(self, name: str) -> None:
         delattr(self._look(), name)
 
-    def __dir__(self) -> Any:
+    def __dir__(self) -> list[str]:
         return dir(self._look())
 
     def __bool__(self) -> bool:
         return bool(self._look())
 
-    def __copy__(self) -> Any:
+    def __copy__(self) -> object:
         return copy.copy(self._look())
 
-    def __deepcopy__(self, memo: dict) -> Any:
+    def __deepcopy__(self, memo: dict) -> object:
         return copy.deepcopy(self._look(), memo)
 
     def __reduce_ex__(self, protocol: object) -> Any:
@@ -91,7 +92,7 @@ _OWN = {*vars(LazyObject), *("__new__", "__init__", "__init_subclass__", "__geta
 def _stand_in(kind: type) -> type:
     """The class of what stands for an object of class `kind`: it has the same special methods, which Python looks up on the class."""
 
-    def method(name: str) -> Any:
+    def method(name: str) -> Callable:
         if name == "__iter__":
             return lambda self: iter([_passed_on(self, lambda _, x: x, x) for x in self._look()])
         return lambda self, *args, **kwargs: _passed_on(self, getattr(kind, name), *args, **kwargs)
@@ -105,7 +106,7 @@ def _stand_in(kind: type) -> type:
     return type("LazyObject", (LazyObject,), {name: method(name) for name in dir(kind) if special(name)})
 
 
-def _passed_on(lazy: LazyObject, do: Any, *args: Any, **kwargs: Any) -> Any:
+def _passed_on(lazy: LazyObject, do: Any, *args: object, **kwargs: object) -> object:
     """What is done to an object is done to the real one, with real values; while its body runs, what it gives is recorded."""
     tape = lazy.__dict__.get("_tape")
     real = lazy._look()
@@ -137,14 +138,14 @@ def _has_parts(value: Any) -> bool:
     return not library and not callable(value) and (hasattr(value, "__dict__") or hasattr(type(value), "__slots__"))
 
 
-def _filled(made: object, values: dict) -> Any:
+def _filled(made: object, values: dict) -> object:
     """An object of the body's with real values in place of recorded ones."""
     for name, value in values.items():
         object.__setattr__(made, name, value)
     return made
 
 
-def real_of(lazy: LazyObject) -> Any:
+def real_of(lazy: LazyObject) -> object:
     """The object that `lazy` stands for; in an open body the model runs for it."""
     return lazy._look()
 
@@ -177,7 +178,7 @@ class Objects:
         self.tape = tape
         self.kept: dict[int, tuple[LazyObject, Value]] = {}  # by id: those that the run shall give
         self.asked: set[int] = set()  # ids of those that a session has saved
-        self._given: dict[int, tuple[Any, Any]] = {}  # by id: what a look has given, and what stands for it
+        self._given: dict[int, tuple] = {}  # by id: what a look has given, and what stands for it
         self._made: list[weakref.ref[LazyObject]] = []
 
     def stand_in(self, key: Value | None, kind: type) -> LazyObject:
@@ -260,7 +261,7 @@ class Objects:
         self.keep(lazy)
         return self.kept[id(lazy)][1]
 
-    def written(self, leaf: object, site: Site) -> Any:
+    def written(self, leaf: object, site: Site) -> object:
         """A leaf that is written to a site: an object of the site itself stays where it is, one that the body has made gets its
         real values when the model comes by."""
         if isinstance(leaf, LazyObject) and "_real" in leaf.__dict__:
@@ -277,7 +278,7 @@ class Objects:
         read = self.tape.ops[key.op].verb
         return Keep(key.leaf) if isinstance(read, AtSite) and read.site == site else leaf
 
-    def look(self, lazy: LazyObject) -> Any:
+    def look(self, lazy: LazyObject) -> object:
         """The real object, by a sync point. `lazy` itself, where its trace has run and made it real."""
         tape = self.tape
         if tape.pending is not None:

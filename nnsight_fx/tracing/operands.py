@@ -24,7 +24,7 @@ class Operands:
 
     def __init__(self, tape: Recording):
         self.tape = tape
-        self.constants: list[Any] = []  # real tensors and lifted numbers, by slot
+        self.constants: list = []  # real tensors and lifted numbers, by slot
         self.negative: dict[int, int] = {}  # lifted positions that the user counted from the end, by slot
         self.slots: dict[int, TensorSlot] = {}  # id of a real tensor -> its key
         self.const_fakes: dict[int, torch.Tensor] = {}

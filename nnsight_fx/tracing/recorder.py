@@ -31,7 +31,7 @@ class Recorder(TorchFunctionMode):
         self.tape = tape
         self.inside = True  # not between two invokes, where what names no recorded value is the user's own
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}
         tape = self.tape
         if tape is None or not tape.open:

@@ -44,7 +44,7 @@ class Recording:
         self.saved: dict[int, LazyTensor] = {}
         self.delivered: dict[int, weakref.ref[torch.Tensor]] = {}  # by id: an id may be another tensor's later
         self.kept: dict[int, Recorded] = {}  # id of a saved value -> its key, which it loses when it becomes real
-        self.containers: list[Any] = []  # what `nnsight_fx.save(container)` got
+        self.containers: list[object] = []  # what `nnsight_fx.save(container)` got
         self.caches: list[DeclaredCache] = []
         self.told: list[Callable[[Any], None]] = []  # told of the run when it is over: caches, a session
         self.given = Given()
@@ -78,9 +78,9 @@ class Recording:
         args: tuple = (),
         kwargs: dict | None = None,
         *,
-        result: Callable[[], Any] | None = None,
+        result: Callable[[], object] | None = None,
         sizes: tuple = (),
-    ) -> Any:
+    ) -> object:
         """Record one operation, and return its result with recorded values for the new ones."""
         raise NotImplementedError
 
@@ -92,7 +92,7 @@ class Recording:
         """The body sets the grad mode."""
         self.grad = enabled
 
-    def number(self, verb: Verb, *args: Any, **kwargs: Any) -> int:
+    def number(self, verb: Verb, *args: Any, **kwargs: object) -> int:
         """Record one operation, and return its number: changed containers and objects among its arguments are recorded before it."""
         self.add(verb, *args, **kwargs)
         return len(self.ops) - 1

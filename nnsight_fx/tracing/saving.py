@@ -20,7 +20,7 @@ class _Open(threading.local):
     """What this thread has open, innermost last: sessions, and the tapes of traces."""
 
     def __init__(self):
-        self.stack: list[Any] = []
+        self.stack: list = []
 
 
 _open = _Open()
@@ -30,7 +30,7 @@ class Early:
     """A trace that has no input yet: what is saved in it belongs to its first forward."""
 
     def __init__(self) -> None:
-        self.containers: list[Any] = []
+        self.containers: list[object] = []
 
 
 def opened(scope: object) -> None:
@@ -120,7 +120,7 @@ def put_objects(container: object) -> None:
                 tree.put(value, kind, key, real)
 
 
-def _real(child: object) -> Any:
+def _real(child: object) -> object:
     """The real object that something stands for, if it is known: a value that no scan could tell may be none of a tensor's."""
     if type(child) is LazyTensor:
         return child.__dict__.get("_real_object", child)

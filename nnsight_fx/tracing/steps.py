@@ -35,7 +35,7 @@ class SiteMeta(NamedTuple):
     batched: Batched  # leaf by leaf: does dimension 0 hold the batch; `None`: where its size says so
     order: float  # its place among all sites of a run; the sites inside a module are between two whole numbers
     unsure: bool = False  # did the scan guess, so that a read must look whether it was right
-    like: Any = None  # the scan's value, where its containers have more to them than their leaves
+    like: object = None  # the scan's value, where its containers have more to them than their leaves
     same: tuple[int, ...] = ()  # leaf by leaf, the first that is the same tensor; empty where no two are one
     sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
 
@@ -72,7 +72,7 @@ class DeclaredCache(NamedTuple):
     view: Any
     invoke: int
     line: Line
-    arguments: dict[str, Any]
+    arguments: dict
 
 
 class Sites(Protocol):
@@ -83,7 +83,7 @@ class Sites(Protocol):
         """Does a line find the same in every recording, behind the same lines?"""
         ...
 
-    def symbol(self, expr: object) -> Any: ...
+    def symbol(self, expr: object) -> object: ...
 
     def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing: ...
 
@@ -122,7 +122,7 @@ class Step:
         self.plans: dict[tuple, InterventionGraph] = {}
         self.needs = op.needs if op is not None else frozenset()
         self.spec: tree.Spec = None
-        self.like: Any = None  # what its containers are like
+        self.like: object = None  # what its containers are like
         self.leaves: list = []  # FakeTensor: a new value; Key: an argument itself; else a literal
         self.rebound: list[tuple[Recorded, torch.Tensor]] = []  # what an in-place operation made of its argument
 
@@ -163,7 +163,7 @@ class Invoke:
         self.index = index
         self.values: dict[Site, Any] = {}
         self.metas: dict[Site, SiteMeta] = {}
-        self.containers: dict[Site, tuple[Any, list, tree.Spec]] = {}
+        self.containers: dict[Site, tuple[object, list, tree.Spec]] = {}
         self.order: float = -1  # the latest site touched, in model order
         self.latest: Site | None = None
         self.late: dict[int, Site] = {}  # storages of sites that were asked for behind a later one

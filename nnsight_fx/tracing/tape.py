@@ -77,7 +77,7 @@ class Tape(Recording):
     def read(self, site: Site) -> Any:
         return self.accesses.read(site)
 
-    def read_input(self, site: Site) -> Any:
+    def read_input(self, site: Site) -> object:
         return self.accesses.read_input(site)
 
     def write(self, site: Site, value: object) -> None:
@@ -89,10 +89,10 @@ class Tape(Recording):
     def skip(self, path: str, call: int, value: object) -> None:
         self.writes.skip(path, call, value)
 
-    def module(self, path: str, args: tuple, kwargs: dict) -> Any:
+    def module(self, path: str, args: tuple, kwargs: dict) -> object:
         return self.modules.module(path, args, kwargs)
 
-    def hooked(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    def hooked(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> object:
         return self.modules.hooked(path, module, args, kwargs)
 
     def settle(self) -> None:
@@ -112,7 +112,7 @@ class Tape(Recording):
         args: tuple = (),
         kwargs: dict | None = None,
         *,
-        result: Callable[[], Any] | None = None,
+        result: Callable[[], object] | None = None,
         sizes: tuple = (),
     ) -> Any:
         """Record one operation and return its result with lazy tensors for new values.
@@ -156,7 +156,7 @@ class Tape(Recording):
         error.add_note(f"nnsight_fx: at {user_line()}: {name}{of}.")
         error.of_the_body = True  # type: ignore[attr-defined]
 
-    def _evaluate(self, op: Op, result: Callable[[], Any] | None) -> Step:
+    def _evaluate(self, op: Op, result: Callable[[], object] | None) -> Step:
         """Run an operation on fakes."""
         step = Step(self.step, op)
         aliases: dict[int, Recorded] = {}
@@ -184,7 +184,7 @@ class Tape(Recording):
         step.rebound = list(fresh.items())
         return step
 
-    def advance(self, step: Step, op: Op) -> Any:
+    def advance(self, step: Step, op: Op) -> object:
         """Go on to `step`: number the operation, make its lazy tensors."""
         n, line = len(self.ops), user_line()
         self.ops.append(op)
@@ -208,7 +208,7 @@ class Tape(Recording):
             [self._value(x, Value(n, j), line) for j, x in enumerate(step.leaves)], step.spec, step.like
         )
 
-    def _value(self, leaf: object, key: Value, line: Line) -> Any:
+    def _value(self, leaf: object, key: Value, line: Line) -> object:
         if type(leaf) is FakeTensor:
             return self.lazy(key, leaf, line)
         if type(leaf) is Opaque:

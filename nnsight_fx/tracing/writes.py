@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -125,7 +125,7 @@ class Writes:
         found = [order[key.op] for key in keys if isinstance(key, Value) and key.op in order]
         return max(found, key=place_of) if found else None
 
-    def _to_device(self, leaf: object, meta: SiteMeta, i: int) -> Any:
+    def _to_device(self, leaf: object, meta: SiteMeta, i: int) -> object:
         if isinstance(leaf, torch.Tensor) and i < len(meta.leaves) and isinstance(meta.leaves[i], torch.Tensor):
             device = meta.leaves[i].device
             if self.tape.operands.device_of(leaf) != device:
@@ -160,7 +160,7 @@ class Writes:
     def _parts_one(self, site: Site, leaves: list, meta: SiteMeta) -> bool:
         """Are leaves that are one tensor, as attention's query and key, written apart? The model's Python can see that."""
 
-        def now(i: int) -> Any:
+        def now(i: int) -> tuple | int:
             x = leaves[i]
             if isinstance(x, Keep):
                 return "kept", meta.same[x.index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +28,9 @@ from .refusal import refusal
 from .run import SplicedRun
 from .symbolic import Symbolic
 from .watch import Fallbacks, watch
+
+if TYPE_CHECKING:
+    from ...scan.wave_sites import WaveSites
 
 
 @dataclass(eq=False)
@@ -127,7 +130,7 @@ class Capture:
         self.add(segment)
 
         @compat.frames.undisturbed
-        def run_segment(*args: object) -> Any:
+        def run_segment(*args: object) -> object:
             return active.run.run_segment(segment, args)
 
         return run_segment
@@ -154,7 +157,7 @@ class Capture:
             self.whole = job.whole
         self.nodes = len(segment.gm.graph.nodes)
 
-    def refusal(self, plan: InterventionGraph, sites: Any, inputs: list) -> str | None:
+    def refusal(self, plan: InterventionGraph, sites: WaveSites, inputs: list) -> str | None:
         """Why a plan runs on the hook engine with these inputs, if it does."""
         why = refusal(plan, sites, inputs, self.markers, self.options.capture == "symbolic")
         return self.refused.get(plan) if why is None else why

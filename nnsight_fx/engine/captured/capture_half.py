@@ -123,7 +123,7 @@ class DynamoInterleaver(FakeInterleaver):
             k: mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for k, v in run.env.items()
         }
 
-        def fake(x: object) -> Any:
+        def fake(x: object) -> object:
             return mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x
 
         self.skipped = {
@@ -133,7 +133,7 @@ class DynamoInterleaver(FakeInterleaver):
         self.group: dict[int, torch.Tensor] = {}
         self.supplied: dict[Site, list] = {}
 
-    def execute(self, n: int, op: Op) -> Any:
+    def execute(self, n: int, op: Op) -> object:
         if not isinstance(op.verb, CallModule):
             return super().execute(n, op)
         path = op.verb.path
@@ -148,7 +148,7 @@ class DynamoInterleaver(FakeInterleaver):
     def leaf(self, x: torch.Tensor, path: str, kind: str, leaf: int, last: bool) -> None:
         self.group[leaf] = x
         if last:
-            leaves: list[Any] = [self.group.get(i) for i in range(leaf + 1)]
+            leaves: list = [self.group.get(i) for i in range(leaf + 1)]
             self.group = {}
             self.fire(Firing((path, kind, self.count(path, kind)), leaves, None))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ... import compat
 from ...capture.hook_tables import uncompiled
@@ -41,7 +41,7 @@ class Entrance:
         capture: Capture,
         entry_of: Callable[[InterventionGraph | None], EntryPoint],
         inputs: tuple,
-        plain: Callable[[], Any],
+        plain: Callable[[], object],
     ):
         self.run, self.capture, self.entry_of, self.inputs, self.plain = run, capture, entry_of, inputs, plain
         self.plan = run.plan
@@ -55,7 +55,7 @@ class Entrance:
         segment.plan = self.half
         self.entry.segments.append(segment)
 
-    def __call__(self) -> Any:
+    def __call__(self) -> object:
         """The model's result, or its own exception."""
         run = self.run
         self.half = self.plan if self.plan.recapture and not run.removes else None
@@ -91,7 +91,7 @@ class Entrance:
                 "captures with Dynamo, which can do more; `fullgraph=True` makes this an error"
             )
 
-    def _captured(self, entry: EntryPoint) -> Any:
+    def _captured(self, entry: EntryPoint) -> object:
         """The model through an entry: by what is captured already, where that is all of it, with no hook on any module."""
         run, missed, self.entry = self.run, False, entry
         if entry.whole and not run.frames and not run.skips and entry.cached is not None:

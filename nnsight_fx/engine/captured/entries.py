@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -132,7 +132,7 @@ def entry_point(module: torch.nn.Module, fn: str | None) -> Callable:
 def _inner(module: torch.nn.Module, fn: str | None) -> types.FunctionType:
     called = callee(module, fn)
 
-    def inner(args: tuple, kwargs: dict) -> Any:
+    def inner(args: tuple, kwargs: dict) -> object:
         try:
             out = called(*args, **kwargs)
         except Stop:

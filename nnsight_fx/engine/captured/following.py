@@ -46,7 +46,7 @@ def following(run: SplicedRun, fakes: list, takes: list[Take]) -> list[Constant]
 def facts(value: torch.Tensor, fakes: list) -> tuple:
     """Shape, strides, dtype, device and `requires_grad` of a constant's fake: sizes of the model's inputs are theirs."""
     sizes = [fakes[n[0]] if isinstance(n, tuple) else n for n in _sizes(value, fakes)]
-    strides: list[Any] = [*value.stride()]
+    strides: list[object] = [*value.stride()]
     if any(isinstance(n, torch.SymInt) for n in sizes):  # it is contiguous
         step: Any = 1
         for i in reversed(range(len(sizes))):

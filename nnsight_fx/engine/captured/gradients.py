@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -33,7 +33,7 @@ def differentiable(run: SplicedRun, args: tuple) -> bool:
     return True
 
 
-def settle(found: Variant, inputs: list, outputs: Any) -> list:
+def settle(found: Variant, inputs: list, outputs: list) -> list:
     """Accumulate the gradients of leaves; give the other outputs the place on the autograd graph that they have in eager."""
     assert found.requires is not None
     outputs = list(outputs)
@@ -59,7 +59,7 @@ class _Freed(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: object, *gradients: object) -> Any:
+    def backward(ctx: object, *gradients: object) -> NoReturn:
         raise RuntimeError(
             "Trying to backward through the graph a second time: the body's own backward has freed it. Say "
             "`backward(retain_graph=True)` there."

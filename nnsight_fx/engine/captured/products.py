@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.fx as fx
@@ -79,7 +79,7 @@ def _vendor() -> str:
         return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-def chosen(options: dict[str, Any]) -> dict[str, Any]:
+def chosen(options: dict) -> dict:
     """Inductor's options, with the pass below where it pays; what the user has put in its place (`None`, say) stays."""
     return {"post_grad_custom_post_pass": FewRows(), **options} if worthwhile() else options
 
@@ -107,7 +107,7 @@ class FewRows(inductor.graph_pass()):  # type: ignore[misc]
                 if bias.meta["val"].dim() == 1:
                     _replace(graph, node, x, weight, bias)
 
-    def uuid(self) -> Any:
+    def uuid(self) -> tuple:
         return "nnsight_fx.few_rows", IN_BLOCKS, BY_ONEDNN, torch.get_num_threads()
 
 

@@ -101,7 +101,7 @@ class _Regions:
         self.known: dict[Hashable, list[Region]] = segment.regions
         self.values = compat.symbols.sizes_of(own, args)
 
-    def place(self, node: fx.Node, values: dict[fx.Node, Any]) -> list[torch.Tensor]:
+    def place(self, node: fx.Node, values: dict[fx.Node, object]) -> list[torch.Tensor]:
         """Put a compiled region where a submodule is called; returns the fakes of what it gives."""
         graph, context = self.gm.get_submodule(str(node.target)), self.segment.context
         number = self.begun.setdefault(str(node.target), len(self.begun) + 1)
@@ -136,7 +136,7 @@ class _Regions:
         graph.recompile()
         compiled = compat.frames.inside(self.build(graph, lambda: [compat.fakes.as_leaf(context, x) for x in inputs]))
 
-        def region(*args: object) -> Any:
+        def region(*args: object) -> object:
             return compiled(*args)
 
         taken.compiled()
@@ -158,7 +158,7 @@ class _Checked(fx.Interpreter):
             raise Whole("a number crosses from block to block")
         return [x if compat.symbols.unbacked(x) else compat.fakes.as_leaf(context, x) for x in found]
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         if changes(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             target = kwargs["out"] if kwargs.get("out") is not None else args[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -39,7 +39,7 @@ class SplicedRun(Run):
 
     removes = False  # does this run leave out what its plan skips in the graph of all plans
     unread = False  # does nobody take what the model returns
-    opened: Any = ""  # the line of its trace
+    opened: object = ""  # the line of its trace
     segments_s = 0.0  # seconds in its segments, compiling too
     stop_at: Callable[[], Site | None]
 
@@ -97,7 +97,7 @@ class SplicedRun(Run):
             known,
         )
 
-    def run_segment(self, segment: Segment, args: tuple) -> Any:
+    def run_segment(self, segment: Segment, args: tuple) -> object:
         """One captured segment: its variant for this plan; cut where the plan needs real values."""
         begun = time.perf_counter()
         try:
@@ -105,7 +105,7 @@ class SplicedRun(Run):
         finally:
             self.segments_s += time.perf_counter() - begun
 
-    def _run_segment(self, segment: Segment, args: tuple) -> Any:
+    def _run_segment(self, segment: Segment, args: tuple) -> object:
         self.segments_run += 1
         self.segment = segment
         while True:
@@ -144,7 +144,7 @@ class SplicedRun(Run):
             )
         raise Stopped
 
-    def _go_past(self, found: Variant, outputs: Any) -> None:
+    def _go_past(self, found: Variant, outputs: list | tuple) -> None:
         """Take over where the plan stands after a segment, and the values it gave."""
         for value, real in zip(found.gives, outputs[found.own :], strict=True):
             verb = self.plan.ops[value.op].verb
@@ -191,10 +191,10 @@ class SplicedRun(Run):
 
     # -- live parts ----------------------------------------------------------------------------------------------
 
-    def pass_site(self, path: str, kind: str, value: object) -> Any:
+    def pass_site(self, path: str, kind: str, value: object) -> object:
         return self.capture.passing(self, path, kind, value)  # compiled code may be calling: Dynamo stays out of this
 
-    def live_site(self, path: str, kind: str, value: object) -> Any:
+    def live_site(self, path: str, kind: str, value: object) -> object:
         """A site outside captured code."""
         if self.removes and not self.segments_run:
             raise Unfit  # no captured code to begin with: live code is skipped as the hook engine does it

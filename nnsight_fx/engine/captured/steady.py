@@ -91,7 +91,7 @@ class SteadyCall:
         self.capture, self.plan, self.modules = steady.capture, steady.plan, steady.modules
         self.env: dict[Value, Any] = {}
 
-    def run_segment(self, segment: Segment, args: tuple) -> Any:
+    def run_segment(self, segment: Segment, args: tuple) -> object:
         found = self.steady.variant
         if segment is not self.steady.segment or not found.guards(self, args):
             raise compat.dynamo.NotCaptured

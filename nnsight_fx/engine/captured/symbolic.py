@@ -36,7 +36,7 @@ class Graphed(NamedTuple):
     spec: tree.Spec
     leaves: list  # numbers stand as they are; for a tensor its place in the outputs
 
-    def result(self, outputs: Any) -> Any:
+    def result(self, outputs: list) -> Any:
         leaves = [outputs[x.index] if isinstance(x, Place) else x for x in self.leaves]
         return tree.unflatten(leaves, self.spec)
 
@@ -59,7 +59,7 @@ class Symbolic:
         self.module, self.fn, self.markers, self.keep, self.drop = module, fn, markers, keep, drop
         self.graphs: OrderedDict[tuple, Graphed | str] = OrderedDict()
 
-    def __call__(self, args: tuple, kwargs: dict) -> Any:
+    def __call__(self, args: tuple, kwargs: dict) -> object:
         leaves, spec = tree.flatten((args, kwargs))
         own = ModuleState(self.module, self.markers.forward_of)
         tensors = [*(x for x in leaves if isinstance(x, torch.Tensor)), *own.tensors]
@@ -133,7 +133,7 @@ class Symbolic:
     def _graphed(self, tracer: SymbolicTracer, context: object, out: object) -> Graphed:
         leaves, spec = tree.flatten(out)
         outputs: list[fx.Node] = []
-        described_leaves: list[Any] = []
+        described_leaves: list[object] = []
         for x in leaves:
             if isinstance(x, torch.Tensor):
                 described_leaves.append(Place(len(outputs)))

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 class Variant:
     """A compiled segment: what it takes and gives beside its own inputs and outputs, and where the plan stands after it."""
 
-    call: Callable[..., Any]
+    call: Callable
     sizes: Callable[[list], bool]  # the guards on the sizes of its inputs
     takes: list[Take]
     gives: list[Value]
@@ -288,7 +288,7 @@ def _head(segment: Segment, pristine: list[fx.Node], state: dict) -> Callable[[f
         output = gm.graph.output_node()
         for i in moved:  # behind the last marker, in front of everything that goes
             output.prepend(pristine[i])
-        outputs: list[Any] = []
+        outputs: list = []
 
         def place(node: object) -> int:
             if node not in outputs:
