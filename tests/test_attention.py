@@ -111,6 +111,26 @@ def test_what_the_message_names_works(family, engine):
     assert query.shape[-1] == key.shape[-1] == 8
 
 
+@pytest.mark.parametrize("family", [llama, gpt2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_that_is_switched(family, engine):
+    """What a trace saw of a model is not what the next one sees, where a configuration was changed in between."""
+    model = family(engine=engine)
+    with torch.no_grad(), model.trace(IDS):
+        before = model.output.logits.save()
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"py:\d+: `output_attentions=True` gives nothing: attn_imp"):
+        with model.trace(IDS, output_attentions=True) as tracer:
+            none = nnsight_fx.save(tracer.result.attentions)
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), model.trace(IDS, output_attentions=True) as tracer:
+        weights = attention_of(model).output[1].save()
+        told = tracer.result.attentions[0].save()
+        logits = model.output.logits.save()
+    assert none == () and weights.shape == (1, 2, 3, 3)
+    torch.testing.assert_close(told, weights)
+    torch.testing.assert_close(logits, before)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_operation_that_the_kernel_hides(engine):
     model = llama(engine=engine)

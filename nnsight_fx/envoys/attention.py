@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import WeightsNotComputedError
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
 
 FLAG = 'attn_implementation="eager"'
+SWITCH = 'model.set_attn_implementation("eager")'
 
 
 def explained(envoy: Envoy, value: object) -> object:
@@ -28,6 +31,18 @@ def explained(envoy: Envoy, value: object) -> object:
     return made
 
 
+def warn_of_none(module: object, kwargs: object) -> None:
+    """Say at the user's line that `output_attentions=True` gets nothing from a kernel that has no weights."""
+    kernel = _implementation(module, module)
+    if kernel is not None and isinstance(kwargs, Mapping) and kwargs.get("output_attentions"):
+        warnings.warn_explicit(
+            f'nnsight_fx: {user_line()}: `output_attentions=True` gives nothing: attn_implementation="{kernel}" computes attention in '
+            f"one kernel, which gives no attention weights. Load the model with `{FLAG}`, or switch this one (`{SWITCH}`).",
+            UserWarning,
+            *user_line(),
+        )
+
+
 def hint(root: Envoy, name: str) -> str:
     """What is added where an operation of written-out attention is asked for, and a kernel does it."""
     kernel = _implementation(root._module, root._module)
@@ -41,7 +56,7 @@ def _text(envoy: Envoy, kernel: str) -> str:
     inside = _interface(envoy)
     text = (
         f'`{path}.output[1]` is None: attn_implementation="{kernel}" computes attention in one kernel, which gives no attention weights. '
-        f"Load the model with `{FLAG}` (`LanguageModel(..., {FLAG})`): then `.output[1]` has them"
+        f"Load the model with `{FLAG}` (`LanguageModel(..., {FLAG})`), or switch this one (`{SWITCH}`): then `.output[1]` has them"
     )
     if inside is None:
         return text + "."

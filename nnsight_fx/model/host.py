@@ -24,6 +24,7 @@ from ..engine.request import Request
 from ..engine.run import Run
 from ..engine.switch import ThreadState
 from ..engine.wave import ForwardWave
+from ..envoys import attention
 from ..errors import nearest
 from ..generation.generation import Generation
 from ..lines import user_line
@@ -147,6 +148,7 @@ class ModelHost:
 
     def check_keywords(self, fn: str | None, names: Iterable[str], verb: str, *functions: Callable) -> None:
         keywords.check(self.module, fn, names, verb, *functions)
+        attention.warn_of_none(self.module, names)
 
     def suspend(self) -> Callable[[], None]:
         """While a body runs, functions that the user compiled run as written; the return undoes it."""

@@ -17,10 +17,11 @@ _facts = attrgetter("device", "dtype", "requires_grad")
 
 
 class Weights(NamedTuple):
-    """The parameters and buffers of a model as a structural copy has them."""
+    """The parameters and buffers of a model as a structural copy has them, and the configurations that its forward reads."""
 
     ids: list[int]
     facts: list[tuple]
+    configs: list[dict]
 
 
 class Setting(NamedTuple):
@@ -40,6 +41,7 @@ class TreeWatch:
         self.hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
         states = [vars(m) for m in modules]
         self.states = states if all("training" in state for state in states) else None
+        self.configs = _configs(states)
 
     def tensors(self) -> list[torch.Tensor]:
         """The parameters and buffers."""
@@ -48,7 +50,7 @@ class TreeWatch:
     def weights(self) -> Weights:
         """What a structural copy of the modules depends on."""
         tensors = self.tensors()
-        return Weights(list(map(id, tensors)), list(map(_facts, tensors)))
+        return Weights(list(map(id, tensors)), list(map(_facts, tensors)), list(map(_plain, self.configs)))
 
     def training(self) -> tuple[bool, ...]:
         """The flag of each module."""
@@ -65,3 +67,20 @@ class TreeWatch:
             tuple([id(hook) for hook in hooks if not comes_and_goes(hook)]),
             (*map(id, tensors), *versions(tensors)),
         )
+
+
+def _plain(config: dict) -> dict:
+    """What can be compared of a configuration's attributes."""
+    return {name: x for name, x in config.items() if not isinstance(x, torch.Tensor)}
+
+
+def _configs(states: list[dict]) -> list[dict]:
+    """The attributes of each configuration in a tree (`module.config`, as transformers has it), and of those inside one."""
+    found: dict[int, dict] = {}
+    left = [state["config"] for state in states if "config" in state]
+    while left:
+        config = left.pop()
+        if hasattr(config, "__dict__") and not isinstance(config, (type, nn.Module)) and id(config) not in found:
+            found[id(config)] = held = vars(config)
+            left += [x for name, x in held.items() if name.endswith("config")]
+    return list(found.values())

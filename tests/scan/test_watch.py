@@ -62,6 +62,24 @@ def test_what_a_structural_copy_has_changes(change):
     assert watch.weights() != before
 
 
+class Config:
+    def __init__(self, **given):
+        vars(self).update(given)
+
+
+def test_a_configuration_that_changes():
+    module = net()
+    module.config = Config(kernel="sdpa", text_config=Config(layers=2), label=None)
+    module[2].config = module.config.text_config
+    watch = TreeWatch(list(module.modules()))
+    before = watch.weights()
+    assert watch.weights() == before and len(before.configs) == 2
+    module.config.kernel = "eager"
+    changed = watch.weights()
+    module.config.text_config.layers = 3
+    assert before != changed != watch.weights() != before
+
+
 def test_numbers_alone_change_no_structure():
     module = net()
     watch = TreeWatch(list(module.modules()))
