@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -28,15 +29,12 @@ def versions(leaves: list) -> list:
     return [version(x) if isinstance(x, torch.Tensor) and not x.is_inference() else None for x in leaves]
 
 
-def refuse_backward(leaves: list, what: str, gradients: bool) -> None:
-    """Something was changed at a site: in a checkpointed block, a backward through it is an error.
+def refuse_backward(within: str, leaves: list, what: str, gradients: Callable[[], bool]) -> None:
+    """Something was changed at a site in a checkpointed block (`within`): a backward through it is an error.
 
     torch runs the block again for it, and would take its gradients from values that are not changed. `gradients`: may the
     block have some even where what was changed has none.
     """
-    within = checkpointed()
-    if within is None:
-        return
 
     def refuse(*_: object) -> NoReturn:
         raise NotRecordableError(
@@ -46,7 +44,7 @@ def refuse_backward(leaves: list, what: str, gradients: bool) -> None:
         )
 
     through = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
-    if within == "forward" or (gradients and not through):  # reentrant: nothing in it has a gradient yet
+    if within == "forward" or (not through and gradients()):  # reentrant: nothing in it has a gradient yet
         refuse()
     for x in through:
         hook(x, refuse)

@@ -189,12 +189,18 @@ class Run(TensorInterleaver):
 
     def _changed(self, site: Site, old: list, leaves: list) -> None:
         """Something other than reading took place at a site."""
+        within = recomputed.checkpointed()
+        if within is None:
+            return
         where = f"`{place_of_site(site)}`"
         what = f"{where} is changed" if self.changing is None else f"{self.lines[self.changing]}: {where} is changed"
         skips = self.changing is not None and isinstance(self.plan.ops[self.changing].verb, Skip)
-        had = any(isinstance(x, torch.Tensor) and x.requires_grad for x in old)
-        trained = had or any(p.requires_grad for p in next(iter(self.owner.paths)).parameters())
-        recomputed.refuse_backward([] if skips else leaves, what, trained)
+
+        def gradients() -> bool:
+            had = any(isinstance(x, torch.Tensor) and x.requires_grad for x in old)
+            return had or any(p.requires_grad for p in next(iter(self.owner.paths)).parameters())
+
+        recomputed.refuse_backward(within, [] if skips else leaves, what, gradients)
 
     def _watches(self, site: Site) -> bool:
         path, kind, _ = site

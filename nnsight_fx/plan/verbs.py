@@ -44,11 +44,8 @@ class Verb:
 
     __slots__ = ()
     name: ClassVar[str]  # as `tracer.graph` and files say it
-
-    @property
-    def effect(self) -> str:
-        """`""` is pure; "inplace" changes something, "random" draws numbers, "gradient" waits for a backward."""
-        return ""
+    # "" is pure; "inplace" changes something, "random" draws numbers, "gradient" waits for a backward
+    effect: str = ""  # each recorded line asks for it: a plain attribute
 
     @property
     def subject(self) -> Site | str | Identity | None:
@@ -61,9 +58,7 @@ class Changes(Verb):
 
     __slots__ = ()
 
-    @property
-    def effect(self) -> str:
-        return "inplace"
+    effect = "inplace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +154,8 @@ class Call(Verb):
     """A function of torch's."""
 
     fn: Identity
-    does: str = ""  # its effect
+    effect: str = ""
     name = "call"
-
-    @property
-    def effect(self) -> str:
-        return self.does
 
     @property
     def subject(self) -> Identity:
@@ -179,9 +170,7 @@ class CallModule(Verb):
     instance: Identity | None = None
     name = "module"
 
-    @property
-    def effect(self) -> str:
-        return "random"
+    effect = "random"
 
     @property
     def subject(self) -> str:
@@ -244,9 +233,7 @@ class OfGradients(Verb):
 
     __slots__ = ()
 
-    @property
-    def effect(self) -> str:
-        return "gradient"
+    effect = "gradient"
 
 
 @dataclass(frozen=True, slots=True)

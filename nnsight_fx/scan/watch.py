@@ -50,7 +50,7 @@ class TreeWatch:
     def weights(self) -> Weights:
         """What a structural copy of the modules depends on."""
         tensors = self.tensors()
-        return Weights(list(map(id, tensors)), list(map(_facts, tensors)), list(map(_plain, self.configs)))
+        return Weights(list(map(id, tensors)), list(map(_facts, tensors)), list(map(dict, self.configs)))
 
     def training(self) -> tuple[bool, ...]:
         """The flag of each module."""
@@ -69,11 +69,6 @@ class TreeWatch:
         )
 
 
-def _plain(config: dict) -> dict:
-    """What can be compared of a configuration's attributes."""
-    return {name: x for name, x in config.items() if not isinstance(x, torch.Tensor)}
-
-
 def _configs(states: list[dict]) -> list[dict]:
     """The attributes of each configuration in a tree (`module.config`, as transformers has it), and of those inside one."""
     found: dict[int, dict] = {}
@@ -83,4 +78,4 @@ def _configs(states: list[dict]) -> list[dict]:
         if hasattr(config, "__dict__") and not isinstance(config, (type, nn.Module)) and id(config) not in found:
             found[id(config)] = held = vars(config)
             left += [x for name, x in held.items() if name.endswith("config")]
-    return list(found.values())
+    return [held for held in found.values() if not any(isinstance(x, torch.Tensor) for x in held.values())]

@@ -44,19 +44,20 @@ class Accesses:
 
     def place(self, n: int, op: Op) -> None:
         """Where in the model's order the results of an operation exist."""
-        if isinstance(op.verb, Grad):
+        verb = op.verb
+        if isinstance(verb, Grad):
             self.order[n] = (LATE, ("the gradient", "", 0), self.tape.invoke.index)
             return
-        if isinstance(op.verb, Read):
-            meta = self.tape.invoke.metas.get(op.verb.site)
-            self.order[n] = (meta.order if meta is not None else -1, op.verb.site, self.tape.invoke.index)
+        if isinstance(verb, Read):
+            meta = self.tape.invoke.metas.get(verb.site)
+            self.order[n] = (meta.order if meta is not None else -1, verb.site, self.tape.invoke.index)
             return
         found = [self.order[v] for v, _ in self.tape.step.needs if v in self.order]
         if found:
             at = self.order[n] = max(found, key=place_of) if len(found) > 1 else found[0]
             if (
-                op.effect == "inplace"
-                and isinstance(op.verb, Call)
+                verb.effect == "inplace"
+                and isinstance(verb, Call)
                 and at[0] > self.tape.invoke.order
                 and at[2] != self.tape.invoke.index
             ):

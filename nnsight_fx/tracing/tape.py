@@ -139,7 +139,7 @@ class Tape(Recording):
                 raise
             if (
                 isinstance(verb, Call)
-                and not verb.does
+                and not verb.effect
                 and not any(isinstance(x, torch.Tensor | tuple) for x in step.leaves)
             ):
                 self.operands.forget(marks)
@@ -162,7 +162,7 @@ class Tape(Recording):
         aliases: dict[int, Recorded] = {}
         fresh: dict[Recorded, torch.Tensor] = {}
         call = op.verb if isinstance(op.verb, Call) else None
-        target = _changed_key(op) if call is not None and call.does == "inplace" else None
+        target = _changed_key(op) if call is not None and call.effect == "inplace" else None
 
         def lookup(key: Value | Outside) -> Any:
             if isinstance(key, SizeExpr):
@@ -193,7 +193,7 @@ class Tape(Recording):
         self.step = step
         if op.when:
             self.conditions.used = True
-        if isinstance(op.verb, Save):  # nothing uses what it returns
+        if type(op.verb) is Save:  # nothing uses what it returns
             return None
         for key, fake in step.rebound:
             grew = fake.requires_grad and not self.operands.fake_of(key).requires_grad
