@@ -335,3 +335,23 @@ def test_a_language_model(engine):
             want = model.lm_head.output[:, -1].save()
         torch.testing.assert_close(program(ids, v)["logits"], want, rtol=0, atol=0)
     assert program.runs == {"traced": 1, "recorded": 2}
+
+
+@pytest.mark.parametrize("engine", [None, "eager", "aot_eager"])
+def test_an_argument_that_the_body_saves(engine):
+    """It is no value of the model's, and is given back as it came."""
+    model = NNsight(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).requires_grad_(False))
+    if engine:
+        model.compile(backend=engine)
+
+    def body(tracer, v):
+        kept = v.save()
+        model[0].output = model[0].output + v
+        return kept, model.output.save()
+
+    program, x = model.program(body), torch.ones(2, 3)
+    for scale in (1.0, 2.0, 3.0):
+        v = torch.full((3,), scale)
+        kept, out = program(x, v)
+        assert torch.equal(kept, v)
+        torch.testing.assert_close(out, model._module[1](model._module[0](x) + v))

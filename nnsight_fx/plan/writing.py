@@ -237,8 +237,12 @@ class PlanWriter(Writer):
 
     def saved(self, caching: set[int]) -> list[list]:
         """`[name, op, leaf]` of each saved value, in order."""
-        saves = [op for _, op, _ in self.plan.of_kind(Save) if op.invoke not in caching]
-        keys = [k for op in saves for k in op.args.items if isinstance(k, Value)]
+        keys: list[Value] = []
+        for n, op, _ in self.plan.of_kind(Save):
+            for key in op.args.items if op.invoke not in caching else ():
+                if not isinstance(key, Value):
+                    raise self.refuse(n, "it saves a tensor of yours, which no run makes")
+                keys.append(key)
         given = {key: self.names[i] for i, key in self.recording.slots.items() if i in self.names}
         found: list[list] = []
         for i, key in enumerate(keys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from operator import attrgetter, itemgetter, methodcaller
+from operator import attrgetter, is_not, itemgetter, methodcaller
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from ..compat.modules import comes_and_goes
 from ..compat.tensors import versions
 
 _values = methodcaller("values")
+_config = methodcaller("get", "config")
 _facts = attrgetter("device", "dtype", "requires_grad")
 
 
@@ -41,7 +42,9 @@ class TreeWatch:
         self.hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
         states = [vars(m) for m in modules]
         self.states = states if all("training" in state for state in states) else None
-        self.configs = _configs(states)
+        self.owners = [state for state in states if "config" in state]
+        self.configs = _configs(self.owners)
+        self.seen = list(map(_config, self.owners))
 
     def tensors(self) -> list[torch.Tensor]:
         """The parameters and buffers."""
@@ -49,7 +52,9 @@ class TreeWatch:
 
     def weights(self) -> Weights:
         """What a structural copy of the modules depends on."""
-        tensors = self.tensors()
+        tensors, now = self.tensors(), list(map(_config, self.owners))
+        if any(map(is_not, now, self.seen)):  # `model.config = other`
+            self.seen, self.configs = now, _configs(self.owners)
         return Weights(list(map(id, tensors)), list(map(_facts, tensors)), list(map(dict, self.configs)))
 
     def training(self) -> tuple[bool, ...]:

@@ -23,7 +23,7 @@ from ..plan.keys import Identity, Outside, Plain, SizeExpr, Span, Value, decode
 from ..plan.lifting import name_of
 from ..plan.names import LIVE_CALLS, NEEDS_DATA, NEEDS_MEMORY, effect_of
 from ..plan.plan import Op
-from ..plan.verbs import AtSite, Barrier, Call, CallModule, Read, Site, Skip, StopRun, Verb, Write
+from ..plan.verbs import Apply, AtSite, Barrier, Call, CallModule, Read, Site, Skip, StopRun, Verb, Write
 from .lazy import LazyTensor
 from .recorder import Recorder
 from .recording import Recording
@@ -305,7 +305,7 @@ def _again(tape: Tape, op: Op, args: tuple, kwargs: dict) -> object:
             return tape.stop()
         case Barrier():
             return None
-        case Call(fn):
+        case Call(fn) | Apply(fn):
             return _called(fn.obj, args, kwargs)
         case verb:
             raise AssertionError(f"an edit records no `{verb.name}`")

@@ -15,7 +15,7 @@ from ..errors import OutOfOrderError, UnsavedValueError
 from ..lines import user_line
 from ..plan import tree
 from ..plan.keys import Identity, Keep, Key, Value
-from ..plan.verbs import Apply, AtSite, Observe, Read, ReadObject, Save, Site
+from ..plan.verbs import Apply, AtSite, Observe, Read, ReadObject, Save, Site, Visit
 from .lazy import LazyTensor
 from .steps import nothing
 
@@ -239,7 +239,7 @@ class Objects:
         if not tape.open or tape.closed or "_real" in lazy.__dict__ or id(lazy) in self.kept:
             return
         read = tape.ops[lazy._key.op]
-        assert isinstance(read.verb, AtSite)
+        assert isinstance(read.verb, AtSite | Visit)
         if read.invoke == tape.invoke.index and tape.accesses.passed is not None:
             try:
                 tape.accesses.check_passed(read.verb.site, "saved, or used as an object,")
@@ -276,7 +276,7 @@ class Objects:
         if key is None:
             return leaf
         read = self.tape.ops[key.op].verb
-        return Keep(key.leaf) if isinstance(read, AtSite) and read.site == site else leaf
+        return Keep(key.leaf) if isinstance(read, AtSite | Visit) and read.site == site else leaf
 
     def look(self, lazy: LazyObject) -> object:
         """The real object, by a sync point. `lazy` itself, where its trace has run and made it real."""

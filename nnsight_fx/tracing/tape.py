@@ -310,13 +310,13 @@ class Tape(Recording):
         if self.invoke.containers:
             self.accesses.settle()
         key = key_of(lazy)
-        assert isinstance(key, Value)
         again = self.beaten(key)
         if again is not None:
             self.advance(again.step, again.op)
             return
         before = self.step
-        with self.within(self.ops[key.op].invoke):  # who waits for nobody
+        own = self.ops[key.op].invoke if isinstance(key, Value) else self.invoke.index  # who waits for nobody
+        with self.within(own):
             self.add(Save(), (lazy,), result=nothing)
         self.beat(before, key)
 

@@ -80,6 +80,19 @@ def test_a_configuration_that_changes():
     assert before != changed != watch.weights() != before
 
 
+def test_a_configuration_that_is_replaced():
+    module = net()
+    module.config = Config(kernel="sdpa")
+    watch = TreeWatch(list(module.modules()))
+    before = watch.weights()
+    module.config = Config(kernel="eager")
+    replaced = watch.weights()
+    module.config.kernel = "flex"
+    assert before != replaced != watch.weights() != before
+    del module.config
+    assert watch.weights() != replaced
+
+
 def test_numbers_alone_change_no_structure():
     module = net()
     watch = TreeWatch(list(module.modules()))
