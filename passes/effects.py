@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -115,12 +117,23 @@ def _unknown(node: fx.Node, name: str) -> str | None:
 
 
 def _signature(node: fx.Node) -> inspect.BoundArguments | None:
+    known = _signature_of(node.target)
+    if known is None:
+        return None
     try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        bound = known.bind(*node.args, **node.kwargs)
+    except TypeError:
         return None
     bound.apply_defaults()
     return bound
+
+
+@functools.cache
+def _signature_of(target: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
 
 
 def _given(node: fx.Node, name: str) -> object:

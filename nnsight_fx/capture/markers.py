@@ -20,6 +20,7 @@ from .hook_tables import KEY, TABLES, override, put, take, uncompiled
 from .marker import active, taken
 from .marking import Replacement, mark, replaced, skipped_output
 from .operations import Operations
+from .repeats import blocks
 
 
 class Passing(Protocol):
@@ -52,6 +53,7 @@ class Markers:
         self.paths: dict[nn.Module, str] = {m: name for name, m in root.named_modules()}
         self.states = [m.__dict__ for m in self.paths]
         self.hooks = {m: self._hooks(path) for m, path in self.paths.items()}
+        self.blocks = blocks(root)
         self.calls_of: dict[tuple[nn.Module, bool], partial] = {}
         self.half: dict[tuple[str, str, int], Replacement] | None = None  # the capture half of the active run
         self.stop_at: tuple[str, str, int] | None = None
@@ -100,7 +102,8 @@ class Markers:
             return None
         made = self.calls_of.get((module, counted))
         if made is None or made.args[2:-1] != (collectors,) * bool(collectors):
-            call = partial(among, path, counted, collectors) if collectors else partial(between, path, counted)
+            plain = block if module in self.blocks else between
+            call = partial(among, path, counted, collectors) if collectors else partial(plain, path, counted)
             made = self.calls_of[module, counted] = partial(call, module)
         return made
 
@@ -218,6 +221,11 @@ def between(path: str, counted: bool, module: nn.Module, /, *args: object, **kwa
     """A module's `forward` between its two sites. `__call__` calls it for the length of a run.
 
     `counted` says whether the tensors of a value are counted, for a capture half."""
+    return among(path, counted, (), module, *args, **kwargs)
+
+
+def block(path: str, counted: bool, module: nn.Module, /, *args: object, **kwargs: object) -> object:
+    """`between`, of a module that may repeat another: `variables.block`."""
     return among(path, counted, (), module, *args, **kwargs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import operator
 from collections import OrderedDict
@@ -41,9 +40,7 @@ class Segment:
     def captured(cls, gm: fx.GraphModule) -> Segment:
         """Made inside Dynamo's callback: afterwards the fakes are gone from the graph."""
         context = compat.graphs.tracing_context(gm)
-        kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        for old, new in zip(gm.graph.nodes, kept.graph.nodes, strict=True):
-            new.meta = dict(old.meta)
+        kept = compat.graphs.copied(gm)
         unfold(kept)
         close(kept.graph)
         pure = compat.graphs.replays_nothing(restored)
@@ -61,10 +58,7 @@ class Segment:
 
     def copy(self) -> fx.GraphModule:
         """The graph, to be rewritten."""
-        made = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))
-        for old, new in zip(self.gm.graph.nodes, made.graph.nodes, strict=True):
-            new.meta = dict(old.meta)
-        return made
+        return compat.graphs.copied(self.gm)
 
     @property
     def sites(self) -> list[tuple[str, str]]:

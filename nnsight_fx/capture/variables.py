@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import compat
-from . import markers, marking
+from . import markers, marking, repeats
 from .hook_tables import TABLES
 from .marker import anchor, site
 from .marking import PLAIN
@@ -14,6 +14,17 @@ from .marking import PLAIN
 def between(tx: object, path: object, counted: object, module: object, /, *args: object, **kwargs: object) -> object:
     """`markers.between`."""
     return among(tx, path, counted, compat.variables.tuple_of([]), module, *args, **kwargs)
+
+
+def block(tx: Any, path: object, counted: Any, module: object, /, *args: object, **kwargs: object) -> object:
+    """`markers.block`: what another block's trace says of this one, where it does."""
+    module, look = compat.variables.looked_at(module), compat.variables.looked_at
+    called, named = [look(x) for x in args], {name: look(x) for name, x in kwargs.items()}
+
+    def trace() -> object:
+        return between(tx, path, counted, module, *called, **named)
+
+    return trace() if counted.as_python_constant() else repeats.repeated(tx, module, (called, named), trace)
 
 
 def among(tx: Any, path: Any, counted: Any, collectors: Any, module: Any, /, *args: object, **kwargs: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,24 @@ _EFFECTS = Name(
 _CHECKPOINT = Name(
     "torch.ops.higher_order.tag_activation_checkpoint", "no intervention reaches into a checkpointed block"
 )
+_LAZY = Name(
+    "torch.fx._lazy_graph_module._LazyGraphModule",
+    "a graph's Python text is written also where nothing runs or reads it",
+)
 _LOCAL = Name("torch._dynamo.source.LocalSource", "CUDA graphs copy each parameter at each replay")
+
+
+def graph_module(root: torch.nn.Module | dict, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A graph as a module. Its Python text is written when it first runs."""
+    return (_LAZY() or torch.fx.GraphModule)(root, graph)
+
+
+def copied(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A graph to be rewritten, with what is known of each node."""
+    made = graph_module(gm, copy.deepcopy(gm.graph))
+    for old, new in zip(gm.graph.nodes, made.graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    return made
 
 
 def as_dynamos(gm: torch.fx.GraphModule) -> None:

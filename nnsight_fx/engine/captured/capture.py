@@ -12,7 +12,7 @@ import torch
 from ... import compat, passes
 from ...capture import variables
 from ...capture.marker import active, anchor, site, supply, taken
-from ...capture.markers import Markers, among, between
+from ...capture.markers import Markers, among, between, block
 from ...capture.marking import mark
 from ...capture.segment import Segment
 from ...compat.transformers import settle
@@ -182,8 +182,9 @@ def _teach_dynamo(markers: Markers) -> None:
     compat.dynamo.register(site, supply, anchor)
     compat.variables.traced_by(between, variables.between)
     compat.variables.traced_by(among, variables.among)
+    compat.variables.traced_by(block, variables.block)
     torch.compiler.assume_constant_result(taken)
     before, after = next(iter(markers.hooks.values()))
     live = (SplicedRun.pass_site, Run.operation, Run.skip, markers.operations.op(""))
-    for function in (before, after, between, among, mark, *live):
+    for function in (before, after, between, block, among, mark, *live):
         compat.frames.never_compile(function)

@@ -15,6 +15,7 @@ import torch
 from ... import compat
 from ...capture.markers import Markers, Stop
 from ...capture.marking import mark
+from ...capture.repeats import ENTRY
 from ...capture.segment import Segment
 from ...plan.plan import InterventionGraph
 from ...scan.scan import callee
@@ -125,7 +126,7 @@ def by_dynamo(
 def entry_point(module: torch.nn.Module, fn: str | None) -> Callable:
     """The function that Dynamo captures. Dynamo's cache and its recompile limit belong to the code, so it has one of its own."""
     inner = _inner(module, fn)
-    code = inner.__code__.replace(co_name=f"inner_{next(_serial)}")
+    code = inner.__code__.replace(co_name=f"{ENTRY}{next(_serial)}")
     return types.FunctionType(code, inner.__globals__, code.co_name, inner.__defaults__, inner.__closure__)
 
 

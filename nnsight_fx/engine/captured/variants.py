@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import time
 from collections import Counter
@@ -259,10 +258,8 @@ def _built(
     if not run.capture.options.by_regions:
         compat.graphs.as_dynamos(gm)
         return run.capture.builder.build(gm, inputs, run.report)
-    cut = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    cut = compat.graphs.copied(gm)
     twins = dict(zip(gm.graph.nodes, cut.graph.nodes, strict=True))
-    for old, new in twins.items():
-        new.meta = dict(old.meta)
     try:
         job.blocks = [twins[n] for n in job.blocks if n in twins]
         given = [compat.fakes.as_leaf(segment.context, x) for x in inputs()]

@@ -1,0 +1,379 @@
+"""Dynamo: a stretch of a trace that belongs to one module, recorded once and put into the graph again for another module.
+
+What Dynamo traces follows from what it guards, from the arguments and from the modes in force. So a stretch holds for another
+module when each guard on the first one holds for it, too, with the same arguments otherwise. `capture/repeats.py` says which
+modules are tried.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from .guards import TABLE
+from .probe import Name
+from .tensors import memory
+
+EACH = "each block of a model is traced, also where it repeats another"
+_CHECKS = Name("torch._dynamo.guards.GUARD_VALUE_DISPATCH", EACH)
+_SKIPPED = Name("torch._dynamo.guards.SKIP_GUARD", EACH)
+_INSTALL = Name("torch._dynamo.guards.install_guard", EACH)
+_DUPLICATE = Name("torch._dynamo.guards.GuardBuilder.DUPLICATE_INPUT", EACH)
+_BUILDER = Name("torch._dynamo.variables.builder.VariableBuilder", EACH)
+_WRAP = Name("torch._dynamo.variables.builder.wrap_fx_proxy", EACH)
+_SOURCE = Name("torch._guards.Source.get_value", EACH)
+_MUTATED = Name("torch._dynamo.side_effects.SideEffects.mutated_sources", EACH)
+_FAKE = Name("torch._subclasses.fake_tensor.FakeTensor", "fake tensors are made as the model's are")
+_VARIABLES = [
+    Name(f"torch._dynamo.variables.{name}", EACH)
+    for name in ("TensorVariable", "SymNodeVariable", "ConstantVariable", "TupleVariable")
+]
+_EXACT = ("EQUALS_MATCH", "CONSTANT_MATCH")  # compare by `==`, which a bool and a number pass
+_BUILT = "TENSOR_MATCH"  # what Dynamo installs itself when it takes a tensor for an input
+
+
+class Different(Exception):
+    """The stretch does not hold there. Never reaches the user."""
+
+
+def known() -> bool:
+    """Has this torch all that it takes?"""
+    names = (_CHECKS, _SKIPPED, _INSTALL, _DUPLICATE, _BUILDER, _WRAP, _SOURCE, *_VARIABLES)
+    return all(name() is not None for name in names)
+
+
+def code_of(tx: Any) -> Any:
+    """The code object that Dynamo captures."""
+    return tx.output.root_tx.f_code
+
+
+def module_of(variable: Any) -> tuple[torch.nn.Module | None, Any]:
+    """The module that a variable stands for, and from where Dynamo has it."""
+    value, source = getattr(variable, "value", None), getattr(variable, "source", None)
+    return (value if isinstance(value, torch.nn.Module) and source is not None else None), source
+
+
+# -- what goes in ------------------------------------------------------------------------------------------------
+
+
+def _number(x: Any) -> object:
+    """A size as something to compare: no symbol gets a guard by it."""
+    return x.node.expr if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool) else x
+
+
+def described(x: object) -> object:
+    """A fake tensor as Dynamo tells it from others."""
+    if not isinstance(x, torch.Tensor):
+        return None
+    strided = x.layout is torch.strided
+    where = (*map(_number, x.stride()), _number(x.storage_offset())) if strided else ()
+    bits = (x.requires_grad, x.is_conj(), x.is_neg(), x.is_inference())
+    return type(x), tuple(map(_number, x.shape)), where, x.dtype, x.device, x.layout, bits
+
+
+class _Arguments:
+    """The arguments of a call: what they are, and the nodes of the tensors and numbers among them."""
+
+    def __init__(self, args: list, kwargs: dict[str, Any]):
+        self.nodes: list[fx.Node] = []
+        self.of: dict[fx.Node, Any] = {}
+        self.held: list[Any] = []  # so that no other object gets their ids
+        self.told = [self._tell(x) for x in args], {name: self._tell(x) for name, x in kwargs.items()}
+
+    def _tell(self, value: Any) -> object:
+        tensor, number, constant, several = (name() for name in _VARIABLES)
+        if type(value) is several:
+            return tuple(self._tell(item) for item in value.items)
+        if type(value) is constant:
+            return type(value.value), value.value
+        if getattr(value, "source", None) is not None:  # an object that the model had before: the very same
+            if type(value) is tensor or type(value) is number:
+                self._note(value)
+            self.held.append(value)
+            return id(value)
+        if type(value) is tensor:
+            node = self._note(value)
+            return self.nodes.index(node), value.class_type, described(node.meta.get("example_value"))
+        if type(value) is number:
+            node = self._note(value)
+            return self.nodes.index(node), _number(value.sym_num)
+        raise Different(f"an argument that is {type(value).__name__}")
+
+    def _note(self, value: Any) -> fx.Node:
+        node = value.as_proxy().node
+        if node not in self.of:
+            self.nodes.append(node)
+            self.of[node] = value
+        return node
+
+
+def _ambient() -> tuple:
+    """The modes in force."""
+    casts = tuple(
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", *_accelerators())
+    )
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), casts
+
+
+@functools.cache
+def _accelerators() -> tuple[str, ...]:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return () if found is None else (found.type,)
+
+
+def _state(tx: Any) -> tuple:
+    """What tracing has changed of objects that the model had before, and how many random numbers Dynamo drew."""
+    return len(_MUTATED.of(tx.output.side_effects, ())), len(getattr(tx.output, "random_calls", ()))
+
+
+def _last(tx: Any) -> fx.Node | None:
+    graph = tx.output.graph
+    if tx.output.current_tracer.graph is not graph:  # inside of an operator that takes functions
+        return None
+    node = next(reversed(graph.nodes), None)
+    return None if node is None or node.op == "placeholder" else node
+
+
+# -- a stretch ---------------------------------------------------------------------------------------------------
+
+
+class Recording:
+    """A stretch while it is traced: made where it begins."""
+
+    def __init__(self, tx: Any, source: Any, given: tuple[list, dict]):
+        self.source, self.values, self.ambient, self.state = source, _Arguments(*given), _ambient(), _state(tx)
+        self.before = _last(tx)
+        if self.before is None:
+            raise Different("nothing comes before it")
+
+    def ended(self, tx: Any, out: Any) -> Stretch:
+        """The stretch, of what was traced since. `Different` if it cannot be repeated."""
+        if (
+            _ambient() != self.ambient
+            or _state(tx) != self.state
+            or tx.output.current_tracer.graph is not tx.output.graph
+        ):
+            raise Different("it changes something outside")
+        nodes, node = [], self.before.next
+        while node.op != "root":
+            if node.op not in ("call_function", "call_method") or "unbacked_bindings" in node.meta:
+                raise Different(f"{node.op} {node.target}")
+            nodes.append(node)
+            node = node.next
+        return Stretch(tx, self, nodes, out)
+
+
+class Stretch:
+    """The nodes that Dynamo traced for one module, with the guards by which they follow from it."""
+
+    def __init__(self, tx: Any, begun: Recording, nodes: list[fx.Node], out: Any):
+        self.source, self.values, self.ambient = begun.source, begun.values, begun.ambient
+        self.state, self.nodes, self.out = begun.state, nodes, out
+        self.made_of(out, lambda node, _: node)  # can it be made again
+        reroot = _Rerooted(self.source, _NOWHERE)
+        self.taken: list[
+            tuple[fx.Node, Any]
+        ] = []  # inputs of the graph that belong to the module, and from where they are
+        self.inside = set(nodes)
+        for node in dict.fromkeys(arg for n in nodes for arg in n.all_input_nodes):
+            given = node.meta.get("grapharg") if node not in self.inside and node not in self.values.of else None
+            if node.op == "placeholder" and given is not None and reroot(given.source) != given.source:
+                self.taken.append((node, given.source))
+        scopes, seen = _scopes(tx), {}
+        self.ordered = [  # dicts of the module of which the order of their keys matters
+            (source, list(source.get_value(*scopes, seen)))
+            for source in tx.output.guard_on_key_order
+            if reroot(source) != source
+        ]
+        self.checks = list(self._checks(tx, reroot))
+
+    def _checks(self, tx: Any, reroot: _Rerooted) -> Iterable[tuple[Any, Callable | None]]:
+        """The guards on what belongs to the module, each with a test of another value."""
+        scopes, seen = _scopes(tx), {}
+        for guard in tx.output.guards:
+            source, kind = guard.originating_source, guard.create_fn_name()
+            if reroot(source) == source or TABLE.search(guard.name):  # of another thing; of our own hooks
+                continue
+            if guard.inner_create_fn() is _DUPLICATE():
+                yield guard, None
+                continue
+            check = _CHECKS().get(kind)
+            if check is None or check is _SKIPPED() or not hasattr(check, "eval_fn"):
+                raise Different(f"a guard of kind {kind}")
+            value = source.get_value(*scopes, seen)
+            wanted = check.get_metadata_fn(guard, value)
+            yield guard, functools.partial(_passes, check.eval_fn, wanted, type(value) if kind in _EXACT else None)
+
+    def again(self, tx: Any, source: Any, values: tuple[list, dict], retold: Callable[[fx.Node], tuple]) -> Any:
+        """The stretch once more, for the module at `source`: its result. `retold` gives the arguments of a copied node.
+
+        `Different` if it does not hold there; the graph is as it was then."""
+        given = _Arguments(*values)
+        if (
+            given.told != self.values.told
+            or _ambient() != self.ambient
+            or _state(tx) != self.state
+            or _last(tx) is None
+        ):
+            raise Different("other arguments")
+        reroot, scopes, seen = _Rerooted(self.source, source), _scopes(tx), {}
+        fresh: list[Any] = []
+        for guard, holds in self.checks:
+            place = reroot(guard.originating_source)
+            try:
+                value = place.get_value(*scopes, seen)
+                if holds is None:
+                    other = reroot(guard.create_fn.keywords["source_b"])
+                    same = value is other.get_value(*scopes, seen)
+                    create: Any = functools.partial(guard.create_fn.func, source_b=other)
+                else:
+                    same, create = holds(value), guard.create_fn
+            except Exception as error:
+                raise Different(f"no {place.name}") from error
+            if not same:
+                raise Different(f"{guard.create_fn_name()} on {place.name}")
+            if guard.create_fn_name() != _BUILT:
+                fresh.append(dataclasses.replace(guard, originating_source=place, create_fn=create, _hash=None))
+        ordered = [reroot(source) for source, _ in self.ordered]
+        if any(list(reroot(s).get_value(*scopes, seen)) != keys for s, keys in self.ordered):
+            raise Different("the order of a dict")
+        nodes = dict(zip(self.values.nodes, given.nodes, strict=True))
+        for node, old in self.taken:
+            place = reroot(old)
+            variable = _BUILDER()(tx, place)(place.get_value(*scopes, seen))
+            new = variable.as_proxy().node
+            if described(new.meta.get("example_value")) != described(node.meta.get("example_value")):
+                raise Different(f"another tensor at {place.name}")
+            nodes[node] = new
+        _INSTALL()(*fresh)
+        tx.output.guard_on_key_order.update(ordered)
+        self._copy(tx, nodes, retold)
+        return self._result(tx, nodes, given)
+
+    def _copy(self, tx: Any, nodes: dict[fx.Node, fx.Node], retold: Callable[[fx.Node], tuple]) -> None:
+        stays = {n: n for node in self.nodes for n in node.all_input_nodes if n not in nodes}
+        known = {n: new for n, new in (nodes | stays).items() if n not in self.inside}
+        values = _Values(
+            tx, [(old.meta.get("example_value"), new.meta.get("example_value")) for old, new in known.items()]
+        )
+        for node in self.nodes:
+            made = tx.output.graph.node_copy(node, lambda n: nodes.get(n, n))
+            made.args = fx.map_arg(retold(node), lambda n: nodes.get(n, n))
+            made.meta = copy.copy(node.meta)
+            if "example_value" in made.meta:
+                made.meta["example_value"] = values.like(made.meta["example_value"])
+            nodes[node] = made
+
+    def _result(self, tx: Any, nodes: dict[fx.Node, fx.Node], given: _Arguments) -> Any:
+        made: dict[fx.Node, Any] = {}
+
+        def variable(node: fx.Node, old: Any) -> Any:
+            new = nodes.get(node, node)
+            if new in given.of:
+                return given.of[new]
+            if node not in self.inside:  # as it is: no node of this stretch
+                return old
+            if new not in made:
+                value = new.meta.pop("example_value")
+                proxy = fx.Proxy(new, tx.output.current_tracer)
+                made[new] = _WRAP()(tx=tx, proxy=proxy, example_value=value)
+            return made[new]
+
+        return self.made_of(self.out, variable)
+
+    def made_of(self, out: Any, variable: Callable[[fx.Node, Any], Any]) -> Any:
+        """A result of the same structure, with other tensors."""
+        tensor, _, constant, several = (name() for name in _VARIABLES)
+        if type(out) is tensor:
+            return variable(out.as_proxy().node, out)
+        if type(out) is several:
+            return several([self.made_of(item, variable) for item in out.items])
+        if type(out) is constant:
+            return out
+        raise Different(f"a result that is {type(out).__name__}")
+
+
+def _passes(test: Callable, wanted: object, kind: type | None, value: object) -> bool:
+    return (kind is None or type(value) is kind) and bool(test(value, wanted))
+
+
+def _scopes(tx: Any) -> tuple[dict, dict]:
+    return {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}, {}
+
+
+_NOWHERE = object()
+
+
+class _Rerooted:
+    """Where a thing of one module lies in another: `layers[0].mlp.scale` -> `layers[1].mlp.scale`."""
+
+    def __init__(self, old: Any, new: Any):
+        self.known: dict[Any, Any] = {old: new}
+
+    def __call__(self, source: Any) -> Any:
+        found = self.known.get(source)
+        if found is None:
+            fields = [(f.name, getattr(source, f.name)) for f in dataclasses.fields(source)]
+            changed = {name: self(x) for name, x in fields if isinstance(x, _source())}
+            changed = {name: x for name, x in changed.items() if x is not getattr(source, name)}
+            if _NOWHERE in changed.values():
+                found = _NOWHERE
+            else:
+                found = dataclasses.replace(source, **changed) if changed else source
+            self.known[source] = found
+        return found
+
+
+def _source() -> type:
+    from torch._guards import Source
+
+    return Source
+
+
+class _Values:
+    """Fake values like others: tensors that share memory do so here, and one that was an input stands for the input."""
+
+    def __init__(self, tx: Any, given: list[tuple[Any, Any]]):
+        self.mode = tx.fake_mode
+        self.known = {id(old): new for old, new in given if isinstance(old, torch.Tensor)}
+        self.held = [old for old, _ in given]
+        self.memory = {memory(old): new.untyped_storage() for old, new in given if _strided(old)}
+
+    def like(self, value: Any) -> Any:
+        return torch.utils._pytree.tree_map_only(torch.Tensor, self._tensor, value)
+
+    def _tensor(self, x: torch.Tensor) -> torch.Tensor:
+        if id(x) not in self.known:
+            self.held.append(x)
+            self.known[id(x)] = self._made(x)
+        return self.known[id(x)]
+
+    def _made(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            made = self._plain(x)
+        if x.requires_grad:
+            made.requires_grad_()
+            if not x.is_leaf:
+                with self.mode, torch.enable_grad():
+                    made = made.view_as(made)
+        return made
+
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        fake = _FAKE()
+        if fake is None or type(x) is not fake or not _strided(x) or any(isinstance(n, torch.SymInt) for n in x.shape):
+            with self.mode:
+                return torch.empty_like(x)
+        size = x.untyped_storage().nbytes()
+        storage = self.memory.setdefault(memory(x), torch.UntypedStorage(size, device="meta"))
+        made = torch.empty(0, dtype=x.dtype, device="meta").set_(storage, x.storage_offset(), x.shape, x.stride())
+        return fake(self.mode, made, x.device)
+
+
+def _strided(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.layout is torch.strided
