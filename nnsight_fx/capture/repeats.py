@@ -28,11 +28,17 @@ class Stretches:
     """The stretches of one trace, by the class of their block."""
 
     def __init__(self) -> None:
-        self.of: dict[type, list[tuple[nn.Module, dict[str, str], compat.repeats.Stretch]]] = {}
-        self.traced = self.repeated = 0
+        self.of: dict[type, list[tuple[nn.Module, compat.repeats.Stretch]]] = {}
+        self.repeated = 0
 
 
 _traces: weakref.WeakKeyDictionary[Any, Stretches] = weakref.WeakKeyDictionary()
+
+
+def repeats_of(context: object) -> int:
+    """How many blocks of a trace repeat another one; of its context (`compat.graphs.tracing_context`)."""
+    found = _traces.get(context)
+    return 0 if found is None else found.repeated
 
 
 def blocks(root: nn.Module) -> set[nn.Module]:
@@ -67,7 +73,6 @@ def repeated(tx: Any, module: Any, given: tuple[list, dict], trace: Callable[[],
     except compat.repeats.Different:
         return trace()
     out = trace()
-    stretches.traced += 1
     try:
         stretch = recording.ended(tx, out)
     except compat.repeats.Different:

@@ -14,6 +14,7 @@ from .. import compat
 from ..compat.transformers import restored
 from .checkpoints import unfold
 from .marker import close, marker_of, site, supply
+from .repeats import repeats_of
 
 
 class Break(NamedTuple):
@@ -29,6 +30,7 @@ class Segment:
     def __init__(self, gm: fx.GraphModule, fakes: list, context: Any, guards: int, pure: bool = False):
         self.gm, self.fakes, self.context, self.guards = gm, fakes, context, guards
         self.pure = pure  # does the frame change no object that existed before it
+        self.repeated = 0  # blocks that were not traced, since they repeat others
         self.ended: Break | None = None
         self.plan: object = None  # whose capture half it was captured for
         self.variants: OrderedDict[tuple, list] = OrderedDict()  # the latest used last
@@ -45,6 +47,7 @@ class Segment:
         close(kept.graph)
         pure = compat.graphs.replays_nothing(restored)
         made = cls(kept, compat.fakes.placeholder_fakes(gm), context, compat.symbols.guard_count(context), pure)
+        made.repeated = repeats_of(context)
         found = compat.graphs.break_of(gm)
         made.ended = None if found is None else Break(*found)
         return made

@@ -175,7 +175,7 @@ class Stretch:
     def __init__(self, tx: Any, begun: Recording, nodes: list[fx.Node], out: Any):
         self.source, self.values, self.ambient = begun.source, begun.values, begun.ambient
         self.state, self.nodes, self.out = begun.state, nodes, out
-        self.made_of(out, lambda node, _: node)  # can it be made again
+        self.made_of(out, lambda _, old: old)  # can it be made again
         reroot = _Rerooted(self.source, _NOWHERE)
         self.taken: list[
             tuple[fx.Node, Any]

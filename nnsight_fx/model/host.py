@@ -25,6 +25,7 @@ from ..engine.run import Run
 from ..engine.switch import ThreadState
 from ..engine.wave import ForwardWave
 from ..envoys import attention
+from ..envoys.envoy import tree_of
 from ..errors import nearest
 from ..generation.generation import Generation
 from ..lines import user_line
@@ -162,6 +163,8 @@ class ModelHost:
     def wave(self, tracer: Tracer, first: object, alone: bool) -> ForwardWave:
         if tracer.generation is not None:
             return tracer.generation.wave()
+        if not tracer.waves and self.scanner.watch.moved():
+            tree_of(self.model).changed()
         return ForwardWave(self, tracer, first, alone)
 
     def generation(self, tracer: Tracer, first: Batch) -> Generation | None:

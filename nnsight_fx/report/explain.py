@@ -81,6 +81,7 @@ def _of(capture: Capture) -> dict:
                 "last": ".".join(filter(None, s.sites[-1])) if s.sites else "",
                 "paths": [".".join(filter(None, at)) for at in s.sites],
                 "variants": sum(map(len, s.variants.values())),
+                "repeated": s.repeated,
                 "break": None if s.ended is None else {"reason": s.ended.reason, "line": s.ended.line},
             }
             for s in capture.segments
@@ -129,7 +130,8 @@ def _text(facts: dict) -> list[str]:
         lines.append(f"    equal blocks share {facts['regions']} compiled regions")
     for i, segment in enumerate(facts["segments"]):
         span = f" from {segment['first']} to {segment['last']}" if segment["sites"] else ""
-        lines.append(f"    segment {i}: {segment['sites']} sites{span}, {segment['variants']} variants")
+        alike = f"; {segment['repeated']} blocks repeat another's capture" if segment["repeated"] else ""
+        lines.append(f"    segment {i}: {segment['sites']} sites{span}, {segment['variants']} variants{alike}")
         if segment["break"]:
             lines.append(f"      graph break at {segment['break']['line']}: {segment['break']['reason']}")
     lines += [

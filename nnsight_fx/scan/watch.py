@@ -39,12 +39,22 @@ class TreeWatch:
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
         self.tables = [table for m in modules for table in (m._parameters, m._buffers)]
+        self.children = [m._modules for m in modules]
+        self.tree = self._tree()
         self.hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
         states = [vars(m) for m in modules]
         self.states = states if all("training" in state for state in states) else None
         self.owners = [state for state in states if "config" in state]
         self.configs = _configs(self.owners)
         self.seen = list(map(_config, self.owners))
+
+    def _tree(self) -> list[nn.Module]:
+        return list(chain.from_iterable(map(_values, filter(None, self.children))))
+
+    def moved(self) -> bool:
+        """Has any module got another child, more of them, or fewer?"""
+        now = self._tree()
+        return len(now) != len(self.tree) or any(map(is_not, now, self.tree))
 
     def tensors(self) -> list[torch.Tensor]:
         """The parameters and buffers."""
