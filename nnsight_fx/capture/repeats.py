@@ -9,14 +9,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch.fx as fx
 import torch.nn as nn
 
 from .. import compat
+from ..compat.repeats import Translator, Variable
 from .hook_tables import TABLES
-from .marker import marker_of, site
+from .marker import is_marker, marker_of
 
 ENTRY = "nnsight_fx_entry_"  # how the name of the code begins that captures a whole model
 TRIED = 4  # stretches of one class that are kept: some models have blocks of a few kinds
@@ -32,7 +32,7 @@ class Stretches:
         self.repeated = 0
 
 
-_traces: weakref.WeakKeyDictionary[Any, Stretches] = weakref.WeakKeyDictionary()
+_traces: weakref.WeakKeyDictionary[object, Stretches] = weakref.WeakKeyDictionary()
 
 
 def repeats_of(context: object) -> int:
@@ -51,11 +51,12 @@ def blocks(root: nn.Module) -> set[nn.Module]:
     return found
 
 
-def repeated(tx: Any, module: Any, given: tuple[list, dict], trace: Callable[[], Any]) -> Any:
+def repeated(tx: Translator, module: Variable, given: tuple[list, dict], trace: Callable[[], Variable]) -> Variable:
     """A block's result: from a stretch that holds for it, or by `trace`, which then is a stretch for others."""
-    block, source = compat.repeats.module_of(module)
-    if block is None or not compat.repeats.known() or not compat.repeats.code_of(tx).co_name.startswith(ENTRY):
+    found = compat.repeats.module_of(module)
+    if found is None or not compat.repeats.known() or not compat.repeats.name_of(tx).startswith(ENTRY):
         return trace()
+    block, source = found
     stretches = _traces.setdefault(tx.output.tracing_context, Stretches())
     kept = stretches.of.setdefault(type(block), [])
     for other, stretch in reversed(kept):
@@ -64,18 +65,18 @@ def repeated(tx: Any, module: Any, given: tuple[list, dict], trace: Callable[[],
             continue
         try:
             out = stretch.again(tx, source, given, partial(_retold, paths))
-        except compat.repeats.Different:
+        except compat.repeats.Unlike:
             continue
         stretches.repeated += 1
         return out
     try:
-        recording = compat.repeats.Recording(tx, source, given)
-    except compat.repeats.Different:
+        begun = compat.repeats.Beginning(tx, source, given)
+    except compat.repeats.Unlike:
         return trace()
     out = trace()
     try:
-        stretch = recording.ended(tx, out)
-    except compat.repeats.Different:
+        stretch = begun.ended(tx, out)
+    except compat.repeats.Unlike:
         return out
     kept.append((block, stretch))
     del kept[:-TRIED]
@@ -84,9 +85,11 @@ def repeated(tx: Any, module: Any, given: tuple[list, dict], trace: Callable[[],
 
 def _retold(paths: dict[str, str], node: fx.Node) -> tuple:
     """The arguments of a node, of another block: its markers name other sites."""
-    if node.target is not site:
+    if not is_marker(node):
         return node.args
     marker = marker_of(node)
+    if marker.path not in paths:
+        raise compat.repeats.Unlike(f"{marker.path} is called in it")
     return marker.value, paths[marker.path], *node.args[2:]
 
 
@@ -110,7 +113,9 @@ def _alike(one: nn.Module, other: nn.Module) -> dict[str, str] | None:
 def _path(module: nn.Module) -> str | None:
     """The path by which our call of a module marks its sites; `None` if something else is on the module."""
     call = module.__dict__.get(CALL)
-    ours = isinstance(call, partial) and len(call.args) == 3 and call.args[1] is False
+    ours = (
+        isinstance(call, partial) and len(call.args) == 3 and call.args[1] is False
+    )  # nothing but the module behind them
     if not ours or "forward" in module.__dict__ or sum(len(getattr(module, table)) for table in TABLES) != 2:
         return None
     return call.args[0]
@@ -127,5 +132,5 @@ def _same_tensors(a: nn.Module, b: nn.Module) -> bool:
     )
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
+def _plain(module: nn.Module) -> dict[str, object]:
     return {name: x for name, x in module.__dict__.items() if isinstance(x, _PLAIN)}

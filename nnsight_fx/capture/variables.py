@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .. import compat
+from ..compat.repeats import Translator, Variable
 from . import markers, marking, repeats
 from .hook_tables import TABLES
 from .marker import anchor, site
@@ -16,7 +15,9 @@ def between(tx: object, path: object, counted: object, module: object, /, *args:
     return among(tx, path, counted, compat.variables.tuple_of([]), module, *args, **kwargs)
 
 
-def block(tx: Any, path: object, counted: Any, module: object, /, *args: object, **kwargs: object) -> object:
+def block(
+    tx: Translator, path: object, counted: Variable, module: Variable, /, *args: Variable, **kwargs: Variable
+) -> object:
     """`markers.block`: what another block's trace says of this one, where it does."""
     module, look = compat.variables.looked_at(module), compat.variables.looked_at
     called, named = [look(x) for x in args], {name: look(x) for name, x in kwargs.items()}
@@ -27,7 +28,16 @@ def block(tx: Any, path: object, counted: Any, module: object, /, *args: object,
     return trace() if counted.as_python_constant() else repeats.repeated(tx, module, (called, named), trace)
 
 
-def among(tx: Any, path: Any, counted: Any, collectors: Any, module: Any, /, *args: object, **kwargs: object) -> object:
+def among(
+    tx: Translator,
+    path: Variable,
+    counted: Variable,
+    collectors: Variable,
+    module: Variable,
+    /,
+    *args: object,
+    **kwargs: object,
+) -> object:
     """`markers.among`; what is rare is left to its text, which Dynamo then reads."""
     hooks = compat.variables.items(collectors)
     if sum(compat.variables.length(tx, module, table) for table in TABLES) != 2 + len(hooks):

@@ -7,18 +7,25 @@ modules are tried.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
 
 from .guards import TABLE
 from .probe import Name
-from .tensors import memory
+from .tensors import memory, tree_map_only
+
+if TYPE_CHECKING:
+    from torch._guards import Guard, Source
+
+Translator = Variable = Any  # Dynamo's: of their subclasses' attributes the base classes know little
+Given = tuple[list[Variable], dict[str, Variable]]  # what a call gets
 
 EACH = "each block of a model is traced, also where it repeats another"
 _CHECKS = Name("torch._dynamo.guards.GUARD_VALUE_DISPATCH", EACH)
@@ -29,6 +36,7 @@ _BUILDER = Name("torch._dynamo.variables.builder.VariableBuilder", EACH)
 _WRAP = Name("torch._dynamo.variables.builder.wrap_fx_proxy", EACH)
 _SOURCE = Name("torch._guards.Source.get_value", EACH)
 _MUTATED = Name("torch._dynamo.side_effects.SideEffects.mutated_sources", EACH)
+_SET = Name("torch.utils._ordered_set.OrderedSet", EACH)
 _FAKE = Name("torch._subclasses.fake_tensor.FakeTensor", "fake tensors are made as the model's are")
 _VARIABLES = [
     Name(f"torch._dynamo.variables.{name}", EACH)
@@ -38,31 +46,33 @@ _EXACT = ("EQUALS_MATCH", "CONSTANT_MATCH")  # compare by `==`, which a bool and
 _BUILT = "TENSOR_MATCH"  # what Dynamo installs itself when it takes a tensor for an input
 
 
-class Different(Exception):
+class Unlike(Exception):
     """The stretch does not hold there. Never reaches the user."""
 
 
 def known() -> bool:
     """Has this torch all that it takes?"""
-    names = (_CHECKS, _SKIPPED, _INSTALL, _DUPLICATE, _BUILDER, _WRAP, _SOURCE, *_VARIABLES)
+    names = (_CHECKS, _SKIPPED, _INSTALL, _DUPLICATE, _BUILDER, _WRAP, _SOURCE, _SET, *_VARIABLES)
     return all(name() is not None for name in names)
 
 
-def code_of(tx: Any) -> Any:
-    """The code object that Dynamo captures."""
-    return tx.output.root_tx.f_code
+def name_of(tx: Translator) -> str:
+    """The name of the code that Dynamo captures."""
+    return tx.output.root_tx.f_code.co_name
 
 
-def module_of(variable: Any) -> tuple[torch.nn.Module | None, Any]:
+def module_of(variable: Variable) -> tuple[torch.nn.Module, Source] | None:
     """The module that a variable stands for, and from where Dynamo has it."""
     value, source = getattr(variable, "value", None), getattr(variable, "source", None)
-    return (value if isinstance(value, torch.nn.Module) and source is not None else None), source
+    if isinstance(value, torch.nn.Module) and source is not None:
+        return value, source
+    return None
 
 
 # -- what goes in ------------------------------------------------------------------------------------------------
 
 
-def _number(x: Any) -> object:
+def _number(x: object) -> object:
     """A size as something to compare: no symbol gets a guard by it."""
     return x.node.expr if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool) else x
 
@@ -80,13 +90,13 @@ def described(x: object) -> object:
 class _Arguments:
     """The arguments of a call: what they are, and the nodes of the tensors and numbers among them."""
 
-    def __init__(self, args: list, kwargs: dict[str, Any]):
+    def __init__(self, args: list[Variable], kwargs: dict[str, Variable]):
         self.nodes: list[fx.Node] = []
-        self.of: dict[fx.Node, Any] = {}
-        self.held: list[Any] = []  # so that no other object gets their ids
+        self.of: dict[fx.Node, Variable] = {}
+        self.held: list[Variable] = []  # so that no other object gets their ids
         self.told = [self._tell(x) for x in args], {name: self._tell(x) for name, x in kwargs.items()}
 
-    def _tell(self, value: Any) -> object:
+    def _tell(self, value: Variable) -> object:
         tensor, number, constant, several = (name() for name in _VARIABLES)
         if type(value) is several:
             return tuple(self._tell(item) for item in value.items)
@@ -99,13 +109,13 @@ class _Arguments:
             return id(value)
         if type(value) is tensor:
             node = self._note(value)
-            return self.nodes.index(node), value.class_type, described(node.meta.get("example_value"))
+            return self.nodes.index(node), value.class_type, described(_value(node))
         if type(value) is number:
             node = self._note(value)
             return self.nodes.index(node), _number(value.sym_num)
-        raise Different(f"an argument that is {type(value).__name__}")
+        raise Unlike(f"an argument that is {type(value).__name__}")
 
-    def _note(self, value: Any) -> fx.Node:
+    def _note(self, value: Variable) -> fx.Node:
         node = value.as_proxy().node
         if node not in self.of:
             self.nodes.append(node)
@@ -127,12 +137,39 @@ def _accelerators() -> tuple[str, ...]:
     return () if found is None else (found.type,)
 
 
-def _state(tx: Any) -> tuple:
-    """What tracing has changed of objects that the model had before, and how many random numbers Dynamo drew."""
-    return len(_MUTATED.of(tx.output.side_effects, ())), len(getattr(tx.output, "random_calls", ()))
+def _state(tx: Translator) -> tuple:
+    """How often tracing has changed objects that the model had before, and how many random numbers Dynamo drew.
+
+    Of an object that was made meanwhile, and put into one that was there before, changes are not seen."""
+    effects = tx.output.side_effects
+    found = _MUTATED.of(effects)
+    if type(found) is not _counting():
+        if found is None:
+            raise Unlike("Dynamo does not tell what the model changes")
+        effects.mutated_sources = found = _counting()(found)
+    plain = [name() for name in _VARIABLES[:3]]
+    for item, changed in effects.store_attr_mutations.items():
+        if item.source is not None and not all(type(value) in plain for value in changed.values()):
+            raise Unlike("an object that was made meanwhile is kept on one that was there")
+    return found.added, len(getattr(tx.output, "random_calls", ()))
 
 
-def _last(tx: Any) -> fx.Node | None:
+@functools.cache
+def _counting() -> type:
+    """Dynamo's set of what was changed, which counts how often: of an object that changes again it says nothing."""
+    base: type = _SET()
+
+    class Counting(base):
+        added = 0
+
+        def add(self, value: object) -> None:
+            self.added += 1
+            super().add(value)
+
+    return Counting
+
+
+def _last(tx: Translator) -> fx.Node | None:
     graph = tx.output.graph
     if tx.output.current_tracer.graph is not graph:  # inside of an operator that takes functions
         return None
@@ -143,27 +180,28 @@ def _last(tx: Any) -> fx.Node | None:
 # -- a stretch ---------------------------------------------------------------------------------------------------
 
 
-class Recording:
+class Beginning:
     """A stretch while it is traced: made where it begins."""
 
-    def __init__(self, tx: Any, source: Any, given: tuple[list, dict]):
+    def __init__(self, tx: Translator, source: Source, given: Given):
         self.source, self.values, self.ambient, self.state = source, _Arguments(*given), _ambient(), _state(tx)
         self.before = _last(tx)
         if self.before is None:
-            raise Different("nothing comes before it")
+            raise Unlike("nothing comes before it")
 
-    def ended(self, tx: Any, out: Any) -> Stretch:
-        """The stretch, of what was traced since. `Different` if it cannot be repeated."""
+    def ended(self, tx: Translator, out: Variable) -> Stretch:
+        """The stretch, of what was traced since. `Unlike` if it cannot be repeated."""
         if (
             _ambient() != self.ambient
             or _state(tx) != self.state
             or tx.output.current_tracer.graph is not tx.output.graph
         ):
-            raise Different("it changes something outside")
+            raise Unlike("it changes something outside")
+        assert self.before is not None
         nodes, node = [], self.before.next
         while node.op != "root":
             if node.op not in ("call_function", "call_method") or "unbacked_bindings" in node.meta:
-                raise Different(f"{node.op} {node.target}")
+                raise Unlike(f"{node.op} {node.target}")
             nodes.append(node)
             node = node.next
         return Stretch(tx, self, nodes, out)
@@ -172,14 +210,14 @@ class Recording:
 class Stretch:
     """The nodes that Dynamo traced for one module, with the guards by which they follow from it."""
 
-    def __init__(self, tx: Any, begun: Recording, nodes: list[fx.Node], out: Any):
+    def __init__(self, tx: Translator, begun: Beginning, nodes: list[fx.Node], out: Variable):
         self.source, self.values, self.ambient = begun.source, begun.values, begun.ambient
         self.state, self.nodes, self.out = begun.state, nodes, out
         self.made_of(out, lambda _, old: old)  # can it be made again
         reroot = _Rerooted(self.source, _NOWHERE)
         self.taken: list[
-            tuple[fx.Node, Any]
-        ] = []  # inputs of the graph that belong to the module, and from where they are
+            tuple[fx.Node, Source]
+        ] = []  # inputs of the graph that belong to the module, and where they are
         self.inside = set(nodes)
         for node in dict.fromkeys(arg for n in nodes for arg in n.all_input_nodes):
             given = node.meta.get("grapharg") if node not in self.inside and node not in self.values.of else None
@@ -193,7 +231,7 @@ class Stretch:
         ]
         self.checks = list(self._checks(tx, reroot))
 
-    def _checks(self, tx: Any, reroot: _Rerooted) -> Iterable[tuple[Any, Callable | None]]:
+    def _checks(self, tx: Translator, reroot: _Rerooted) -> Iterable[tuple[Guard, Callable | None]]:
         """The guards on what belongs to the module, each with a test of another value."""
         scopes, seen = _scopes(tx), {}
         for guard in tx.output.guards:
@@ -205,15 +243,15 @@ class Stretch:
                 continue
             check = _CHECKS().get(kind)
             if check is None or check is _SKIPPED() or not hasattr(check, "eval_fn"):
-                raise Different(f"a guard of kind {kind}")
+                raise Unlike(f"a guard of kind {kind}")
             value = source.get_value(*scopes, seen)
             wanted = check.get_metadata_fn(guard, value)
             yield guard, functools.partial(_passes, check.eval_fn, wanted, type(value) if kind in _EXACT else None)
 
-    def again(self, tx: Any, source: Any, values: tuple[list, dict], retold: Callable[[fx.Node], tuple]) -> Any:
+    def again(self, tx: Translator, source: Source, values: Given, retold: Callable[[fx.Node], tuple]) -> Variable:
         """The stretch once more, for the module at `source`: its result. `retold` gives the arguments of a copied node.
 
-        `Different` if it does not hold there; the graph is as it was then."""
+        `Unlike` if it does not hold there; the graph is as it was then."""
         given = _Arguments(*values)
         if (
             given.told != self.values.told
@@ -221,59 +259,59 @@ class Stretch:
             or _state(tx) != self.state
             or _last(tx) is None
         ):
-            raise Different("other arguments")
+            raise Unlike("other arguments")
+        arguments = [retold(node) for node in self.nodes]
         reroot, scopes, seen = _Rerooted(self.source, source), _scopes(tx), {}
-        fresh: list[Any] = []
+        fresh: list[Guard] = []
         for guard, holds in self.checks:
             place = reroot(guard.originating_source)
             try:
                 value = place.get_value(*scopes, seen)
                 if holds is None:
-                    other = reroot(guard.create_fn.keywords["source_b"])
+                    partial: Any = guard.create_fn
+                    other = reroot(partial.keywords["source_b"])
                     same = value is other.get_value(*scopes, seen)
-                    create: Any = functools.partial(guard.create_fn.func, source_b=other)
+                    create: Callable = functools.partial(_DUPLICATE(), source_b=other)
                 else:
                     same, create = holds(value), guard.create_fn
             except Exception as error:
-                raise Different(f"no {place.name}") from error
+                raise Unlike(f"no {place.name}") from error
             if not same:
-                raise Different(f"{guard.create_fn_name()} on {place.name}")
+                raise Unlike(f"{guard.create_fn_name()} on {place.name}")
             if guard.create_fn_name() != _BUILT:
                 fresh.append(dataclasses.replace(guard, originating_source=place, create_fn=create, _hash=None))
         ordered = [reroot(source) for source, _ in self.ordered]
         if any(list(reroot(s).get_value(*scopes, seen)) != keys for s, keys in self.ordered):
-            raise Different("the order of a dict")
+            raise Unlike("the order of a dict")
         nodes = dict(zip(self.values.nodes, given.nodes, strict=True))
         for node, old in self.taken:
             place = reroot(old)
             variable = _BUILDER()(tx, place)(place.get_value(*scopes, seen))
             new = variable.as_proxy().node
-            if described(new.meta.get("example_value")) != described(node.meta.get("example_value")):
-                raise Different(f"another tensor at {place.name}")
+            if described(_value(new)) != described(_value(node)):
+                raise Unlike(f"another tensor at {place.name}")
             nodes[node] = new
         _INSTALL()(*fresh)
         tx.output.guard_on_key_order.update(ordered)
-        self._copy(tx, nodes, retold)
+        self._copy(tx, nodes, arguments)
         return self._result(tx, nodes, given)
 
-    def _copy(self, tx: Any, nodes: dict[fx.Node, fx.Node], retold: Callable[[fx.Node], tuple]) -> None:
+    def _copy(self, tx: Translator, nodes: dict[fx.Node, fx.Node], retold: list[tuple]) -> None:
         stays = {n: n for node in self.nodes for n in node.all_input_nodes if n not in nodes}
         known = {n: new for n, new in (nodes | stays).items() if n not in self.inside}
-        values = _Values(
-            tx, [(old.meta.get("example_value"), new.meta.get("example_value")) for old, new in known.items()]
-        )
-        for node in self.nodes:
+        values = _Values(tx, [(_value(old), _value(new)) for old, new in known.items()])
+        for node, args in zip(self.nodes, retold, strict=True):
             made = tx.output.graph.node_copy(node, lambda n: nodes.get(n, n))
-            made.args = fx.map_arg(retold(node), lambda n: nodes.get(n, n))
+            made.args = fx.map_arg(args, lambda n: nodes.get(n, n))
             made.meta = copy.copy(node.meta)
             if "example_value" in made.meta:
                 made.meta["example_value"] = values.like(made.meta["example_value"])
             nodes[node] = made
 
-    def _result(self, tx: Any, nodes: dict[fx.Node, fx.Node], given: _Arguments) -> Any:
-        made: dict[fx.Node, Any] = {}
+    def _result(self, tx: Translator, nodes: dict[fx.Node, fx.Node], given: _Arguments) -> Variable:
+        made: dict[fx.Node, Variable] = {}
 
-        def variable(node: fx.Node, old: Any) -> Any:
+        def variable(node: fx.Node, old: Variable) -> Variable:
             new = nodes.get(node, node)
             if new in given.of:
                 return given.of[new]
@@ -287,7 +325,7 @@ class Stretch:
 
         return self.made_of(self.out, variable)
 
-    def made_of(self, out: Any, variable: Callable[[fx.Node, Any], Any]) -> Any:
+    def made_of(self, out: Variable, variable: Callable[[fx.Node, Variable], Variable]) -> Variable:
         """A result of the same structure, with other tensors."""
         tensor, _, constant, several = (name() for name in _VARIABLES)
         if type(out) is tensor:
@@ -296,36 +334,41 @@ class Stretch:
             return several([self.made_of(item, variable) for item in out.items])
         if type(out) is constant:
             return out
-        raise Different(f"a result that is {type(out).__name__}")
+        raise Unlike(f"a result that is {type(out).__name__}")
+
+
+def _value(node: fx.Node) -> Any:
+    """The fake value of a node."""
+    return node.meta.get("example_value")
 
 
 def _passes(test: Callable, wanted: object, kind: type | None, value: object) -> bool:
     return (kind is None or type(value) is kind) and bool(test(value, wanted))
 
 
-def _scopes(tx: Any) -> tuple[dict, dict]:
+def _scopes(tx: Translator) -> tuple[dict, dict]:
     return {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}, {}
 
 
-_NOWHERE = object()
+_NOWHERE: Any = object()
 
 
 class _Rerooted:
     """Where a thing of one module lies in another: `layers[0].mlp.scale` -> `layers[1].mlp.scale`."""
 
-    def __init__(self, old: Any, new: Any):
-        self.known: dict[Any, Any] = {old: new}
+    def __init__(self, old: Source, new: Source):
+        self.known: dict[Source, Source] = {old: new}
 
-    def __call__(self, source: Any) -> Any:
+    def __call__(self, source: Source) -> Source:
         found = self.known.get(source)
         if found is None:
-            fields = [(f.name, getattr(source, f.name)) for f in dataclasses.fields(source)]
+            fields = [(f.name, getattr(source, f.name)) for f in dataclasses.fields(source)]  # type: ignore[arg-type]
             changed = {name: self(x) for name, x in fields if isinstance(x, _source())}
             changed = {name: x for name, x in changed.items() if x is not getattr(source, name)}
             if _NOWHERE in changed.values():
                 found = _NOWHERE
             else:
-                found = dataclasses.replace(source, **changed) if changed else source
+                found = dataclasses.replace(source, **changed) if changed else source  # type: ignore[type-var]
             self.known[source] = found
         return found
 
@@ -339,14 +382,14 @@ def _source() -> type:
 class _Values:
     """Fake values like others: tensors that share memory do so here, and one that was an input stands for the input."""
 
-    def __init__(self, tx: Any, given: list[tuple[Any, Any]]):
-        self.mode = tx.fake_mode
+    def __init__(self, tx: Translator, given: list[tuple[torch.Tensor, torch.Tensor]]):
+        self.mode: contextlib.AbstractContextManager = tx.fake_mode
         self.known = {id(old): new for old, new in given if isinstance(old, torch.Tensor)}
         self.held = [old for old, _ in given]
         self.memory = {memory(old): new.untyped_storage() for old, new in given if _strided(old)}
 
-    def like(self, value: Any) -> Any:
-        return torch.utils._pytree.tree_map_only(torch.Tensor, self._tensor, value)
+    def like(self, value: object) -> object:
+        return tree_map_only(torch.Tensor, self._tensor, value)
 
     def _tensor(self, x: torch.Tensor) -> torch.Tensor:
         if id(x) not in self.known:

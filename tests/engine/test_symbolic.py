@@ -197,13 +197,13 @@ CHANGES = {
     "its type": lambda m: set_(m, "scale", 2),
     "in a container": lambda m: m.how["bias"].__setitem__(1, -1.0),
     "of an object": lambda m: set_(m, "config.act", "tanh"),
+    "a module of the same kind": lambda m: set_(m, "a", nn.Linear(4, 4)),
     "a module": lambda m: set_(m, "a", nn.Sequential(copy.deepcopy(m.a), nn.ReLU())),
     "a forward": lambda m: set_(m.a, "forward", lambda x: x * 0),
 }
 SAME_GRAPH = {
     "weights in place": lambda m: m.a.weight.data.mul_(-1),
     "weights set": lambda m: set_(m, "a.weight", nn.Parameter(m.a.weight.detach() * -1)),
-    "a module of the same kind": lambda m: set_(m, "a", nn.Linear(4, 4)),
     "a tensor that is no buffer": lambda m: set_(m, "plain", torch.full((4,), 7.0)),
     "weights loaded": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
 }
