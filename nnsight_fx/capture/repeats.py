@@ -113,12 +113,10 @@ def _alike(one: nn.Module, other: nn.Module) -> dict[str, str] | None:
 def _path(module: nn.Module) -> str | None:
     """The path by which our call of a module marks its sites; `None` if something else is on the module."""
     call = module.__dict__.get(CALL)
-    ours = (
-        isinstance(call, partial) and len(call.args) == 3 and call.args[1] is False
-    )  # nothing but the module behind them
-    if not ours or "forward" in module.__dict__ or sum(len(getattr(module, table)) for table in TABLES) != 2:
+    if not isinstance(call, partial) or len(call.args) != 3 or call.args[1]:  # path, counted, module
         return None
-    return call.args[0]
+    hooked = sum(len(getattr(module, table)) for table in TABLES) != 2
+    return None if hooked or "forward" in module.__dict__ else call.args[0]
 
 
 def _same_tensors(a: nn.Module, b: nn.Module) -> bool:

@@ -427,3 +427,90 @@ def test_a_graph_break_between_blocks():
 def test_explain_tells():
     model = same(lambda: stack(Block))
     assert "4 blocks repeat another's capture" in str(model.explain())
+
+
+class Told:
+    """What is not a module, and is shared by all blocks."""
+
+    def __init__(self):
+        self.calls, self.seen = 0, []
+
+
+TOLD = Told()
+
+
+class CountsTogether(Block):
+    told = TOLD
+
+    def forward(self, x):
+        self.told.calls += 1
+        return x + self.down(self.up(x)) * self.told.calls
+
+
+class AppendsTogether(Block):
+    told = TOLD
+
+    def forward(self, x):
+        self.told.seen.append(1)
+        return x + self.down(self.up(x)) * len(self.told.seen)
+
+
+class ReadsTogether(Block):
+    told = TOLD
+
+    def forward(self, x):
+        return x + self.down(self.up(x)) * (self.told.calls + len(self.told.seen))
+
+
+class CountsBetween(Stack):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            TOLD.calls += 1
+        return self.head(x)
+
+
+class AppendsBetween(Stack):
+    def forward(self, x):
+        TOLD.seen = []
+        for block in self.blocks:
+            x = block(x)
+            TOLD.seen.append(1)
+        return self.head(x)
+
+
+class ModeBetween(Stack):
+    def forward(self, x):
+        for i, block in enumerate(self.blocks):
+            with torch.autocast("cpu", torch.bfloat16, enabled=i == 3):
+                x = block(x).float()
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "whole, kind",
+    [
+        (Stack, CountsTogether),
+        (Stack, AppendsTogether),
+        (CountsBetween, ReadsTogether),
+        (AppendsBetween, ReadsTogether),
+        (CountsBetween, Block),
+        (ModeBetween, Block),
+    ],
+)
+def test_what_changes_while_the_model_runs(whole, kind):
+    x, results = torch.randn(2, 4, D), []
+    for backend in (None, "eager"):
+        TOLD.__init__()
+        torch.manual_seed(0)
+        model = NNsight(whole(kind, 7))
+        if backend:
+            model.compile(backend=backend)
+        for _ in range(2):
+            with model.trace(x):
+                model.blocks[4].up.output[:] += 1
+                kept = nnsight_fx.save([block.output for block in model.blocks] + [model.output])
+            results.append((backend, kept, TOLD.calls, len(TOLD.seen)))
+    for one, other in zip(results[:2], results[2:], strict=True):
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one[1], other[1], strict=True))
+        assert one[2:] == other[2:]
