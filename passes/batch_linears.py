@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch.nn.functional import linear
 
 from nnsight_fx.compat.fakes import detect_fake_mode, on_fakes
+from nnsight_fx.compat.inductor import pure
 
 from .calls import ModuleCall
 from .effects import effect
@@ -133,6 +134,7 @@ def _join(gm: fx.GraphModule, calls: list[fx.Node], held: dict[fx.Node, None], b
         before.prepend(node)
 
 
+@pure
 def together(given: dict[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """A linear layer of many inputs of shapes `(..., in)`: one tensor `(..., out)` for each."""
     flat = [x.reshape(-1, x.shape[-1]) for x in inputs]

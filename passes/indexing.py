@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx.capture.marker import marker_of, site
+from nnsight_fx.compat.inductor import pure
 from nnsight_fx.compat.tensors import memory
 
 from .effects import changes, effect
@@ -214,12 +215,14 @@ def _settle(gm: fx.GraphModule, number: fx.Node) -> None:
             first.prepend(node)
 
 
+@pure
 def take_at(x: torch.Tensor, dims: list[int], numbers: list[torch.Tensor]) -> torch.Tensor:
     """A copy of `x` at these numbers of these dimensions, with tensors for indices."""
     front = x.movedim(dims, [*range(len(dims))])
     return front[tuple(n.reshape(1).to(x.device) for n in numbers)].squeeze(0)
 
 
+@pure
 def put_at(x: torch.Tensor, dims: list[int], numbers: list[torch.Tensor], rest: tuple, value: object) -> None:
     """`x[..., n, rest] = value`, likewise."""
     part = x.movedim(dims, [*range(len(dims))])[(*[slice(None)] * len(dims), *rest)]

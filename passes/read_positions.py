@@ -8,6 +8,7 @@ import torch
 import torch.fx as fx
 
 from nnsight_fx.compat.fakes import FakeTensor, on_fakes
+from nnsight_fx.compat.inductor import pure
 from nnsight_fx.compat.symbols import free_symbols
 
 from .demand import pull, taken
@@ -18,6 +19,7 @@ from .job import Job
 FEW = 8  # positions, up to which it pays to gather them
 
 
+@pure
 def at(x: torch.Tensor, *numbers: torch.Tensor) -> torch.Tensor:
     """A copy of `x` at these numbers of dimension 1: `(rows, tokens, ...)` -> `(rows, len(numbers), ...)`."""
     return x[:, torch.stack([n.reshape(()) for n in numbers]).to(x.device)]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import inspect
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .probe import Name
@@ -27,11 +30,16 @@ _COUNTERS = Name("torch._dynamo.utils.counters", "graphs of which no CUDA graph 
 _ARTIFACT = Name("torch._logging.getArtifactLogger", "why there is no CUDA graph is not told")
 _LOWERING = Name("torch._inductor.lowering.register_lowering", "products of few rows are MKL's own")
 _HANDLER = Name("torch._inductor.lowering.fallback_handler", "products of few rows are MKL's own")
+_MARKED = Name(
+    "torch._inductor.config.unsafe_marked_cacheable_functions",
+    "graphs with functions of ours are traced in each process",
+)
 _CONFIG = Name("torch._inductor.config.patch", "what draws random numbers is not compiled")
 _JOINT = Name(
     "torch._functorch.config.patch", "what draws random numbers is not compiled where values are differentiable"
 )
 _PASS = Name("torch._inductor.custom_graph_pass.CustomGraphPass", "products of few rows are MKL's own")
+_PURE: list[Callable] = []
 
 
 def kernel_folder() -> Path:
@@ -81,6 +89,24 @@ def lowering(operator: object, calls: object) -> bool:
     return True
 
 
+def pure(function: Callable) -> Callable:
+    """Say of a function of ours that stands in graphs that it computes by its arguments alone: Inductor keeps such graphs on
+    disk, and finds them again as long as its source is the same."""
+    _PURE.append(function)
+    return function
+
+
+@functools.cache
+def _marked() -> dict[str, str]:
+    """The names of those functions, each with a digest of its source."""
+    found = {}
+    for function in _PURE:
+        with contextlib.suppress(OSError):  # installed without its source
+            source = inspect.getsource(function).encode()
+            found[f"{function.__module__}.{function.__qualname__}"] = hashlib.sha256(source).hexdigest()
+    return found
+
+
 def keeps_draws() -> bool:
     """Can `keeping_draws` do what it says?"""
     return _CONFIG() is not None and _JOINT() is not None
@@ -96,7 +122,9 @@ def keeping_draws() -> Iterator[None]:
     `compile_utils.rand_ops` lacks `randn_like` and `randint_like`, torch 2.13).
     """
     with contextlib.ExitStack() as settings:
-        for patch, setting in ((_CONFIG(), {"fallback_random": True}), (_JOINT(), {"cse": False})):
+        known: dict[str, str] | None = _MARKED()
+        kept = {} if known is None else {"unsafe_marked_cacheable_functions": {**known, **_marked()}}
+        for patch, setting in ((_CONFIG(), {"fallback_random": True, **kept}), (_JOINT(), {"cse": False})):
             if patch is not None:
                 settings.enter_context(patch(**setting))
         yield

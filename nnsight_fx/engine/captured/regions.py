@@ -144,7 +144,7 @@ class _Regions:
 
 
 class _Checked(fx.Interpreter):
-    """A region on fakes: what it gives, and that it changes nothing it is given."""
+    """A region on fakes: what it gives, and that it changes nothing it is given. Its nodes get their fakes."""
 
     def __init__(self, graph: fx.GraphModule, inputs: list):
         super().__init__(graph)
@@ -164,7 +164,10 @@ class _Checked(fx.Interpreter):
             target = kwargs["out"] if kwargs.get("out") is not None else args[0]
             if not isinstance(target, torch.Tensor) or _storage(target) in self.given:
                 raise Whole("a block changes in place what another made")
-        return super().run_node(n)
+        made = super().run_node(n)
+        if isinstance(made, torch.Tensor):  # Inductor's cache on disk asks for it: it knows methods of tensors alone
+            n.meta.setdefault("example_value", made)
+        return made
 
 
 def _storage(x: torch.Tensor) -> int:
