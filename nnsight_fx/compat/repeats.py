@@ -36,6 +36,7 @@ _BUILDER = Name("torch._dynamo.variables.builder.VariableBuilder", EACH)
 _WRAP = Name("torch._dynamo.variables.builder.wrap_fx_proxy", EACH)
 _SOURCE = Name("torch._guards.Source.get_value", EACH)
 _MUTATED = Name("torch._dynamo.side_effects.SideEffects.mutated_sources", EACH)
+_RAISED = Name("torch._dynamo.exc.TorchDynamoException", EACH)
 _SET = Name("torch.utils._ordered_set.OrderedSet", EACH)
 _FAKE = Name("torch._subclasses.fake_tensor.FakeTensor", "fake tensors are made as the model's are")
 _VARIABLES = [
@@ -53,7 +54,7 @@ class Unlike(Exception):
 def known() -> bool:
     """Has this torch all that it takes?"""
     names = (_CHECKS, _SKIPPED, _INSTALL, _DUPLICATE, _BUILDER, _WRAP, _SOURCE, _SET, *_VARIABLES)
-    return all(name() is not None for name in names)
+    return not _CHECKS.lacking and all(name() is not None for name in names)
 
 
 def name_of(tx: Translator) -> str:
@@ -173,8 +174,27 @@ def _last(tx: Translator) -> fx.Node | None:
     graph = tx.output.graph
     if tx.output.current_tracer.graph is not graph:  # inside of an operator that takes functions
         return None
-    node = next(reversed(graph.nodes), None)
+    node = next(iter(reversed(graph.nodes)), None)
     return None if node is None or node.op == "placeholder" else node
+
+
+def _known_to_us(method: Callable) -> Callable:
+    """`Unlike`, too, where this torch's private parts are not as we know them: the block is traced, and none is repeated from
+    then on."""
+
+    @functools.wraps(method)
+    def wrapped(*args: Variable, **kwargs: Variable) -> Variable:
+        try:
+            return method(*args, **kwargs)
+        except Unlike:
+            raise
+        except Exception as error:
+            if isinstance(error, _RAISED() or ()):  # Dynamo's own: it starts anew, or ends the graph here
+                raise
+            _CHECKS.fails()
+            raise Unlike(f"{type(error).__name__}: {error}") from error
+
+    return wrapped
 
 
 # -- a stretch ---------------------------------------------------------------------------------------------------
@@ -183,12 +203,14 @@ def _last(tx: Translator) -> fx.Node | None:
 class Beginning:
     """A stretch while it is traced: made where it begins."""
 
+    @_known_to_us
     def __init__(self, tx: Translator, source: Source, given: Given):
         self.source, self.values, self.ambient, self.state = source, _Arguments(*given), _ambient(), _state(tx)
         self.before = _last(tx)
         if self.before is None:
             raise Unlike("nothing comes before it")
 
+    @_known_to_us
     def ended(self, tx: Translator, out: Variable) -> Stretch:
         """The stretch, of what was traced since. `Unlike` if it cannot be repeated."""
         if (
@@ -248,10 +270,11 @@ class Stretch:
             wanted = check.get_metadata_fn(guard, value)
             yield guard, functools.partial(_passes, check.eval_fn, wanted, type(value) if kind in _EXACT else None)
 
+    @_known_to_us
     def again(self, tx: Translator, source: Source, values: Given, retold: Callable[[fx.Node], tuple]) -> Variable:
         """The stretch once more, for the module at `source`: its result. `retold` gives the arguments of a copied node.
 
-        `Unlike` if it does not hold there; the graph is as it was then."""
+        `Unlike` if it does not hold there; the graph computes what it did then."""
         given = _Arguments(*values)
         if (
             given.told != self.values.told
@@ -261,8 +284,25 @@ class Stretch:
         ):
             raise Unlike("other arguments")
         arguments = [retold(node) for node in self.nodes]
-        reroot, scopes, seen = _Rerooted(self.source, source), _scopes(tx), {}
+        reroot = _Rerooted(self.source, source)
+        fresh, ordered, last = self._holding(tx, reroot), [reroot(source) for source, _ in self.ordered], _last(tx)
+        nodes = dict(zip(self.values.nodes, given.nodes, strict=True)) | self._inputs(tx, reroot)
+        _INSTALL()(*fresh)
+        tx.output.guard_on_key_order.update(ordered)
+        try:
+            self._copy(tx, nodes, arguments)
+            return self._result(tx, nodes, given)
+        except BaseException:
+            for node in reversed(tx.output.graph.nodes):
+                if node is last:
+                    break
+                tx.output.graph.erase_node(node)
+            raise
+
+    def _holding(self, tx: Translator, reroot: _Rerooted) -> list[Guard]:
+        """The guards on another module, all of which hold."""
         fresh: list[Guard] = []
+        scopes, seen = _scopes(tx), {}
         for guard, holds in self.checks:
             place = reroot(guard.originating_source)
             try:
@@ -280,10 +320,14 @@ class Stretch:
                 raise Unlike(f"{guard.create_fn_name()} on {place.name}")
             if guard.create_fn_name() != _BUILT:
                 fresh.append(dataclasses.replace(guard, originating_source=place, create_fn=create, _hash=None))
-        ordered = [reroot(source) for source, _ in self.ordered]
         if any(list(reroot(s).get_value(*scopes, seen)) != keys for s, keys in self.ordered):
             raise Unlike("the order of a dict")
-        nodes = dict(zip(self.values.nodes, given.nodes, strict=True))
+        return fresh
+
+    def _inputs(self, tx: Translator, reroot: _Rerooted) -> dict[fx.Node, fx.Node]:
+        """The inputs of the graph that belong to another module, in place of those of this one."""
+        scopes, seen = _scopes(tx), {}
+        nodes: dict[fx.Node, fx.Node] = {}
         for node, old in self.taken:
             place = reroot(old)
             variable = _BUILDER()(tx, place)(place.get_value(*scopes, seen))
@@ -291,10 +335,7 @@ class Stretch:
             if described(_value(new)) != described(_value(node)):
                 raise Unlike(f"another tensor at {place.name}")
             nodes[node] = new
-        _INSTALL()(*fresh)
-        tx.output.guard_on_key_order.update(ordered)
-        self._copy(tx, nodes, arguments)
-        return self._result(tx, nodes, given)
+        return nodes
 
     def _copy(self, tx: Translator, nodes: dict[fx.Node, fx.Node], retold: list[tuple]) -> None:
         stays = {n: n for node in self.nodes for n in node.all_input_nodes if n not in nodes}
