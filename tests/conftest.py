@@ -53,6 +53,7 @@ AOT_LATER = {
     "test_program",
     "test_programs",
     "test_removal",
+    "test_repeats",
     "test_saving",
     "test_sessions",
     "test_small_verbs",
