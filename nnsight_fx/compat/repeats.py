@@ -19,7 +19,7 @@ import torch.fx as fx
 
 from .guards import TABLE
 from .probe import Name
-from .tensors import memory, tree_map_only
+from .tensors import memory, tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
     from torch._guards import Guard, Source
@@ -38,7 +38,7 @@ _SOURCE = Name("torch._guards.Source.get_value", EACH)
 _MUTATED = Name("torch._dynamo.side_effects.SideEffects.mutated_sources", EACH)
 _RAISED = Name("torch._dynamo.exc.TorchDynamoException", EACH)
 _SET = Name("torch.utils._ordered_set.OrderedSet", EACH)
-_FAKE = Name("torch._subclasses.fake_tensor.FakeTensor", "fake tensors are made as the model's are")
+_FAKE = Name("torch._subclasses.fake_tensor.FakeTensor", EACH)
 _VARIABLES = [
     Name(f"torch._dynamo.variables.{name}", EACH)
     for name in ("TensorVariable", "SymNodeVariable", "ConstantVariable", "TupleVariable")
@@ -53,7 +53,7 @@ class Unlike(Exception):
 
 def known() -> bool:
     """Has this torch all that it takes?"""
-    names = (_CHECKS, _SKIPPED, _INSTALL, _DUPLICATE, _BUILDER, _WRAP, _SOURCE, _SET, *_VARIABLES)
+    names = (_CHECKS, _SKIPPED, _INSTALL, _DUPLICATE, _BUILDER, _WRAP, _SOURCE, _SET, _FAKE, *_VARIABLES)
     return not _CHECKS.lacking and all(name() is not None for name in names)
 
 
@@ -224,6 +224,8 @@ class Beginning:
         while node.op != "root":
             if node.op not in ("call_function", "call_method") or "unbacked_bindings" in node.meta:
                 raise Unlike(f"{node.op} {node.target}")
+            if not all(type(x) is _FAKE() for x in tree_leaves(_value(node)) if isinstance(x, torch.Tensor)):
+                raise Unlike(f"{node.name} is within a function transform, or of a class of its own")
             nodes.append(node)
             node = node.next
         return Stretch(tx, self, nodes, out)
@@ -449,14 +451,13 @@ class _Values:
         return made
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
-        fake = _FAKE()
-        if fake is None or type(x) is not fake or not _strided(x) or any(isinstance(n, torch.SymInt) for n in x.shape):
+        if not _strided(x) or any(isinstance(n, torch.SymInt) for n in x.shape):
             with self.mode:
                 return torch.empty_like(x)
         size = x.untyped_storage().nbytes()
         storage = self.memory.setdefault(memory(x), torch.UntypedStorage(size, device="meta"))
         made = torch.empty(0, dtype=x.dtype, device="meta").set_(storage, x.storage_offset(), x.shape, x.stride())
-        return fake(self.mode, made, x.device)
+        return _FAKE()(self.mode, made, x.device)
 
 
 def _strided(x: object) -> bool:
