@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import nnsight_fx
@@ -181,6 +182,22 @@ def test_inductor(program):
         for a, b in zip(got, program(hooks, ids, v), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert "outline" in str(regional.explain())
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_inductor_keeps_a_plans_regions_on_disk(tmp_path, monkeypatch):
+    """Functions of ours, and methods that a plan calls, do not keep a graph out of its cache."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    counters.clear()
+    model, v = NNsight(llama()), torch.randn(16)
+    model.compile(regional=True)
+    with torch.no_grad(), model.trace(input_ids=torch.randint(0, 64, (1, 7))):
+        model.model.layers[3].output[:, -1] += v
+        saved = nnsight_fx.save([layer.output[:, -1] for layer in model.model.layers])
+    found = counters["aot_autograd"]
+    assert len(saved) == LAYERS and found["autograd_cache_saved"] > 0 and not found["autograd_cache_bypass"]
 
 
 def test_another_layer_and_another_save_compile_only_what_is_new():

@@ -43,7 +43,8 @@ def same(got: Any, want: Any, exact: bool, path: str = "out") -> None:
     assert type(got) is type(want), f"{path}: {type(got)} is not {type(want)}"
     if isinstance(want, torch.Tensor):
         assert (got.shape, got.dtype, got.requires_grad) == (want.shape, want.dtype, want.requires_grad), path
-        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
+        # In float32 a program on BERT is itself 2e-5 from float64: a norm of a row that is all but constant.
+        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 4e-5}
         torch.testing.assert_close(got, want, **tolerance, msg=lambda m: f"{path}: {m}")
     elif isinstance(want, dict):
         assert got.keys() == want.keys(), f"{path}: {list(got)} are not {list(want)}"

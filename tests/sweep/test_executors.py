@@ -193,9 +193,17 @@ def test_workers_share_what_the_first_compiled(tmp_path, monkeypatch):
             return super().start(slot, artifacts)
 
     found = model.sweep(
-        fn, X[0], {"scale": [float(i) for i in range(1, 15)]}, chunk=1, executor=Apart(TWO), progress=False
+        fn,
+        X[0],
+        {"scale": [float(i) for i in range(1, 15)]},
+        chunk=1,
+        executor=Apart(TWO),
+        progress=False,
+        engine="compiled",
     )
-    here = model.sweep(fn, X[0], {"scale": [float(i) for i in range(1, 15)]}, chunk=1, progress=False)
+    here = model.sweep(
+        fn, X[0], {"scale": [float(i) for i in range(1, 15)]}, chunk=1, progress=False, engine="compiled"
+    )
     torch.testing.assert_close(found["result"], here["result"])
     first, second = sorted(
         (json.loads(p.read_text()) for p in seen.iterdir() if p.name != f"{os.getpid()}"),
