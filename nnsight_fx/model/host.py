@@ -163,14 +163,20 @@ class ModelHost:
     def wave(self, tracer: Tracer, first: object, alone: bool) -> ForwardWave:
         if tracer.generation is not None:
             return tracer.generation.wave()
-        if not tracer.waves and self.scanner.watch.moved():
-            tree_of(self.model).changed()
+        if not tracer.waves:
+            self._follow()
         return ForwardWave(self, tracer, first, alone)
+
+    def _follow(self) -> None:
+        """Learn the module tree again, where a module was put in or taken out behind our back."""
+        if self.scanner.watch.moved():
+            tree_of(self.model).changed()
 
     def generation(self, tracer: Tracer, first: Batch) -> Generation | None:
         """The generation that a trace is, if its function runs the model many times."""
         if tracer.fn != "generate" or tracer.scan_only:
             return None
+        self._follow()
         batch = self.inputs.arguments(tracer.fn, [first], tracer.pad_to)
         return Generation(self, tracer, batch.args, batch.kwargs, batch.text)
 
