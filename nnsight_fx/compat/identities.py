@@ -45,8 +45,11 @@ class Unlike(Exception):
     """What was traced does not hold there. Never reaches the user."""
 
 
-def scopes(tx: Translator) -> tuple[dict, dict]:
-    return {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}, {}
+def named(source: Source) -> str:
+    try:
+        return source.name
+    except NotImplementedError:  # of what Dynamo made itself
+        return type(source).__name__
 
 
 def _traced(tx: Translator) -> Any:
@@ -56,16 +59,25 @@ def _traced(tx: Translator) -> Any:
     return found
 
 
-class _Looking:
-    """Looks at places. `_ABSENT` where nothing is, and for what cannot be looked at."""
+class Looking:
+    """Looks at places of a model, as it was before the trace."""
 
     def __init__(self, tx: Translator):
-        self.scopes, self.seen = scopes(tx), {}
+        self.scopes = {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}, {}
+        self.seen: dict[Source, object] = {}
 
-    def __call__(self, source: Source) -> Any:
+    def at(self, source: Source) -> Any:
+        """`Unlike` where nothing is, and for what cannot be looked at."""
         try:
             return source.get_value(*self.scopes, self.seen)
-        except Exception:
+        except Exception as error:
+            raise Unlike(f"no {named(source)}") from error
+
+    def __call__(self, source: Source) -> Any:
+        """`_ABSENT` then."""
+        try:
+            return self.at(source)
+        except Unlike:
             return _ABSENT
 
 
@@ -79,11 +91,15 @@ def _aliased(tx: Translator) -> list[tuple[Source, Source]]:
     """The places that Dynamo has looked at, and found an object there that it had from elsewhere; with that other place."""
     traced = _traced(tx)
     done, found = _aliases.get(tx.output.tracing_context, (0, []))
-    look = _Looking(tx)
+    look = Looking(tx)
     for source in islice(traced, done, None):
         value = look(source)
         place = None if value is _ABSENT else _known_as(tx, value)
-        if place is not None and place.name != source.name and not any(TABLE.search(x.name) for x in (source, place)):
+        if (
+            place is not None
+            and named(place) != named(source)
+            and not any(TABLE.search(named(x)) for x in (source, place))
+        ):
             found.append((source, place))
     _aliases[tx.output.tracing_context] = len(traced), found
     return found
@@ -97,7 +113,7 @@ def _outside(tx: Translator, module: Source, under: Under) -> list[tuple[Source,
     outside = []
     for source, known in _aliased(tx):
         if source in above or known in above or (under(known) and not under(source)):
-            raise Unlike(f"{source.name} is {known.name}")
+            raise Unlike(f"{named(source)} is {named(known)}")
         if under(source) and not under(known):
             outside.append((source, known))
     return outside
@@ -110,32 +126,32 @@ class Identities:
         for guard in guards:
             if "CONTAINS" in guard.create_fn_name() and type(_key(guard)) not in _CONSTANT:
                 raise Unlike(f"is {_key(guard)!r} in {guard.name}")
-        self.outside, look = _outside(tx, module, under), _Looking(tx)
+        self.outside, look = _outside(tx, module, under), Looking(tx)
         sources = dict.fromkeys([module, *_traced(tx), *(guard.originating_source for guard in guards)])
-        places = [place for place in sources if under(place) and not TABLE.search(place.name)]
+        places = [place for place in sources if under(place) and not TABLE.search(named(place))]
         self.seen = [(place, value) for place in places if (value := look(place)) is not _ABSENT]
 
     def check(self, tx: Translator, module: Source, under: Under, reroot: Callable[[Source], Source]) -> None:
         """`Unlike` if another module does not hold the same at the same places, or if what it holds is known elsewhere."""
         _outside(tx, module, under)
-        look, forth, back = _Looking(tx), {}, {}
+        look, forth, back = Looking(tx), {}, {}
         held = []  # so that no other object gets their ids
         for place, old in self.seen:
             other = reroot(place)
-            new = look(other)
+            new = look.at(other)
             held.append(new)
             if type(new) is not type(old) or (new is not old and isinstance(old, _ONE)):
-                raise Unlike(f"another object at {other.name}")
+                raise Unlike(f"another object at {named(other)}")
             if isinstance(old, _CONSTANT):
                 continue
             if forth.setdefault(id(old), id(new)) != id(new) or back.setdefault(id(new), id(old)) != id(old):
-                raise Unlike(f"{other.name} is also elsewhere in it")
+                raise Unlike(f"{named(other)} is also elsewhere in it")
             known = None if new is old else _known_as(tx, new)
             if known is not None and not under(known):
-                raise Unlike(f"{other.name} is {known.name}")
+                raise Unlike(f"{named(other)} is {named(known)}")
         for place, known in self.outside:
             if look(reroot(place)) is not look(known):
-                raise Unlike(f"{reroot(place).name} is not {known.name}")
+                raise Unlike(f"{named(reroot(place))} is not {named(known)}")
 
 
 def _key(guard: Guard) -> object:

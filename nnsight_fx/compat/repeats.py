@@ -18,7 +18,7 @@ import torch
 import torch.fx as fx
 
 from .guards import TABLE
-from .identities import Identities, Unlike, scopes
+from .identities import Identities, Looking, Unlike, named
 from .probe import Name
 from .tensors import memory, tree_map_only
 from .transformers import COLLECTING
@@ -103,9 +103,9 @@ class _Arguments:
             return tuple(self._tell(item) for item in value.items)
         if type(value) is constant:
             return type(value.value), value.value, repr(value.value)
-        if isinstance(getattr(value, "value", None), torch.nn.Module):  # by which a block may get at any other
-            raise Unlike("an argument that is a module")
         if getattr(value, "source", None) is not None:  # an object that the model had before: the very same
+            if isinstance(vars(value).get("value"), torch.nn.Module):  # by which a block may get at any other
+                raise Unlike("an argument that is a module")
             if type(value) is tensor or type(value) is number:
                 self._note(value)
             self.held.append(value)
@@ -161,8 +161,8 @@ def _state(tx: Translator) -> tuple:
             raise Unlike("Dynamo does not tell what the model changes")
         effects.mutated_sources = found = _counting()(found)
     for source in found:
-        if COLLECTING not in source.name:
-            raise Unlike(f"{source.name} was changed")
+        if COLLECTING not in named(source):
+            raise Unlike(f"{named(source)} was changed")
     return found.added, len(getattr(tx.output, "random_calls", ())), len(getattr(effects, "tensor_hooks", ()))
 
 
@@ -263,17 +263,15 @@ class Stretch:
                     raise Unlike(f"an input at {given.source.name}")
                 self.taken.append((node, given.source))
         self.identities = Identities(tx, self.source, lambda place: reroot(place) is _NOWHERE, list(tx.output.guards))
-        where, seen = scopes(tx), {}
+        look = Looking(tx)
         self.ordered = [  # dicts of the module of which the order of their keys matters
-            (source, list(source.get_value(*where, seen)))
-            for source in tx.output.guard_on_key_order
-            if reroot(source) != source
+            (source, list(look.at(source))) for source in tx.output.guard_on_key_order if reroot(source) != source
         ]
         self.checks = list(self._checks(tx, reroot))
 
     def _checks(self, tx: Translator, reroot: _Rerooted) -> Iterable[tuple[Guard, Callable | None]]:
         """The guards on what belongs to the module, each with a test of another value."""
-        where, seen = scopes(tx), {}
+        look = Looking(tx)
         built = {source for _, source in self.taken}
         for guard in tx.output.guards:
             source, kind = guard.originating_source, guard.create_fn_name()
@@ -287,7 +285,7 @@ class Stretch:
                 raise Unlike(f"a guard of kind {kind}")
             if kind == _BUILT and source not in built:
                 raise Unlike(f"a tensor at {source.name}")
-            value = source.get_value(*where, seen)
+            value = look.at(source)
             wanted = check.get_metadata_fn(guard, value)
             yield guard, functools.partial(_passes, check.eval_fn, wanted, type(value) if kind in _EXACT else None)
 
@@ -324,15 +322,15 @@ class Stretch:
     def _holding(self, tx: Translator, reroot: _Rerooted) -> list[Guard]:
         """The guards on another module, all of which hold."""
         fresh: list[Guard] = []
-        where, seen = scopes(tx), {}
+        look = Looking(tx)
         for guard, holds in self.checks:
             place = reroot(guard.originating_source)
             try:
-                value = place.get_value(*where, seen)
+                value = look.at(place)
                 if holds is None:
                     partial: Any = guard.create_fn
                     other = reroot(partial.keywords["source_b"])
-                    same = value is other.get_value(*where, seen)
+                    same = value is look.at(other)
                     create: Callable = functools.partial(_DUPLICATE(), source_b=other)
                 else:
                     same, create = holds(value), guard.create_fn
@@ -342,17 +340,17 @@ class Stretch:
                 raise Unlike(f"{guard.create_fn_name()} on {place.name}")
             if guard.create_fn_name() != _BUILT:
                 fresh.append(dataclasses.replace(guard, originating_source=place, create_fn=create, _hash=None))
-        if any(list(reroot(s).get_value(*where, seen)) != keys for s, keys in self.ordered):
+        if any(list(look.at(reroot(s))) != keys for s, keys in self.ordered):
             raise Unlike("the order of a dict")
         return fresh
 
     def _inputs(self, tx: Translator, reroot: _Rerooted) -> dict[fx.Node, fx.Node]:
         """The inputs of the graph that belong to another module, in place of those of this one."""
-        where, seen = scopes(tx), {}
+        look = Looking(tx)
         nodes: dict[fx.Node, fx.Node] = {}
         for node, old in self.taken:
             place = reroot(old)
-            variable = _BUILDER()(tx, place)(place.get_value(*where, seen))
+            variable = _BUILDER()(tx, place)(look.at(place))
             new = variable.as_proxy().node
             if described(_value(new)) != described(_value(node)):
                 raise Unlike(f"another tensor at {place.name}")
