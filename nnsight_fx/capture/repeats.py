@@ -102,6 +102,8 @@ def _alike(one: nn.Module, other: nn.Module) -> dict[str, str] | None:
     for (name, a), (named, b) in zip(mine, its, strict=True):
         if name != named or type(a) is not type(b) or a.training != b.training or not _same_tensors(a, b):
             return None
+        if a.__dict__.keys() != b.__dict__.keys():  # that there is none Dynamo does not guard everywhere
+            return None
         path, new = _path(a), _path(b)
         if path is None or new is None or paths.setdefault(path, new) != new:
             return None

@@ -18,8 +18,10 @@ import torch
 import torch.fx as fx
 
 from .guards import TABLE
+from .identities import Identities, Looking, Unlike, named
 from .probe import Name
-from .tensors import memory, tree_leaves, tree_map_only
+from .tensors import memory, tree_map_only
+from .transformers import COLLECTING
 
 if TYPE_CHECKING:
     from torch._guards import Guard, Source
@@ -43,12 +45,9 @@ _VARIABLES = [
     Name(f"torch._dynamo.variables.{name}", EACH)
     for name in ("TensorVariable", "SymNodeVariable", "ConstantVariable", "TupleVariable")
 ]
-_EXACT = ("EQUALS_MATCH", "CONSTANT_MATCH")  # compare by `==`, which a bool and a number pass
+_MODES = Name("torch._dynamo.symbolic_convert.InstructionTranslatorBase.symbolic_torch_function_state", EACH)
+_EXACT = ("EQUALS_MATCH", "CONSTANT_MATCH")  # compare by `==`, which a bool and a number pass, and zeros of either sign
 _BUILT = "TENSOR_MATCH"  # what Dynamo installs itself when it takes a tensor for an input
-
-
-class Unlike(Exception):
-    """The stretch does not hold there. Never reaches the user."""
 
 
 def known() -> bool:
@@ -93,17 +92,20 @@ class _Arguments:
 
     def __init__(self, args: list[Variable], kwargs: dict[str, Variable]):
         self.nodes: list[fx.Node] = []
+        self.kinds: list[object] = []
         self.of: dict[fx.Node, Variable] = {}
         self.held: list[Variable] = []  # so that no other object gets their ids
-        self.told = [self._tell(x) for x in args], {name: self._tell(x) for name, x in kwargs.items()}
+        self.told = [self._tell(x) for x in args], [(name, self._tell(x)) for name, x in kwargs.items()]
 
     def _tell(self, value: Variable) -> object:
         tensor, number, constant, several = (name() for name in _VARIABLES)
         if type(value) is several:
             return tuple(self._tell(item) for item in value.items)
         if type(value) is constant:
-            return type(value.value), value.value
+            return type(value.value), value.value, repr(value.value)
         if getattr(value, "source", None) is not None:  # an object that the model had before: the very same
+            if isinstance(vars(value).get("value"), torch.nn.Module):  # by which a block may get at any other
+                raise Unlike("an argument that is a module")
             if type(value) is tensor or type(value) is number:
                 self._note(value)
             self.held.append(value)
@@ -119,17 +121,27 @@ class _Arguments:
     def _note(self, value: Variable) -> fx.Node:
         node = value.as_proxy().node
         if node not in self.of:
+            _only_fakes(node)
             self.nodes.append(node)
             self.of[node] = value
+            self.kinds.append(described(_value(node)))
         return node
 
+    def unchanged(self) -> bool:
+        """Are the tensors still of the kind that they were of? Operations in place change shapes, too."""
+        return self.kinds == [described(_value(node)) for node in self.nodes]
 
-def _ambient() -> tuple:
+
+def _ambient(tx: Translator) -> tuple:
     """The modes in force."""
+    functions = _MODES.of(tx)
+    if functions is None or functions.mode_stack:
+        raise Unlike("a mode of functions")
     casts = tuple(
         (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", *_accelerators())
     )
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), casts
+    off = functions.torch_function_mode_enabled, functions.torch_function_subclass_enabled
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), casts, off
 
 
 @functools.cache
@@ -141,18 +153,17 @@ def _accelerators() -> tuple[str, ...]:
 def _state(tx: Translator) -> tuple:
     """How often tracing has changed objects that the model had before, and how many random numbers Dynamo drew.
 
-    Of an object that was made meanwhile, and put into one that was there before, changes are not seen."""
+    `Unlike` if the model changes anything that a block may read: of that the guards say nothing."""
     effects = tx.output.side_effects
     found = _MUTATED.of(effects)
     if type(found) is not _counting():
         if found is None:
             raise Unlike("Dynamo does not tell what the model changes")
         effects.mutated_sources = found = _counting()(found)
-    plain = [name() for name in _VARIABLES[:3]]
-    for item, changed in effects.store_attr_mutations.items():
-        if item.source is not None and not all(type(value) in plain for value in changed.values()):
-            raise Unlike("an object that was made meanwhile is kept on one that was there")
-    return found.added, len(getattr(tx.output, "random_calls", ()))
+    for source in found:
+        if COLLECTING not in named(source):
+            raise Unlike(f"{named(source)} was changed")
+    return found.added, len(getattr(tx.output, "random_calls", ())), len(getattr(effects, "tensor_hooks", ()))
 
 
 @functools.cache
@@ -205,27 +216,29 @@ class Beginning:
 
     @_known_to_us
     def __init__(self, tx: Translator, source: Source, given: Given):
-        self.source, self.values, self.ambient, self.state = source, _Arguments(*given), _ambient(), _state(tx)
+        self.source, self.values, self.ambient, self.state = source, _Arguments(*given), _ambient(tx), _state(tx)
         self.before = _last(tx)
         if self.before is None:
             raise Unlike("nothing comes before it")
+        self.recorded = _recorded(tx)
 
     @_known_to_us
     def ended(self, tx: Translator, out: Variable) -> Stretch:
         """The stretch, of what was traced since. `Unlike` if it cannot be repeated."""
         if (
-            _ambient() != self.ambient
+            _ambient(tx) != self.ambient
             or _state(tx) != self.state
             or tx.output.current_tracer.graph is not tx.output.graph
         ):
             raise Unlike("it changes something outside")
         assert self.before is not None
+        if any(_needs_grad(n) != needs for n, needs in self.recorded) or not self.values.unchanged():
+            raise Unlike("it changes what kind of tensor something is")
         nodes, node = [], self.before.next
         while node.op != "root":
             if node.op not in ("call_function", "call_method") or "unbacked_bindings" in node.meta:
                 raise Unlike(f"{node.op} {node.target}")
-            if not all(type(x) is _FAKE() for x in tree_leaves(_value(node)) if isinstance(x, torch.Tensor)):
-                raise Unlike(f"{node.name} is within a function transform, or of a class of its own")
+            _only_fakes(node)
             nodes.append(node)
             node = node.next
         return Stretch(tx, self, nodes, out)
@@ -243,21 +256,23 @@ class Stretch:
             tuple[fx.Node, Source]
         ] = []  # inputs of the graph that belong to the module, and where they are
         self.inside = set(nodes)
-        for node in dict.fromkeys(arg for n in nodes for arg in n.all_input_nodes):
-            given = node.meta.get("grapharg") if node not in self.inside and node not in self.values.of else None
-            if node.op == "placeholder" and given is not None and reroot(given.source) != given.source:
+        for node in tx.output.graph.find_nodes(op="placeholder"):  # also one of which only the shape was read
+            given = node.meta.get("grapharg")
+            if given is not None and reroot(given.source) is _NOWHERE:
+                if not isinstance(_value(node), torch.Tensor) or node in self.values.of:
+                    raise Unlike(f"an input at {given.source.name}")
                 self.taken.append((node, given.source))
-        scopes, seen = _scopes(tx), {}
+        self.identities = Identities(tx, self.source, lambda place: reroot(place) is _NOWHERE, list(tx.output.guards))
+        look = Looking(tx)
         self.ordered = [  # dicts of the module of which the order of their keys matters
-            (source, list(source.get_value(*scopes, seen)))
-            for source in tx.output.guard_on_key_order
-            if reroot(source) != source
+            (source, list(look.at(source))) for source in tx.output.guard_on_key_order if reroot(source) != source
         ]
         self.checks = list(self._checks(tx, reroot))
 
     def _checks(self, tx: Translator, reroot: _Rerooted) -> Iterable[tuple[Guard, Callable | None]]:
         """The guards on what belongs to the module, each with a test of another value."""
-        scopes, seen = _scopes(tx), {}
+        look = Looking(tx)
+        built = {source for _, source in self.taken}
         for guard in tx.output.guards:
             source, kind = guard.originating_source, guard.create_fn_name()
             if reroot(source) == source or TABLE.search(guard.name):  # of another thing; of our own hooks
@@ -268,7 +283,9 @@ class Stretch:
             check = _CHECKS().get(kind)
             if check is None or check is _SKIPPED() or not hasattr(check, "eval_fn"):
                 raise Unlike(f"a guard of kind {kind}")
-            value = source.get_value(*scopes, seen)
+            if kind == _BUILT and source not in built:
+                raise Unlike(f"a tensor at {source.name}")
+            value = look.at(source)
             wanted = check.get_metadata_fn(guard, value)
             yield guard, functools.partial(_passes, check.eval_fn, wanted, type(value) if kind in _EXACT else None)
 
@@ -280,13 +297,14 @@ class Stretch:
         given = _Arguments(*values)
         if (
             given.told != self.values.told
-            or _ambient() != self.ambient
+            or _ambient(tx) != self.ambient
             or _state(tx) != self.state
             or _last(tx) is None
         ):
             raise Unlike("other arguments")
         arguments = [retold(node) for node in self.nodes]
-        reroot = _Rerooted(self.source, source)
+        reroot, inside = _Rerooted(self.source, source), _Rerooted(source, _NOWHERE)
+        self.identities.check(tx, source, lambda place: inside(place) is _NOWHERE, reroot)
         fresh, ordered, last = self._holding(tx, reroot), [reroot(source) for source, _ in self.ordered], _last(tx)
         nodes = dict(zip(self.values.nodes, given.nodes, strict=True)) | self._inputs(tx, reroot)
         _INSTALL()(*fresh)
@@ -304,15 +322,15 @@ class Stretch:
     def _holding(self, tx: Translator, reroot: _Rerooted) -> list[Guard]:
         """The guards on another module, all of which hold."""
         fresh: list[Guard] = []
-        scopes, seen = _scopes(tx), {}
+        look = Looking(tx)
         for guard, holds in self.checks:
             place = reroot(guard.originating_source)
             try:
-                value = place.get_value(*scopes, seen)
+                value = look.at(place)
                 if holds is None:
                     partial: Any = guard.create_fn
                     other = reroot(partial.keywords["source_b"])
-                    same = value is other.get_value(*scopes, seen)
+                    same = value is look.at(other)
                     create: Callable = functools.partial(_DUPLICATE(), source_b=other)
                 else:
                     same, create = holds(value), guard.create_fn
@@ -322,17 +340,17 @@ class Stretch:
                 raise Unlike(f"{guard.create_fn_name()} on {place.name}")
             if guard.create_fn_name() != _BUILT:
                 fresh.append(dataclasses.replace(guard, originating_source=place, create_fn=create, _hash=None))
-        if any(list(reroot(s).get_value(*scopes, seen)) != keys for s, keys in self.ordered):
+        if any(list(look.at(reroot(s))) != keys for s, keys in self.ordered):
             raise Unlike("the order of a dict")
         return fresh
 
     def _inputs(self, tx: Translator, reroot: _Rerooted) -> dict[fx.Node, fx.Node]:
         """The inputs of the graph that belong to another module, in place of those of this one."""
-        scopes, seen = _scopes(tx), {}
+        look = Looking(tx)
         nodes: dict[fx.Node, fx.Node] = {}
         for node, old in self.taken:
             place = reroot(old)
-            variable = _BUILDER()(tx, place)(place.get_value(*scopes, seen))
+            variable = _BUILDER()(tx, place)(look.at(place))
             new = variable.as_proxy().node
             if described(_value(new)) != described(_value(node)):
                 raise Unlike(f"another tensor at {place.name}")
@@ -385,12 +403,25 @@ def _value(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
+def _only_fakes(node: fx.Node) -> None:
+    """Not those inside of `torch.func`, nor subclasses."""
+    found: list[torch.Tensor] = []
+    tree_map_only(torch.Tensor, found.append, _value(node))
+    if any(type(x) is not _FAKE() for x in found):
+        raise Unlike(f"{node} is no plain tensor")
+
+
+def _needs_grad(node: fx.Node) -> bool:
+    return getattr(_value(node), "requires_grad", False)
+
+
+def _recorded(tx: Translator) -> list[tuple[fx.Node, bool]]:
+    return [(node, _needs_grad(node)) for node in tx.output.graph.nodes]
+
+
 def _passes(test: Callable, wanted: object, kind: type | None, value: object) -> bool:
-    return (kind is None or type(value) is kind) and bool(test(value, wanted))
-
-
-def _scopes(tx: Translator) -> tuple[dict, dict]:
-    return {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}, {}
+    exact = kind is None or (type(value) is kind and repr(value) == repr(wanted))
+    return exact and bool(test(value, wanted))
 
 
 _NOWHERE: Any = object()

@@ -10,6 +10,9 @@ import torch.nn as nn
 from .modules import comes_and_goes
 
 _INSTALLED = "_output_capturing_hooks_installed"
+COLLECTING = (
+    "transformers_dot_utils_dot_output_capturing"  # in Dynamo's names: what only the hooks that collect outputs read
+)
 
 
 def settle(module: nn.Module) -> None:
