@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Under = Callable[[Source], bool]  # is it a place in the module?
 
-Translator = Any
+Translator = Variable = Any  # Dynamo's: of their subclasses' attributes the base classes know little
 _TRACED = Name(
     "torch._dynamo.output_graph.SubgraphTracer.traced_sources",
     "each block of a model is traced, also where it repeats another",
@@ -36,7 +36,7 @@ _ONE = (  # are what they are, not what they hold
     types.GetSetDescriptorType,
     torch.dtype,
 )
-_ABSENT: Any = object()
+_ABSENT = object()
 
 _aliases: weakref.WeakKeyDictionary[object, tuple[int, list[tuple[Source, Source]]]] = weakref.WeakKeyDictionary()
 
@@ -52,7 +52,7 @@ def named(source: Source) -> str:
         return type(source).__name__
 
 
-def _traced(tx: Translator) -> Any:
+def _traced(tx: Translator) -> Variable:
     found = _TRACED.of(tx.output.current_tracer)
     if found is None:
         raise Unlike("Dynamo does not tell what the model reads")
@@ -66,14 +66,14 @@ class Looking:
         self.scopes = {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}, {}
         self.seen: dict[Source, object] = {}
 
-    def at(self, source: Source) -> Any:
+    def at(self, source: Source) -> Variable:
         """`Unlike` where nothing is, and for what cannot be looked at."""
         try:
             return source.get_value(*self.scopes, self.seen)
         except Exception as error:
             raise Unlike(f"no {named(source)}") from error
 
-    def __call__(self, source: Source) -> Any:
+    def __call__(self, source: Source) -> object:
         """`_ABSENT` then."""
         try:
             return self.at(source)
@@ -155,5 +155,5 @@ class Identities:
 
 
 def _key(guard: Guard) -> object:
-    partial: Any = guard.create_fn
+    partial: Variable = guard.create_fn
     return next(iter((*getattr(partial, "keywords", {}).values(), *getattr(partial, "args", ()))), None)

@@ -18,7 +18,7 @@ import torch
 import torch.fx as fx
 
 from .guards import TABLE
-from .identities import Identities, Looking, Unlike, named
+from .identities import Identities, Looking, Translator, Unlike, Variable, named
 from .probe import Name
 from .tensors import memory, tree_map_only
 from .transformers import COLLECTING
@@ -26,7 +26,6 @@ from .transformers import COLLECTING
 if TYPE_CHECKING:
     from torch._guards import Guard, Source
 
-Translator = Variable = Any  # Dynamo's: of their subclasses' attributes the base classes know little
 Given = tuple[list[Variable], dict[str, Variable]]  # what a call gets
 
 EACH = "each block of a model is traced, also where it repeats another"
@@ -328,7 +327,7 @@ class Stretch:
             try:
                 value = look.at(place)
                 if holds is None:
-                    partial: Any = guard.create_fn
+                    partial: Variable = guard.create_fn
                     other = reroot(partial.keywords["source_b"])
                     same = value is look.at(other)
                     create: Callable = functools.partial(_DUPLICATE(), source_b=other)
@@ -398,7 +397,7 @@ class Stretch:
         raise Unlike(f"a result that is {type(out).__name__}")
 
 
-def _value(node: fx.Node) -> Any:
+def _value(node: fx.Node) -> Variable:
     """The fake value of a node."""
     return node.meta.get("example_value")
 
