@@ -117,7 +117,8 @@ def _unknown(node: fx.Node, name: str) -> str | None:
 
 
 def _signature(node: fx.Node) -> inspect.BoundArguments | None:
-    known = _signature_of(node.target)
+    ours = getattr(node.target, "__module__", None) in TORCH
+    known = (_remembered if ours else _signature_of)(node.target)
     if known is None:
         return None
     try:
@@ -128,12 +129,14 @@ def _signature(node: fx.Node) -> inspect.BoundArguments | None:
     return bound
 
 
-@functools.cache
 def _signature_of(target: Any) -> inspect.Signature | None:
     try:
         return inspect.signature(target)
     except (TypeError, ValueError):
         return None
+
+
+_remembered = functools.cache(_signature_of)  # of torch's functions: a user's, and what it holds, is not kept alive
 
 
 def _given(node: fx.Node, name: str) -> object:

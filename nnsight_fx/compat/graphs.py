@@ -44,14 +44,9 @@ _LAZY = Name(
 _LOCAL = Name("torch._dynamo.source.LocalSource", "CUDA graphs copy each parameter at each replay")
 
 
-def graph_module(root: torch.nn.Module | dict, graph: torch.fx.Graph) -> torch.fx.GraphModule:
-    """A graph as a module. Its Python text is written when it first runs."""
-    return (_LAZY() or torch.fx.GraphModule)(root, graph)
-
-
 def copied(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A graph to be rewritten, with what is known of each node."""
-    made = graph_module(gm, copy.deepcopy(gm.graph))
+    """A graph to be rewritten, with what is known of each node. Its Python text is written when it first runs."""
+    made = (_LAZY() or torch.fx.GraphModule)(gm, copy.deepcopy(gm.graph))
     for old, new in zip(gm.graph.nodes, made.graph.nodes, strict=True):
         new.meta = dict(old.meta)
     return made

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .guards import TABLE  # our own
+from .guards import TABLE
 from .probe import Name
 
 if TYPE_CHECKING:

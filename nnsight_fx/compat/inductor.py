@@ -39,7 +39,7 @@ _JOINT = Name(
     "torch._functorch.config.patch", "what draws random numbers is not compiled where values are differentiable"
 )
 _PASS = Name("torch._inductor.custom_graph_pass.CustomGraphPass", "products of few rows are MKL's own")
-_PURE: list[Callable] = []
+_PURE: list[Callable] = []  # functions of ours that may stand in a graph on disk
 
 
 def kernel_folder() -> Path:
