@@ -19,4 +19,8 @@ def own_draws(model: Any) -> Iterator[None]:
 
 def draw_for(seed: int, number: int) -> None:
     """From here on torch draws what belongs to a number."""
-    torch.manual_seed((seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63)
+    own = (seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63
+    if torch.accelerator.is_available():
+        torch.manual_seed(own)
+    else:  # the same, without the stack that torch keeps for each kind of device that is not there
+        torch.default_generator.manual_seed(own)

@@ -30,13 +30,14 @@ from ..passes.fork import fork
 from ..passes.outline import outline, seams, unmark
 from ..passes.tokens import Layout, NotCausal
 from ..plan import tree
+from ..plan.verbs import Site
 from ..report.runs import Group
 from .cells import Cell, Walk
 from .memory import chunks, free, out_of_memory
 from .pending import Pending
 from .positions import positions as follow
 from .reach import reach
-from .rowgraph import annotated, captured, copy_of, lengths
+from .rowgraph import annotated, captured, lengths
 from .rows import Mixed
 from .where import blocks, fork_of, keep_until, positions
 
@@ -216,7 +217,7 @@ class Sheet:
                 bases += range(cell.base, cell.base + self.size)
         chosen = None
         if "demand" not in self.capture.disable:
-            chosen = positions(cells, self.last, len(bases), self.size)
+            chosen = positions(cells, self.last, len(bases), self.size, self._shape_at(self.last))
         starts, at = self._starts(cells, bases)
         with self._for_any_length():
             made = self._prepared(chosen is not None, at, tuple(leaving))
@@ -288,11 +289,12 @@ class Sheet:
         return known[key]
 
     def _prepare(self, choose: bool, at: frozenset | None, leaving: tuple) -> Prepared:
+        self.gm = compat.graphs.copied(self.gm)
         keep_until(self.gm, self.last)
         unmark(self.gm, self.cuts)
         demanded, tokens, why = choose and self._demanded(), False, None
         if at is not None:
-            copied = copy_of(self.gm)
+            copied = compat.graphs.copied(self.gm)
             try:
                 facts = follow(copied, at)
                 causal(copied, facts=facts)
@@ -311,14 +313,15 @@ class Sheet:
 
     def _positions(self) -> int:
         """The size of dimension 1 of what is changed first."""
-        sites = dict(seams(self.gm))
-        found = [w for w in {f for f in self.forks.values() if f is not None} if w in sites]
-        if not found:
-            return 0
-        leaf = marker_of(sites[min(found, key=lambda w: self.order[w])][0]).value
-        value = leaf.meta.get("example_value")
-        size = value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else 0
-        return compat.symbols.size_at(size, self.sizes) or 0
+        found = [w for w in {f for f in self.forks.values() if f is not None} if w in self.order]
+        shape = self._shape_at(min(found, key=lambda w: self.order[w])) if found else ()
+        return shape[1] if len(shape) > 1 else 0
+
+    def _shape_at(self, where: Site) -> list[int]:
+        """The shape of a site's first leaf; 0 for a size that is not known."""
+        value = marker_of(dict(seams(self.gm))[where][0]).value.meta.get("example_value")
+        sizes = value.shape if isinstance(value, torch.Tensor) else ()
+        return [compat.symbols.size_at(size, self.sizes) or 0 for size in sizes]
 
     def _demanded(self) -> bool:
         """Leave out all positions but one of each row, where no more is read at the last site.

@@ -91,7 +91,7 @@ def _backend(gm: fx.GraphModule, inputs: list) -> Callable:
 
 
 def annotated(segment: Segment, args: list) -> fx.GraphModule:
-    """A copy of the graph with what is known of each value for one row: `rows`, `mixed`, `bytes`, `flops`.
+    """The graph with what is known of each value for one row: `rows`, `mixed`, `bytes`, `flops`. It is not to be changed.
 
     `Mixed` where rows are not apart in it.
     """
@@ -106,19 +106,7 @@ def annotated(segment: Segment, args: list) -> fx.GraphModule:
     found = _known[segment]
     if isinstance(found, str):
         raise Mixed(found)
-    return copy_of(found)
-
-
-def copy_of(found: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph, with what its nodes are known for."""
-    copied = fx.GraphModule(found, fx.Graph())
-    copied.meta = dict(found.meta)
-    mapping: dict[fx.Node, fx.Node] = {}
-    out = copied.graph.graph_copy(found.graph, mapping)
-    copied.graph.output(out)
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
-    return copied
+    return found
 
 
 def lengths(segment: Segment) -> set:

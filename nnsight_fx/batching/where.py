@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch.fx as fx
 
 from ..passes.outline import seams
-from ..plan.keys import ALL, Items, NumberSlot, Value
+from ..plan.keys import ALL, NOTHING, Items, Key, NumberSlot, Plain, Span, Value
 from ..plan.lifting import name_of
 from ..plan.plan import InterventionGraph, Op
 from ..plan.verbs import Call, Read, Site, Write
@@ -38,24 +38,24 @@ def keep_until(gm: fx.GraphModule, last: Site) -> None:
         gm.graph.erase_node(node)
 
 
-def positions(cells: Iterable, where: Site, rows: int, size: int) -> list[int] | None:
-    """The one position of each row that is read at a site, if that is all that is done with it there."""
+LAST = Plain(int, -1)  # the last position, where the plan says so itself: of one position it is that, too
+
+
+def positions(cells: Iterable, where: Site, rows: int, size: int, shape: Sequence[int]) -> list[int] | None:
+    """The one position of each row that is read at a site, of a value of this shape, if that is all that is done with it there."""
     found: dict = {}
+    known: dict[InterventionGraph, set[Key] | None] = {}
     for cell in cells:
         plan = cell.plan
-        slots: set[int] = set()
-        for n in plan.touches.get(where, ()):
-            if not isinstance(plan.ops[n].verb, Read):
-                return None
-            for m, op in enumerate(plan.ops):
-                if any(v[0] == n for v in plan.needs[m]):
-                    slot = _one_position(op, n)
-                    if slot is None:
-                        return None
-                    slots.add(slot)
-        if not slots:
+        if plan not in known:
+            known[plan] = _read_at(plan, where, len(shape)) if len(shape) > 1 and shape[1] else None
+        places = known[plan]
+        if places is None:
+            return None
+        if not places:
             continue
-        at = {cell.constants[slot] for slot in slots}
+        slots = {place.slot for place in places if isinstance(place, NumberSlot)}
+        at = {cell.constants[slot] for slot in slots} | ({shape[1] - 1} if LAST in places else set())
         start = cell.joins_at
         mine = range(start, start + size)
         if len(at) > 1 or any(found.get(row, min(at)) not in at for row in mine):
@@ -65,16 +65,64 @@ def positions(cells: Iterable, where: Site, rows: int, size: int) -> list[int] |
     return [found.get(row, 0) for row in range(rows)]
 
 
-def _one_position(op: Op, n: int) -> int | None:
-    """The slot of the position in `value[:, position]`."""
+def _read_at(plan: InterventionGraph, where: Site, dims: int) -> set[Key] | None:
+    """The positions at which a plan reads a site, if it does nothing else with it."""
+    found: set[Key] = set()
+    for n in plan.touches.get(where, ()):
+        places = _indexed_at(plan, Value(n, 0), 1, dims) if isinstance(plan.ops[n].verb, Read) else None
+        if places is None:
+            return None
+        found |= places
+    return found
+
+
+def _indexed_at(plan: InterventionGraph, value: Value, ahead: int, dims: int) -> set[Key] | None:
+    """The positions at which a plan indexes a value, of which `ahead` dimensions come before that of the positions.
+
+    `value[:, p]`, `value[0, p, 7]`, `value[..., -1, :]`, `value[0][p]`, `value[:, -1:]`.
+    """
+    found: set[Key] = set()
+    for m, op in enumerate(plan.ops):
+        if all(v.op != value.op for v in plan.needs[m]):
+            continue
+        items = _index(op, value, dims)
+        if not items or not all(_number(i) or isinstance(i, Span) for i in items[:ahead]):
+            return None
+        if len(items) > ahead:
+            place = _place(items[ahead])
+            places = None if place is None else {place}
+        else:
+            places = _indexed_at(plan, Value(m, 0), 0, dims - 1) if all(map(_number, items)) else None
+        if places is None:
+            return None
+        found |= places
+    return found
+
+
+def _index(op: Op, value: Value, dims: int) -> tuple[Key, ...] | None:
+    """The entries of the index in `value[index]`, a number or slice for each of the first dimensions."""
     if not isinstance(op.verb, Call) or name_of(op.verb.fn.obj) not in ("__getitem__", "getitem") or op.effect:
         return None
-    value, index = op.args.items
-    if value != Value(n, 0) or not isinstance(index, Items) or len(index.items) < 2:
+    indexed, index = op.args.items
+    if indexed != value:
         return None
-    rows, place, *rest = index.items
-    plain = all(k == ALL for k in (rows, *rest))
-    return place.slot if plain and isinstance(place, NumberSlot) else None
+    items = index.items if isinstance(index, Items) and index.cls is tuple else (index,)
+    if items[:1] != (Plain(type(...), ...),):
+        return items
+    rest = items[1:]
+    plain = all(_number(i) or isinstance(i, Span) for i in rest)
+    return (*[ALL] * (dims - len(rest)), *rest) if plain else None
+
+
+def _number(key: Key) -> bool:
+    return (isinstance(key, NumberSlot) and key.kind == "int") or (isinstance(key, Plain) and key.cls is int)
+
+
+def _place(key: Key) -> Key | None:
+    """The one position that an entry of an index chooses; `None` for more, or another."""
+    if isinstance(key, NumberSlot) and key.kind == "int":
+        return key
+    return LAST if key in (LAST, Span(LAST, NOTHING, NOTHING)) else None
 
 
 def fork_of(plan: InterventionGraph, order: dict[Site, int]) -> Site | None:

@@ -126,6 +126,15 @@ def _walk(value: Any, leaves: list) -> Spec:
     return Branch(kind, tuple if kind == "tuple" else cls, keys, tuple(specs))
 
 
+def depths(spec: Spec, depth: int = 0) -> Iterator[int]:
+    """In how many containers each leaf lies."""
+    if spec is None:
+        yield depth
+    else:
+        for child in spec.children:
+            yield from depths(child, depth + 1)
+
+
 def is_tuple(spec: Spec, length: int) -> bool:
     """Is it the structure of a plain tuple of so many values?"""
     return spec is not None and spec.kind == "tuple" and len(spec.children) == length

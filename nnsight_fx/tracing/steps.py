@@ -27,6 +27,9 @@ class Missing(NamedTuple):
     certain: bool = False  # is it known that the run does not pass it
 
 
+ARGUMENT = 2  # how deep an argument lies in the value of an input, `(args, kwargs)`
+
+
 class SiteMeta(NamedTuple):
     """What is known of a site before the run: the tree, with a fake for each tensor leaf."""
 
@@ -40,11 +43,12 @@ class SiteMeta(NamedTuple):
     sizes: tuple = ()  # what this recording alone knows of its sizes: two of a kind may differ in them
 
     def guesses_numbers(self, kind: str) -> bool:
-        """Is a Python number among the leaves that data decides, so that only the run has it? A flag that a module is given
-        (`use_cache`) is a setting; one that it returns may be what it has found."""
+        """Is a Python number among the leaves that data decides, so that only the run has it? A flag that is an argument of a
+        module (`use_cache`) is a setting; one that it returns, or is given in a container, may be what a module has found."""
         return self.unsure and any(
-            isinstance(x, (int, float, complex, torch.SymInt)) and (kind == "output" or not isinstance(x, bool))
-            for x in self.leaves
+            isinstance(x, (int, float, complex, torch.SymInt))
+            and not (kind == "input" and depth == ARGUMENT and isinstance(x, bool))
+            for x, depth in zip(self.leaves, tree.depths(self.spec), strict=True)
         )
 
     @property

@@ -22,7 +22,7 @@ from nnsight_fx.tracing.lazy import LazyTensor
 from nnsight_fx.tracing.objects import LazyObject
 
 from .kinds import KINDS, Slots, State
-from .nets import Memory, Net
+from .nets import PACKS, Memory, Net
 from .verbs import Given, Program
 
 ROUNDS = (Given(0), Given(1), Given(2, 1, 5), Given(3, 1, 5))
@@ -220,7 +220,7 @@ AMONG_INVOKES = (
     "no scan could tell where the trace stops the model",
 )
 # Fakes of a batch norm have strides of their own (pytorch#192668).
-NUMBERS = "or at a site that no scan could tell"  # a number of a record, behind a branch: the run's, not the scan's
+NUMBERS = "or at a site that no scan could tell"  # a number in a container, behind a branch: the run's, not the scan's
 FAKE_STRIDES = "on fake tensors, what the backward needs was changed in place"
 # What a body changed in place behind its backward keeps a graph of the forward that has no backward any more.
 GRAPH_ON_INPUT = "an input was changed in place, and requires grad since"
@@ -259,7 +259,7 @@ def _round(
         *((TAKEN_BACK,) if {"Apply", "If", "Item"} & verbs else ()),
         *(() if program.alone else AMONG_INVOKES),
         *((FAKE_STRIDES,) if "norm" in net.layers else ()),
-        *((NUMBERS,) if net.holds_objects or (unsure and {"record", *KINDS} & set(net.layers)) else ()),
+        *((NUMBERS,) if net.holds_objects or (unsure and {*PACKS, *KINDS} & set(net.layers)) else ()),
     )
     fell = [why for why in watch.since(before) if not any(reason in why for reason in expected)]
     assert told or not fine or not fell, f"{what}: {fell}"

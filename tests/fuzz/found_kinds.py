@@ -6,7 +6,7 @@ from .compare import ROUNDS, Case
 from .kinds import Attr
 from .nets import Net, Place
 from .verbs import Body, Call, Program, Read, Result, Save, SaveWhole, View, Write
-from .wider import IfNumber, Look, SavePart, SizedInPlace
+from .wider import IfNumber, Look, SavePart, SizedInPlace, WriteNumber
 
 VALUES = (Attr("layers"), 0, Attr("values"))
 TWO = ROUNDS[:2]
@@ -42,6 +42,18 @@ FOUND_KINDS = {
                 IfNumber(Place("layers.1.give", "output", 0, (Attr("n"),)), (Save(1),)),
             ),
         ),
+        TWO,
+    ),
+    # On hooks the flag in an object that a module is given was the scan's guess.
+    "a flag in an object that a module is given": Case(
+        Net(("output, fixed", "output, flag"), dynamic=True),
+        (once(Read(Place("", "input")), WriteNumber(Place("layers.1.take", "input", 0, "n"), 0)),),
+        TWO,
+    ),
+    # A number behind a branch is the run's: hooks run it, and say so.
+    "a number in a tuple, behind a branch": Case(
+        Net(("branch", "tuple"), dynamic=True),
+        (once(Read(Place("", "input")), SaveWhole(Place("layers.1.part", "output"))),),
         TWO,
     ),
     # As an input of a graph the number was a float64 tensor, and `index_put_` wants the dtype of what it changes.
