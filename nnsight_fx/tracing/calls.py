@@ -60,10 +60,12 @@ class TorchCalls:
         within = custom_function(self.tape, func, args, kwargs)
         if within is not None:
             return within.value
+        self.tape.accesses.settle()
         written = self._written(func, args) if not kwargs and type(func) in _FUNCTIONS else None
         again = self.tape.beaten(written) if written is not None else None
         if again is not None:
-            self.tape.accesses.settle()
+            if again.op.effect:
+                self._changes(args[0])
             for number in again.numbers:
                 self.tape.operands.number_key(number)
             return self.tape.advance(again.step, again.op)
@@ -98,17 +100,15 @@ class TorchCalls:
             return self._drawn(func, name, args, kwargs)
         effect = effect_of(name, kwargs, args)
         if effect == "inplace" and args:
-            self.tape.accesses.check_late(args[0])
-            self.tape.operands.handed.changes(args[0], self.read_at(args[0]))
+            self._changes(args[0])
             args = (held(args[0]), *args[1:])  # what is changed must be there
         args, kwargs = lift(
             name, args, kwargs, lambda t: (self.tape.operands.fake(t).shape, self.tape.operands.fake(t).dtype)
         )
         try:
-            self.tape.accesses.settle()
             before, slots = self.tape.step, len(self.tape.constants)
             result = self.tape.add(Call(Identity(func), effect), args, kwargs)
-            if written is not None and not effect and type(result) is LazyTensor:
+            if written is not None and (effect == "inplace" or (not effect and type(result) is LazyTensor)):
                 values, at = self.tape.constants[slots:], itertools.count(slots)
                 self.tape.beat(
                     before,
@@ -121,6 +121,11 @@ class TorchCalls:
             if isinstance(e, NNsightFXError) or not needs_data(e):
                 raise
         return self.tape.given.saveable(func(*self.tape.syncs.real_args(args), **self.tape.syncs.real_args(kwargs)))
+
+    def _changes(self, changed: object) -> None:
+        """An operation is about to change an argument in place."""
+        self.tape.accesses.check_late(changed)
+        self.tape.operands.handed.changes(changed, self.read_at(changed))
 
     def _drawn(self, func: Callable, name: str, args: tuple, kwargs: dict) -> object:
         """A draw from a generator of the user's: made now, since the model has no part in it."""
@@ -135,14 +140,18 @@ class TorchCalls:
 
     def _written(self, func: object, args: tuple) -> tuple | None:
         """A call by what the user wrote, where that is this recording's values, positions and slices."""
-        parts: list = [func, self.tape.invoke.index, len(self.tape.constants)]
+        tape = self.tape
+        parts: list = [func, tape.invoke.index, len(tape.constants)]
         for x in args:
             cls = type(x)
             if cls is LazyTensor:
-                part = key_of(x) if tape_of(x) is self.tape and not inside(key_of(x)) else None
+                part: object = key_of(x)
+                part = part if tape_of(x) is tape and not inside(part) else None
+            elif cls is torch.Tensor:
+                part = tape.operands.slots.get(id(x))
             elif cls is tuple:
-                part = tuple(map(_position, x))
-                part = None if None in part else part
+                places = tuple(map(_position, x))
+                part = None if None in places else ("i", *places)  # `Value(5, 0) == (5, 0)`
             else:
                 part = _position(x)
             if part is None:

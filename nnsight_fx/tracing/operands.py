@@ -42,10 +42,12 @@ class Operands:
 
     def arguments(self, args: tuple, kwargs: dict) -> tuple[Items, Named]:
         """The keys of the arguments of a call."""
-        named = NO_KWARGS if not kwargs else Named(tuple(kwargs), tuple([self.encode(x) for x in kwargs.values()]))
+        named = Named(tuple(kwargs), tuple([self.encode(x) for x in kwargs.values()])) if kwargs else NO_KWARGS
         return NO_ARGS if not args else Items(tuple, tuple([self.encode(x) for x in args])), named
 
     def encode(self, value: object) -> Key:
+        if type(value) is LazyTensor and tape_of(value) is self.tape:
+            return key_of(value)
         return encode(value, self.key_of, self.number_key, self.tape.objects.key)
 
     def key_of(self, tensor: torch.Tensor) -> Recorded:
