@@ -173,7 +173,10 @@ class Sheet:
         missing = touched - self.order.keys()
         if missing:
             raise Mixed(f"`{'.'.join(map(str, min(missing)[:2]))}` is not in the captured graph")
-        self.cuts = touched | blocks(self.order)
+        between = blocks(self.order)
+        self.cuts = touched | between
+        # Where the last block ends, if no trace touches that: no cut has to be there.
+        self.end = {max(between, key=lambda where: self.order[where])} - touched if between else set()
         self.forks = {plan: fork_of(plan, self.order) for plan in self.plans}
         self.last = max(touched, key=lambda where: self.order[where])
         self.positions = self._positions()
@@ -218,6 +221,8 @@ class Sheet:
         chosen = None
         if "demand" not in self.capture.disable:
             chosen = positions(cells, self.last, len(bases), self.size, self._shape_at(self.last))
+        if chosen is not None:  # then the last block, too, is computed at one position
+            self.cuts -= self.end
         starts, at = self._starts(cells, bases)
         with self._for_any_length():
             made = self._prepared(chosen is not None, at, tuple(leaving))
