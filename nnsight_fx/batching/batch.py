@@ -73,6 +73,7 @@ def _forward(cells: list[Pending]) -> Run:
     run = BatchedRun(
         merged.plan, merged.constants, merged.lines, first.host.markers, call, first.host.module.get_submodule, {}
     )
+    run.waited_for = first.host.waited_for(first.tracer.compile)
     if isinstance(flags, dict):
         run.flags = flags
         run.finish(merged.plan)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from ..lines import Line
 from ..plan.plan import InterventionGraph
 from ..scan.wave_sites import WaveSites
 from ..tracing.tape import Tape
+
+Compile: TypeAlias = (
+    bool | Literal["auto"] | dict | None
+)  # what a trace says of the engine; `None`: as the model is compiled
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Request:
     batch: Any  # what the model is called with
     fn: str | None  # the function that is traced; the model itself, if None
     opened: Line  # where the trace was opened
-    compile: bool | dict | None  # what the trace says of the engine
+    compile: Compile
     tape: Tape
     sites: WaveSites
     symbols: dict  # what the sizes that were unknown turned out to be

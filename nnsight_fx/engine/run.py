@@ -7,8 +7,9 @@ spliced, the rest is live). Live sites call `pass_site`; segments take and give 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +36,9 @@ from .retained import retain
 from .switch import Coroutine, ThreadState
 from .taps import Taps
 
+if TYPE_CHECKING:
+    from .captured.capture import Capture
+
 
 class Run(TensorInterleaver):
     """One forward. `call` runs the model and returns its result; `modules` finds a module by path."""
@@ -43,6 +47,7 @@ class Run(TensorInterleaver):
     shared = ""  # how it ran with others in one forward, where it did: `Notes.engine`
     how = How()  # as it was chosen
     grads = False  # may a backward follow
+    waited_for: Capture | None = None  # it is on hooks until compiling pays
     changing: int | None = None  # the operation that changed what the model goes on with, at the site that it passes
 
     def __init__(
@@ -73,6 +78,7 @@ class Run(TensorInterleaver):
         """Run the model once."""
         outer = getattr(active, "run", None)
         active.run, self.grads = self, torch.is_grad_enabled()
+        begun = time.perf_counter()
         try:
             self.work(None)
             if self.stopping:
@@ -86,6 +92,8 @@ class Run(TensorInterleaver):
             raise
         finally:
             active.run = outer
+            if self.waited_for is not None:
+                self.waited_for.hooks_s += time.perf_counter() - begun
 
     def as_it_ran(self) -> How:
         """How the run went, with what it found out on the way."""

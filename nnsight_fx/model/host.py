@@ -20,10 +20,12 @@ from ..engine.captured.entries import EntryPoint
 from ..engine.captured.options import Options
 from ..engine.captured.run import SplicedRun
 from ..engine.choose import choose
-from ..engine.request import Request
+from ..engine.how import How
+from ..engine.request import Compile, Request
 from ..engine.run import Run
 from ..engine.switch import ThreadState
 from ..engine.wave import ForwardWave
+from ..engine.worth import waits
 from ..envoys import attention
 from ..envoys.envoy import tree_of
 from ..errors import nearest
@@ -85,6 +87,7 @@ class ModelHost:
         self.shared = Shared(model, module)
         self.inputs: ModuleInputs = model._inputs(self)
         self.compiled: Capture | None = None
+        self.auto = False  # is it compiled once that pays
         self.edits: list = []  # each can `replay(tape)`
         self.told = Latest()
         self.caller: Callable | None = None  # who runs the calls of the model outside of traces
@@ -216,6 +219,7 @@ class ModelHost:
         plan, batch, fn = request.plan, request.batch, request.fn
         capture = self.capture_for(request.compile)
         how = choose(request, capture, self.module)
+        waited_for = self.waited_for(request.compile) if capture is None else None
 
         def call() -> Any:
             return callee(self.module, fn)(*batch.args, **batch.kwargs)
@@ -224,6 +228,8 @@ class ModelHost:
         if capture is None or how.engine == "hooks":
             run = Run(*given)
             run.how = how
+            if waited_for is not None:
+                run.how, run.waited_for = How(why=waits(waited_for, self.module)), waited_for
             if capture is not None:
                 capture.fall_back(how.why)
                 run.report.append(how.why)
@@ -246,18 +252,30 @@ class ModelHost:
         spliced.start(capture, stop_at, request.sites, entry, (batch.args, batch.kwargs))
         return spliced
 
-    def capture_for(self, compile: bool | dict | None) -> Capture | None:
+    def capture_for(self, compile: Compile) -> Capture | None:
         """The capture that a trace runs on, or `None` for the hook engine."""
+        capture, auto = self.captured_by(compile)
+        return None if capture is not None and auto and waits(capture, self.module) else capture
+
+    def waited_for(self, compile: Compile) -> Capture | None:
+        """The capture that a trace would run on, if compiling did pay."""
+        capture, auto = self.captured_by(compile)
+        return capture if capture is not None and auto and waits(capture, self.module) else None
+
+    def captured_by(self, compile: Compile) -> tuple[Capture | None, bool]:
+        """The capture that a trace names, if it does, and does that wait until compiling pays."""
         if compile is False or (compile is None and self.compiled is None):
-            return None
-        if compile is None or (compile is True and self.compiled is not None):
-            return self.compiled
-        if compile is not True and not isinstance(compile, dict):
+            return None, False
+        if compile is None or (compile in (True, "auto") and self.compiled is not None):
+            return self.compiled, compile == "auto" or (compile is None and self.auto)
+        if compile in (True, "auto"):
+            return self.captured(), compile == "auto"
+        if not isinstance(compile, dict):
             raise TypeError(
-                f"{user_line()}: `compile=` is `False`, `True`, or a dict of `model.compile`'s keywords, "
+                f'{user_line()}: `compile=` is `False`, `True`, `"auto"`, or a dict of `model.compile`\'s keywords, '
                 f'`compile={{"backend": "eager"}}`; it is {compile!r}.'
             )
-        return self.captured(**(compile if isinstance(compile, dict) else {}))
+        return self.captured(**compile), False
 
     @named("`compile`")
     def captured(

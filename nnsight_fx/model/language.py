@@ -18,7 +18,8 @@ from .prompts import PromptInputs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..envoys.envoy import Envoy
+    from ..engine.request import Compile
+from ..envoys.envoy import Envoy
 
 
 class LanguageModel(NNsight):
@@ -106,7 +107,7 @@ class LanguageModel(NNsight):
         """The transformers configuration of the model."""
         return self._module.config
 
-    def generate(self, *args: object, compile: bool | dict | None = None, trace: bool = True, **kwargs: Any) -> Any:
+    def generate(self, *args: object, compile: Compile = None, trace: bool = True, **kwargs: Any) -> Any:
         """Generate tokens with the interventions of a `with` block; keywords are those of transformers' `generate`.
 
         ```python

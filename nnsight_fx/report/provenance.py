@@ -44,7 +44,7 @@ def of_model(model: Envoy) -> dict[str, object]:
 
 def environment(model: Envoy, compile: object) -> dict[str, object]:
     """The engine, versions, hardware, and when."""
-    capture = host_of(model).capture_for(compile)
+    capture, _ = host_of(model).captured_by(compile)
     return {
         "engine": "hooks" if capture is None else str(capture.options),
         "versions": versions(),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+from ..engine.request import Compile
 from ..envoys.envoy import host_of
 from ..errors import PlanError, nearest
 from ..lines import user_line
@@ -95,7 +96,7 @@ class Plan:
         self,
         *inputs: object,
         constants: dict[str, object] | None = None,
-        compile: bool | dict | None = None,
+        compile: Compile = None,
         **kwargs: object,
     ) -> dict[str, object]:
         """Run the model on an input with these interventions, and return the saved values by name, in order; caches come last.

@@ -11,10 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-import torch.nn as nn
-
 from ..engine.captured.options import EXACT
 from ..engine.clock import seconds
+from ..engine.worth import estimate, learn
 from ..errors import nearest
 from ..lines import user_line
 from ..report.runs import Report
@@ -23,12 +22,7 @@ from .job import Done, SweepJob
 ENGINES = ("auto", "hooks", "compiled")
 WARM, TIMED = 2, 8  # cells on hooks before the choice: those that learn the model, and those by the watch
 FASTER = 4  # a cell on hooks takes at least that many compiled ones: `python -m bench.sweep`
-# Seconds on two quiet cores, of SmolLM2: the first compile of a process, a module read, a distinct one compiled.
-BEGIN_S, CAPTURE_S, COMPILE_S = 3.0, 0.025, 1.2
-TURNS, TURNS_S = 100_000, 0.03  # of Python, there
 HOOKS, COMPILED, AFTER = "hooks", "compiled", f"compiled, after {WARM + TIMED} cells on hooks"
-
-_learnt = [0.0, 0.0]  # seconds that compiling sweeps took in this process, and what was estimated
 
 
 def checked(engine: str) -> str:
@@ -86,6 +80,8 @@ class Choice:
         return fn, shapes
 
     def _told(self, ran: str, why: str) -> str:
+        if self.capture is not None and ran != HOOKS:
+            self.capture.begun = True
         self.report.notes = [f"{ran}: {why}"]
         return ran
 
@@ -149,32 +145,4 @@ class Choice:
         waited = sum(group.waited for group in self.report.groups)
         self.capture.swept |= self.shapes
         if new and waited and self.capture.options.backend not in EXACT:
-            _learnt[0] += waited
-            _learnt[1] += new * work(self.job.model._module)
-
-
-def estimate(module: nn.Module) -> float:
-    """Seconds that capturing and compiling a model are likely to take, for one shape of its inputs."""
-    if _learnt[1]:
-        return work(module) * _learnt[0] / _learnt[1]
-    return (BEGIN_S + work(module)) * max(1.0, _turns() / TURNS_S)
-
-
-def work(module: nn.Module) -> float:
-    """Seconds for it on two quiet cores, in a process that has compiled before."""
-    known: dict[tuple, int] = {}
-
-    def kind(m: nn.Module) -> int:
-        own = tuple((name, tuple(p.shape)) for name, p in m.named_parameters(recurse=False))
-        return known.setdefault((type(m), own, tuple(map(kind, m.children()))), len(known))
-
-    kind(module)
-    return CAPTURE_S * sum(1 for _ in module.modules()) + COMPILE_S * len(known)
-
-
-def _turns() -> float:
-    """Seconds for some turns of Python: reading a model and generating code is that, and a busy machine is slow at it."""
-    begun, held = time.perf_counter(), {}
-    for i in range(TURNS):
-        held[i % 97] = i, str(i)
-    return time.perf_counter() - begun
+            learn(self.job.model._module, waited, new)

@@ -76,7 +76,7 @@ class SweepJob:
     @property
     def capture(self) -> Capture | None:
         """What the model's graphs are kept in; `None`: it runs on hooks."""
-        return host_of(self.model).capture_for(self.options.get("compile"))
+        return host_of(self.model).captured_by(self.options.get("compile"))[0]
 
     def note_lengths(self) -> None:
         """The model is going to run with all these numbers of tokens: its graphs are captured for any, where there are several."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..engine.clock import doing
-from ..envoys.envoy import host_of
 from ..errors import WorkerLostError
 from ..lines import user_line
 from .job import Done, SweepJob
@@ -108,5 +107,5 @@ class Pool:
 
 
 def _compiles(job: SweepJob) -> bool:
-    capture = host_of(job.model).capture_for(job.options.get("compile"))
+    capture = job.capture
     return not job.on_hooks and capture is not None and capture.options.backend not in ("eager", "aot_eager")

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..engine.clock import listening
+from ..engine.request import Compile
 from ..lines import user_line
 from ..report.runs import Report, as_one
 from .choice import Choice, checked
@@ -41,7 +42,7 @@ def sweep(
     executor: str | Executor | None = None,
     engine: str = "auto",
     progress: bool = True,
-    compile: bool | dict | None = None,
+    compile: Compile = None,
     **options: object,
 ) -> Results:
     """Run `fn` as the body of a trace for every cell of a grid.

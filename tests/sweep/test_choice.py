@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nnsight_fx import NNsight, assert_max_compiles
+from nnsight_fx.engine import worth
 from nnsight_fx.sweep import choice
 from nnsight_fx.sweep.executors import Devices
 
@@ -26,7 +27,7 @@ def estimated(monkeypatch):
         monkeypatch.setattr(choice, "EXACT", ())
         monkeypatch.setattr(choice, "estimate", lambda module: cost)
 
-    monkeypatch.setattr(choice, "_learnt", [0.0, 0.0])
+    monkeypatch.setattr(worth, "_learnt", [0.0, 0.0])
     return says
 
 
@@ -170,11 +171,11 @@ def test_workers_compile(estimated, wanted):
 
 def test_the_estimate(monkeypatch):
     """By the modules, each distinct one once, and by what compiling took in this process."""
-    small, large = (choice.work(mlp(blocks=n)) for n in (3, 30))
+    small, large = (worth.work(mlp(blocks=n)) for n in (3, 30))
     assert small < large < 1.5 * small  # 30 equal blocks are read, and compiled once
-    monkeypatch.setattr(choice, "_learnt", [0.0, 0.0])
-    for turns, slower in ((choice.TURNS_S, 1), (4 * choice.TURNS_S, 4)):  # a busy machine
-        monkeypatch.setattr(choice, "_turns", lambda turns=turns: turns)
-        assert choice.estimate(mlp(blocks=3)) == pytest.approx(slower * (choice.BEGIN_S + small))
-    monkeypatch.setattr(choice, "_learnt", [10.0, 5.0])
-    assert choice.estimate(mlp(blocks=3)) == pytest.approx(2 * small)
+    monkeypatch.setattr(worth, "_learnt", [0.0, 0.0])
+    for turns, slower in ((worth.TURNS_S, 1), (4 * worth.TURNS_S, 4)):  # a busy machine
+        monkeypatch.setattr(worth, "_turns", lambda turns=turns: turns)
+        assert worth.estimate(mlp(blocks=3)) == pytest.approx(slower * (worth.BEGIN_S + small))
+    monkeypatch.setattr(worth, "_learnt", [10.0, 5.0])
+    assert worth.estimate(mlp(blocks=3)) == pytest.approx(2 * small)

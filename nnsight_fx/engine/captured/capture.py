@@ -63,7 +63,10 @@ class Capture:
         default_factory=dict
     )  # functions with a row graph for each length, and why
     swept: set = field(default_factory=set)  # the inputs' shapes that a sweep has compiled for
-    hooks_s: float = 0.0  # seconds of sweeps on hooks, for which nothing was compiled
+    # What speaks for compiling, and against it (`engine/worth.py`).
+    hooks_s: float = 0.0  # seconds of sweeps and traces on hooks, for which nothing was compiled
+    cost: float | None = None  # seconds that compiling is likely to take
+    begun: bool = False  # it pays, or was asked for
 
     def __post_init__(self):
         self.pipeline = self.options.passes or self.pipeline
