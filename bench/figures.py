@@ -52,7 +52,10 @@ PARTS = {
 def due(name: str, command: list[str], of: str, on: dict[str, Any], into: Path) -> bool:
     """Is there no such file, of this command, commit and machine?"""
     found = tables.read(into).get(name, {})
-    return any(found.get(k) != v for k, v in (("command", f"python -m bench.{' '.join(command)}"), ("commit", of), ("hardware", on)))
+    return any(
+        found.get(k) != v
+        for k, v in (("command", f"python -m bench.{' '.join(command)}"), ("commit", of), ("hardware", on))
+    )
 
 
 def about(name: str, command: list[str]) -> float:
@@ -119,7 +122,8 @@ def main() -> int:
     rounds = args.rounds or (3 if args.short else None)
     more = ["--rounds", str(rounds)] if rounds else []
     commands = {
-        name: [*PARTS[name].command.split(), *(PARTS[name].short.split() if args.short else ()), *more] for name in names
+        name: [*PARTS[name].command.split(), *(PARTS[name].short.split() if args.short else ()), *more]
+        for name in names
     }
     WORK.mkdir(parents=True, exist_ok=True)
     into.mkdir(exist_ok=True)

@@ -18,6 +18,7 @@ from nnsight_fx import NNsight
 
 from .measure import Told
 from .models import Model
+from .tables import ALL_LOGITS
 from .workloads import STEPS, Parts, Workload
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/peer"))
@@ -29,7 +30,6 @@ OURS: dict[str, dict[str, Any] | None] = {
     "ours, eager": {"backend": "eager"},
     "ours, hooks": None,
 }
-ALL_LOGITS = "ours, all logits saved too"
 REPLAYED = "reduce-overhead"  # CUDA graphs
 THEIRS = ("nnsight 0.8.1", "TransformerLens 4")
 

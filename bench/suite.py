@@ -17,7 +17,8 @@ import torch
 
 from .measure import Told, arguments, interleaved, medians, ratios, timed, write
 from .models import MODELS
-from .peers import ALL_LOGITS, THEIRS, Bench
+from .peers import THEIRS, Bench
+from .tables import ALL_LOGITS
 from .workloads import WORKLOADS, Shape, Workload
 
 
