@@ -21,7 +21,7 @@ from nnsight_fx.report.provenance import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = ("commit", "command", "date", "took_s", "load", "versions", "hardware")
-MEASURED = ("nnsight_fx", "passes", "bench", ":!bench/results", "tests/peer", "pyproject.toml", "constraints.txt")
+MEASURED = ("nnsight_fx", "passes", "bench", ":!bench/results", "tests/peer", "constraints.txt")
 DIRTY = "+dirty"
 
 

@@ -309,7 +309,7 @@ SHOWN = ("sweep", "suite", "first")  # the files of README's rows
 
 def short(files: dict[str, Found]) -> str:
     """README's table, and what it is of."""
-    held = holding(files)
+    held = holding({name: files[name] for name in SHOWN if name in files})
     rows = claims(held)
     if not rows:
         return (
@@ -324,7 +324,7 @@ def short(files: dict[str, Found]) -> str:
             "(`make bench` is a short one, under pytest-benchmark). A ratio is the median of pairs measured in turn, with its spread; `equal` "
             "where the spread crosses 1." + (f" Not of this commit, so not here: {', '.join(away)}." if away else ""),
             table(["workload", "peer", "ours", "ours over the peer's"], rows),
-            "Recording is part of these times; compiling is of the first result's alone. Plain `torch.compile` does no intervention.",
+            "Recording is part of these times; compiling is part of a first result alone. Plain `torch.compile` does no intervention.",
         ]
     )
 
