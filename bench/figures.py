@@ -38,11 +38,11 @@ class Part:
 PARTS = {
     "check": Part("check --write", "", 2),
     "recording": Part("recording", "--runs 20", 2),
-    "memory": Part("memory", "--traces 20 --layers 2", 9),
+    "memory": Part("memory", "--traces 20 --layers 2", 11),
     "products": Part("products", "--weights 1 --runs 2", 12),
     "harvest": Part("harvest", "--prompts 8 --layers 2", 7),
     "sweep": Part("sweep", "--layers 2 --tokens 4 --sample 4 --backend eager", 9),
-    "first": Part("first", "--layers 2", 15),
+    "first": Part("first", "--layers 4", 16),
     "layers": Part("suite --models smollm2 --workloads steer --layers 3 6 12 30", "--layers 1 2", 6),
     "suite": Part("suite", "--models tiny --workloads trace steer --runs 1", 60),
     "gpu": Part("suite --models llama-1b llama-8b --no-peers", "", 60, default=False),

@@ -1,7 +1,7 @@
 """The first compiled result: ours (steer + a save a layer) against a plain `torch.compile` of the same model, each in new processes,
 in turn; a ratio is over the pairs of the rounds.
 
-    python -m bench.first [--layers 30] [--rounds 3] [--out bench/results/first.json]
+    python -m bench.first [--layers 30] [--rounds 5] [--out bench/results/first.json]
 
 - cold: nothing is in any cache on disk;
 - warm: another process has done the same, and left Inductor's caches;
@@ -63,9 +63,9 @@ print(json.dumps(found))
 def child(who: str, layers: int, cache: str) -> dict[str, float]:
     """One process: its seconds."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, who, str(layers)], env=env, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", CHILD, who, str(layers)], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -92,7 +92,7 @@ def measure(layers: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = arguments(__doc__, "first", layers=30, rounds=3).parse_args()
+    args = arguments(__doc__, "first", layers=30, rounds=5).parse_args()
     write(measure(args.layers, args.rounds), args.out)
 
 
