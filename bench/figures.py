@@ -42,7 +42,7 @@ PARTS = {
     "products": Part("products", "--weights 1 --runs 2", 12),
     "harvest": Part("harvest", "--prompts 8 --layers 2", 7),
     "sweep": Part("sweep", "--layers 2 --tokens 4 --sample 4 --backend eager", 9),
-    "first": Part("first", "--layers 4", 16),
+    "first": Part("first", "--layers 6", 16),
     "layers": Part("suite --models smollm2 --workloads steer --layers 3 6 12 30", "--layers 1 2", 6),
     "suite": Part("suite", "--models tiny --workloads trace steer --runs 1", 60),
     "gpu": Part("suite --models llama-1b llama-8b --no-peers", "", 60, default=False),
