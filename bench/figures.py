@@ -130,7 +130,7 @@ def main() -> int:
     left = {name: command for name, command in commands.items() if args.again or due(name, command, of, on, into)}
     if done := [name for name in names if name not in left]:
         print(f"Done already at this commit on this machine: {', '.join(done)} (`--again` runs them anew).")
-    minutes = {name: 1 if args.short else about(name, command) for name, command in left.items()}
+    minutes = {name: 2 if args.short else about(name, command) for name, command in left.items()}
     each = ", ".join(f"{name} {m:.0f}" for name, m in minutes.items())
     print(f"{of}: about {sum(minutes.values()):.0f} minutes ({each}).", flush=True)
     failed = {}
