@@ -64,15 +64,12 @@ coverage: .venv/.stamp-coverage
 bench: .venv/.stamp
 	$(BIN)/python -m pytest bench -m "not gpu" --benchmark-enable --benchmark-only $(ARGS)
 
-# The figures of docs/performance.md, on a quiet machine: about an hour on two cores.
+# Every committed figure, on a quiet machine and a clean tree: about two hours on two cores. ARGS="--only sweep,first", "--short" to try.
 bench-figures: .venv/.stamp .peer/.stamp-bench
-	$(BIN)/python -m bench.suite
-	$(BIN)/python -m bench.suite --models smollm2 --workloads 'steer, logits' --layers 3 6 12 30 --out bench/results/layers.json
-	for each in sweep harvest first recording memory products; do $(BIN)/python -m bench.$$each || exit 1; done
-	$(BIN)/python bench/tables.py
+	$(BIN)/python -m bench.figures $(ARGS)
 
 bench-gpu: .venv/.stamp
-	$(BIN)/python -m bench.suite --models llama-1b llama-8b --no-peers --out bench/results/gpu.json $(ARGS)
+	$(BIN)/python -m bench.figures --only gpu $(ARGS)
 
 # A short run beside the committed figures: a report; only other compile counts fail it.
 bench-check: .venv/.stamp

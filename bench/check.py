@@ -3,12 +3,11 @@
     python -m bench.check            # report; exit status 1 where something compiles more or less often than it did
     python -m bench.check --write    # commit these figures
 
-A ratio is held against the committed one with the spread of the repeats of both runs: a machine that is busy spreads more.
+A ratio is held against the committed one with the spread of the rounds of both runs: a machine that is busy spreads more.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from typing import Any
@@ -18,11 +17,10 @@ import torch
 import nnsight_fx
 from nnsight_fx import NNsight
 
-from .measure import RESULTS, interleaved
+from .measure import arguments, interleaved, ratios, write
 from .models import smollm2
 
-LAYERS, REPEATS, RUNS = 8, 5, 10
-KEPT = RESULTS / "check.json"
+LAYERS, RUNS = 8, 5
 
 
 def steer(model: NNsight, ids: torch.Tensor, vector: torch.Tensor) -> list[torch.Tensor]:
@@ -38,7 +36,7 @@ def steer(model: NNsight, ids: torch.Tensor, vector: torch.Tensor) -> list[torch
     return saved
 
 
-def measure() -> dict[str, Any]:
+def measure(rounds: int) -> dict[str, Any]:
     """A steering trace of `LAYERS` layers against the bare compiled model, and against itself on hooks."""
     module = smollm2(LAYERS)
     ids, vector = torch.randint(0, 49152, (1, 14)), torch.randn(576)
@@ -57,15 +55,11 @@ def measure() -> dict[str, Any]:
     for call in calls.values():
         call()
         call()
-    ratios: dict[str, list[float]] = {"torch.compile": [], "hooks": []}
-    for _ in range(REPEATS):
-        medians = interleaved(calls, RUNS)
-        for peer, each in ratios.items():
-            each.append(medians["ours"] / medians[peer])
+    found = ratios(interleaved(calls, rounds, RUNS))
     steer(ours, ids, vector * 2)  # another vector: nothing compiles
     facts = ours.explain().to_dict()["captures"][0]
     return {
-        "ratios": {peer: sorted(each) for peer, each in ratios.items()},
+        "ratio": found,
         "counts": {name: facts[name] for name in ("captures", "compiles", "regions")},
     }
 
@@ -73,10 +67,10 @@ def measure() -> dict[str, Any]:
 def report(now: dict[str, Any], then: dict[str, Any]) -> tuple[list[str], bool]:
     """Lines, and whether the counts are the committed ones."""
     lines = []
-    for peer, ratios in now["ratios"].items():
-        before = then["ratios"][peer]
-        new, old = ratios[len(ratios) // 2], before[len(before) // 2]
-        allowed = max(ratios[-1] - ratios[0], before[-1] - before[0])
+    for peer, ratio in now["ratio"].items():
+        before = then["ratio"][peer]
+        new, old = ratio["median"], before["median"]
+        allowed = max(each["high"] - each["low"] for each in (ratio, before))
         verdict = "slower" if new > old + allowed else "faster" if new < old - allowed else "as committed"
         lines.append(f"ours over {peer}: {new:.3f}, committed {old:.3f}, spread {allowed:.3f}: {verdict}")
     same = now["counts"] == then["counts"]
@@ -87,15 +81,16 @@ def report(now: dict[str, Any], then: dict[str, Any]) -> tuple[list[str], bool]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "check", rounds=15)
     parser.add_argument("--write", action="store_true")
-    now = measure() if parser.parse_args().write or KEPT.exists() else None
-    if now is None:
-        print(f"{KEPT} is not there: nothing to compare with", file=sys.stderr)
+    args = parser.parse_args()
+    if args.write:
+        write(measure(args.rounds), args.out)
+        return 0
+    if not args.out.exists():
+        print(f"{args.out} is not there: nothing to compare with", file=sys.stderr)
         return 1
-    if parser.parse_args().write:
-        KEPT.write_text(json.dumps(now, indent=2) + "\n")
-    lines, same = report(now, json.loads(KEPT.read_text()))
+    lines, same = report(measure(args.rounds), json.loads(args.out.read_text()))
     print("\n".join(lines))
     return 0 if same else 1
 

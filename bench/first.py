@@ -1,6 +1,7 @@
-"""The first compiled result: ours (steer + a save a layer) against a plain `torch.compile` of the same model, each in new processes.
+"""The first compiled result: ours (steer + a save a layer) against a plain `torch.compile` of the same model, each in new processes,
+in turn; a ratio is over the pairs of the rounds.
 
-    python -m bench.first [--layers 30] [--rounds 3] [--out bench/results/first.json]
+    python -m bench.first [--layers 30] [--rounds 5] [--out bench/results/first.json]
 
 - cold: nothing is in any cache on disk;
 - warm: another process has done the same, and left Inductor's caches;
@@ -14,14 +15,13 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from .measure import arguments, setting, write
+from .measure import arguments, medians, ratio, turns, write
 
 CHILD = """
 import json, sys, time
@@ -63,39 +63,36 @@ print(json.dumps(found))
 def child(who: str, layers: int, cache: str) -> dict[str, float]:
     """One process: its seconds."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, who, str(layers)], env=env, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", CHILD, who, str(layers)], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def measure(layers: int, rounds: int) -> dict[str, Any]:
-    times: dict[str, dict[str, list[float]]] = {}
-    for _ in range(rounds):
-        for who in ("ours", "ours, capture=symbolic", "torch.compile"):
-            with tempfile.TemporaryDirectory() as cache:
-                for kind in ("cold", "warm"):
-                    seconds = child(who, layers, cache)
-                    times.setdefault(who, {}).setdefault(kind, []).append(seconds.pop("first"))
-                    for name, s in seconds.items():
-                        times[who].setdefault(f"{name}, {kind}", []).append(s)
-        print(json.dumps(times), flush=True)
-    medians = {who: {kind: statistics.median(s) for kind, s in each.items()} for who, each in times.items()}
+    times: dict[str, dict[str, list[float]]] = {who: {} for who in ("ours", "ours, capture=symbolic", "torch.compile")}
+    for who in turns(list(times), rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            for kind in ("cold", "warm"):
+                seconds = child(who, layers, cache)
+                times[who].setdefault(kind, []).append(seconds.pop("first"))
+                for name, s in seconds.items():
+                    times[who].setdefault(f"{name}, {kind}", []).append(s)
+        print(who, json.dumps(times[who]), flush=True)
     return {
         "workload": f"steer + {layers} last-position saves, {layers} layers of SmolLM2's shape, 1 x 14 tokens",
         "rounds": rounds,
-        "median_s": medians,
+        "median_s": {who: medians(each) for who, each in times.items()},
         "ratio": {
-            who: {kind: each[kind] / medians["torch.compile"][kind] for kind in ("cold", "warm")}
-            for who, each in medians.items()
+            who: {kind: ratio(each[kind], times["torch.compile"][kind]) for kind in ("cold", "warm")}
+            for who, each in times.items()
             if who != "torch.compile"
         },
-        **setting(),
     }
 
 
 def main() -> None:
-    args = arguments(__doc__, "first", layers=30, rounds=3).parse_args()
+    args = arguments(__doc__, "first", layers=30, rounds=5).parse_args()
     write(measure(args.layers, args.rounds), args.out)
 
 

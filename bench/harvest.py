@@ -21,7 +21,7 @@ import torch
 from nnsight_fx import LanguageModel
 from nnsight_fx.harvest.harvest import CACHED
 
-from .measure import arguments, interleaved, setting, timed, write
+from .measure import arguments, interleaved, medians, ratios, timed, write
 from .models import MODELS
 from .peers import BEGIN, Bench, Peer
 
@@ -121,17 +121,16 @@ def measure(prompts: int, layers: int, rounds: int, shortest: int, longest: int)
         found, first = timed(calls["ours"])
         ours(hooks)
         largest = float((found[site][0:64] - ours(hooks)[site][0:64]).abs().max())
-        medians = interleaved(calls, rounds)
+        seconds = interleaved(calls, rounds)
     tokens = sum(lengths)
     return {
         "workload": f"{prompts} prompts of {shortest} to {longest} tokens, {tokens} in all, the middle one of {layers} layers of SmolLM2's shape",
         "grad": "no_grad, parameters frozen",
         "first_s": first,
-        "median_s": medians,
-        "tokens_a_second": {who: tokens / s for who, s in medians.items()},
-        "ratio": {who: medians["ours"] / s for who, s in medians.items() if who != "ours"},
+        "median_s": medians(seconds),
+        "tokens_a_second": {who: tokens / s for who, s in medians(seconds).items()},
+        "ratio": ratios(seconds),
         "largest_difference": largest,
-        **setting(),
     }
 
 

@@ -18,7 +18,7 @@ import torch
 
 from nnsight_fx import LanguageModel
 
-from .measure import setting, write
+from .measure import write
 from .models import smollm2
 
 
@@ -52,7 +52,6 @@ def measure(layers: int, lengths: list[int], backend: str, runs: int) -> dict[st
     (facts,) = model.explain().to_dict()["captures"]
     found = {"lengths": lengths, "layers": layers, "backend": backend, "cells": len(scores)}
     found |= {"first": each[0], "then": each[1:], "captures": facts["captures"], "compiles": facts["compiles"]}
-    found |= setting()
     return found
 
 

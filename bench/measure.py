@@ -1,25 +1,22 @@
-"""How the benches measure: in turn, and with what the figures depend on beside them."""
+"""How the benches measure: in turn, by pairs, and with what the figures depend on beside them (`bench/setting.py`)."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
+import re
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from nnsight_fx.report.provenance import hardware
+from .setting import setting
 
 RESULTS = Path(__file__).with_name("results")
+FEW = 10  # pairs: of fewer, the spread is from the least to the most
 
 
 def settle() -> None:
@@ -38,16 +35,6 @@ def timed(call: Callable[[], Any], runs: int = 1) -> tuple[Any, float]:
     return result, (time.perf_counter() - start) / runs
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, runs: int = 1) -> dict[str, float]:
-    """The median seconds of each call over rounds in which all have their turn; a call may say its seconds itself."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            result, mean = timed(call, 1 if isinstance(call, Told) else runs)
-            seconds[name].append(result if isinstance(call, Told) else mean)
-    return {name: statistics.median(each) for name, each in seconds.items()}
-
-
 class Told:
     """A call that gives its seconds: it runs in another process."""
 
@@ -58,46 +45,39 @@ class Told:
         return self.call()
 
 
-def setting() -> dict[str, Any]:
-    """What figures are of, and were taken on: the commit, versions, the hardware and how busy it was, when."""
-    return {
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "hardware": {
-            **hardware(),
-            "caches": _caches(),
-            "threads": torch.get_num_threads(),
-            "load": [round(x, 2) for x in os.getloadavg()],
-        },
-    }
+def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Each name once a round; the next round begins with the next one, so that nobody always comes behind the same."""
+    for k in range(rounds):
+        at = k % len(names)
+        yield from (*names[at:], *names[:at])
 
 
-def _commit() -> str | None:
-    """The commit that is measured, `+` where files differ from it."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(RESULTS.parent), *args], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        changed = [line for line in git("status", "--porcelain", "-uno").splitlines() if "bench/results" not in line]
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):  # a copy without its history
-        return None
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, runs: int = 1) -> dict[str, list[float]]:
+    """The seconds of each call (a mean of `runs`), one of each round in which all have their turn: pairs, across the calls."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for name in turns(list(calls), rounds):
+        call = calls[name]
+        result, mean = timed(call, 1 if isinstance(call, Told) else runs)
+        seconds[name].append(result if isinstance(call, Told) else mean)
+    return seconds
 
 
-def _caches() -> dict[str, str]:
-    """The caches of the first core, by level and kind: `{"L2": "1024K", ...}`."""
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = (folder.joinpath(name).read_text().strip() for name in ("level", "type", "size"))
-        found[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
-    return found
+def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Ours over theirs: the median over pairs, and the spread, which is from the 10th to the 90th percentile."""
+    pairs = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    low, high = pairs[0], pairs[-1]
+    if len(pairs) >= FEW:
+        low, *_, high = statistics.quantiles(pairs, n=10, method="inclusive")
+    return {"median": statistics.median(pairs), "low": low, "high": high, "pairs": len(pairs)}
+
+
+def medians(seconds: dict[str, list[float]], scale: float = 1) -> dict[str, float]:
+    return {who: statistics.median(each) * scale for who, each in seconds.items()}
+
+
+def ratios(seconds: dict[str, list[float]], ours: str = "ours") -> dict[str, dict[str, float]]:
+    """Ours over everybody else."""
+    return {who: ratio(seconds[ours], each) for who, each in seconds.items() if who != ours}
 
 
 def arguments(doc: str | None, name: str, **numbers: int) -> argparse.ArgumentParser:
@@ -109,8 +89,9 @@ def arguments(doc: str | None, name: str, **numbers: int) -> argparse.ArgumentPa
     return parser
 
 
-def write(found: dict[str, Any], path: Path, show: Iterable[str] = ()) -> None:
-    """Print the figures and keep them."""
-    text = json.dumps(found, indent=2)
-    print(json.dumps({k: found[k] for k in show}, indent=2) if show else text)
+def write(found: dict[str, Any], path: Path) -> None:
+    """Print the figures and keep them, with their setting. A list of numbers is one line."""
+    text = json.dumps({**found, **setting()}, indent=2)
+    text = re.sub(r"\[\s+([-+\d.e,\s]+?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text)
+    print(text, flush=True)
     path.write_text(text + "\n")

@@ -1,12 +1,12 @@
 """What traces leave in memory, and what one needs at its peak, beside the bare compiled model.
 
-    python -m bench.memory [--traces 1000] [--layers 30] [--tokens 512] [--out bench/results/memory.json]
+    python -m bench.memory [--traces 1000] [--layers 30] [--tokens 512] [--rounds 5] [--out bench/results/memory.json]
 
 Growth: Python objects and resident memory over `--traces` traces of a small model, each with other values, a sync point every
 tenth, behind 100 traces to warm up; one process an engine. Peak: resident memory above what was there before a call, of one
 trace with one save (the middle block's output, behind which nothing runs, or the logits, which all of the model makes), and of
-a plain `torch.compile` of the model. The ratio is of the logits' trace. Llama of SmolLM2's shape, `no_grad`, one process each
-(Linux: `/proc/self/clear_refs`).
+a plain `torch.compile` of the model. The ratio is of the logits' trace: the same work. Llama of SmolLM2's shape, `no_grad`;
+a new process each, in turn (Linux: `/proc/self/clear_refs`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import torch.nn as nn
 
 from nnsight_fx import NNsight
 
-from .measure import arguments, setting, write
+from .measure import arguments, ratio, turns, write
 from .models import smollm2
 
 ENGINES = ("hooks", "eager", "aot_eager", "inductor")
@@ -95,7 +94,7 @@ def peak(who: str, layers: int, tokens: int) -> dict[str, float]:
             status = Path("/proc/self/status").read_text()
             high = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
             found.append((high - before) / MIB)
-    return {"peak_mib": statistics.median(found), "resident_mib": psutil.Process().memory_info().rss / MIB}
+    return {"peak_mib": statistics.median(found)}
 
 
 def alone(*call: Any) -> dict[str, float]:
@@ -108,23 +107,23 @@ def alone(*call: Any) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(traces: int, layers: int, tokens: int) -> dict[str, Any]:
+def measure(traces: int, layers: int, tokens: int, rounds: int) -> dict[str, Any]:
     grown = {engine: alone("growth", engine, traces) for engine in ENGINES}
-    peaks = {who: alone("peak", who, layers, tokens) for who in (BLOCK, LOGITS, "torch.compile")}
+    peaks: dict[str, list[float]] = {who: [] for who in (BLOCK, LOGITS, "torch.compile")}
+    for who in turns(list(peaks), rounds):
+        peaks[who].append(alone("peak", who, layers, tokens)["peak_mib"])
     return {
         "growth": {"workload": f"{traces} traces, each with other values, a sync point every tenth", **grown},
         "peak": {
             "workload": f"one trace with one save, {layers} layers of SmolLM2's shape, 1 x {tokens} tokens, Inductor, no_grad",
-            **peaks,
-            "ratio": peaks[LOGITS]["peak_mib"] / peaks["torch.compile"]["peak_mib"],
+            **{who: {"peak_mib": statistics.median(each)} for who, each in peaks.items()},
+            "ratio": ratio(peaks[LOGITS], peaks["torch.compile"]),
         },
-        **setting(),
-        "load": os.getloadavg()[0],
     }
 
 
 def main() -> None:
-    parser = arguments(__doc__, "memory", traces=1000, layers=30, tokens=512)
+    parser = arguments(__doc__, "memory", traces=1000, layers=30, tokens=512, rounds=5)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -133,7 +132,7 @@ def main() -> None:
             found = {"growth": growth, "peak": peak}[name](*rest)
         print(json.dumps(found))
         return
-    write(measure(args.traces, args.layers, args.tokens), args.out)
+    write(measure(args.traces, args.layers, args.tokens, args.rounds), args.out)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from nnsight_fx import NNsight
 
 from .measure import Told
 from .models import Model
+from .tables import ALL_LOGITS
 from .workloads import STEPS, Parts, Workload
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/peer"))
@@ -85,14 +86,17 @@ class Bench:
 
     def calls(self, workload: Workload, ids: torch.Tensor, vector: torch.Tensor) -> dict[str, Callable[[], Any]]:
         """By name; the values that calls give are those of the workload, but for the plain function's."""
-        text, found = self._text(workload), {}
+        found: dict[str, Callable[[], Any]] = {}
         gpu = self.model.device == "cuda"
         ways = {**OURS, f"ours, {REPLAYED}": {"mode": REPLAYED}} if gpu else OURS
-        for name, options in ways.items():
-            wrapped = NNsight(self.module)
+        texts = {name: (workload.text, options) for name, options in ways.items()}
+        if workload.all_logits is not None:
+            texts = {"ours": texts["ours"], ALL_LOGITS: (workload.all_logits, ways["ours"]), **texts}
+        for name, (text, options) in texts.items():
+            wrapped, run = NNsight(self.module), self._text(text, workload.name)
             if options is not None:
                 wrapped.compile(**options)
-            found[name] = lambda wrapped=wrapped: text(wrapped, ids, vector)
+            found[name] = lambda wrapped=wrapped, run=run: run(wrapped, ids, vector)
         plain = workload.plain(self.parts) if workload.plain is not None else None
         if plain is not None:
             found["eager"] = lambda: plain(ids)
@@ -120,7 +124,7 @@ class Bench:
 
         return generate
 
-    def _text(self, workload: Workload) -> Callable:
+    def _text(self, text: str, name: str) -> Callable:
         """The text on our side."""
 
         def run(model: Any, ids: torch.Tensor, vector: torch.Tensor) -> list:
@@ -129,7 +133,7 @@ class Bench:
             return scope["run"](model, ids, vector)
 
         scope: dict[str, Any] = {"torch": torch, "nnsight": nnsight_fx, "steps": STEPS}
-        exec(compile(workload.text, f"bench/workloads.py: {workload.name}", "exec"), scope)
+        exec(compile(text, f"bench/workloads.py: {name}", "exec"), scope)
         return run
 
     @property

@@ -1,8 +1,7 @@
-"""The figures of docs/performance.md, out of the committed results: `python bench/tables.py` draws them."""
+"""The figures of docs/performance.md, out of the committed results: `python -m bench.tables` draws them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "nnsight_fx"  # the same figures, the same files
 import matplotlib.pyplot as plt  # noqa: E402
 
-RESULTS, FIGURES = Path(__file__).with_name("results"), Path(__file__).parents[1] / "docs" / "figures"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 PEERS = ("torch.compile", "eager", "raw hooks", "nnsight 0.8.1", "TransformerLens 4")
 
 
-def kept(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def _middle(ratio: Any) -> float:
+    return ratio["median"] if isinstance(ratio, dict) else ratio
 
 
 def _save(figure: Any, name: str) -> None:
@@ -33,7 +31,7 @@ def ratios(found: dict[str, Any]) -> None:
     labels = [f"{r['workload']}\n{r['model']}\n{r['tokens'][0]} x {r['tokens'][1]}" for r in rows]
     figure, axes = plt.subplots(figsize=(1.1 * len(rows) + 2, 4))
     for k, who in enumerate(PEERS):
-        at = [(i, r["ratio"][who]) for i, r in enumerate(rows) if who in r["ratio"]]
+        at = [(i, _middle(r["ratio"][who])) for i, r in enumerate(rows) if who in r["ratio"]]
         axes.bar([i + 0.16 * (k - 2) for i, _ in at], [n for _, n in at], 0.15, label=who)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(rows)), labels, fontsize=7)
@@ -52,10 +50,10 @@ def lines(name: str, x: str, y: str, series: dict[str, list[tuple[float, float]]
     _save(figure, name)
 
 
-def draw() -> None:
-    if (found := kept("suite")) is not None:
+def draw(files: dict[str, Any]) -> None:
+    if (found := files.get("suite")) is not None:
         ratios(found)
-    if (found := kept("sweep")) is not None and "cells" in found:
+    if (found := files.get("sweep")) is not None:
         whos = next(iter(found["cells"].values()))
         lines(
             "cells",
@@ -63,7 +61,7 @@ def draw() -> None:
             "seconds, compiled",
             {who: [(int(n), each[who]) for n, each in found["cells"].items()] for who in whos},
         )
-    if (found := kept("layers")) is not None:
+    if (found := files.get("layers")) is not None:
         whos = [w for w in ("ours", *PEERS) if w in found["rows"][0]["median_s"]]
         lines(
             "layers",
@@ -71,7 +69,3 @@ def draw() -> None:
             "ms a trace",
             {who: [(r["layers"], 1e3 * r["median_s"][who]) for r in found["rows"]] for who in whos},
         )
-
-
-if __name__ == "__main__":
-    draw()

@@ -2,8 +2,8 @@
 
     python -m bench.products [--rounds 9] [--runs 30] [--out bench/results/products.json]
 
-Float32. Each call takes another of so many weights that they do not stay in the caches, as a model's do not. Seconds are the median
-over rounds in which all have their turn, the call of a compiled function included.
+Float32. Each call takes another of so many weights that they do not stay in the caches, as a model's do not. In a round
+all have their turn, the call of a compiled function included.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from nnsight_fx.engine.captured.products import FewRows, worthwhile
 
-from .measure import arguments, interleaved, setting, write
+from .measure import arguments, interleaved, medians, ratios, write
 
 WEIGHTS = (
     (192, 576),
@@ -58,14 +58,16 @@ def calls(rows: int, out: int, inner: int, back: bool) -> dict[str, Callable[[],
 
 
 def main() -> None:
-    args = arguments(__doc__, "products", rounds=9, runs=30).parse_args()
+    parser = arguments(__doc__, "products", rounds=9, runs=30)
+    parser.add_argument("--weights", type=int, default=len(WEIGHTS), help="the first so many of them")
+    args = parser.parse_args()
     measured: list[dict[str, Any]] = []
     with torch.no_grad():
-        for (out, inner), back, rows in itertools.product(WEIGHTS, (False, True), ROWS):
-            us = {who: s * 1e6 for who, s in interleaved(calls(rows, out, inner, back), args.rounds, args.runs).items()}
-            ratio = {who: us["ours"] / us[who] for who in ("MKL", "oneDNN")}
-            measured.append({"weight": [out, inner], "backward": back, "rows": rows, "us": us, "ratio": ratio})
-    write({**setting(), "used_here": worthwhile(), "products": measured}, args.out)
+        for (out, inner), back, rows in itertools.product(WEIGHTS[: args.weights], (False, True), ROWS):
+            seconds = interleaved(calls(rows, out, inner, back), args.rounds, args.runs)
+            found = {"us": medians(seconds, 1e6), "ratio": ratios(seconds)}
+            measured.append({"weight": [out, inner], "backward": back, "rows": rows, **found})
+    write({"used_here": worthwhile(), "products": measured}, args.out)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
     python -m bench.recording [--runs 300] [--rounds 7] [--out bench/results/recording.json]
 
 A 12-layer MLP, 8 wide, where the model itself takes next to nothing; `no_grad`. Rounds of ours and of nnsight's (in its own
-process) follow one another; medians of the rounds' means.
+process) follow one another; a ratio is over the pairs of the rounds, ours over nnsight's with as many saves (`program`: with one).
 """
 
 from __future__ import annotations
 
+import functools
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.nn as nn
 
 from nnsight_fx import NNsight
 
-from .measure import arguments, setting, write
+from .measure import Told, arguments, interleaved, medians, ratio, timed, write
 from .peers import run_peer
 
 LAYERS, WIDTH = 12, 8
@@ -55,14 +54,14 @@ def many():
         k = model[10].output.save()
     return k
 
+call = {"none": none, "one": one, "many": many}[name]
 with torch.no_grad():
-    for name, call in (("none", none), ("one", one), ("many", many)):
-        for _ in range(20):
-            call()
-        start = time.perf_counter()
-        for _ in range(runs):
-            call()
-        out[name] = (time.perf_counter() - start) / runs
+    for _ in range(20):
+        call()
+    start = time.perf_counter()
+    for _ in range(runs):
+        call()
+out["seconds"] = (time.perf_counter() - start) / runs
 """
 
 
@@ -91,52 +90,58 @@ def ours(engine: str) -> dict[str, Callable[[torch.Tensor], Any]]:
     return {"none": none, "one": one, "many": many, "program": lambda x: program(x)}
 
 
-def imports() -> dict[str, float]:
-    """Seconds of an import in a new process, whose files the system has in memory: the best of four."""
+def imports(rounds: int) -> dict[str, Any]:
+    """Seconds of an import in a new process, whose files the system has in memory."""
     peer = os.environ.get("NNSIGHT_PEER_PYTHON", ".peer/bin/python")
     names = {"nnsight_fx": sys.executable, "torch, transformers": sys.executable, "nnsight": peer}
-    found = {}
-    for name, python in names.items():
+
+    def seconds(name: str) -> float:
         code = f"import time; start = time.perf_counter(); import {name}; print(time.perf_counter() - start)"
-        runs = [subprocess.run([python, "-c", code], capture_output=True, text=True, check=True) for _ in range(4)]
-        found[name] = min(float(run.stdout.splitlines()[-1]) for run in runs)
-    return found
+        done = subprocess.run([names[name], "-c", code], capture_output=True, text=True, check=True)
+        return float(done.stdout.splitlines()[-1])
 
-
-def mean(call: Callable[[torch.Tensor], Any], x: torch.Tensor, runs: int) -> float:
-    start = time.perf_counter()
-    for _ in range(runs):
-        call(x)
-    return (time.perf_counter() - start) / runs
+    for name in names:
+        seconds(name)
+    found = interleaved({name: Told(functools.partial(seconds, name)) for name in names}, rounds)
+    return {"import_s": medians(found), "import_ratio": ratio(found["nnsight_fx"], found["nnsight"])}
 
 
 def measure(runs: int, rounds: int) -> dict[str, Any]:
     """Microseconds a call."""
-    x, found = torch.randn(2, WIDTH), {}
-    calls = {engine: ours(engine) for engine in ("hooks", "inductor")}
+    x, counts, peer = torch.randn(2, WIDTH), ("none", "one", "many"), "nnsight 0.8.1"
+    calls: dict[str, Callable[[], Any]] = {
+        f"{engine}, {name}": functools.partial(call, x)
+        for engine in ("hooks", "inductor")
+        for name, call in ours(engine).items()
+    }
     with torch.no_grad():
-        for each in calls.values():
-            for call in each.values():
-                mean(call, x, 20)
-        for _ in range(rounds):
-            for engine, each in calls.items():
-                for name, call in each.items():
-                    found.setdefault(f"{engine}, {name}", []).append(mean(call, x, runs))
-            theirs = run_peer(PEER, x=x, runs=runs)
-            for name in ("none", "one", "many"):
-                found.setdefault(f"nnsight 0.8.1, {name}", []).append(theirs[name])
-    us = {name: statistics.median(times) * 1e6 for name, times in found.items()}
-    one = us["nnsight 0.8.1, one"]
+        for call in calls.values():
+            timed(call, 20)
+        for name in counts:
+            calls[f"{peer}, {name}"] = Told(lambda name=name: run_peer(PEER, x=x, runs=runs, name=name)["seconds"])
+        found = interleaved(calls, rounds, runs)
+
+    def beside(name: str) -> str:
+        return f"{peer}, {name}" if name in counts else f"{peer}, one"
+
+    saves = {
+        who: [
+            (many - one) / (LAYERS - 2) for many, one in zip(found[f"{who}, many"], found[f"{who}, one"], strict=True)
+        ]
+        for who in ("hooks", "inductor", peer)
+    }
     return {
         "workload": f"{LAYERS}-layer MLP, {WIDTH} wide; a trace with no save, one, {LAYERS - 1}; and `program()` with one",
-        "us": us,
-        "us_a_save": {
-            who: (us[f"{who}, many"] - us[f"{who}, one"]) / (LAYERS - 2) for who in ("hooks", "inductor", "nnsight 0.8.1")
+        "us": medians(found, 1e6),
+        "ratio": {
+            who: ratio(each, found[beside(who.rpartition(", ")[2])])
+            for who, each in found.items()
+            if not who.startswith(peer)
         },
-        "ratio": {name: t / one for name, t in us.items() if name.endswith(("one", "program"))},
-        "import_s": imports(),
-        **setting(),
-    }  # fmt: skip
+        "us_a_save": medians(saves, 1e6),
+        "save_ratio": {who: ratio(each, saves[peer]) for who, each in saves.items() if who != peer},
+        **imports(rounds),
+    }
 
 
 def main() -> None:

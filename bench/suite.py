@@ -3,7 +3,7 @@
     python -m bench.suite [--models smollm2 gpt2] [--workloads steer ...] [--rounds 5] [--runs 2] [--layers 30] [--out FILE]
 
 `bench/workloads.py` says what each workload is and `bench/peers.py` who runs it. Parameters are frozen everywhere; `no_grad`, but
-for the gradients. A number is the median over rounds of a round's mean. First calls have Inductor's caches as they were.
+for the gradients. A round has everybody's mean of `--runs`, in turn; a ratio is over the pairs of the rounds. First calls have Inductor's caches as they were.
 The first model has all shapes of a workload, the others its first.
 """
 
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from .measure import Told, arguments, interleaved, setting, timed, write
+from .measure import Told, arguments, interleaved, medians, ratios, timed, write
 from .models import MODELS
 from .peers import THEIRS, Bench
+from .tables import ALL_LOGITS
 from .workloads import WORKLOADS, Shape, Workload
 
 
@@ -35,7 +36,10 @@ def row(bench: Bench, workload: Workload, shape: Shape, rounds: int, runs: int, 
         if (peer := bench.peer(who, workload, ids, vector)) is not None:
             values[who], first[who] = timed(peer.values)
             timers[who] = peer.timed(runs)
-    medians = interleaved(timers, rounds, runs)
+    for call in calls.values():
+        call()  # transformers hooks all blocks for good when first asked for hidden states: who came before captures anew
+    seconds = interleaved(timers, rounds, runs)
+    others = {who: s for who, s in seconds.items() if not who.startswith("ours, ") or who == ALL_LOGITS}
     want = values["raw hooks"]
     return {
         "model": bench.model.name,
@@ -44,9 +48,10 @@ def row(bench: Bench, workload: Workload, shape: Shape, rounds: int, runs: int, 
         "what": workload.what,
         "tokens": list(shape),
         "grad": "parameters frozen; " + ("grad" if workload.grad else "no_grad"),
-        "median_s": medians,
+        "median_s": medians(seconds),
         "first_call_s": {who: s for who, s in first.items() if not isinstance(timers[who], Told)},
-        "ratio": {who: medians["ours"] / s for who, s in medians.items() if who != "ours"},
+        "ratio": ratios(seconds),
+        "ratio_all_logits": ratios(others, ALL_LOGITS) if ALL_LOGITS in others else {},
         "largest_difference": {
             who: max(float((a.detach() - b.detach()).abs().max()) for a, b in zip(got, want, strict=True))
             for who, got in values.items()
@@ -72,7 +77,7 @@ def main() -> None:
                     for shape in workload.shapes if full else workload.shapes[:1]:
                         rows.append(row(bench, workload, shape, args.rounds, args.runs, not args.no_peers))
                         print(rows[-1], flush=True)
-                        write({"rows": rows, **setting()}, args.out, show=("versions",))
+    write({"rows": rows}, args.out)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """A patching grid (every layer and position) through a session, against a loop of traces and nnsight 0.8.1.
 
-    python -m bench.sweep [--layers 30] [--tokens 14] [--runs 3] [--sample 20] [--no-peer] [--out bench/results/sweep.json]
+    python -m bench.sweep [--layers 30] [--tokens 14] [--rounds 5] [--sample 20] [--no-peer] [--out bench/results/sweep.json]
 
 A model of SmolLM2-135M's shape with random weights; a cell puts one position of one layer's output of a clean run into a
 corrupted one and reads the difference of two logits at the last position. Recording is part of every time, compiling is
-told apart. `cells` has the seconds of smaller grids, compiled; the loops are timed on `--sample` cells, spread over the grid.
-`hooks, a session` is the same session, all cells, on a model that is not compiled (what `patching.patch` does there): by turns
-with the compiled one, `spread` has the fastest and the slowest of both.
+told apart. All have their turn in each round, and ratios are over the pairs of the rounds: our session; the same session on a model
+that is not compiled; the session with some steps of the forked strategy off; and, on `--sample` cells spread over the grid, a loop
+of traces on hooks, nnsight's loop, and nnsight with 16 rows a forward, batched by hand. `cells` has the seconds of smaller grids.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
-import time
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ import torch
 
 from nnsight_fx import NNsight
 
-from .measure import arguments, setting, timed, write
-from .models import smollm2
-from .peers import run_peer
+from .measure import arguments, interleaved, medians, ratio, timed, write
+from .models import MODELS
+from .peers import BEGIN, END, Bench, Peer
 
 ROWS = 16  # a forward of the peer, batched by hand
 
@@ -51,176 +53,139 @@ def grid(model: NNsight, clean: torch.Tensor, corrupt: torch.Tensor, cells: list
     return scope, [s.item() for s in scores]
 
 
-STEPS = {"fork": {"demand", "causal"}, "fork, demand": {"causal"}, "fork, causal": {"demand"}, "all": set()}
+STEPS = {"fork": {"demand", "causal"}, "fork, demand": {"causal"}, "fork, causal": {"demand"}}  # what is off
 
-
-def steps(model: NNsight, clean: torch.Tensor, corrupt: torch.Tensor, cells: list, runs: int) -> dict[str, dict]:
-    """What each step of the forked strategy adds: with the others off, compiled first, then timed in turn."""
-    capture = model._host.capture_for(None)
-    assert capture is not None
-    found: dict[str, dict] = {name: {"ms_a_cell": [], "cpu_ms_a_cell": []} for name in STEPS}
-    for run in range(runs + 1):
-        for name, without in STEPS.items():
-            capture.disable = frozenset(without)
-            cpu = time.process_time()
-            (scope, _), seconds = timed(lambda: grid(model, clean, corrupt, cells, True))
-            cpu = time.process_time() - cpu
-            if not run:
-                found[name]["first_s"] = seconds
-                continue
-            found[name]["ms_a_cell"].append(seconds / len(cells) * 1e3)
-            found[name]["cpu_ms_a_cell"].append(cpu / len(cells) * 1e3)
-            told = scope.explain().to_dict()["groups"][-1]
-            found[name]["flops_over_the_loops"] = told["flops"] / told["naive"]
-    capture.disable = frozenset()
-    for each in found.values():
-        each |= {k: statistics.median(each[k]) for k in ("ms_a_cell", "cpu_ms_a_cell")}
-    return found
-
-
-PEER = """
-import time
-from transformers import LlamaConfig, LlamaForCausalLM
-torch.manual_seed(0)
-module = LlamaForCausalLM(LlamaConfig(**config)).eval().requires_grad_(False)
-module.load_state_dict(torch.load(weights))
-model = NNsight(module)
-layers = model.model.layers
-
+PEER = f"""
+{BEGIN}
 def metric(logits):
     return logits[:, 7] - logits[:, 9]
 
-with torch.no_grad():
-    with model.trace(input_ids=clean, use_cache=False):
-        cached = nnsight.save([layer.output for layer in model.model.layers])
-    cached = [c[0] if isinstance(c, tuple) else c for c in cached]
+if "clean" not in kept:
+    with torch.no_grad(), model.trace(input_ids=clean, use_cache=False):
+        outputs = nnsight.save([block.output for block in blocks])
+    kept["clean"] = [c[0] if isinstance(c, tuple) else c for c in outputs]
+cached = kept["clean"]
 
-    def one(layer, position):
-        with model.trace(input_ids=corrupt, use_cache=False):
-            model.model.layers[layer].output[:, position] = cached[layer][:, position]
-            score = metric(model.lm_head.output[:, -1]).save()
-        return score
+def one(layer, position):
+    with model.trace(input_ids=corrupt, use_cache=False):
+        blocks[layer].output[:, position] = cached[layer][:, position]
+        score = metric(model.lm_head.output[:, -1]).save()
+    return score
 
-    def many(rows):
-        here = [torch.zeros(len(rows), corrupt.shape[1], 1, dtype=torch.bool) for _ in cached]
-        for row, (layer, position) in enumerate(rows):
-            here[layer][row, position] = True
-        with model.trace(input_ids=corrupt.repeat(len(rows), 1), use_cache=False):
-            for layer, chosen, c in zip(model.model.layers, here, cached):
-                layer.output = torch.where(chosen, c, layer.output)
-            score = metric(model.lm_head.output[:, -1]).save()
-        return score
+def many(rows):
+    here = [torch.zeros(len(rows), corrupt.shape[1], 1, dtype=torch.bool) for _ in cached]
+    for row, (layer, position) in enumerate(rows):
+        here[layer][row, position] = True
+    with model.trace(input_ids=corrupt.repeat(len(rows), 1), use_cache=False):
+        for layer, chosen, c in zip(blocks, here, cached):
+            layer.output = torch.where(chosen, c, layer.output)
+        score = metric(model.lm_head.output[:, -1]).save()
+    return score
 
-    one(*cells[0])
-    start, cpu = time.perf_counter(), time.process_time()
-    out["loop"] = [one(*cell).item() for cell in cells]
-    out["loop_s"] = (time.perf_counter() - start) / len(cells)
-    out["loop_cpu_s"] = (time.process_time() - cpu) / len(cells)
-    batch = (cells * rows)[:rows]
-    many(batch)
-    start, cpu = time.perf_counter(), time.process_time()
-    out["batch"] = many(batch).tolist()
-    out["batch_s"] = (time.perf_counter() - start) / rows
-    out["batch_cpu_s"] = (time.process_time() - cpu) / rows
-"""
+def call():
+    with torch.no_grad():
+        return [many(cells)] if batched else [one(*cell) for cell in cells]
+{END}"""
 
 
-def peer(module: Any, clean: torch.Tensor, corrupt: torch.Tensor, cells: list, folder: Path) -> dict[str, Any]:
-    """The same cells on nnsight 0.8.1: in a loop, and 16 rows a forward with a mask at every layer."""
-    weights = folder / "weights.pt"
-    torch.save(module.state_dict(), weights)
-    config = {k: v for k, v in module.config.to_dict().items() if isinstance(v, int | float | bool)}
-    values = {"config": config, "weights": str(weights), "rows": ROWS}
-    return run_peer(PEER, clean=clean, corrupt=corrupt, cells=[list(c) for c in cells], **values)
-
-
-def measure(layers: int, tokens: int, runs: int, sample: int, with_peer: bool, backend: str) -> dict[str, Any]:
+def measure(layers: int, tokens: int, rounds: int, sample: int, with_peer: bool, backend: str) -> dict[str, Any]:
     """Milliseconds a cell, each way; and the largest difference in the score."""
-    module = smollm2(layers)
+    module = MODELS["smollm2"].build(layers)
     clean, corrupt = torch.randint(0, 49152, (2, 1, tokens))
     cells = [(layer, position) for layer in range(layers) for position in range(tokens)]
     some = cells[:: max(1, len(cells) // sample)][:sample]
-    model = NNsight(module)
+    hooks, model = NNsight(module), NNsight(module)
     model.compile(backend=backend)
-    (_, scores), first = timed(lambda: grid(model, clean, corrupt, cells, True))
-    times, cpu, scope = [], [], None
-    hooks, together, together_cpu = NNsight(module), [], []
-    grid(hooks, clean, corrupt, some, True)
-    for _ in range(runs):
-        before = time.process_time()
-        (scope, scores), seconds = timed(lambda: grid(model, clean, corrupt, cells, True))
-        times.append(seconds / len(cells))
-        cpu.append((time.process_time() - before) / len(cells))
-        before = time.process_time()
-        together.append(timed(lambda: grid(hooks, clean, corrupt, cells, True))[1] / len(cells))
-        together_cpu.append((time.process_time() - before) / len(cells))
-    grid(hooks, clean, corrupt, some[:1], False)
-    before = time.process_time()
-    (_, one), alone = timed(lambda: grid(hooks, clean, corrupt, some, False))
-    alone_cpu = time.process_time() - before
-    by_cell = dict(zip(cells, scores, strict=True))
-    ours = statistics.median(times)
+    capture = model._host.capture_for(None)
+    assert capture is not None
+
+    def session(some: list = cells, off: frozenset[str] = frozenset()) -> tuple[Any, list]:
+        capture.disable = off
+        return grid(model, clean, corrupt, some, True)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "session": session,
+        "hooks, a session": lambda: grid(hooks, clean, corrupt, cells, True),
+        "hooks, one by one": lambda: grid(hooks, clean, corrupt, some, False),
+        **{name: functools.partial(session, off=frozenset(off)) for name, off in STEPS.items()},
+    }
+    forwards = {"hooks, one by one": len(some) + 1}  # the clean run, which is a small part of a whole grid
+    (_, scores), first = timed(session)
+    compiles = model.explain().to_dict()["captures"][0]["compiles"]
+    by_cell, flops = dict(zip(cells, scores, strict=True)), {}
+    for name in ("session", *STEPS):
+        told = calls[name]()[0].explain().to_dict()["groups"][-1]
+        flops[name] = told["flops"] / told["naive"] if "naive" in told else 1.0
+    alone = calls["hooks, one by one"]()[1]
     found: dict[str, Any] = {
         "workload": f"{layers} x {tokens} cells, {layers} layers of SmolLM2's shape, 1 x {tokens} tokens",
         "backend": backend,
+        "rounds": rounds,
         "first_s": first,
-        "ms_a_cell": {
-            "session": ours * 1e3,
-            "hooks, a session": statistics.median(together) * 1e3,
-            "hooks, one by one": alone / (len(some) + 1) * 1e3,
-        },
-        "spread": {  # ms a cell: the fastest and the slowest run
-            "session": [min(times) * 1e3, max(times) * 1e3],
-            "hooks, a session": [min(together) * 1e3, max(together) * 1e3],
-        },
-        "over_own_hooks": statistics.median(together) / ours,
-        "cpu_ms_a_cell": {  # of all threads: what other processes do to the clock is not in it
-            "session": statistics.median(cpu) * 1e3,
-            "hooks, a session": statistics.median(together_cpu) * 1e3,
-            "hooks, one by one": alone_cpu / (len(some) + 1) * 1e3,
-        },
-        "largest_difference": max(abs(by_cell[c] - s) for c, s in zip(some, one, strict=True)),
-        "explain": None if scope is None else scope.explain().to_dict(),
-        "compiles": model.explain().to_dict()["captures"][0]["compiles"],
-        "steps": steps(model, clean, corrupt, cells, runs),
+        "compiles": compiles,
+        "largest_difference": max(abs(by_cell[c] - s) for c, s in zip(some, alone, strict=True)),
     }
-    found["cells"] = {}
-    for n in sorted({max(1, len(cells) // part) for part in (30, 10, 3, 1)}):
-        fewer = cells[:: len(cells) // n][:n]
-        grid(model, clean, corrupt, fewer, True)
-        found["cells"][n] = {"session": timed(lambda fewer=fewer: grid(model, clean, corrupt, fewer, True))[1]}
-        found["cells"][n]["hooks, one by one"] = n * found["ms_a_cell"]["hooks, one by one"] / 1e3
-    if with_peer:
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            theirs = peer(module, clean, corrupt, some, Path(folder))
-        found["ms_a_cell"] |= {"nnsight 0.8.1, loop": theirs["loop_s"] * 1e3}
-        found["ms_a_cell"] |= {f"nnsight 0.8.1, {ROWS} rows a forward": theirs["batch_s"] * 1e3}
-        found["cpu_ms_a_cell"] |= {"nnsight 0.8.1, loop": theirs["loop_cpu_s"] * 1e3}
-        found["cpu_ms_a_cell"] |= {f"nnsight 0.8.1, {ROWS} rows a forward": theirs["batch_cpu_s"] * 1e3}
-        found["ratio"] = {"loop": theirs["loop_s"] / ours, "batch": theirs["batch_s"] / ours}
-        bare = found["steps"]["fork, causal"]["ms_a_cell"] / 1e3
-        found["ratio_without_demand"] = {"loop": theirs["loop_s"] / bare, "batch": theirs["batch_s"] / bare}
-        used = statistics.median(cpu)
-        found["cpu_ratio"] = {"loop": theirs["loop_cpu_s"] / used, "batch": theirs["batch_cpu_s"] / used}
-        found["largest_difference_to_peer"] = max(
-            abs(by_cell[c] - s) for c, s in zip(some, theirs["loop"], strict=True)
-        )
-    if found["explain"] is not None:
-        found["explain"]["line"] = found["explain"]["line"].rpartition("/")[2]
-    for group in (found["explain"] or {"groups": []})["groups"]:
-        group["lines"] = [line.rpartition("/")[2] for line in group["lines"]]
-    found |= setting()
+    with tempfile.TemporaryDirectory() as folder:
+        for who, those in peers(module, clean, corrupt, some, Path(folder)).items() if with_peer else ():
+            theirs = torch.cat(those.values()).tolist()
+            away = max(abs(by_cell[tuple(c)] - s) for c, s in zip(those.given["cells"], theirs, strict=True))
+            found["largest_difference_to_peer"] = max(away, found.get("largest_difference_to_peer", 0))
+            calls[who], forwards[who] = those.timed(1), len(theirs)
+        seconds = {
+            who: [s / forwards.get(who, len(cells)) for s in each] for who, each in interleaved(calls, rounds).items()
+        }
+    steps = {name: seconds.pop(name) for name in STEPS} | {"all": seconds["session"]}
+    found["ms_a_cell"] = medians(seconds, 1e3)
+    found["ratio"] = {who: ratio(seconds["session"], each) for who, each in seconds.items() if who != "session"}
+    found["steps"] = {
+        name: {
+            "ms_a_cell": statistics.median(each) * 1e3,
+            "ratio": ratio(each, seconds["hooks, one by one"]),
+            "flops_over_the_loops": flops["session" if name == "all" else name],
+        }
+        for name, each in steps.items()
+    }
+    found["cells"] = smaller(session, cells, rounds, found["ms_a_cell"]["hooks, one by one"])
     return found
 
 
+def peers(module: Any, clean: torch.Tensor, corrupt: torch.Tensor, some: list, folder: Path) -> dict[str, Peer]:
+    """The same cells on nnsight 0.8.1: in a loop, and so many rows a forward with a mask at every layer."""
+    shape = MODELS["smollm2"]
+    bench = Bench(shape, module, folder)
+    given = {
+        "cls": shape.cls.__name__,
+        "config": {**shape.config, "num_hidden_layers": len(bench.parts.blocks)},
+        "weights": str(bench.weights),
+        "blocks_path": shape.blocks,
+        "norm_path": shape.norm,
+        "generates": False,
+        "clean": clean,
+        "corrupt": corrupt,
+    }
+    loop, batch = ([list(cell) for cell in each] for each in (some, some[:ROWS]))
+    return {
+        "nnsight 0.8.1, loop": Peer(PEER, {**given, "cells": loop, "batched": False}),
+        f"nnsight 0.8.1, {ROWS} rows a forward": Peer(PEER, {**given, "cells": batch, "batched": True}),
+    }
+
+
+def smaller(session: Callable, cells: list, rounds: int, alone: float) -> dict[int, dict[str, float]]:
+    """Seconds of smaller grids, beside a loop's."""
+    sizes = sorted({max(1, len(cells) // part) for part in (30, 10, 3, 1)})
+    calls = {str(n): functools.partial(session, cells[:: len(cells) // n][:n]) for n in sizes}
+    for call in calls.values():
+        call()
+    found = medians(interleaved(calls, rounds))
+    return {n: {"session": found[str(n)], "hooks, one by one": n * alone / 1e3} for n in sizes}
+
+
 def main() -> None:
-    parser = arguments(__doc__, "sweep", layers=30, tokens=14, runs=3, sample=20)
+    parser = arguments(__doc__, "sweep", layers=30, tokens=14, rounds=5, sample=20)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--no-peer", action="store_true")
     args = parser.parse_args()
-    write(measure(args.layers, args.tokens, args.runs, args.sample, not args.no_peer, args.backend), args.out)
+    write(measure(args.layers, args.tokens, args.rounds, args.sample, not args.no_peer, args.backend), args.out)
 
 
 if __name__ == "__main__":

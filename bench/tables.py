@@ -1,33 +1,43 @@
 """The tables of README.md and docs/performance.md, out of the committed figures in bench/results.
 
-python bench/tables.py            # write both, and the figures
+    python -m bench.tables            # write both, and the figures
+
+A section of the page is of one file: one commit, one machine. README's table is of several: of those of the newest one's commit and
+machine alone, and of ratios whose spread is known. A file without its setting, or of a tree that differs from its commit, is not in it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README, PAGE = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- bench/tables.py -->\n", "<!-- end -->"
+ALL_LOGITS = "ours, all logits saved too"
+PAIRS = 3  # at least, for a spread
 
 PAGE_TEXT = """# Performance
 
 <!-- Written by bench/tables.py from bench/results/*.json. -->
 
 Each table is one run of one command on one machine; `no_grad`, parameters frozen. Times of others' runs, and of other machines,
-are not comparable: ratios are. GPU: not measured.
+are not comparable: ratios are. A ratio is the median over pairs that were measured in turn, with its spread in brackets: from the
+10th to the 90th percentile, or from the least to the most of fewer than ten pairs. Where the spread crosses 1 it says `equal`.
+`[?]`: the spread was not kept. `make bench-figures` measures all of them anew.{gpu}
 
 {tables}
 """
 
+Found = dict[str, Any]
 
-def kept(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+
+def read(folder: Path = RESULTS) -> dict[str, Found]:
+    """The files, by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
@@ -35,60 +45,75 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def machine(found: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{found['hardware']['threads']} threads, {versions}."
+def told(ratio: Any) -> str:
+    """A ratio with its spread."""
+    if ratio is None:
+        return ""
+    if not isinstance(ratio, dict):
+        return f"{ratio:.2f} [?]"
+    low, high = ratio["low"], ratio["high"]
+    if ratio["pairs"] < PAIRS:
+        return f"{ratio['median']:.2f} [of {ratio['pairs']}]"
+    return f"{'equal' if low <= 1 <= high else _plain(ratio['median'])} [{_plain(low)}, {_plain(high)}]"
 
 
-def sweep() -> list[str]:
-    found = kept("sweep")
-    if found is None:
-        return []
-    times, ratio = found["ms_a_cell"], found["ratio"]
-    ours = times["session"]
-    rows = [[who, f"{ms:.1f}", f"{ms / ours:.2f}"] for who, ms in times.items()]
+def _plain(x: float) -> str:
+    return f"{x:.2f}" if x >= 0.1 else f"{x:.3f}"
+
+
+def machine(found: Found) -> str:
+    """Of what, where and when a file is."""
+    versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
+    if "command" not in found:
+        of = f"{found['commit'][:12]}, an earlier version" if "commit" in found else "an earlier version"
+        return f"**Of {of}**, from before all of the setting was kept with the figures. {versions}."
+    on, load = found["hardware"], found["load"]
+    caches = ", ".join(f"{level} {size}" for level, size in on["caches"].items())
+    numbers = ", ".join(f"{name} {n}" for name, n in on["processor_numbers"].items())
+    gpus = "".join(f", {gpu}" for gpu in on["gpus"])
+    return (
+        f"`{found['command']}` at {found['commit'][:12]}, {found['date']}, in {found['took_s'] / 60:.0f} min. {on['processor']} ({numbers}; "
+        f"{caches}), {on['physical_cores']} cores, {on['threads']} threads, {on['memory'] / 2**30:.0f} GiB{gpus}, load {load['before'][0]} "
+        f"before and {load['after'][0]} after. {versions}."
+    )
+
+
+def sweep(found: Found) -> list[str]:
+    ratio = found["ratio"]
+    rows = [[who, f"{ms:.1f}", told(ratio.get(who))] for who, ms in found["ms_a_cell"].items()]
     steps = [
-        [
-            name,
-            f"{each['ms_a_cell']:.1f}",
-            f"{times['nnsight 0.8.1, loop'] / each['ms_a_cell']:.1f}",
-            f"{each['flops_over_the_loops']:.2f}",
-        ]
+        [name, f"{each['ms_a_cell']:.1f}", told(each.get("ratio")), f"{each['flops_over_the_loops']:.2f}"]
         for name, each in found["steps"].items()
     ]
-    own = ""
-    if "over_own_hooks" in found:
-        (a, b), (c, d) = found["spread"]["session"], found["spread"]["hooks, a session"]
-        own = f" {found['over_own_hooks']:.1f} times our own session on hooks: {a:.1f} to {b:.1f} ms a cell against {c:.1f} to {d:.1f}."
     return [
         f"## Patching grid: {found['workload']}",
-        f"`python -m bench.sweep`. {machine(found)} Recording is part of the times; the first run, with {found['compiles']} "
-        f"compiles, takes {found['first_s']:.0f} s. {ratio['loop']:.1f} times nnsight's loop, {ratio['batch']:.1f} times its batches; "
-        f"largest difference {found['largest_difference_to_peer']:.0e}.{own}",
-        table(["", "ms a cell", "over ours"], rows),
-        *(["![Cost against cells](figures/cells.svg)"] if "cells" in found else []),
+        f"{machine(found)} Recording is part of the times; the first run, with {found['compiles']} compiles, takes "
+        f"{found['first_s']:.0f} s. Largest difference to nnsight {found['largest_difference_to_peer']:.0e}.",
+        table(["", "ms a cell", "our session over it"], rows),
+        "![Cost against cells](figures/cells.svg)",
         "What each step of the forked strategy adds, timed in turn in the same process:",
-        table(["steps", "ms a cell", "times nnsight's loop", "FLOPs over the naive loop's"], steps),
-    ]  # fmt: skip
+        table(["steps", "ms a cell", "over hooks, one by one", "FLOPs over the naive loop's"], steps),
+    ]
 
 
-def suite() -> list[str]:
+def suite(found: Found) -> list[str]:
     """A table a workload; a line an engine or peer."""
-    found = kept("suite")
-    if found is None:
-        return []
     return [
         "## Workloads",
-        f"`python -m bench.suite`; `bench/workloads.py` has the texts and `bench/peers.py` says who runs them. {machine(found)} The "
+        f"{machine(found)} `bench/workloads.py` has the texts and `bench/peers.py` says who runs them. The "
         "plain function, in eager and compiled, does no intervention: it gives the logits, or the blocks' outputs where those "
-        "are what is asked for. What nobody reads is not computed on captured graphs (passes `prune`, `read_positions`): where no "
-        "logits are saved, ours does without them, and nnsight, whose text has no `tracer.stop()`, does not. On an AMD CPU, as this "
-        "is, our Inductor does products of up to 64 rows with large weights by `engine/products`, and torch by MKL. First calls have "
-        "Inductor's caches as they were: `bench/first.py` has those from none. "
+        "are what is asked for. What nobody reads is not computed on captured graphs (passes `prune`, `read_positions`): where not all "
+        f"logits are saved, ours does without them, and nnsight, whose text has no `tracer.stop()`, does not. `{ALL_LOGITS}` is the same "
+        "work as theirs, and each second ratio is its. On an AMD CPU our Inductor does products of up to 64 rows with large weights by "
+        "`engine/products`, and torch by MKL. First calls have Inductor's caches as they were: `bench/first.py` has those from none. "
         "Differences are to raw hooks, at most. TransformerLens runs attention in eager.",
         "![Ratios](figures/ratios.svg)",
         *_workloads(found["rows"]),
     ]
+
+
+def gpu(found: Found) -> list[str]:
+    return ["## Workloads on a GPU", machine(found), *_workloads(found["rows"])]
 
 
 def _workloads(measured: list[dict[str, Any]]) -> list[str]:
@@ -98,11 +123,9 @@ def _workloads(measured: list[dict[str, Any]]) -> list[str]:
         mine = [r for r in measured if r["workload"] == name]
         shapes = [f"{r['model']}, {r['tokens'][0]} x {r['tokens'][1]}" for r in mine]
         whos = dict.fromkeys(who for r in mine for who in r["median_s"])
-        rows = []
-        for who in whos:
-            cells = [_cell(r, who) for r in mine]
-            rows.append([who, *cells])
-        text += [f"**{name}**: {what}. {grad[0].upper()}{grad[1:]}.", table(["ms (ours over it)", *shapes], rows)]
+        rows = [[who, *(_cell(r, who) for r in mine)] for who in whos]
+        head = "ms (ours over it" + ("; ours with all logits saved too over it)" if ALL_LOGITS in whos else ")")
+        text += [f"**{name}**: {what}. {grad[0].upper()}{grad[1:]}.", table([head, *shapes], rows)]
         away = ", ".join(f"{s} {max(r['largest_difference'].values()):.0e}" for s, r in zip(shapes, mine, strict=True))
         firsts = ", ".join(
             f"{s} {r['first_call_s']['ours']:.0f} s"
@@ -116,191 +139,210 @@ def _workloads(measured: list[dict[str, Any]]) -> list[str]:
 def _cell(row: dict[str, Any], who: str) -> str:
     if who not in row["median_s"]:
         return ""
-    ms = f"{1e3 * row['median_s'][who]:.1f}"
-    return ms if who == "ours" else f"{ms} ({row['ratio'][who]:.2f})"
+    both = [told(row[key][who]) for key in ("ratio", "ratio_all_logits") if who in row.get(key, {})]
+    return f"{1e3 * row['median_s'][who]:.1f}" + (f" ({'; '.join(both)})" if both and who != "ours" else "")
 
 
-def layers() -> list[str]:
-    found = kept("layers")
-    if found is None:
-        return []
-    rows = []
-    for r in found["rows"]:
-        rows.append([r["layers"], *(_cell(r, who) for who in ("ours", "torch.compile", "raw hooks", "nnsight 0.8.1"))])
+def layers(found: Found) -> list[str]:
+    whos = ("ours", ALL_LOGITS, "torch.compile", "raw hooks", "nnsight 0.8.1")
+    rows = [[r["layers"], *(_cell(r, who) for who in whos)] for r in found["rows"]]
     return [
         f"## Cost against layers: {found['rows'][0]['what']}, {' x '.join(map(str, found['rows'][0]['tokens']))} tokens",
-        f"`python -m bench.suite --models smollm2 --workloads 'steer, logits' --layers 3 6 12 30 --out bench/results/layers.json`. {machine(found)}",
+        machine(found),
         "![Cost against layers](figures/layers.svg)",
-        table(["layers", "ours, ms", "torch.compile", "raw hooks", "nnsight 0.8.1"], rows),
+        table(["layers", *(f"{who}, ms" for who in whos)], rows),
     ]
 
 
-def harvest() -> list[str]:
-    found = kept("harvest")
-    if found is None:
-        return []
-    rows = [
-        [who, f"{n:.0f}", f"{found['ratio'][who]:.2f}" if who in found["ratio"] else ""]
-        for who, n in found["tokens_a_second"].items()
-    ]
+def harvest(found: Found) -> list[str]:
+    rows = [[who, f"{n:.0f}", told(found["ratio"].get(who))] for who, n in found["tokens_a_second"].items()]
     return [
         f"## Harvest: {found['workload']}",
-        f"`python -m bench.harvest`. {machine(found)} The first run, compiled, takes {found['first_s']:.0f} s; compiled and hooks differ "
+        f"{machine(found)} The first run, compiled, takes {found['first_s']:.0f} s; compiled and hooks differ "
         f"by {found['largest_difference']:.0e} at most. Ours hashes the weights, too, for the manifest; the loops write tensors only.",
         table(["", "tokens a second", "our time over it"], rows),
     ]
 
 
-def memory() -> list[str]:
-    found = kept("memory")
-    if found is None:
-        return []
+def memory(found: Found) -> list[str]:
     grown, peaks = dict(found["growth"]), found["peak"]
     workload = grown.pop("workload")
     rows = [[engine, each["objects"], f"{each['rss_mib']:.2f}"] for engine, each in grown.items()]
-    high = [[who, f"{each['peak_mib']:.0f}"] for who, each in peaks.items() if isinstance(each, dict)]
+    high = [
+        [who, f"{each['peak_mib']:.0f}"] for who, each in peaks.items() if isinstance(each, dict) and "peak_mib" in each
+    ]
     return [
         f"## Memory: {workload}",
-        f"`python -m bench.memory`. {machine(found)}",
+        machine(found),
         table(["engine", "Python objects more", "MiB resident more"], rows),
-        f"{peaks['workload'][0].upper()}{peaks['workload'][1:]}: ratio {peaks['ratio']:.3f}.",
+        f"{peaks['workload'][0].upper()}{peaks['workload'][1:]}. The logits' trace over `torch.compile`, which is the same work: "
+        f"{told(peaks['ratio'])}. A trace of a block's output leaves out what is behind the block.",
         table(["", "MiB at the peak, above what was resident"], high),
     ]
 
 
-def recording() -> list[str]:
-    found = kept("recording")
-    if found is None:
-        return []
-    rows = [[name, f"{us:.0f}", f"{us / found['us']['nnsight 0.8.1, one']:.2f}"] for name, us in found["us"].items()]
-    saves = ", ".join(f"{who} {us:.1f}" for who, us in found["us_a_save"].items())
+def recording(found: Found) -> list[str]:
+    rows = [[name, f"{us:.0f}", told(found["ratio"].get(name))] for name, us in found["us"].items()]
+    more, saves = found.get("save_ratio", {}), found["us_a_save"]
+    rows += [[f"{who}, a further save", f"{us:.0f}", told(more.get(who))] for who, us in saves.items()]
+    imports = ", ".join(f"`{k}` {t:.1f}" for k, t in found["import_s"].items())
     return [
         f"## Our Python: {found['workload']}",
-        f"`python -m bench.recording`. {machine(found)} Microseconds a further save: {saves}. "
-        + (
-            f"Imports, seconds: {', '.join(f'`{k}` {t:.1f}' for k, t in found['import_s'].items())}."
-            if "import_s" in found
-            else ""
-        ),
-        table(["", "us a call", "over nnsight's with one save"], rows),
+        f"{machine(found)} Imports, seconds: {imports}; ours over nnsight's: {told(found.get('import_ratio')) or 'not kept'}.",
+        table(["", "us a call", "over nnsight's"], rows),
     ]
 
 
-def first() -> list[str]:
-    found = kept("first")
-    if found is None:
-        return []
+def first(found: Found) -> list[str]:
     rows = []
     for who, each in found["median_s"].items():
         ratios = found["ratio"].get(who, {})
-        rows += [[who, kind, f"{s:.1f}", f"{ratios[kind]:.2f}" if kind in ratios else ""] for kind, s in each.items()]
+        rows += [[who, kind, f"{s:.1f}", told(ratios.get(kind))] for kind, s in each.items()]
     return [
         f"## The first result: {found['workload']}",
-        f"`python -m bench.first`, which says what each line is. {machine(found)} Medians of {found['rounds']} new processes each.",
+        f"{machine(found)} `bench/first.py` says what each line is. Medians of {found['rounds']} new processes each.",
         table(["", "", "seconds", "over plain `torch.compile`"], rows),
     ]
 
 
-def products() -> list[str]:
-    found = kept("products")
-    if found is None:
-        return []
+def products(found: Found) -> list[str]:
     rows = [
         [
             " x ".join(map(str, r["weight"])),
             "back" if r["backward"] else "forward",
             r["rows"],
             *(f"{us:.0f}" for us in r["us"].values()),
-            *(f"{ratio:.2f}" for ratio in r["ratio"].values()),
+            *(told(r["ratio"][who]) for who in ("MKL", "oneDNN")),
         ]
         for r in found["products"]
     ]
     return [
         "## Products of few rows",
-        f"`python -m bench.products`. {machine(found)} Microseconds a product that Inductor has compiled, with a weight that "
+        f"{machine(found)} Microseconds a product that Inductor has compiled, with a weight that "
         f"is in no cache; ours is by `engine/products`, {'which is used' if found['used_here'] else 'which is not used'} on this "
         "CPU from 256 KiB of weight (in a backward up to 32 rows and from 1 MiB; else it is MKL's).",
         table(["weight", "", "rows", "MKL", "oneDNN", "ours", "over MKL", "over oneDNN"], rows),
     ]
 
 
-SHORT = ("last", "steer", "steer, logits", "saves", "gradients", "logit lens", "generate")
-SECTIONS = (suite, layers, sweep, harvest, first, recording, memory, products)
+SECTIONS: dict[str, Callable[[Found], list[str]]] = {
+    each.__name__: each for each in (suite, gpu, layers, sweep, harvest, first, recording, memory, products)
+}
 
 
-def short() -> str:
-    """README's table: one line a bench."""
-    rows = []
-    if (grid := kept("sweep")) is not None:
-        ours = f"a session: {grid['ms_a_cell']['session']:.1f} ms a cell"
-        if "over_own_hooks" in grid:
-            low, high = grid["spread"]["hooks, a session"]
-            rows.append(
-                [
-                    f"patching grid: {grid['workload']}",
-                    f"ours, not compiled: {grid['ms_a_cell']['hooks, a session']:.1f} ms a cell ({low:.1f} to {high:.1f})",
-                    ours,
-                    f"{grid['over_own_hooks']:.1f} times as fast",
-                ]
+def page(files: dict[str, Found]) -> str:
+    texts = [text for name, section in SECTIONS.items() if name in files for text in section(files[name])]
+    return PAGE_TEXT.format(tables="\n\n".join(texts), gpu="" if "gpu" in files else " GPU: not measured.")
+
+
+# -- README --------------------------------------------------------------------------------------------------------------
+
+
+def version(found: Found) -> tuple[str, str] | None:
+    """The commit and the machine, where a file says both and the commit is what ran."""
+    if "command" not in found or "+" in found["commit"]:
+        return None
+    return found["commit"], json.dumps(found["hardware"], sort_keys=True)
+
+
+def holding(files: dict[str, Found]) -> dict[str, Found]:
+    """Those of one version on one machine: the newest one's."""
+    known = {name: found for name, found in files.items() if version(found) is not None}
+    if not known:
+        return {}
+    newest = version(max(known.values(), key=lambda found: found["date"]))
+    return {name: found for name, found in known.items() if version(found) == newest}
+
+
+def claims(files: dict[str, Found]) -> list[list[str]]:
+    """README's rows: what, the peer's figure, ours, the ratio."""
+    found: list[tuple[str, str, str, Any]] = []
+    if "sweep" in files:
+        grid = files["sweep"]
+        ms, (peer, *_) = grid["ms_a_cell"], [who for who in grid["ms_a_cell"] if "rows a forward" in who]
+        found.append(
+            (
+                f"patching grid: {grid['workload']}",
+                f"{peer}: {ms[peer]:.1f} ms a cell",
+                f"{ms['session']:.1f} ms a cell",
+                grid["ratio"][peer],
             )
-        for name, ratio in grid["ratio"].items():
-            who = next(w for w in grid["ms_a_cell"] if w.startswith("nnsight") and ("loop" in w) == (name == "loop"))
-            rows.append(
-                [
-                    f"patching grid: {grid['workload']}",
-                    f"{who}: {grid['ms_a_cell'][who]:.1f} ms a cell",
-                    ours,
-                    f"{ratio:.1f} times as fast",
-                ]
-            )
-    for r in (kept("suite") or {"rows": []})["rows"]:
-        if r["model"] == "smollm2" and r["workload"] in SHORT:
-            peer = "torch.compile" if "torch.compile" in r["median_s"] else "nnsight 0.8.1"
-            what = "plain `torch.compile`" if peer == "torch.compile" else peer
-            rows.append(
-                [
-                    f"{r['workload']}: {r['what']}; {r['layers']} layers, {r['tokens'][0]} x {r['tokens'][1]}",
-                    f"{what}: {1e3 * r['median_s'][peer]:.1f} ms",
-                    f"{1e3 * r['median_s']['ours']:.1f} ms",
-                    f"{r['ratio'][peer]:.2f} times the time",
-                ]
-            )
-    if (new := kept("first")) is not None:
-        for who, each in new["ratio"].items():
-            rows.append(
-                [
-                    f"the first result, nothing cached{who.removeprefix('ours')}: {new['workload']}",
-                    f"`torch.compile`: {new['median_s']['torch.compile']['cold']:.1f} s",
-                    f"{new['median_s'][who]['cold']:.1f} s",
-                    f"{each['cold']:.2f} times the time",
-                ]
-            )
-    if (held := kept("memory")) is not None:
-        ours, plain = (f"{held['peak'][who]['peak_mib']:.0f} MiB" for who in ("trace, the logits", "torch.compile"))
-        rows.append(
-            [
-                held["peak"]["workload"],
-                f"plain `torch.compile`: {plain} at the peak",
-                ours,
-                f"{held['peak']['ratio']:.2f} times the memory",
-            ]
         )
-    return table(["workload", "peer", "ours", ""], rows)  # fmt: skip
+    for r in files.get("suite", {"rows": []})["rows"]:
+        peer = PEERS.get(r["workload"])
+        if peer is None or r["model"] != "smollm2" or r["tokens"][0] != 1:
+            continue
+        name = f"{r['workload']}: {r['what']}; {r['layers']} layers, {r['tokens'][0]} x {r['tokens'][1]} tokens"
+        ms = {who: f"{1e3 * s:.1f} ms" for who, s in r["median_s"].items()}
+        if r["workload"] == "steer":
+            found.append(
+                (
+                    f"{name}. The same work: all logits saved, too",
+                    f"{peer}: {ms[peer]}",
+                    ms[ALL_LOGITS],
+                    r["ratio_all_logits"][peer],
+                )
+            )
+            name += ". Logits, which nobody reads, left out by ours alone"
+        found.append((name, f"{peer}: {ms[peer]}", ms["ours"], r["ratio"][peer]))
+    if "first" in files:
+        new = files["first"]
+        s, peer = new["median_s"], "torch.compile"
+        found.append(
+            (
+                f"the first result, nothing cached: {new['workload']}",
+                f"{peer}: {s[peer]['cold']:.1f} s",
+                f"{s['ours']['cold']:.1f} s",
+                new["ratio"]["ours"]["cold"],
+            )
+        )
+    return [
+        [what, theirs, ours, told(ratio)]
+        for what, theirs, ours, ratio in found
+        if isinstance(ratio, dict) and ratio["pairs"] >= PAIRS
+    ]
 
 
-def page() -> str:
-    return PAGE_TEXT.format(tables="\n\n".join(text for section in SECTIONS for text in section()))
+PEERS = {"steer": "torch.compile", "gradients": "nnsight 0.8.1", "generate": "torch.compile"}
+SHOWN = ("sweep", "suite", "first")  # the files of README's rows
 
 
-def readme() -> str:
-    text = README.read_text()
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{short()}\n\n{END}", text, flags=re.DOTALL)
+def short(files: dict[str, Found]) -> str:
+    """README's table, and what it is of."""
+    held = holding({name: files[name] for name in SHOWN if name in files})
+    rows = claims(held)
+    if not rows:
+        return (
+            "No figure stands here now: one without its commit, its machine and its spread does not count, and all that are there are "
+            "earlier. `make bench-figures` measures them anew; the earlier ones are in [docs/performance.md](docs/performance.md)."
+        )
+    one = next(iter(held.values()))
+    on, away = one["hardware"], [name for name in SHOWN if name not in held]
+    return "\n\n".join(
+        [
+            f"Commit {one['commit'][:12]}, {one['date'][:10]}, {on['processor']}, {on['physical_cores']} cores, by `make bench-figures` "
+            "(`make bench` is a short one, under pytest-benchmark). A ratio is the median of pairs measured in turn, with its spread; `equal` "
+            "where the spread crosses 1." + (f" Not of this commit, so not here: {', '.join(away)}." if away else ""),
+            table(["workload", "peer", "ours", "ours over the peer's"], rows),
+            "Recording is part of these times; compiling is part of a first result alone. Plain `torch.compile` does no intervention.",
+        ]
+    )
+
+
+def readme(files: dict[str, Found]) -> str:
+    return re.sub(
+        f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{short(files)}\n\n{END}", README.read_text(), flags=re.DOTALL
+    )
+
+
+def write() -> None:
+    from . import plots
+
+    files = read()
+    plots.draw(files)
+    PAGE.write_text(page(files))
+    README.write_text(readme(files))
 
 
 if __name__ == "__main__":
-    import plots
-
-    plots.draw()
-    PAGE.write_text(page())
-    README.write_text(readme())
-    print(page())
+    write()

@@ -2,6 +2,9 @@
 
 A text is `def run(model, ids, vector)` over `blocks`, the list of the model's blocks, `norm` and `steps`; it returns tensors. The
 plain function does without interventions what comes nearest, and is what `torch.compile` compiles: the limit.
+
+Where a text leaves logits unread our captured graphs do without them, and the peers' forwards do not. `all_logits` is the same text
+with all of them saved as well: the same work as theirs, in a row of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ Shape = tuple[int, int]  # rows x tokens
 STEPS = 16  # new tokens
 
 SHORT = ((1, 14), (8, 64))
+MORE = "# here all logits are saved too"
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Workload:
     lens: str | None = None  # the same in TransformerLens, where it can say it: lines over `bridge`, `ids`, `vector`
     shapes: tuple[Shape, ...] = SHORT
     grad: bool = False
+
+    @property
+    def all_logits(self) -> str | None:
+        return self.text.replace(MORE, "logits = model.lm_head.output.save()") if MORE in self.text else None
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ LAST = """
 def run(model, ids, vector):
     with torch.no_grad(), model.trace(input_ids=ids, use_cache=False):
         saved = model.lm_head.output[:, -1].save()
+        # here all logits are saved too
     return [saved]
 """
 
@@ -112,36 +121,33 @@ def run(model, ids, vector):
         for i, block in enumerate(blocks):
             if i == len(blocks) // 2:
                 block.output = block.output + vector
-            saved.append(block.output[:, -1]){more}
+            saved.append(block.output[:, -1])
+        # here all logits are saved too
     return saved
 """
-LOGITS = "\n        saved.append(model.lm_head.output)"
 
 
-def steer_hooks(logits: bool) -> Callable:
-    def run(parts: Parts, ids: torch.Tensor, vector: torch.Tensor) -> list:
-        kept: list = []
+def steer_hooks(parts: Parts, ids: torch.Tensor, vector: torch.Tensor) -> list:
+    kept: list = []
 
-        def after(i: int, h: torch.Tensor) -> Any:
-            new = h + vector if i == len(parts.blocks) // 2 else h
-            kept.append(new[:, -1])
-            return None if new is h else new
+    def after(i: int, h: torch.Tensor) -> Any:
+        new = h + vector if i == len(parts.blocks) // 2 else h
+        kept.append(new[:, -1])
+        return None if new is h else new
 
-        result = hooked(parts, after, ids)
-        return [*kept, result] if logits else kept
-
-    return run
+    hooked(parts, after, ids)
+    return kept
 
 
 STEER_LENS = """
-kept = {{}}
+kept = {}
 def after(h, hook):
     i = int(hook.name.split(".")[1])
     new = h + vector if i == layers // 2 else h
     kept[i] = new[:, -1]
     return new
-logits = bridge.run_with_hooks(ids, fwd_hooks=[(f"blocks.{{i}}.hook_out", after) for i in range(layers)], return_type="logits")
-last = [*kept.values(){more}]
+logits = bridge.run_with_hooks(ids, fwd_hooks=[(f"blocks.{i}.hook_out", after) for i in range(layers)], return_type="logits")
+last = [*kept.values()]
 """
 
 # -- all layers ----------------------------------------------------------------------------------------------------------
@@ -150,6 +156,7 @@ SAVES = """
 def run(model, ids, vector):
     with torch.no_grad(), model.trace(input_ids=ids, use_cache=False):
         saved = nnsight.save([block.output for block in blocks])
+        # here all logits are saved too
     return saved
 """
 
@@ -157,6 +164,7 @@ CACHE = """
 def run(model, ids, vector):
     with torch.no_grad(), model.trace(input_ids=ids, use_cache=False) as tracer:
         cache = tracer.cache(modules=[block for block in blocks])
+        # here all logits are saved too
     return [cache[name].output for name in cache.keys()]
 """
 
@@ -181,6 +189,7 @@ def run(model, ids, vector):
         blocks[0].input.requires_grad_()
         outputs = [block.output for block in blocks]
         loss = model.lm_head.output[:, -1].sum()
+        # here all logits are saved too
         with loss.backward():
             saved = nnsight.save([h.grad for h in outputs[::-1]])
     return saved[::-1]
@@ -207,6 +216,7 @@ LENS = """
 def run(model, ids, vector):
     with torch.no_grad(), model.trace(input_ids=ids, use_cache=False):
         saved = nnsight.save([model.lm_head(norm(block.output[:, -1])) for block in blocks])
+        # here all logits are saved too
     return saved
 """
 
@@ -274,19 +284,10 @@ WORKLOADS = {
         Workload(
             "steer",
             "a vector added in the middle, the last position of every block saved",
-            STEER.format(more=""),
-            steer_hooks(False),
+            STEER,
+            steer_hooks,
             forward,
-            STEER_LENS.format(more=""),
-        ),
-        Workload(
-            "steer, logits",
-            "a vector added in the middle, the last position of every block and all logits saved",
-            STEER.format(more=LOGITS),
-            steer_hooks(True),
-            forward,
-            STEER_LENS.format(more=", logits"),
-            shapes=((1, 14),),
+            STEER_LENS,
         ),
         Workload("saves", "every block's output saved", SAVES, saves_hooks, with_layers, SAVES_LENS),
         Workload("cache", "`tracer.cache` of all blocks", CACHE, saves_hooks, with_layers, SAVES_LENS, ((8, 64),)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -138,9 +137,3 @@ def test_every_public_error_is_in_the_manual():
         n for n in nnsight_fx.__all__ if n.endswith("Error") or n in {"PaddedLengthUnknown", "SourceNotAvailable"}
     }
     assert len(EXAMPLES) >= 12 and {n for n in public if f"`{n}`" not in ERRORS} == set()
-
-
-def test_the_tables_are_those_of_the_committed_figures():
-    names = runpy.run_path(str(Path(__file__).parent.parent / "bench" / "tables.py"))
-    assert names["readme"]() == README, "run `python bench/tables.py`"
-    assert names["page"]() == names["PAGE"].read_text(), "run `python bench/tables.py`"
