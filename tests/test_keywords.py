@@ -168,7 +168,10 @@ OURS = {
         lambda m: m.sweep(body, IDS, over={"scale": [1.0]}, compile={"bakend": "eager"}, progress=False),
         "`bakend=` is no keyword of `compile`; did you mean `backend`",
     ),
-    "no dict": (lambda m: nothing(m, compile="eager"), "`compile=` is `False`, `True`, or a dict .* it is 'eager'"),
+    "no dict": (
+        lambda m: nothing(m, compile="eager"),
+        "`compile=` is `False`, `True`, `\"auto\"`, or a dict .* it is 'eager'",
+    ),
     "cache": (lambda m: cached(m, module=["lm_head"]), "`module=` is no keyword of `cache`; did you mean `modules`"),
     "edit": (lambda m: m.edit(inplac=True), "`inplac=` is no keyword of `edit`; did you mean `inplace`"),
     "session": (lambda m: m.session(seed=3), "`seed=` is no keyword of `session`"),
