@@ -43,6 +43,7 @@ PARTS = {
     "harvest": Part("harvest", "--prompts 8 --layers 2", 7),
     "sweep": Part("sweep", "--layers 2 --tokens 4 --sample 4 --backend eager", 9),
     "heads": Part("heads", "--prompts 9 --layers 3", 8),
+    "generation": Part("generation", "--layers 2 --tokens 4 --strengths 2 --prompts 2", 12),
     "first": Part("first", "--layers 6", 16),
     "layers": Part("suite --models smollm2 --workloads steer --layers 3 6 12 30", "--layers 1 2", 6),
     "suite": Part("suite", "--models tiny --workloads trace steer --runs 1", 60),

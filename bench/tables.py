@@ -174,6 +174,21 @@ def heads(found: Found) -> list[str]:
     ]
 
 
+def generation(found: Found) -> list[str]:
+    rows = [
+        [who, f"{s:.2f}", f"{found['tokens_a_second'][who]:.0f}", told(found["ratio"].get(who))]
+        for who, s in found["s_a_cell"].items()
+    ]
+    widths = ", ".join(f"{cells} cells {n:.0f}" for cells, n in found["widths"].items())
+    held = ", ".join(f"{who} {gib:.1f} GiB" for who, gib in found["resident_gib"].items())
+    return [
+        f"## A grid of steered generations: {found['workload']}",
+        f"{machine(found)} Ours runs on hooks, recording included. Tokens a second by width: {widths}. Ours takes {found['python_ms_a_token']:.2f} ms "
+        f"a token more than the rows batched by hand. Resident behind a run: {held}. Cells with other tokens: {found['cells_that_differ']}.",
+        table(["", "s a cell", "tokens a second", "our time over it"], rows),
+    ]
+
+
 def memory(found: Found) -> list[str]:
     grown, peaks = dict(found["growth"]), found["peak"]
     workload = grown.pop("workload")
@@ -236,7 +251,8 @@ def products(found: Found) -> list[str]:
 
 
 SECTIONS: dict[str, Callable[[Found], list[str]]] = {
-    each.__name__: each for each in (suite, gpu, layers, sweep, heads, harvest, first, recording, memory, products)
+    each.__name__: each
+    for each in (suite, gpu, layers, sweep, generation, heads, harvest, first, recording, memory, products)
 }
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from types import FrameType
 from typing import NamedTuple
 
+import greenlet
 import torch
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
@@ -32,9 +34,18 @@ def _internal(filename: str) -> bool:
     return filename.startswith(BELOW)
 
 
+def _outside() -> FrameType | None:
+    """Where the line of work waits that made this greenlet."""
+    parent = greenlet.getcurrent().parent
+    return None if parent is None else parent.gr_frame
+
+
 def user_line() -> Line:
-    """The innermost line that is neither this package's nor torch's."""
+    """The innermost line that is neither this package's nor torch's; in a greenlet also of who made that."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and _internal(frame.f_code.co_filename):
-        frame = frame.f_back
+    while _internal(frame.f_code.co_filename):
+        outer = frame.f_back or _outside()
+        if outer is None:
+            break
+        frame = outer
     return _new_line(Line, (frame.f_code.co_filename, frame.f_lineno))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,10 +23,14 @@ from .memory import chunks, out_of_memory
 from .pending import Pending
 from .rows import Mixed, Rows
 
+if TYPE_CHECKING:
+    from ..tracing.tape import Tape
+
 ROWS = 32  # a forward: on 2 cores more cost as much a row
 
 Flags = dict[Site, tuple[bool | None, ...]]
-_proofs: weakref.WeakKeyDictionary[object, Flags | str] = weakref.WeakKeyDictionary()  # signature -> where the rows are
+proofs: weakref.WeakKeyDictionary[object, Flags | str] = weakref.WeakKeyDictionary()  # signature -> where the rows are
+NOTHING = InterventionGraph.of((), Groups((None,), 0), "", ())
 
 
 def batched(group: list[Pending], told: Group) -> None:
@@ -33,13 +39,13 @@ def batched(group: list[Pending], told: Group) -> None:
     The first forward follows each operation of the model (`Rows`); `Mixed` where one lets rows see one another, and then
     nothing has been delivered.
     """
-    known = _proofs.get(group[0].tape.sites.signature)
+    known = proofs.get(group[0].tape.sites.signature)
     if isinstance(known, str):
         raise Mixed(known)
     try:
         _chunked(group, told, max(1, ROWS // group[0].wave.batch.rows))
     except Mixed as why:
-        _proofs[group[0].tape.sites.signature] = str(why)
+        proofs[group[0].tape.sites.signature] = str(why)
         raise
 
 
@@ -62,10 +68,10 @@ def _chunked(group: list[Pending], told: Group, size: int) -> None:
 def _forward(cells: list[Pending]) -> Run:
     """One forward; afterwards each wave has its share of it."""
     first = cells[0]
-    merged = Merged(cells)
+    merged = Merged([Piece(p.tape, p.plan, p.wave.batch.rows) for p in cells])
     batch = first.host.inputs.collate([p.wave.batch for p in cells])
     signature = first.tape.sites.signature
-    flags = _proofs.get(signature)
+    flags = proofs.get(signature)
 
     def call() -> Any:
         return callee(first.host.module, first.wave.fn)(*batch.args, **batch.kwargs)
@@ -83,10 +89,9 @@ def _forward(cells: list[Pending]) -> Run:
             batch.rows, inputs, {n for t in (*inputs, *first.host.module.parameters()) for n in t.shape[1:]}
         )
         run.everything = True
-        with run.follow:
-            run.finish(merged.plan)
+        run.finish(merged.plan)
         if not run.follow.decides and not run.stopping:
-            _proofs[signature] = run.flags
+            proofs[signature] = run.flags
     shares = merged.shares(run)
     if any(share.unfinished() and not share.stopping for share in shares):
         raise Mixed("a site that was asked for was never reached")
@@ -95,22 +100,41 @@ def _forward(cells: list[Pending]) -> Run:
     return run
 
 
-class Merged:
-    """Several plans as one: the workers of each on its own rows."""
+class Piece(NamedTuple):
+    """One of several recordings that share a forward."""
 
-    def __init__(self, cells: list[Pending]):
+    tape: Tape | None  # none: its rows are only there
+    plan: InterventionGraph
+    rows: int
+
+
+class Merged:
+    """Several plans as one: the workers of each on its own rows. `like` is what may have been made of the same plans before."""
+
+    def __init__(self, parts: Sequence[Piece], like: Merged | None = None):
+        self.lines: list = []
+        self.constants: list = []
+        for tape in [part.tape for part in parts if part.tape is not None]:
+            tape.operands.resolve()
+            self.lines += tape.lines
+            self.constants += tape.constants
+        self.parts = [(plan, rows, 0 if tape is None else len(tape.constants)) for tape, plan, rows in parts]
+        if like is not None and all(
+            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(self.parts, like.parts, strict=True)
+        ):
+            self.plan, self.cells = like.plan, like.cells
+        else:
+            self._merge()
+
+    def _merge(self) -> None:
         ops: list[Op] = []
         specs: list = []
         rows: list[tuple[int, int]] = []
-        self.lines: list = []
-        self.constants: list = []
         self.cells: list[tuple[InterventionGraph, int]] = []
-        start = 0
-        for p in cells:
-            p.tape.operands.resolve()
-            plan, size = p.plan, p.wave.batch.rows
+        start = constants = 0
+        for plan, size, lifted in self.parts:
             self.cells.append((plan, len(ops)))
-            moved = Moved(len(ops), len(self.constants))
+            moved = Moved(len(ops), constants)
             workers = len(rows)
             ops += [
                 op._replace(
@@ -123,14 +147,13 @@ class Merged:
             ]
             rows += [(start, size)] * len(plan.workers)
             specs += plan.specs
-            self.lines += p.tape.lines
-            self.constants += p.tape.constants
-            start += size
-        self.plan = InterventionGraph.of(tuple(ops), Groups(tuple(rows), start), cells[0].plan.recapture, tuple(specs))
+            start, constants = start + size, constants + lifted
+        recapture = next((plan.recapture for plan, *_ in self.parts if plan.recapture), "")
+        self.plan = InterventionGraph.of(tuple(ops), Groups(tuple(rows), start), recapture, tuple(specs))
 
-    def shares(self, run: Run) -> list[Interleaver]:
+    def shares(self, run: Run) -> list[Share]:
         """What each plan has of a run of all."""
-        found = []
+        found: list[Share] = []
         for plan, start in self.cells:
             share = Share(plan)
             stop = start + len(plan.ops)
@@ -152,6 +175,9 @@ class Share(Interleaver):
         super().__init__(plan)
         self.lines: list = []
         self.report: list[str] = []
+
+    def abandon(self) -> None:
+        """The run is over."""
 
 
 class Moved:
@@ -194,6 +220,11 @@ class BatchedRun(Run):
         self.written_rows: dict[
             int, tuple[torch.Tensor, set]
         ] = {}  # the leaves of a site that were written, and by whom
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        with super().around(), self.follow or contextlib.nullcontext():
+            yield
 
     @property
     def skips(self) -> dict[str, set[int]]:
@@ -240,8 +271,8 @@ class BatchedRun(Run):
         made.flags = flags  # type: ignore[attr-defined]
         for n in self.plan.touches.get(firing.site, ()):
             op = self.plan.ops[n]
-            cell = self.plan.writes or isinstance(op.verb, Write)
             for i, flag in enumerate(flags):
+                cell = isinstance(op.verb, Write) or Value(n, i) in self.plan.may_change
                 if (
                     flag is not True
                     and isinstance(firing.leaves[i], torch.Tensor)

@@ -27,6 +27,7 @@ from .effects import effects
 if TYPE_CHECKING:
     from ..lines import Line
     from ..tracing.contexts import Tracer
+    from ..tracing.tape import Tape
 
 
 # What may be in traces that share a forward. A kind that is not here runs alone.
@@ -138,6 +139,20 @@ def why_now(tracer: Tracer) -> str | None:
     tape, state = wave.tape, tracer.state
     if state.functions or state.dispatch:
         return "a mode of yours is active (`TorchFunctionMode`, `TorchDispatchMode`)"
+    why = beyond_values(tape)
+    if why:
+        return why
+    batches = [tree.flatten((b.args, b.kwargs))[0] for b in wave.batches]
+    inputs = [x for leaves in batches for x in leaves]
+    if any(not isinstance(x, (torch.Tensor, *PLAIN)) for x in inputs):
+        return "an object is among its inputs"
+    if tape.base.grad and _differentiable(host, [*inputs, *tape.constants]):
+        return "its values are differentiable: put the session under `torch.no_grad()`, or freeze the parameters"
+    return effects(host, wave.tape.sites.signature, tracer.fn)
+
+
+def beyond_values(tape: Tape) -> str | None:
+    """What a recording does beside computing values, if it does."""
     if tape.told or tape.objects.kept:
         return "it keeps objects or a cache"
     if tape.operands.changed:
@@ -149,15 +164,7 @@ def why_now(tracer: Tracer) -> str | None:
             return "it draws random numbers"
         if op.when:
             return "it has conditions (`tracer.cond`)"
-    if tape.gradients.backwards:
-        return "it runs a backward"
-    batches = [tree.flatten((b.args, b.kwargs))[0] for b in wave.batches]
-    inputs = [x for leaves in batches for x in leaves]
-    if any(not isinstance(x, (torch.Tensor, *PLAIN)) for x in inputs):
-        return "an object is among its inputs"
-    if tape.base.grad and _differentiable(host, [*inputs, *tape.constants]):
-        return "its values are differentiable: put the session under `torch.no_grad()`, or freeze the parameters"
-    return effects(host, wave.tape.sites.signature, tracer.fn)
+    return "it runs a backward" if tape.gradients.backwards else None
 
 
 def _differentiable(host: Any, held: list) -> bool:
@@ -171,11 +178,23 @@ def why_alone(pending: Pending) -> str | None:
     wave, plan = pending.wave, pending.plan
     if not wave.alone:
         return "it has invokes of its own"
-    if plan.recapture == "changes":
-        return "it changes the shape, dtype or structure of a value"
     capture = pending.capture
     if capture is not None and capture.options.passes is not None:
         return "passes of yours are for the graph of one trace"
+    why = unbatchable(plan)
+    if why:
+        return why
+    batch = wave.batch
+    for leaf in tree.flatten((batch.args, batch.kwargs))[0]:
+        if isinstance(leaf, torch.Tensor) and (leaf.dim() == 0 or leaf.shape[0] != batch.rows):
+            return "an input of it does not hold the rows on dimension 0"
+    return None
+
+
+def unbatchable(plan: InterventionGraph) -> str | None:
+    """Why a plan cannot share a forward with others, if it cannot."""
+    if plan.recapture == "changes":
+        return "it changes the shape, dtype or structure of a value"
     for op in plan.ops:
         verb = op.verb
         if not isinstance(verb, TOGETHER):
@@ -184,10 +203,6 @@ def why_alone(pending: Pending) -> str | None:
             return "it reads what no scan is sure of"
         if isinstance(verb, Read | Write) and verb.site[1] not in ("input", "output", "result"):
             return "it looks inside a module (`.source`)"
-    batch = wave.batch
-    for leaf in tree.flatten((batch.args, batch.kwargs))[0]:
-        if isinstance(leaf, torch.Tensor) and (leaf.dim() == 0 or leaf.shape[0] != batch.rows):
-            return "an input of it does not hold the rows on dimension 0"
     return None
 
 

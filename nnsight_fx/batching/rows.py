@@ -30,10 +30,23 @@ class Mixed(Exception):
 
 
 class Rows(TorchDispatchMode):
-    """Follow `rows` rows from `inputs`, which hold them in dimension 0. `sizes` are those that mean something else."""
+    """Follow `rows` rows from `inputs`, which hold them in dimension 0. `sizes` are those that mean something else.
 
-    def __init__(self, rows: int, inputs: list[torch.Tensor], sizes: Collection[int] = ()):
+    `lasting` are inputs of which what holds for this forward holds for the next ones, too: the masks of a generation. `numbered`: an
+    `arange` as long as there are rows is taken for their numbers; where it may be positions it is not, and a choice by it mixes rows.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        inputs: list[torch.Tensor],
+        sizes: Collection[int] = (),
+        lasting: Collection[torch.Tensor] = (),
+        numbered: bool = True,
+    ):
         super().__init__()
+        self.numbered = numbered
+        self.lasting: Any = WeakIdKeyDictionary({x: True for x in lasting})  # those, and what is made of them alone
         self.rows, self.unlike = rows, rows not in sizes
         self.dims: Any = WeakIdKeyDictionary()
         # a truth that holds for the batch when it holds for each row (`all`), or does not (`any`)
@@ -62,6 +75,8 @@ class Rows(TorchDispatchMode):
         if call.batched and func._schema.name.split("::")[1] in ("_local_scalar_dense", "item", "is_nonzero"):
             return self._decide(call)
         out = func(*args, **kwargs)
+        if self.lasting and call.batched and all(x in self.lasting for x in call.batched):
+            self.lasting.update((x, True) for x in tensors(out))
         for x, dim in zip(tensors(out), self._follow(call, out), strict=True):
             if dim is None:
                 continue
@@ -75,7 +90,7 @@ class Rows(TorchDispatchMode):
         value = call.func(*call.args, **call.kwargs)
         if self.decided.get(call.args[0]) is not bool(value):
             raise Mixed("the model's Python looks at values of the batch")
-        self.decides = True
+        self.decides = self.decides or call.args[0] not in self.lasting
         return value
 
     def _follow(self, call: AtenCall, out: object) -> list[int | None]:
@@ -121,7 +136,8 @@ class Rows(TorchDispatchMode):
         if not self.unlike:
             return None
         if (
-            call.name == "arange"
+            self.numbered
+            and call.name == "arange"
             and x.shape == (self.rows,)
             and not call.given.get("start")
             and call.given.get("step", 1) == 1

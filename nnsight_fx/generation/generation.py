@@ -1,139 +1,117 @@
-"""A function that runs the model many times (`generate`), forward by forward.
+"""A generation as its body sees it: forward by forward.
 
-It runs in a greenlet of its own and stops at each forward of the model. What the body records then is the plan of that
-forward alone: a wave like any other, with values of earlier forwards as constants. When the body goes on to the next
-forward, this one runs, with its plan in it, and the generation goes on to the next.
-
-A forward is the call of any module of the model that no other module of it has made: mostly the model's own, but the encoder's
-in front of the loop of an encoder-decoder model, and the inner model's where a wrapper (PEFT's, `torch.compile`'s) hands
-`generate` on.
+`generate` runs in a `Loop`, which stops at each forward of the model. What the body records then is the plan of that forward
+alone: a wave like any other, with values of earlier forwards as constants. When the body goes on to the next forward, this
+one runs, with its plan in it, and the loop goes on to the next.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..capture.marker import active
 from ..engine.notes import Notes, of_run
 from ..engine.run import Run
-from ..engine.switch import Coroutine
 from ..engine.wave import ForwardWave
 from ..errors import MissedSiteError
 from ..lines import user_line
 from ..plan import tree
-from ..plan.interleave import Stopped
 from ..plan.plan import Groups
 from ..plan.verbs import AtSite, Site, place_of_site
 from ..scan.scan import Scan
 from ..scan.scanner import Signature
 from ..scan.wave_sites import WaveSites
 from ..tracing.draft import Repeated
-from ..tracing.steps import Invoke, SiteMeta, Step
+from ..tracing.steps import Invoke, Missing, SiteMeta, Step
 from ..tracing.tape import Tape
+from .loop import STREAMER, ForwardTurn, Host, Loop, Prepared
 
-STREAMER = "generator.streamer"  # the path of what is given to a streamer
+if TYPE_CHECKING:
+    from ..tracing.contexts import Tracer
 
 
 class Generation:
-    """One call of `generate`, from forward to forward."""
+    """What one body has of a loop."""
 
-    def __init__(self, host: Any, tracer: Any, args: tuple, kwargs: dict, text: bool = False):
-        self.host, self.tracer, self.module = host, tracer, host.module
-        self.args, self.kwargs = args, {"disable_compile": True, **kwargs}  # captured by us, or not at all
-        if _beams(self.module, kwargs) == 1:
-            self.kwargs["streamer"] = Streamer(self, kwargs.get("streamer"))
+    def __init__(self, host: Host, tracer: Tracer, loop: Loop, text: bool = False):
+        self.host, self.tracer, self.loop = host, tracer, loop
         self.text = text  # was it called with text
-        self.calls = 0  # forwards begun
-        self.path = ""  # the module whose call the forward is that is to run
-        self.inputs: tuple[tuple, dict] = ((), {})  # of that call
         self.edits = [Repeated(edit) for edit in host.edits]
         self.passed: Counter[tuple[str, str]] = Counter()  # sites of the forwards so far, counted for the edits
-        # What stands in for each module's call, by the module's attributes.
-        self.stops = [(m.__dict__, functools.partial(self._called, path)) for m, path in host.markers.paths.items()]
         self.held: dict[str, set[str]] = {}  # `parts` of the modules that were called
-        self.run: Run | None = None  # the one of the forward that is running, or has just run
-        self.given: list = []  # what the streamer got: the prompt, and the tokens of each forward
         self.caches: list = []  # what observes every forward
-        self.free = False  # is the body done? Then nothing stops any more
         self.freed: Notes | None = None  # what the forwards behind the body did
-        self.result: Any = None
-        self.restore: Callable[[], None] = lambda: None
-        self.coroutine = Coroutine(self._generate, tracer.state)
-        self.coroutine.go_on()
-        self.first = len(self.given)  # what the streamer was given before the first forward
+
+    @classmethod
+    def begun(
+        cls,
+        host: Host,
+        tracer: Tracer,
+        args: tuple,
+        kwargs: dict,
+        text: bool,
+        draws: Sequence[torch.Generator] | None = None,
+    ) -> Generation:
+        """A generation of its own, which stands in front of its first forward."""
+        made = cls(host, tracer, Loop(host, args, kwargs, tracer.state, draws), text)
+        made.loop.go_on()
+        return made
 
     @property
     def ended(self) -> bool:
-        return self.coroutine.ended
+        return self.loop.ended
+
+    @property
+    def run(self) -> Run | None:
+        """The run of the forward that is running, or has just run."""
+        return self.loop.run
+
+    @property
+    def result(self) -> Any:
+        """What `generate` returned."""
+        return self.loop.result
+
+    @property
+    def given(self) -> list:
+        """What the streamer got: the prompt, and the tokens of each forward."""
+        return self.loop.given
+
+    @property
+    def prompted(self) -> int:
+        """How many of the tokens that it returns were there before it began."""
+        if self.given:
+            return self.given[0].shape[1]
+        prompt = self.kwargs.get("input_ids")  # beams stream nothing
+        encoded = getattr(self.host.module.config, "is_encoder_decoder", False)
+        return 1 if encoded else 0 if prompt is None else prompt.shape[1]
+
+    @property
+    def kwargs(self) -> dict:
+        """What `generate` was called with."""
+        return self.loop.kwargs
 
     @property
     def modes(self) -> object:
         """The modes that hold where the model is called: those of the body too."""
-        return self.coroutine.states[self.coroutine.model].ambient if not self.ended else self.tracer.state.ambient
+        coroutine = self.loop.coroutine
+        return coroutine.states[coroutine.model].ambient if not self.ended else self.tracer.state.ambient
 
-    def _generate(self) -> None:
-        active.run = None
-        self._watch()
-        try:
-            self.result = self.module.generate(*self.args, **self.kwargs)
-        except Stopped:
-            pass
-        finally:
-            self.restore()
-
-    def _watch(self) -> None:
-        """Stop at the next call of any module. This is done at each step, so it is only writes to dicts."""
-        name, users = "_compiled_call_impl", []
-        for state, call in self.stops:
-            if name in state:
-                users.append((state, state[name]))
-            state[name] = call
-
-        def restore() -> None:
-            for state, call in self.stops:
-                if state.get(name) is call:
-                    del state[name]
-            for state, own in users:
-                state[name] = own
-            users.clear()
-
-        self.restore = restore
-
-    def _called(self, path: str, /, *args: object, **kwargs: object) -> Any:
-        """A module is called: wait for the plan of this forward, and run it."""
-        self.restore()
-        self.path, self.inputs, self.run = path, (args, kwargs), None
-        self.calls += 1
-        behind = self.free
-        if behind:
-            self.run = self.wave()._start()
-        else:
-            self.coroutine.pause()
-        assert self.run is not None
-        self.run.forward()
-        if behind:  # no wave of the trace tells of it
-            told = of_run(self.run)
-            self.freed = told if self.freed is None else self.freed + told
-        if self.run.stopping:
-            raise Stopped
-        self._watch()
-        return self.run.result
-
-    def put(self, value: object) -> None:
-        """The streamer is given `value`."""
-        self.given.append(value)
-        if self.run is not None:
-            self.run.pass_site(STREAMER, "output", value)
+    def scanned(self) -> tuple[Prepared, Signature, int | None]:
+        """The input of the forward that is due, its signature, and the length of the cache that it goes on from."""
+        args, kwargs = self.loop.inputs
+        leaves = tree.flatten((args, kwargs))[0]
+        rows = next((x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()), 1)
+        batch = self.host.inputs.given(args, kwargs, rows, self.text)
+        return batch, *self.host.scanner.continued(batch, self.loop.path or None)
 
     def parts(self, path: str) -> set[str]:
         """The paths of a module and all in it, which may be shared with others and named by their place there."""
         if path not in self.held:
-            self.held[path] = {self.host.markers.paths[m] for m in self.module.get_submodule(path).modules()}
+            paths = self.host.markers.paths
+            self.held[path] = {paths[m] for m in self.host.module.get_submodule(path).modules()}
         return self.held[path]
 
     def wave(self) -> ForwardWave:
@@ -155,68 +133,31 @@ class Generation:
 
     def to_the_end(self) -> None:
         """The body is done with it: it goes on without stopping, unless each forward is observed."""
-        self.free = not self.caches
+        self.loop.free = None if self.caches else self
+
+    def unattended(self) -> Run:
+        return self.wave()._start()
+
+    def ran(self, run: Run) -> None:
+        told = of_run(run)  # no wave of the trace tells of it
+        self.freed = told if self.freed is None else self.freed + told
 
     def abandon(self) -> None:
-        self.coroutine.abandon()
-
-
-def _beams(module: object, kwargs: dict) -> int:
-    config = kwargs.get("generation_config") or getattr(module, "generation_config", None)
-    return kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
-
-
-class Streamer:
-    """Passes on to the user's streamer, if there is one, and to the sites of the body."""
-
-    def __init__(self, generation: Generation, users: Any):
-        self.generation, self.users = generation, users
-
-    def put(self, value: object) -> None:
-        if self.users is not None:
-            self.users.put(value)
-        self.generation.put(value)
-
-    def end(self) -> None:
-        if self.users is not None:
-            self.users.end()
-
-
-class ForwardTurn:
-    """The coroutine of a generation as the run of one forward has it: over when the next forward is to begin."""
-
-    def __init__(self, generation: Generation):
-        self.generation, self.number = generation, generation.calls
-
-    @property
-    def ended(self) -> bool:
-        return self.generation.ended or self.generation.calls > self.number
-
-    def go_on(self) -> None:
-        self.generation.coroutine.go_on()
-
-    def pause(self) -> None:
-        self.generation.coroutine.pause()
-
-    def abandon(self) -> None:
-        self.generation.abandon()
+        self.loop.abandon()
 
 
 class Forward(ForwardWave):
     """One forward of a generation, as a wave."""
 
     def __init__(self, generation: Generation):
-        args, kwargs = generation.inputs
-        leaves = tree.flatten((args, kwargs))[0]
-        rows = next((x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()), 1)
-        batch = generation.host.inputs.given(args, kwargs, rows, generation.text)
-        self.host, self.tracer, self.alone, self.fn = generation.host, generation.tracer, True, generation.path or None
+        batch, signature, past = generation.scanned()
+        self.host, self.tracer, self.alone = generation.host, generation.tracer, True
+        self.fn = generation.loop.path or None
         self.generation, self.batch, self.batches, self.edits = generation, batch, [batch], len(self.host.edits)
         self.members, self.run, self.done, self.fixed = [None] * (self.edits + 1), None, [], None
         scanner = self.host.scanner
-        signature, past = scanner.continued(batch, self.fn)
         sites = ForwardSites(scanner, signature, self.rows_of, None, past=past)
-        sites.rows = rows
+        sites.rows = batch.rows
         self.tape = Tape(signature.root, scanner.fakes, sites, self._until)
         for n, edit in enumerate(generation.edits):
             self.tape.invoke = Invoke(n)
@@ -231,8 +172,8 @@ class Forward(ForwardWave):
         begun = self.run is not None
         run = super()._start()
         if not begun:
-            run.coroutine = ForwardTurn(self.generation)  # type: ignore[assignment]
-            self.generation.run = run
+            run.coroutine = ForwardTurn(self.generation.loop)  # type: ignore[assignment]
+            self.generation.loop.run = run
         return run
 
     def calls(self, path: str, kind: str) -> int:
@@ -266,7 +207,7 @@ class ForwardSites(WaveSites):
 
     rows = 1
 
-    def lookup(self, tape: Tape, site: Site) -> Any:
+    def lookup(self, tape: Tape, site: Site) -> SiteMeta | Missing:
         if site[0] != STREAMER:
             return super().lookup(tape, site)
         with self.scanner.fakes:
@@ -320,7 +261,7 @@ class Following(ForwardWave):
         pass
 
 
-def streamed(tracer: Any) -> Any:
+def streamed(tracer: Tracer) -> Any:
     """`model.generator.streamer.output`: the tokens that the streamer is given behind the open forward; occurrence 0 is the prompt."""
     generation = tracer.generation
     if generation is None or "streamer" not in generation.kwargs:
@@ -331,7 +272,7 @@ def streamed(tracer: Any) -> Any:
     pin = cursor.pin
     if (pin or 0) < len(generation.given):
         return tracer.known(generation.given[pin or 0])
-    cursor.pin = (pin or 0) - generation.first  # the forward behind which it comes: what came before has none
+    cursor.pin = (pin or 0) - generation.loop.first  # the forward behind which it comes: what came before has none
     try:
         call = cursor.call(STREAMER, "output")
     finally:

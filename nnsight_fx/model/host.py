@@ -175,13 +175,15 @@ class ModelHost:
         if self.scanner.watch.moved():
             tree_of(self.model).changed()
 
-    def generation(self, tracer: Tracer, first: Batch) -> Generation | None:
-        """The generation that a trace is, if its function runs the model many times."""
+    def generation(
+        self, tracer: Tracer, first: Batch, draws: Sequence[torch.Generator] | None = None
+    ) -> Generation | None:
+        """The generation that a trace is, if its function runs the model many times. `draws`: a generator for each of its rows."""
         if tracer.fn != "generate" or tracer.scan_only:
             return None
         self._follow()
         batch = self.inputs.arguments(tracer.fn, [first], tracer.pad_to)
-        return Generation(self, tracer, batch.args, batch.kwargs, batch.text)
+        return Generation.begun(self, tracer, batch.args, batch.kwargs, batch.text, draws)
 
     def moves_state(self, wave: ForwardWave) -> str | None:
         """Why a second forward in one trace would move state twice, if it would."""

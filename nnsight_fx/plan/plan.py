@@ -257,6 +257,18 @@ class InterventionGraph:
         return frozenset(key for op in self.changing for key in op.args.items[:1] if isinstance(key, Value))
 
     @cached_property
+    def may_change(self) -> frozenset[Value]:
+        """The values that a recorded call changes in place, and all that these may be views of."""
+        found: set[Value] = set()
+        left = list(self.changed)
+        while left:
+            value = left.pop()
+            if value not in found:
+                found.add(value)
+                left += self.needs[value.op]
+        return frozenset(found)
+
+    @cached_property
     def changes_constants(self) -> bool:
         """Does a recorded call change a real tensor in place?"""
         return any(isinstance(key, TensorSlot) for op in self.changing for key in op.args.items[:1])

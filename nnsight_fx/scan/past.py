@@ -101,6 +101,16 @@ def state(x: object, past: Past | None = None) -> object:
     return type(x), id(x)
 
 
+def held_tensors(x: object) -> list[torch.Tensor]:
+    """The tensors in an input: itself, or those that a cache holds."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    found: dict[int, torch.Tensor] = {}
+    if not isinstance(x, PLAIN):
+        copied(x, lambda t: found.setdefault(id(t), t))
+    return list(found.values())
+
+
 class _Copies(TorchFunctionMode):
     def __init__(self, make: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()

@@ -22,6 +22,7 @@ from ..compat.symbols import (
 from ..compat.transformers import collects
 from ..plan import ambient, tree
 from ..plan.tree import PLAIN
+from ..plan.verbs import Site
 from ..tracing.steps import Missing, SiteMeta, Step
 from ..tracing.tape import quiet_fakes
 from .past import Past, copied, growing, is_cache, state
@@ -47,6 +48,7 @@ class Signature:
         self.rescans: OrderedDict[Step, Scan] = OrderedDict()
         self.symbols: tuple = (None, None)  # of rows and length, in a scan over unknown sizes
         self.metas: dict[tuple, SiteMeta | Missing] = {}
+        self.grown: tuple[int, dict[Site, SiteMeta | Missing]] = (-1, {})  # the sites behind a cache of one length
         self.frames: frozenset[str] = frozenset()  # the modules that the scan looks into
 
     @property

@@ -47,9 +47,7 @@ class WaveSites:
         if site[0] not in self.scanner.paths:
             self.scanner.look_inside(self.signature, [site[0]])
         if self.past is not None:
-            known = {s: sympy.Integer(self.past + more) for s, more in self.signature.past.items()}
-            scanned = self._rescanned(tape) if tape.reshaped else self.signature.scan
-            return _known(self._substituted(scanned.lookup(site), known))
+            return self._grown(tape, site, self.past)
         if tape.reshaped:
             return _known(self._rescanned(tape).lookup(site))
         if self.signature.symbols == (None, None):
@@ -63,6 +61,19 @@ class WaveSites:
                 found = self._alone(tape.invoke.index, site) or found
             self.signature.metas[key] = found
         return found
+
+    def _grown(self, tape: Tape, site: Site, past: int) -> SiteMeta | Missing:
+        """A site behind a cache of some length; known for all recordings of one step."""
+        sizes = {s: sympy.Integer(past + more) for s, more in self.signature.past.items()}
+        if tape.reshaped:
+            return _known(self._substituted(self._rescanned(tape).lookup(site), sizes))
+        length, metas = self.signature.grown
+        if length != past:
+            metas = {}
+            self.signature.grown = past, metas
+        if site not in metas:
+            metas[site] = _known(self._substituted(self.signature.scan.lookup(site), sizes))
+        return metas[site]
 
     @property
     def fixed(self) -> bool:

@@ -55,6 +55,10 @@ class Choice:
                 )
             return HOOKS
         backend = self.capture.options.backend
+        if self.job.generate is not None and engine != "compiled":
+            return self._told(
+                HOOKS, 'as rows of one loop generations run there; `engine="compiled"` runs each by itself'
+            )
         if engine != "auto":
             return self._told(engine, f'`engine="{engine}"`')
         if not isinstance(backend, str) or backend in EXACT:

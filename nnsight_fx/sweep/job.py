@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +16,19 @@ from ..draws import draw_for, own_draws
 from ..engine.captured.capture import Capture
 from ..envoys.envoy import host_of
 from ..errors import NotRecordableError
+from ..generation.grid import GridCell, Returned
+from ..generation.grid import run as generations
 from ..lines import user_line
 from ..plan import tree
 from ..report.provenance import hashed
 from ..report.runs import Report, gathered
 from ..tracing.lazy import LazyTensor
+from .steps import TEXT, TOKENS, padded, stacked
 from .store import label, short
 
 if TYPE_CHECKING:
     from ..envoys.envoy import Envoy
+    from ..tracing.contexts import Tracer
 
 
 PROMPT = "prompt"  # the axis of a list of inputs
@@ -59,6 +64,8 @@ class SweepJob:
     shapes: list[tuple] = field(default_factory=list)  # of each input's tensors
     texts: list[tuple[int | None, bool]] = field(default_factory=list)  # how many tokens each input has, and is it text
     on_hooks: bool = False  # whatever the model is compiled for
+    generate: dict | None = None  # each cell is a generation with these options
+    by_step: set[str] = field(default_factory=set)  # results that have a value for each step
 
     def __post_init__(self):
         self.cells = list(itertools.product(*self.axes.values()))
@@ -110,6 +117,8 @@ class SweepJob:
 
     def __call__(self, chunk: Sequence[int], ready: bool = False) -> Done:
         """Run some cells; `ready`: what they need is `prepared`."""
+        if self.generate is not None:
+            return self._generations(chunk, ready)
         saved: list[dict] = []
         plans: list[str] = []
         options = {**self.options, "compile": False} if self.on_hooks else self.options
@@ -135,6 +144,39 @@ class SweepJob:
                                 "`stop=True`: then each forward ends behind the last site of its body."
                             )
         return Done([{name: value.detach().cpu() for name, value in each.items()} for each in saved], plans, report)
+
+    @property
+    def steps(self) -> int:
+        """How many tokens a cell makes at most."""
+        return 0 if self.generate is None else self.generate["max_new_tokens"]
+
+    def _generations(self, chunk: Sequence[int], ready: bool) -> Done:
+        """Run some cells as generations."""
+        assert self.generate is not None
+        plans: dict[int, str] = {}
+
+        def body(tracer: Tracer, cell: int) -> Returned:
+            saved = _each(self.call(tracer, self.cells[cell]))
+            plans[cell] = hashed([[repr(w.tape.ops) for w in tracer.waves], self.cells[cell]]) if self.stored else ""
+            return saved
+
+        cells = []
+        for cell in chunk:
+            args, kwargs = tree.tree_map(_own, given(self.model, self.inputs[self.prompt(cell)]))
+            options = {name: value for name, value in self.options.items() if name != "compile"} | self.generate
+            compile = False if self.on_hooks else self.options.get("compile")
+            play = functools.partial(body, cell=cell)
+            cells.append(GridCell(args, kwargs | options, play, (self.seed, cell), compile, self.named(cell)))
+        with gathered(self.model, Report()) as report:
+            if not ready:
+                self.prepared(chunk)
+            with own_draws(self.model), torch.no_grad(), self._engine():
+                made = generations(self.model, cells, report)
+        self.by_step |= {
+            name for each in made for name, value in each.returned.items() if not isinstance(value, torch.Tensor)
+        }
+        results = [{**stacked(each.returned, self.steps), TOKENS: padded(each.tokens, self.steps)} for each in made]
+        return Done(results, [plans[cell] for cell in chunk] if self.stored else [], report)
 
     @contextlib.contextmanager
     def _told(self, cell: int) -> Iterator[None]:
@@ -190,6 +232,28 @@ def _saved(result: object) -> dict[str, object]:
             )
         if isinstance(value, LazyTensor):
             value.save()
+    return named
+
+
+def _each(result: object) -> Returned:
+    """What the body of a generation returned, by name, saved: values, and lists of them with one for each step."""
+    named: dict = {} if result is None else dict(result) if isinstance(result, Mapping) else {"result": result}
+    for name, value in named.items():
+        many = isinstance(value, list | tuple)
+        wrong = [x for x in (value if many else [value]) if not isinstance(x, torch.Tensor)]
+        if wrong or name in (TOKENS, TEXT):
+            what = (
+                f"`{name}` is the name of what was generated"
+                if not wrong
+                else f"`{name}` holds a {type(wrong[0]).__name__}"
+            )
+            raise NotRecordableError(
+                f"{user_line()}: the body of a sweep's generations returns nothing, recorded values, or lists of them with one for "
+                f"each step, by name if they are several; {what}."
+            )
+        for x in value if many else [value]:
+            if isinstance(x, LazyTensor):
+                x.save()
     return named
 
 

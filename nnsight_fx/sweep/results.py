@@ -14,9 +14,11 @@ import torch
 from ..errors import MissingExtraError
 from ..lines import user_line
 from ..viz.heatmap import heatmap
+from .steps import TEXT, TOKENS
 from .store import coordinates
 
 if TYPE_CHECKING:
+    import numpy
     import pandas
     import xarray
 
@@ -29,7 +31,8 @@ class Results:
     the standard errors of values that are means, `manifest` is that of the store. `baselines` has what a ready-made sweep
     measured with nothing patched ("clean", "corrupted"), `labels` the tokens at an axis's positions, or the beginnings of
     prompts: both go into heat maps, and `labels` beside the numbers of the axis (`position_label`) into `array` and frames.
-    Modules on an axis are there by their paths.
+    Modules on an axis are there by their paths. Of generations `text` has what was generated, an array of strings of the axes' shape, and
+    `steps` names the values with a dimension for the steps, the first behind the axes.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class Results:
     ):
         self.over, self.values, self.manifest = {k: list(v) for k, v in over.items()}, values, manifest
         self.errors, self.baselines, self.labels = errors or {}, baselines or {}, labels or {}
+        self.steps: set[str] = set()
+        self.text: numpy.ndarray | None = None
 
     def mean(self, axis: str = "prompt") -> Results:
         """The mean over an axis, and its standard error (of n values: their deviation, with n - 1, over the root of n).
@@ -72,20 +77,35 @@ class Results:
         coords |= {f"{name}_label": (name, texts) for name, texts in self.labels.items() if name in self.over}
         arrays = {}
         for name, value in self.values.items():
-            dims = [*self.over, *(f"{name}_{i}" for i in range(value.dim() - len(self.over)))]
+            dims = [*self.over, *self._inner(name)]
             arrays[name] = (dims, (value.float() if value.dtype is torch.bfloat16 else value).numpy())
             if name in self.errors:
                 arrays[f"{name}_stderr"] = (dims, self.errors[name].numpy())
+        if self.text is not None:
+            arrays[TEXT] = ([*self.over, *(f"{TEXT}_{i}" for i in range(self.text.ndim - len(self.over)))], self.text)
         return xr.Dataset(arrays, coords=coords, attrs={k: str(v) for k, v in self.manifest.items()})
+
+    def _inner(self, name: str) -> list[str]:
+        """The dimensions of one result."""
+        inner = [f"{name}_{i}" for i in range(self.values[name].dim() - len(self.over))]
+        if name in self.steps:  # behind the rows, where a cell has several
+            inner[len(inner) - 1 if name == TOKENS else 0] = "step"
+        return inner
 
     @property
     def array(self) -> xarray.DataArray:
         """The one result, labelled; needs the extra `sweep`."""
         return self.dataset[self._only()]
 
-    def to_dataframe(self) -> pandas.DataFrame:
-        """One row for each cell (and element of a result), the axes as columns; needs the extra `sweep`."""
-        return self.dataset.to_dataframe().reset_index()
+    def to_dataframe(self, steps: bool = False) -> pandas.DataFrame:
+        """One row for each cell (and element of a result), the axes as columns; needs the extra `sweep`.
+
+        Of generations without what each step gave; `steps=True`: one row for each step, and with it.
+        """
+        found = self.dataset
+        if self.steps and not steps and (self.text is not None or self.values.keys() - self.steps):
+            found = found.drop_vars([name for name in self.steps if name in found])
+        return found.to_dataframe().reset_index()
 
     def heatmap(self, path: str | os.PathLike | None = None, name: str | None = None, **labels: object) -> object:
         """Draw a result of one number a cell over two axes: the first upwards, the second to the right.

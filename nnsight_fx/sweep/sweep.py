@@ -12,12 +12,15 @@ from tqdm.auto import tqdm
 
 from ..engine.clock import listening
 from ..engine.request import Compile
+from ..envoys.envoy import host_of
+from ..generation.loop import option
 from ..lines import user_line
 from ..report.runs import Report, as_one
 from .choice import Choice, checked
 from .executors import Executor, Serial, chosen
 from .job import PROMPT, SweepJob, is_dataset, look
 from .results import Results
+from .steps import TOKENS, texts
 from .store import LONG, Store, manifest
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ def sweep(
     executor: str | Executor | None = None,
     engine: str = "auto",
     progress: bool = True,
+    generate: Mapping[str, object] | None = None,
     compile: Compile = None,
     **options: object,
 ) -> Results:
@@ -76,8 +80,26 @@ def sweep(
         engine: for a model that is compiled (`model.compile()`, `compile=`). "auto" runs the first cells on hooks, and compiles
             where that is likely to take less time than it saves on the rest; "compiled" and "hooks" say so beforehand.
             `model.explain()` tells which it was, and why. Both give the same numbers, but for rounding.
-        progress: show a bar with cells a second and what is left, and what it waits for: capturing, compiling.
+        progress: show a bar with cells (of generations: tokens) a second and what is left, and what it waits for: capturing, compiling.
+        generate: each cell is a generation with these options of `generate`, of which `max_new_tokens` is needed; see below.
         compile: as `model.trace` takes it. Other keywords go to `model.trace`, too.
+
+    **Generations.** With `generate=` the body is that of `model.generate`: it may loop over the steps, and returns nothing, values,
+    or lists of them with one for each step. Cells with prompts of one length run as rows of one loop, on hooks, each with its own body
+    in step with the others; a row leaves at its end. What cannot be a row (beams, a body that looks at a value of the forward that it is
+    in) is a generation of its own, and `model.explain()` says why. Results are `tokens` (int64, the new ones, -1 behind the end), `text`
+    where there is a tokenizer, and what the body returned, lists as `(..., step, ...)` with NaN behind the end. Each row samples from
+    a generator of its own, decided by `seed` and the cell: alone, in any batch and on resume it draws the same.
+
+    ```python
+    def steer(tracer, layer, strength):
+        for step in tracer.iter[:]:
+            model.model.layers[layer].output[:] += strength * vector
+
+    found = model.sweep(steer, prompts, over={"layer": range(4, 20, 4), "strength": [0, 2, 4]}, generate=dict(max_new_tokens=32))
+    found.text                     # array of strings, (prompt, layer, strength)
+    found.to_dataframe()           # one row for each cell
+    ```
 
     Gradients are off. Returns `Results`: on the CPU, first the axes' dimensions, then those of one result.
 
@@ -102,15 +124,17 @@ def sweep(
         raise ValueError(f'{user_line()}: `reduce="mean"` averages over a list of inputs; it is {reduce!r} here.')
     runner = chosen(executor)
     checked(engine)
+    generate = _generation(model, generate, stop)
     model.dispatch()
     items = list(inputs) if many else [inputs]
     looked = [look(model, item) for item in items]
     options = {"compile": compile, **options}
-    job = SweepJob(model, fn, items, axes, options, many, prepare, stop)
+    job = SweepJob(model, fn, items, axes, options, many, prepare, stop, generate=generate)
     job.shapes, job.texts = [shapes for _, shapes, _ in looked], [text for _, _, text in looked]
     kept = None
     if store is not None:
-        about = manifest(model, (fn, prepare), [digest for digest, _, _ in looked], axes, {**options, "stop": stop})
+        further = {"stop": stop} if generate is None else {"stop": stop, "generate": generate}
+        about = manifest(model, (fn, prepare), [digest for digest, _, _ in looked], axes, {**options, **further})
         begun = {"seed": torch.initial_seed() if seed is None else seed, "chunk": chunk or CHUNK}
         kept, job.stored = Store(store, about | begun), True
         seed, chunk = kept.adopt("seed", seed), kept.manifest["chunk"]
@@ -125,10 +149,35 @@ def sweep(
     stacked = {name: torch.stack([found[i][name] for i in range(len(found))]) for name in found[0]}
     shape = [len(values) for values in axes.values()]
     values = {name: rows.reshape(*shape, *rows.shape[1:]) for name, rows in stacked.items()}
-    texts = [textwrap.shorten(item, LONG, placeholder="...") for item in items if isinstance(item, str)]
-    labels = {PROMPT: texts} if many and len(texts) == len(items) else {}
+    prompts = [textwrap.shorten(item, LONG, placeholder="...") for item in items if isinstance(item, str)]
+    labels = {PROMPT: prompts} if many and len(prompts) == len(items) else {}
     results = Results(axes, values, kept.manifest if kept else {}, labels=labels)
+    if generate is not None:
+        results.steps = job.by_step | {TOKENS}
+        tokenizer = getattr(model, "tokenizer", None)
+        results.text = None if tokenizer is None else texts(tokenizer, values[TOKENS])
     return results.mean(PROMPT) if reduce else results
+
+
+def _generation(model: Envoy, given: Mapping[str, object] | None, stop: bool) -> dict | None:
+    """`generate=` of a sweep, with its `max_new_tokens`."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{user_line()}: `generate` is a dict of the options of `generate`; it is {given!r}.")
+    if stop:
+        raise ValueError(
+            f"{user_line()}: `stop=True` ends a forward behind the last site of its body, and a generation needs it whole."
+        )
+    host = host_of(model)
+    host.check_keywords("generate", given, "generate", sweep)
+    most = option(host.module, dict(given), "max_new_tokens")
+    if not isinstance(most, int) or most < 1:
+        what = "is missing" if most is None else f"is {most!r}"
+        raise ValueError(
+            f"{user_line()}: a sweep of generations needs a `max_new_tokens` of at least 1, which is its last axis; it {what}."
+        )
+    return {**given, "max_new_tokens": most}
 
 
 def _run(
@@ -146,12 +195,18 @@ def _run(
         found.update({i: {name: rows[n] for name, rows in results.items()} for n, i in enumerate(cells)})
         plans.update(zip(cells, digests, strict=True))
     todo = [cells for cells in chunks if not found.keys() >= set(cells)]
-    total = len(job.cells)
+    total, each = len(job.cells), job.steps or 1
     runs = iter(())
     if todo:
         runs = runner.run(todo) if isinstance(runner, Choice) else runner.run(job, todo)
     with (
-        tqdm(total=total, initial=len(found), unit="cell", disable=not progress, smoothing=0.1) as bar,
+        tqdm(
+            total=total * each,
+            initial=len(found) * each,
+            unit="tok" if job.steps else "cell",
+            disable=not progress,
+            smoothing=0.1,
+        ) as bar,
         contextlib.ExitStack() as ending,
         listening(bar.set_postfix_str),
     ):
@@ -167,7 +222,7 @@ def _run(
                 rows = {name: torch.stack([r[name] for r in done.results]) for name in done.results[0]}
                 kept.put(cells, rows, done.plans)
                 plans.update(zip(cells, done.plans, strict=True))
-            bar.update(len(cells))
+            bar.update(len(cells) * each)
     if kept is not None:
         kept.finish([plans[cell] for cell in range(total)])
     return found

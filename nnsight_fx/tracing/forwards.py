@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissedSiteError
@@ -22,6 +23,7 @@ class Forwards:
         self.waves: list = []
         self.generation: Any = None  # a function that runs the model many times, forward by forward
         self.generations: list = []  # those that have run, each of an invoke
+        self.begins: Callable | None = None  # makes the generation, where it is not one of its own
         self.start = 0  # the first wave of the open generation
         self.modes: contextlib.AbstractContextManager = contextlib.nullcontext()  # those that a generation runs under
         self.missed: MissedSiteError | None = None
@@ -31,7 +33,7 @@ class Forwards:
         """Begin with the one input of a forward, or of a generation."""
         if self.tracer.fn == "generate":
             saving.catch_up()
-        self.generation = self.tracer.host.generation(self.tracer, first)
+        self.generation = (self.begins or self.tracer.host.generation)(self.tracer, first)
         if self.generation is not None:
             self.modes = stack = contextlib.ExitStack()
             stack.enter_context(ambient.under(self.generation.modes))

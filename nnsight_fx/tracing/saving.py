@@ -43,6 +43,17 @@ def closed(scope: object) -> None:
         _open.stack.remove(scope)
 
 
+def scopes() -> list:
+    """What is open, as a list of its own."""
+    return list(_open.stack)
+
+
+def exchange(stack: list) -> list:
+    """Another line of work goes on, which has `stack` open; returns what was."""
+    old, _open.stack = _open.stack, stack
+    return old
+
+
 def session() -> Any:
     """The innermost open session, or `None`."""
     for scope in reversed(_open.stack):
