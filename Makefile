@@ -8,10 +8,13 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export NNSIGHT_PEER_PYTHON ?= $(CURDIR)/.peer/bin/python
 
-.PHONY: demo test test-torch test-inductor test-slow heavy test-ray test-peer semantics fuzz coverage lint bench bench-figures bench-gpu bench-check clean
+.PHONY: demo demo-steer test test-torch test-inductor test-slow heavy test-ray test-peer semantics fuzz coverage lint bench bench-figures bench-gpu bench-check clean
 
 demo: .venv/.stamp-demo
 	$(BIN)/nnsight-fx demo $(ARGS)
+
+demo-steer: .venv/.stamp-demo
+	$(BIN)/nnsight-fx steer $(ARGS)
 
 test: .venv/.stamp .peer/.stamp
 	$(BIN)/pytest -n 2 --dist loadgroup tests -m "not slow and not gpu" $(ARGS)

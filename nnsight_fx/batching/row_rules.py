@@ -248,6 +248,13 @@ def _gather(call: AtenCall, found: list) -> Dims:
     return call.d if dims == {call.d} and call.axis(call.given["dim"]) != call.d else None
 
 
+def _places(call: AtenCall, found: list) -> Dims:
+    """`x.index_copy(dim, i, y)`: the rows of both stay where the places are not among them."""
+    d, index = call.d, call.given["index"]
+    apart = d is not None and d == call.known.dim(call.given["source"]) and call.known.dim(index) is None
+    return d if apart and call.axis(call.given["dim"]) != d else None
+
+
 def _pad(call: AtenCall, found: list) -> Dims:
     touched = [call.first.dim() - 1 - i // 2 for i, n in enumerate(call.given["pad"]) if n]  # type: ignore[union-attr]
     return call.d if call.d not in touched else None
@@ -300,6 +307,7 @@ def _table() -> dict[str, Callable]:
         "linear": _linear,
         "embedding": _embedding,
         "gather": _gather,
+        "index_copy": _places,
         "constant_pad_nd": _pad,
     }
 

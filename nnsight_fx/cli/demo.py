@@ -68,7 +68,7 @@ class Patching:
 
     def __init__(self, model: LanguageModel, task: Task):
         self.model, self.task = model, task
-        self.layers = list(_blocks(model))
+        self.layers = list(blocks(model))
         self.answer = _one_token(model, "answer", task.answer)
         self.wrong = _one_token(model, "wrong", task.wrong)
         self.clean_ids, self.corrupt_ids = _token_ids(model, task)
@@ -273,7 +273,7 @@ def _write(p: Patching, name: str, scores: torch.Tensor, report: dict[str, objec
     print(f"\nwrote {out / 'heatmap.png'} and {out / 'scores.json'}")
 
 
-def _blocks(model: LanguageModel) -> Envoy:
+def blocks(model: LanguageModel) -> Envoy:
     for path in BLOCKS:
         try:
             return model.get(path)
