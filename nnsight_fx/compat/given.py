@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.fx as fx
 
 from . import shelves
 from .identities import Unlike, Variable
 from .probe import Name
-from .shelves import Held
+from .shelves import Holdings
 from .tensors import tree_map_only
 
 Call = tuple[list[Variable], dict[str, Variable]]  # the arguments
-Told = Any  # nested tuples
 
 EACH = "each block of a model is traced, also where it repeats another"
 _FAKE = Name("torch._subclasses.fake_tensor.FakeTensor", EACH)
@@ -25,7 +22,7 @@ _VARIABLES = [
 NAMES = [_FAKE, *_VARIABLES]
 
 
-def fake() -> Any:
+def fake() -> Variable:
     """The class of Dynamo's fake tensors."""
     return _FAKE()
 
@@ -35,7 +32,7 @@ def classes() -> list[type]:
     return [name() for name in _VARIABLES]
 
 
-def value_of(node: fx.Node) -> Any:
+def value_of(node: fx.Node) -> Variable:
     """The fake value of a node."""
     return node.meta.get("example_value")
 
@@ -63,13 +60,13 @@ def described(x: object) -> object:
     return type(x), tuple(map(_number, x.shape)), where, x.dtype, x.device, x.layout, bits
 
 
-class Given:
+class Arguments:
     """What a call gets: the arguments and what the objects among them held when it began, and the nodes of all tensors.
 
     The objects that the model has made are numbered as they are met. So where two calls are told alike, what one of them finds,
     also by `a is b`, is what the other one does, with the objects of the same numbers."""
 
-    def __init__(self, call: Call, held: Held):
+    def __init__(self, call: Call, held: Holdings):
         self.held = held
         self.nodes: list[fx.Node] = []
         self.kinds: dict[fx.Node, object] = {}
@@ -97,15 +94,18 @@ class Given:
             raise Unlike(f"an object that is {type(value).__name__}")
         return self.numbers[value]
 
-    def tell(self, value: Variable) -> Told:
+    def tell(self, value: Variable) -> object:
         """A value as something to compare."""
         tensor, number, constant, several = classes()
+        value = shelves.known(value)
+        if value in self.held.of and (type(value) is tensor or type(value) is number):
+            raise Unlike("a tensor with attributes of the model's")
         if type(value) is several:
             return tuple(self.tell(item) for item in value.items)
         if type(value) is constant:
             return type(value.value), value.value, repr(value.value)
         if getattr(value, "source", None) is not None:  # an object that the model had before: the very same
-            if isinstance(vars(value).get("value"), torch.nn.Module):  # by which a block may get at any other
+            if shelves.is_module(value):  # by which a block may get at any other
                 raise Unlike("an argument that is a module")
             if type(value) is tensor or type(value) is number:
                 self._note(value)
@@ -119,7 +119,7 @@ class Given:
             return self.nodes.index(node), _number(value.sym_num)
         return self._object(value)
 
-    def _object(self, value: Variable) -> Told:
+    def _object(self, value: Variable) -> object:
         known = self.numbers.get(value)
         if known is not None:
             return "object", known

@@ -19,11 +19,11 @@ import torch.fx as fx
 from . import given as gave
 from . import shelves
 from .copies import NOWHERE, Rerooted, Values
-from .given import Call, Given, classes, described, only_fakes, value_of
+from .given import Arguments, Call, classes, described, only_fakes, value_of
 from .guards import TABLE
 from .identities import Identities, Looking, Translator, Unlike, Variable, named
 from .probe import Name
-from .shelves import Held, Watch
+from .shelves import Holdings, Tally
 from .transformers import COLLECTING
 
 if TYPE_CHECKING:
@@ -147,14 +147,14 @@ class Beginning:
 
     @_known_to_us
     def __init__(self, tx: Translator, source: Source, call: Call):
-        self.source, self.ambient, self.state, self.held = source, _ambient(tx), _state(tx), Held(tx)
+        self.source, self.ambient, self.state, self.held = source, _ambient(tx), _state(tx), Holdings(tx)
         self.before = _last(tx)
         if self.before is None:
             raise Unlike("nothing comes before it")
         self.recorded = _recorded(tx)
-        self.values = Given(call, self.held)
+        self.values = Arguments(call, self.held)
         self.values.follow()
-        self.watch = Watch(self.values.lists)
+        self.watch = Tally(self.values.lists)
 
     @_known_to_us
     def ended(self, tx: Translator, out: Variable) -> Stretch:
@@ -191,7 +191,7 @@ class Stretch:
         self.state, self.nodes, self.out = begun.state, nodes, out
         self.taken = [(self.values.number(listed), key) for listed, key in begun.watch.taken]
         self.got = self._got(tx, self.values, lambda key: key)
-        self.writes = [(self.values.number(each), *rest) for each, *rest in begun.held.changed(Held(tx))]
+        self.writes = [(self.values.number(each), *rest) for each, *rest in begun.held.changed(Holdings(tx))]
         for made in (out, *(value for *_, value in self.writes)):  # can it be made again
             self._made_of(made, self.values, lambda _, old: old)
         reroot = Rerooted(self.source, NOWHERE)
@@ -215,7 +215,9 @@ class Stretch:
         look = Looking(tx)
         built = {source for _, source in self.inputs}
         keys = {key for _, key in self.taken if not isinstance(key, int)}
-        chosen = {key for key in keys if not shelves.looked_at(tx, key)}  # numbers that say what is taken, and nothing else
+        chosen = {
+            key for key in keys if not shelves.looked_at(tx, key)
+        }  # numbers that say what is taken, and nothing else
         for guard in tx.output.guards:
             source, kind = guard.originating_source, guard.create_fn_name()
             if reroot(source) == source or TABLE.search(guard.name):  # of another thing; of our own hooks
@@ -234,12 +236,12 @@ class Stretch:
             wanted = check.get_metadata_fn(guard, value)
             yield guard, functools.partial(_passes, check.eval_fn, wanted, type(value) if kind in _EXACT else None)
 
-    def _got(self, tx: Translator, given: Given, reroot: Callable[[Source], Source]) -> list:
+    def _got(self, tx: Translator, given: Arguments, reroot: Callable[[Source], Source]) -> list:
         """What a block takes from the lists that it was given."""
         look, told = Looking(tx), []
         for number, key in self.taken:
-            place = key if isinstance(key, int) else reroot(key)
-            position = key if isinstance(key, int) else look.at(place)
+            place: shelves.Key = key if isinstance(key, int) else reroot(key)
+            position = place if isinstance(place, int) else look.at(place)
             if type(position) is not int:
                 raise Unlike(f"no whole number at {place}")
             told.append(given.tell(shelves.take(given.objects[number], place, position)))
@@ -250,7 +252,7 @@ class Stretch:
         """The stretch once more, for the module at `source`: its result. `retold` gives the arguments of a copied node.
 
         `Unlike` if it does not hold there; the graph computes what it did then."""
-        given, reroot = Given(call, Held(tx)), Rerooted(self.source, source)
+        given, reroot = Arguments(call, Holdings(tx)), Rerooted(self.source, source)
         if (
             given.told != self.values.told
             or self._got(tx, given, reroot) != self.got
@@ -330,7 +332,7 @@ class Stretch:
             nodes[node] = made
 
     def _result(
-        self, tx: Translator, nodes: dict[fx.Node, fx.Node], variables: dict[fx.Node, Variable], given: Given
+        self, tx: Translator, nodes: dict[fx.Node, fx.Node], variables: dict[fx.Node, Variable], given: Arguments
     ) -> Variable:
         """What the block gives; what it changes is then changed."""
 
@@ -350,7 +352,7 @@ class Stretch:
             tx.output.side_effects.store_attr(given.objects[number], name, value, how)
         return out
 
-    def _made_of(self, out: Variable, given: Given, variable: Callable[[fx.Node, Variable], Variable]) -> Variable:
+    def _made_of(self, out: Variable, given: Arguments, variable: Callable[[fx.Node, Variable], Variable]) -> Variable:
         """A value of the same structure, with other tensors and objects."""
         tensor, _, constant, several = classes()
         if type(out) is tensor:
@@ -373,5 +375,3 @@ def _recorded(tx: Translator) -> list[tuple[fx.Node, bool]]:
 def _passes(test: Callable, wanted: object, kind: type | None, value: object) -> bool:
     exact = kind is None or (type(value) is kind and repr(value) == repr(wanted))
     return exact and bool(test(value, wanted))
-
-

@@ -14,6 +14,8 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch.nn as nn
+
 from .identities import Translator, Unlike, Variable
 from .probe import Name
 
@@ -30,6 +32,7 @@ _HANDLERS = Name("torch._dynamo.variables.BuiltinVariable.call_function_handler_
 _OBJECT = Name("torch._dynamo.variables.UserDefinedObjectVariable", EACH)
 _CONSTANT = Name("torch._dynamo.variables.ConstantVariable", EACH)
 _UNREAD = Name("torch._dynamo.variables.lazy.LazyConstantVariable", EACH)
+_LAZY = Name("torch._dynamo.variables.lazy.LazyVariableTracker", EACH)
 _NEW = Name("torch._dynamo.variables.base.AttributeMutationNew", EACH)
 _NEW_LIST = Name("torch._dynamo.variables.base.ValueMutationNew", EACH)
 _INSTALL = Name("torch._dynamo.guards.install_guard", EACH)
@@ -38,21 +41,35 @@ _STORE = Name("torch._dynamo.side_effects.SideEffects.store_attr_mutations", EAC
 _HOW = Name("torch._dynamo.side_effects.SideEffects.attr_mutation_kinds", EACH)
 _CACHED = Name("torch._dynamo.output_graph.OutputGraph.variable_tracker_cache", EACH)
 
-_watches: weakref.WeakKeyDictionary[Variable, list[Watch]] = weakref.WeakKeyDictionary()
+_watches: weakref.WeakKeyDictionary[Variable, list[Tally]] = weakref.WeakKeyDictionary()
 
 
 def is_object(value: Variable) -> bool:
     """Is it an object that the model has made while it was traced, of a class of its own?"""
     if type(value) is not _OBJECT() or type(value.mutation_type) is not _NEW() or value.source is not None:
         return False
-    return getattr(value, "_base_vt", None) is None and not getattr(value.value, "__dict__", None)  # Dynamo notes what it holds
+    return getattr(value, "_base_vt", None) is None and not getattr(
+        value.value, "__dict__", None
+    )  # Dynamo notes what it holds
 
 
 def is_list(value: Variable) -> bool:
     """Is it a list of such objects, and made there, too?"""
-    if _LIST() is None or _LENGTH() is None or type(value) not in (_plain_list(), _shelf()):
+    if not _complete() or type(value) not in (_plain_list(), _shelf()):
         return False
     return type(value.mutation_type) is _NEW_LIST() and value.source is None and all(map(is_object, contents(value)))
+
+
+def known(value: Variable) -> Variable:
+    """A variable as it is, where Dynamo has looked at it."""
+    return value.unwrap() if issubclass(type(value), _LAZY() or ()) else value
+
+
+def is_module(value: Variable) -> bool:
+    """Does it stand for a module of the model's?"""
+    if issubclass(type(value), _LAZY() or ()) and not value.is_realized():
+        return issubclass(value.peek_type(), nn.Module)
+    return isinstance(vars(value).get("value"), nn.Module)
 
 
 def contents(listed: Variable) -> list[Variable]:
@@ -60,7 +77,7 @@ def contents(listed: Variable) -> list[Variable]:
     return vars(listed)["items"]
 
 
-class Held:
+class Holdings:
     """What the objects that a model has made hold at one moment."""
 
     def __init__(self, tx: Translator):
@@ -75,7 +92,7 @@ class Held:
                 self.of[each], self.how[each] = dict(attributes), dict(how.get(each, {}))
         self.objects = set(map(id, effects.id_to_variable.values()))
 
-    def changed(self, later: Held) -> Iterator[tuple[Variable, str, object, Variable]]:
+    def changed(self, later: Holdings) -> Iterator[tuple[Variable, str, object, Variable]]:
         """What objects that were there before hold later: the object, the name, how it was set, the value."""
         for each, attributes in later.of.items():
             if each not in self.of and id(each) not in self.objects:
@@ -87,7 +104,7 @@ class Held:
                     yield each, name, kind, value
 
 
-class Watch:
+class Tally:
     """Notes what is taken from lists, until it is closed."""
 
     def __init__(self, lists: list[Variable]):
@@ -130,6 +147,13 @@ def looked_at(tx: Translator, source: Source) -> bool:
     """Has anything looked at the number at a place, but for a list that is watched?"""
     cached = _CACHED.of(tx.output)
     return cached is None or source in cached
+
+
+@functools.cache
+def _complete() -> bool:
+    """Has this torch all that it takes?"""
+    names = (_LIST, _LENGTH, _BUILTIN, _HANDLERS, _OBJECT, _CONSTANT, _UNREAD, _NEW, _NEW_LIST, _INSTALL, _MATCH)
+    return all(name() is not None for name in names)
 
 
 @functools.cache
