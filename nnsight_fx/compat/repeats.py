@@ -353,9 +353,9 @@ class Stretch:
         return out
 
     def _made_of(self, out: Variable, given: Arguments, variable: Callable[[fx.Node, Variable], Variable]) -> Variable:
-        """A value of the same structure, with other tensors and objects."""
-        tensor, _, constant, several = classes()
-        if type(out) is tensor:
+        """A value of the same structure, with other tensors, numbers and objects."""
+        tensor, number, constant, several = classes()
+        if type(out) is tensor or type(out) is number:
             return variable(out.as_proxy().node, out)
         if type(out) is several:
             return several([self._made_of(item, given, variable) for item in out.items])

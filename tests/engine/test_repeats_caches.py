@@ -218,6 +218,32 @@ def test_a_shared_layer_is_read():
     assert compared(block(kept), change=change) == N - 2
 
 
+def test_lengths_that_vary():
+    """A layer counts what it has seen: a number that is known when the graph runs."""
+
+    def kept(b, x, cache):
+        layer = cache.layers[b.index]
+        layer.seen = getattr(layer, "seen", 0) + x.shape[1]
+        return layer.update(x) * (1 / layer.seen)
+
+    found = []
+    for backend in (None, "eager"):
+        torch.manual_seed(0)
+        inner = Stack(block(kept)).requires_grad_(False)
+        for i, b in enumerate(inner.blocks):
+            b.index = i
+        model = NNsight(inner)
+        if backend:
+            model.compile(backend=backend, dynamic=True)
+        for n in (3, 5, 8):
+            with model.trace(torch.ones(2, n, D)):
+                out = nnsight_fx.save(model.output)
+            found.append((out[0], told(out[1], {})))
+    assert model.explain().to_dict()["captures"][-1]["segments"][0]["repeated"] >= N - 2
+    for one, other in zip(found[:3], found[3:], strict=True):
+        assert torch.allclose(one[0], other[0]) and one[1] == other[1]
+
+
 # -- what the number of a block says beside its layer ------------------------------------------------------------
 
 
