@@ -73,11 +73,14 @@ def repeated(tx: Translator, module: Variable, given: tuple[list, dict], trace: 
         begun = compat.repeats.Beginning(tx, source, given)
     except compat.repeats.Unlike:
         return trace()
-    out = trace()
     try:
-        stretch = begun.ended(tx, out)
-    except compat.repeats.Unlike:
-        return out
+        out = trace()
+        try:
+            stretch = begun.ended(tx, out)
+        except compat.repeats.Unlike:
+            return out
+    finally:
+        begun.close()
     kept.append((block, stretch))
     del kept[:-TRIED]
     return out
@@ -125,7 +128,7 @@ def _same_tensors(a: nn.Module, b: nn.Module) -> bool:
     return all(
         getattr(a, table).keys() == getattr(b, table).keys()
         and all(
-            compat.repeats.described(x) == compat.repeats.described(getattr(b, table)[name])
+            compat.given.described(x) == compat.given.described(getattr(b, table)[name])
             for name, x in getattr(a, table).items()
         )
         for table in ("_parameters", "_buffers")
