@@ -18,6 +18,7 @@ from ..capture.marker import active
 from ..capture.markers import Markers
 from ..errors import MissedSiteError, PlanMismatchError
 from ..lines import Line
+from ..passes.linearize import begin
 from ..plan import tree
 from ..plan.ambient import under
 from ..plan.interleave import Firing, Stopped, TensorInterleaver
@@ -26,10 +27,24 @@ from ..plan.lifting import name_of
 from ..plan.names import RANDOM_IN_PLACE
 from ..plan.plan import InterventionGraph, Op
 from ..plan.skips import check_skips, gather
-from ..plan.verbs import Apply, Call, CallModule, Observation, Read, RunBackward, Site, Skip, Sync, Write, place_of_site
+from ..plan.verbs import (
+    Apply,
+    Call,
+    CallModule,
+    Linearize,
+    Observation,
+    Read,
+    RunBackward,
+    Site,
+    Skip,
+    Sync,
+    Write,
+    place_of_site,
+)
 from ..tracing.nested import refuse_nested
 from . import recomputed
 from .how import How
+from .linear import Linear, Recording
 from .missed import check, missed_error
 from .offload import Offload
 from .retained import retain
@@ -69,6 +84,8 @@ class Run(TensorInterleaver):
         self.report: list[str] = []  # why it ran on hooks, where it should not
         self.compiles = self.hits = 0
         self.capture_s = self.compile_s = 0.0  # seconds of this run that went into them
+        self.linear: Linear | None = None  # the derivative of the forward, of a plan that keeps it
+        self.recording = None if plan.linear is None else Recording(plan, next(iter(owner.paths)))
         self.taps = Taps()
         self.offload = Offload()
 
@@ -101,7 +118,14 @@ class Run(TensorInterleaver):
 
     def around(self) -> contextlib.AbstractContextManager:
         """Around the model: what makes its sites call `pass_site`."""
-        return live(self, self.everything)
+        return self.on_hooks()
+
+    @contextlib.contextmanager
+    def on_hooks(self) -> Iterator[None]:
+        """Around a model all of whose sites are live."""
+        kept = contextlib.nullcontext() if self.recording is None else self.recording.around()
+        with live(self, self.everything), kept:
+            yield
 
     def until(self, plan: InterventionGraph, state: ThreadState) -> Callable[[Recorded], Any]:
         """Run as far as the plan's last operation, a sync, needs; returns the look-up of values."""
@@ -323,6 +347,16 @@ class Run(TensorInterleaver):
 
     def differentiate(self, n: int, op: Op, verb: RunBackward) -> None:
         self.taps.differentiate(self, n, op, verb)
+
+    def source(self, value: Value) -> None:
+        assert self.recording is not None
+        begin(self.recording.begun, value, self.env[value])
+
+    def linearize(self, n: int, op: Op, verb: Linearize) -> None:
+        assert self.recording is not None
+        (targets, sources), _ = self.arguments(op)
+        self.linear = self.recording.end(self.lines, list(targets), list(sources))
+        self.stopping = True
 
     def constant(self, key: Outside) -> Any:
         return self.symbols_value(key.expr) if isinstance(key, SizeExpr) else self.constants[key.slot]

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn as nn
 
 from ..batching.session import Session
+from ..derivatives.verbs import Pullback, jacobian, jvp, vjp
 from ..engine.request import Compile
 from ..envoys.envoy import Envoy, path_of
 from ..errors import NestedTraceError, UnknownModuleError, nearest
@@ -209,6 +210,21 @@ class NNsight(Edits, Envoy):
     def harvest(self, dataset: Iterable, sites: object, out: Any, **options: Any) -> Activations:
         self._check_options("harvest", harvest, options)
         return harvest(self, dataset, sites, out, **options)
+
+    @keywords.shows(vjp)
+    def vjp(self, fn: Callable[..., object], inputs: object, /, **options: Any) -> tuple[Any, Pullback]:
+        self._check_options("vjp", vjp, options)
+        return vjp(self, fn, inputs, **options)
+
+    @keywords.shows(jvp)
+    def jvp(self, fn: Callable[..., object], inputs: object, tangents: object, /, **options: Any) -> tuple[Any, Any]:
+        self._check_options("jvp", jvp, options)
+        return jvp(self, fn, inputs, tangents, **options)
+
+    @keywords.shows(jacobian)
+    def jacobian(self, fn: Callable[..., object], inputs: object, /, **options: Any) -> Any:
+        self._check_options("jacobian", jacobian, options)
+        return jacobian(self, fn, inputs, **options)
 
     def program(self, fn: Callable[..., object], *, stop: bool = False, **options: object) -> Program:
         """`fn(tracer, *args)` as a function `program(inputs, *args)`, recorded once for each kind of input; see `Program`.

@@ -17,6 +17,7 @@ from ...capture.marker import WHOLE, is_marker, marker_of, supply
 from ...capture.segment import Segment
 from ...compat.tensors import memory, whole
 from ...errors import PlanMismatchError
+from ...passes.linearize import Derivative
 from ...passes.job import (
     CutSite,
     Job,
@@ -58,6 +59,7 @@ class Variant:
     )  # the tail's inputs: a place in the outputs, or ("leaf", i)
     report: list[tuple[str, int, int]] = field(default_factory=list)
     requires: list[bool] | None = None  # of a graph with its own backward: the outputs that require grad in eager
+    linear: Derivative | None = None  # of a plan that keeps it: what it takes are the last outputs
     accumulates: list[int] = field(default_factory=list)  # the inputs whose gradients are further outputs
     ends: bool = False  # does the run end with it: the plan stops the model here
     whole: bool = False  # is the one leaf of the cut site its value
@@ -221,6 +223,8 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
     job.skeleton = job.inputs = None  # they know the run, and the variant, which knows the job, outlives that
     if job.differentiates and not run.plan.backs <= job.exit.done:
         raise NotDifferentiable("the loss is not in the first captured segment")
+    if run.plan.linear is not None and run.plan.linear not in job.exit.done:
+        raise NotDifferentiable("a target or a source is not in the first captured segment")
     with (
         compat.graphs.tracing(segment.context),
         torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None),
@@ -246,6 +250,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         unread=job.unread and job.cut is None,
         fresh=run.closed and not (run.counts or run.env or run.done or aliases),
         requires=job.requires,
+        linear=job.linear,
         accumulates=job.accumulates,
         constants=following.following(run, fakes, job.takes),
     )

@@ -1,0 +1,80 @@
+"""The derivative of a captured forward: one graph, which `torch.func.vmap` makes one of many cotangents, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ... import compat
+from ...passes.linearize import Derivative
+from ..linear import Linear, Tensors, padded
+from .builder import Builder
+
+BUILT = 16  # compiled derivatives kept a forward: one for each number of cotangents and sizes of the input
+
+
+class ByGraph(Linear):
+    """The derivative of one run of a compiled forward."""
+
+    def __init__(self, of: Derivative, inputs: list, outputs: list, builder: Builder, report: list[str]):
+        held = {"input": inputs, "output": outputs}
+        kept = [held[where][i] for where, i in of.kept]
+        super().__init__(outputs[of.own : of.own + of.targets])
+        self.of, self.kept, self.builder, self.report = of, kept, builder, report
+
+    def pull(self, cotangents: Tensors) -> Tensors:
+        return self._run("pull", cotangents)
+
+    def push(self, tangents: Tensors) -> Tensors:
+        return self._run("push", tangents)
+
+    def _run(self, way: str, given: Tensors) -> Tensors:
+        """Many at once, by the graph of the fewest that are enough."""
+        n = len(given[0])
+        sizes = tuple((tuple(x.shape), x.stride()) if isinstance(x, torch.Tensor) else x for x in self.kept)
+        known = sorted(rows for w, s, rows in self.of.built if (w, s) == (way, sizes) and n <= rows <= 2 * n)
+        rows = known[0] if known else n
+        key = (way, sizes, rows)
+        given = [padded(x, rows).contiguous() for x in given]
+        tensors = [x for x in self.kept if isinstance(x, torch.Tensor)]
+        if key not in self.of.built:
+            if len(self.of.built) >= BUILT:
+                self.of.built.pop(next(iter(self.of.built)))
+            self.of.built[key] = self._build(way, tensors, given)
+        with torch.no_grad():
+            found = self.of.built[key](*tensors, *given)
+        return [x[:n] for x in found]
+
+    def _build(self, way: str, tensors: Tensors, given: Tensors) -> Callable:
+        """The graph of one cotangent as a graph of as many as are given."""
+        mode = compat.fakes.FakeTensorMode(allow_non_fake_inputs=True)
+        context, compiles = compat.graphs.new_context(mode)
+        fakes = [mode.from_tensor(x.detach()) for x in (*tensors, *given)]
+        of, kept, values = self.of.graph, self.kept, [mode.from_tensor(x) for x in self.values]
+
+        def whole(held: Tensors) -> list:
+            rest = iter(held)
+            return [next(rest) if isinstance(x, torch.Tensor) else x for x in kept]
+
+        def many(*args: torch.Tensor) -> Any:
+            held, own = whole(list(args[: len(tensors)])), args[len(tensors) :]
+            one = lambda *cotangents: of(*held, *cotangents)  # noqa: E731
+            if way == "push":
+                one = transposed(one, values)
+            return list(torch.func.vmap(one)(*own))
+
+        with mode, torch.no_grad():
+            traced = compat.graphs.make_fx(many)(*fakes)
+        traced.graph.eliminate_dead_code()
+        traced.recompile()
+        with compiles, torch.no_grad():
+            return self.builder.build(traced, lambda: fakes, self.report)
+
+
+def transposed(pull: Callable[..., Any], targets: Tensors) -> Callable[..., Any]:
+    """The backward is linear in its cotangents, so its own derivative by them is the transpose."""
+    _, push = torch.func.vjp(pull, *(torch.zeros_like(x) for x in targets))
+    return lambda *tangents: push(tangents)
