@@ -58,6 +58,7 @@ AOT_LATER = {
     "test_sessions",
     "test_small_verbs",
     "test_source",
+    "test_vjp",
     "test_source_models",
     "test_state",
     "test_strategies",

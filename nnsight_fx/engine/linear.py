@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..compat.modes import quiet_vmap
 from ..passes.frozen import Frozen
 from ..passes.linearize import Begun, check
 from ..plan.plan import InterventionGraph
@@ -71,8 +71,7 @@ class ByAutograd(Linear):
 
         if self.one_by_one is None:
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "There is a performance drop")
+                with quiet_vmap():
                     return grad(given, True)
             except torch.OutOfMemoryError:
                 raise
@@ -80,10 +79,9 @@ class ByAutograd(Linear):
                 if "allocate memory" in str(error):
                     raise
                 why = error
-            rows = [grad([g[n] for g in given], False) for n in range(len(given[0]))]
+            grad([g[0] for g in given], False)  # its own error, if it is no matter of `vmap`
             self.one_by_one = f"{type(why).__name__}: {str(why).strip().splitlines()[0]}"
-        else:
-            rows = [grad([g[n] for g in given], False) for n in range(len(given[0]))]
+        rows = [grad([g[n] for g in given], False) for n in range(len(given[0]))]
         return [torch.stack(each) for each in zip(*rows, strict=True)]
 
 

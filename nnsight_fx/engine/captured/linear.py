@@ -53,28 +53,38 @@ class ByGraph(Linear):
         mode = compat.fakes.FakeTensorMode(allow_non_fake_inputs=True)
         context, compiles = compat.graphs.new_context(mode)
         fakes = [mode.from_tensor(x.detach()) for x in (*tensors, *given)]
-        of, kept, values = self.of.graph, self.kept, [mode.from_tensor(x) for x in self.values]
+        of, kept = self.of.graph, self.kept
 
         def whole(held: Tensors) -> list:
             rest = iter(held)
             return [next(rest) if isinstance(x, torch.Tensor) else x for x in kept]
 
-        def many(*args: torch.Tensor) -> Any:
-            held, own = whole(list(args[: len(tensors)])), args[len(tensors) :]
-            one = lambda *cotangents: of(*held, *cotangents)  # noqa: E731
-            if way == "push":
-                one = transposed(one, values)
-            return list(torch.func.vmap(one)(*own))
+        def single(*args: torch.Tensor) -> Any:
+            return of(*whole(list(args[: len(tensors)])), *args[len(tensors) :])
 
-        with mode, torch.no_grad():
-            traced = compat.graphs.make_fx(many)(*fakes)
+        with mode, torch.no_grad(), compat.modes.quiet_vmap():
+            one = single if way == "pull" else self._transposed(single, fakes[: len(tensors)])
+            many = torch.func.vmap(one, in_dims=(*[None] * len(tensors), *[0] * len(given)))
+            traced = compat.graphs.make_fx(lambda *args: list(many(*args)))(*fakes)
         traced.graph.eliminate_dead_code()
         traced.recompile()
         with compiles, torch.no_grad():
             return self.builder.build(traced, lambda: fakes, self.report)
 
+    def _transposed(self, pull: Callable[..., Any], held: Tensors) -> Callable[..., Any]:
+        """The backward is linear in its cotangents, so its own derivative by them is the transpose."""
+        values = [torch.empty_like(x, device=x.device) for x in self.values]
+        table = compat.graphs.written_out(self.of.graph.graph)
+        plain = compat.graphs.make_fx(pull, table)(*held, *values)
+        like = [torch.empty_like(x) for x in plain(*held, *values)]
 
-def transposed(pull: Callable[..., Any], targets: Tensors) -> Callable[..., Any]:
-    """The backward is linear in its cotangents, so its own derivative by them is the transpose."""
-    _, push = torch.func.vjp(pull, *(torch.zeros_like(x) for x in targets))
-    return lambda *tangents: push(tangents)
+        def push(*args: torch.Tensor) -> list:
+            zeros = [torch.zeros_like(x, requires_grad=True) for x in values]
+            with torch.enable_grad():
+                found = plain(*args[: len(held)], *zeros)
+                moved = [n for n, x in enumerate(found) if x.requires_grad]
+                tangents = args[len(held) :]
+                back = [found[n] for n in moved], zeros, [tangents[n] for n in moved]
+                return list(torch.autograd.grad(*back, allow_unused=True, materialize_grads=True))
+
+        return compat.graphs.make_fx(push)(*held, *like)
