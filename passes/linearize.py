@@ -60,7 +60,7 @@ class Derivative:
     """The derivative of a compiled forward. `graph(*kept, *cotangents)` gives the sources' gradients."""
 
     graph: fx.GraphModule
-    kept: list[tuple[str, int]]  # what it takes of the forward: ("input", i), or ("output", i) behind the forward's own
+    kept: list[tuple[str, int, bool]]  # what it takes of the forward: ("input" or "output", which); is it the number in that tensor
     targets: int  # the first outputs behind the forward's own are the targets
     own: int  # how many outputs the forward has of its own
     built: dict = field(default_factory=dict)  # as it was compiled for numbers of cotangents
@@ -137,9 +137,11 @@ def _split(gm: fx.GraphModule, flow: Forward) -> Derivative:
             else:
                 with made.inserting_before(first):
                     twins[node] = made.placeholder(f"kept_{len(kept)}")
-                if node not in inputs:
-                    own.append(node)
-                kept.append(("input", inputs[node]) if node in inputs else ("output", len(own) - 1))
+                number = node.target is torch.ops.aten._local_scalar_dense.default  # no compiler gives it as an output
+                held = node.all_input_nodes[0] if number else node
+                if held not in inputs and held not in own:
+                    own.append(held)
+                kept.append(("input", inputs[held], number) if held in inputs else ("output", own.index(held), number))
         return twins[node]
 
     first = None

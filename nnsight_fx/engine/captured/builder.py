@@ -43,6 +43,13 @@ class Builder:
         try:
             with compat.inductor.keeping_draws():
                 further = 0 if self.options.backend == "aot_eager" else give_out(gm)
+                try:
+                    return without(self._compiled(gm, inputs()), further)
+                except Exception as error:
+                    if not compat.dynamo.restarts(error):
+                        raise
+                gm = torch.fx.GraphModule(spare, copy.deepcopy(spare.graph))
+                further = 0 if self.options.backend == "aot_eager" else give_out(gm)
                 return without(self._compiled(gm, inputs()), further)
         except torch.OutOfMemoryError:
             raise

@@ -21,7 +21,7 @@ class ByGraph(Linear):
 
     def __init__(self, of: Derivative, inputs: list, outputs: list, builder: Builder, report: list[str]):
         held = {"input": inputs, "output": outputs}
-        kept = [held[where][i] for where, i in of.kept]
+        kept = [held[where][i].item() if number else held[where][i] for where, i, number in of.kept]
         super().__init__(outputs[of.own : of.own + of.targets])
         self.of, self.kept, self.builder, self.report = of, kept, builder, report
 

@@ -356,7 +356,7 @@ NUMBERS = {"int": torch.int64, "float": torch.float64} | {name: dtype for dtype,
 
 def raw_numbers(run: SplicedRun) -> bool:
     """Are lifted numbers given as they are? A graph that is traced once more, for its backward, would keep the first ones."""
-    return run.capture.options.backend == "eager" and not run.plan.backs
+    return run.capture.options.backend == "eager" and not run.plan.backs and run.plan.linear is None
 
 
 def number(take: TakesConstant, value: object) -> torch.Tensor:
