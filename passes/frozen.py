@@ -37,7 +37,7 @@ PIECES = _names("chunk split tensor_split unbind getitem narrow select")
 SUMS = _names("mean var")
 ROOTS = _names("sqrt rsqrt pow")
 WIDTHS = _names("std norm vector_norm")
-ARITHMETIC = _names("add radd iadd sub rsub isub mul rmul imul div truediv rtruediv pow clamp clamp_min clamp_max maximum minimum")
+ARITHMETIC = _names("add radd iadd sub rsub isub mul rmul imul div truediv rtruediv pow square clamp clamp_min clamp_max maximum minimum")
 ACTIVATIONS = _names(
     "silu gelu relu relu6 leaky_relu elu celu selu mish sigmoid tanh softplus hardswish hardsigmoid hardtanh logsigmoid "
     "softsign prelu"
@@ -84,7 +84,7 @@ class Frozen(TorchFunctionMode):
         cut = self._cut(name, tensors, given)
         if cut is not None:
             if cut is tensors[0] and _in_place(func):  # what it was is constant, and it is the product from here on
-                return tensors[0].copy_(torch.mul(cut.detach(), tensors[1]))
+                return cut.copy_(cut.detach().clone() * tensors[1])
             args, kwargs = _without(cut, (args, kwargs))
         out = func(*args, **kwargs)
         if cut is None:
@@ -157,7 +157,7 @@ def _combined(name: str, given: list[Mark]) -> Mark:
     """What arithmetic makes of its arguments: of numbers and of values of one origin it makes the same once more."""
     origins = {id(m.origin): m.origin for m in given}
     origin = next(iter(origins.values())) if len(origins) == 1 else None
-    active = origin is not None and (name == "pow" or any(m.active for m in given))
+    active = origin is not None and (name in ("pow", "square") or any(m.active for m in given))
     made = replace(PLAIN, origin=origin, active=active) if origin is not None else PLAIN
     if len(given) == 1 or name in ("clamp", "maximum", "add"):
         made = replace(made, squares=given[0].squares, width=given[0].width)
@@ -220,6 +220,10 @@ def _rms_norm(func: Callable, x: Any, normalized_shape: Any, weight: Any = None,
     return _scaled(wide, torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps), weight, None, x.dtype)
 
 
+def _normalize(func: Callable, x: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    return x / x.detach().norm(p, dim, keepdim=True).clamp_min(eps)
+
+
 def _glu(func: Callable, x: Any, dim: int = -1) -> Any:
     a, b = x.chunk(2, dim)
     return a * F.sigmoid(b).detach()
@@ -229,5 +233,6 @@ WHOLE: dict[str, tuple[str, Callable]] = {
     "scaled_dot_product_attention": ("attention", _attention),
     "layer_norm": ("norms", _layer_norm),
     "rms_norm": ("norms", _rms_norm),
+    "normalize": ("norms", _normalize),
     "glu": ("gates", _glu),
 }
