@@ -23,8 +23,8 @@ from .erase import erase
 from .expose import expose
 from .functionalize import functionalize
 from .job import CutSite, Job, Progress
-from .linearize import linearize
 from .lift_constants import lift_constants
+from .linearize import linearize
 from .narrow import narrow
 from .prune import prune
 from .read_positions import read_positions

@@ -14,7 +14,18 @@ from nnsight_fx.compat.modes import SET_GRAD, enter_autocast, exit_autocast
 from nnsight_fx.plan.interleave import Cut, Firing, Interleaver
 from nnsight_fx.plan.keys import NumberSlot, Outside, Recorded, SizeExpr, TensorSlot, Value
 from nnsight_fx.plan.plan import Op, fx_target
-from nnsight_fx.plan.verbs import Call, CallModule, Linearize, Observation, Read, RunBackward, Site, Skip, StopRun, Visit
+from nnsight_fx.plan.verbs import (
+    Call,
+    CallModule,
+    Linearize,
+    Observation,
+    Read,
+    RunBackward,
+    Site,
+    Skip,
+    StopRun,
+    Visit,
+)
 
 from ..plan.skips import skip_of
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable

@@ -7,7 +7,7 @@ graph. So what is frozen cannot differ between them. It goes by what flows where
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +37,9 @@ PIECES = _names("chunk split tensor_split unbind getitem narrow select")
 SUMS = _names("mean var")
 ROOTS = _names("sqrt rsqrt pow")
 WIDTHS = _names("std norm vector_norm")
-ARITHMETIC = _names("add radd iadd sub rsub isub mul rmul imul div truediv rtruediv pow square clamp clamp_min clamp_max maximum minimum")
+ARITHMETIC = _names(
+    "add radd iadd sub rsub isub mul rmul imul div truediv rtruediv pow square clamp clamp_min clamp_max maximum minimum"
+)
 ACTIVATIONS = _names(
     "silu gelu relu relu6 leaky_relu elu celu selu mish sigmoid tanh softplus hardswish hardsigmoid hardtanh logsigmoid "
     "softsign prelu"
@@ -64,13 +66,13 @@ class Frozen(TorchFunctionMode):
     def __init__(self, names: tuple[str, ...]):
         super().__init__()
         self.names, self.found = frozenset(names), Counter[str]()
-        self.marks: Any = WeakTensorKeyDictionary()
+        self.marks: MutableMapping[torch.Tensor, Mark] = WeakTensorKeyDictionary()
 
     def missing(self) -> str | None:
         """A part that was asked for and did not come by."""
         return next((name for name in sorted(self.names) if not self.found[name]), None)
 
-    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").strip("_")
         whole = WHOLE.get(name)
@@ -109,16 +111,16 @@ class Frozen(TorchFunctionMode):
         self.found[name] += x is not None
         return x
 
-    def _rooted(self, name: str, args: tuple, given: list[Mark], out: Any) -> Any:
+    def _rooted(self, name: str, args: tuple, given: list[Mark], out: object) -> object:
         """The root of a statistic is a constant."""
         if "norms" not in self.names or name not in ROOTS or not given or not given[0].squares:
             return out
         if name == "pow" and not (len(args) > 1 and args[1] in (0.5, -0.5)):
             return out
         self.found["norms"] += 1
-        return out.detach()
+        return out.detach() if isinstance(out, torch.Tensor) else out
 
-    def _mark(self, name: str, args: tuple, kwargs: dict, given: list[Mark], out: Any) -> None:
+    def _mark(self, name: str, args: tuple, kwargs: dict, given: list[Mark], out: object) -> None:
         outs = [out] if isinstance(out, torch.Tensor) else [x for x in _tensors(out)]
         first = given[0] if given else PLAIN
         for x in outs:
@@ -164,7 +166,7 @@ def _combined(name: str, given: list[Mark]) -> Mark:
     return made
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, tuple | list):
@@ -174,7 +176,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(tuple(value.values()))
 
 
-def _without(x: torch.Tensor, value: Any) -> Any:
+def _without(x: torch.Tensor, value: object) -> Any:
     """Arguments with one of them detached."""
     if value is x:
         return x.detach()
@@ -185,10 +187,14 @@ def _without(x: torch.Tensor, value: Any) -> Any:
     return value
 
 
+Tensor = torch.Tensor
+Function = Callable[..., torch.Tensor]
+
+
 # -- functions that are all of a part -------------------------------------------------------------------------------------
 
 
-def _attention(func: Callable, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+def _attention(func: Function, query: Tensor, key: Tensor, *args: object, **kwargs: object) -> Tensor:
     """The pattern is of queries and keys; the rest is linear in the values."""
     return func(query.detach(), key.detach(), *args, **kwargs)
 
@@ -198,33 +204,46 @@ def _exact(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.half, torch.bfloat16) else x
 
 
-def _scaled(x: torch.Tensor, scale: torch.Tensor, weight: Any, bias: Any, dtype: torch.dtype) -> torch.Tensor:
+def _scaled(
+    x: torch.Tensor, scale: torch.Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     out = x * scale.detach()
     out = out if weight is None else out * weight
     return (out if bias is None else out + bias).to(dtype)
 
 
 def _layer_norm(
-    func: Callable, x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> Any:
+    func: Function,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
     wide = _exact(x)
     centred = wide - wide.mean(dims, keepdim=True)
     return _scaled(centred, torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps), weight, bias, x.dtype)
 
 
-def _rms_norm(func: Callable, x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+def _rms_norm(
+    func: Function,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
     wide = _exact(x)
     eps = torch.finfo(wide.dtype).eps if eps is None else eps
     return _scaled(wide, torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps), weight, None, x.dtype)
 
 
-def _normalize(func: Callable, x: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
+def _normalize(func: Function, x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Tensor:
     return x / x.detach().norm(p, dim, keepdim=True).clamp_min(eps)
 
 
-def _glu(func: Callable, x: Any, dim: int = -1) -> Any:
+def _glu(func: Function, x: Tensor, dim: int = -1) -> Tensor:
     a, b = x.chunk(2, dim)
     return a * F.sigmoid(b).detach()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.fx as fx
@@ -45,7 +44,7 @@ def linearize(gm: fx.GraphModule, job: Job) -> int:
     if not any(n.target is linear for n in gm.graph.nodes):
         return 0
     assert job.inputs is not None
-    flow = Forward(gm, job)
+    flow = ForwardFlow(gm, job)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in job.inputs()]
     with sdpa_kernel([SDPBackend.MATH]):
         traced = traced_by(flow.values, plain)
@@ -60,13 +59,15 @@ class Derivative:
     """The derivative of a compiled forward. `graph(*kept, *cotangents)` gives the sources' gradients."""
 
     graph: fx.GraphModule
-    kept: list[tuple[str, int, bool]]  # what it takes of the forward: ("input" or "output", which); is it the number in that tensor
+    kept: list[
+        tuple[str, int, bool]
+    ]  # what it takes of the forward: ("input" or "output", which); is it the number in that tensor
     targets: int  # the first outputs behind the forward's own are the targets
     own: int  # how many outputs the forward has of its own
     built: dict = field(default_factory=dict)  # as it was compiled for numbers of cotangents
 
 
-class Forward(fx.Interpreter):
+class ForwardFlow(fx.Interpreter):
     """The graph as a function of its inputs, with the gradients of the sources."""
 
     def __init__(self, gm: fx.GraphModule, job: Job):
@@ -115,7 +116,7 @@ class Forward(fx.Interpreter):
         return [*targets, *found]
 
 
-def _split(gm: fx.GraphModule, flow: Forward) -> Derivative:
+def _split(gm: fx.GraphModule, flow: ForwardFlow) -> Derivative:
     """Take out of a graph what depends on the cotangents."""
     graph, output = gm.graph, gm.graph.output_node()
     outputs: list = list(output.args[0])  # type: ignore[arg-type]
@@ -132,7 +133,7 @@ def _split(gm: fx.GraphModule, flow: Forward) -> Derivative:
     def taken(node: fx.Node) -> fx.Node:
         """A node of the forward, as the derivative has it."""
         if node not in twins:
-            if node.op == "get_attr" or (_is_view(node) and not depend.keys() & set(node.all_input_nodes)):
+            if node.op == "get_attr" or (_looks_at_one(node) and not depend.keys() & set(node.all_input_nodes)):
                 twins[node] = made.node_copy(node, taken)  # a view of what is kept takes no memory, and no output
             else:
                 with made.inserting_before(first):
@@ -162,7 +163,7 @@ def _split(gm: fx.GraphModule, flow: Forward) -> Derivative:
     return Derivative(derivative, kept, targets, flow.own)
 
 
-def _is_view(node: fx.Node) -> bool:
+def _looks_at_one(node: fx.Node) -> bool:
     """Does a node look at one tensor in another way, with nothing else that the forward computes?"""
     if not isinstance(node.target, OpOverload) or len(node.all_input_nodes) != 1:
         return False
@@ -173,7 +174,9 @@ def _is_view(node: fx.Node) -> bool:
 # -- shared with the hook engine ------------------------------------------------------------------------------------------
 
 
-Begun = dict[Value, tuple[torch.Tensor, int]]  # the sources that there are, and how often each had been changed in place
+Begun = dict[
+    Value, tuple[torch.Tensor, int]
+]  # the sources that there are, and how often each had been changed in place
 
 
 def begin(begun: Begun, value: Value, x: torch.Tensor) -> torch.Tensor:
@@ -231,7 +234,7 @@ def _told(plan: InterventionGraph, lines: Sequence, key: object) -> str:
 
 def _reached(targets: list[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
     """Does autograd's graph lead from some targets to a value?"""
-    seen: set[tuple[Any, int]] = set()
+    seen: set[tuple[object, int]] = set()
     leaf: set[int] = {id(x) for x in targets}
     left = [(x.grad_fn, x.output_nr) for x in targets if x.grad_fn is not None]
     visited = set()

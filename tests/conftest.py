@@ -39,6 +39,7 @@ AOT_LATER = {
     "test_draws",
     "test_edit_files",
     "test_generation_by_invoke",
+    "test_freeze",
     "test_gradients",
     "test_harvest",
     "test_indexing",

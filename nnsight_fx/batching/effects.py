@@ -16,7 +16,6 @@ from ..plan.tree import PLAIN
 from ..scan.scan import callee, scan
 
 
-
 class Effect(NamedTuple):
     """What a forward does, in words: was it seen to draw numbers or to change a tensor of the model's, and whatever counts as that."""
 

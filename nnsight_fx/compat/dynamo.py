@@ -26,7 +26,8 @@ _LOOKUP = Name(
     "graphs are compiled by `torch.compile`, which captures them once more",
 )
 _RESTART = Name(
-    "torch._dynamo.exc.TensorifyScalarRestartAnalysis", "a graph in which a float has become a constant is compiled by `aot_eager`"
+    "torch._dynamo.exc.TensorifyScalarRestartAnalysis",
+    "a graph in which a float has become a constant is compiled by `aot_eager`",
 )
 _FLOATS = Name("torch._dynamo.config.specialize_float", "a model's float that changes is captured again")
 _LIMIT = Name("torch._dynamo.config.recompile_limit", "Dynamo gives up after as many captures as it is set to")

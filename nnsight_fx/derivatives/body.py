@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -34,7 +34,7 @@ class Side(NamedTuple):
     like: list[tuple[tuple, torch.dtype, torch.device]]
     spec: tree.Spec
 
-    def of(self, values: list) -> Any:
+    def of(self, values: list) -> object:
         """Values in their structure."""
         return tree.unflatten(values, self.spec)
 
@@ -51,7 +51,9 @@ def kept(model: Envoy, fn: Callable, inputs: object, freeze: Collection[str], op
     """Run the model once with the body `fn`, and keep the derivative of its targets by its sources."""
     line, host = user_line(), host_of(model)
     if saving.session() is not None or host.tracer is not None:
-        raise NestedTraceError(f"{line}: a derivative takes a forward of its own. Ask for it outside of a trace or session.")
+        raise NestedTraceError(
+            f"{line}: a derivative takes a forward of its own. Ask for it outside of a trace or session."
+        )
     if options.get("fn") == "generate":
         raise NotRecordableError(f"{line}: a derivative is of one forward, and a generation has many. Leave out `fn=`.")
     frozen = tuple(sorted({freeze} if isinstance(freeze, str) else set(freeze)))
@@ -64,7 +66,7 @@ def kept(model: Envoy, fn: Callable, inputs: object, freeze: Collection[str], op
         with torch.inference_mode(False), torch.enable_grad():
             with model.trace(*args, **{**options, **kwargs}) as tracer:
                 sides += _recorded(tracer, fn, frozen)
-                _check(tracer, host, line)
+                _check(tracer, line)
             if not sides:
                 raise NotRecordableError(
                     f"{line}: the body ended by `tracer.stop()`, before it returned its targets and sources. Leave it out: the forward ends "
@@ -123,9 +125,9 @@ def _like(fake: torch.Tensor) -> tuple:
     return tuple(fake.shape), fake.dtype, fake.device
 
 
-def _check(tracer: Tracer, host: Any, line: object) -> None:
+def _check(tracer: Tracer, line: object) -> None:
     """What the forward does beside computing values would be a part of what it is a derivative of."""
-    why = moves(host, tracer.waves[-1].signature, tracer.fn)
+    why = moves(tracer.host, tracer.waves[-1].signature, tracer.fn)
     if why is not None:
         raise NotRecordableError(
             f"{line}: {why}, so its derivative is of this one run. Put the model into `model.eval()`, or leave the draws out."
@@ -133,4 +135,8 @@ def _check(tracer: Tracer, host: Any, line: object) -> None:
 
 
 def _told(value: object) -> str:
-    return f"a tensor of {tuple(value.shape)} that is none of the trace's" if isinstance(value, torch.Tensor) else f"{value!r}"
+    return (
+        f"a tensor of {tuple(value.shape)} that is none of the trace's"
+        if isinstance(value, torch.Tensor)
+        else f"{value!r}"
+    )

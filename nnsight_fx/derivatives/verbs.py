@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from tqdm.auto import tqdm
@@ -18,6 +18,7 @@ from .body import Kept, Side, kept
 if TYPE_CHECKING:
     from ..envoys.envoy import Envoy
 
+Structure: TypeAlias = Any  # tensors, as the body has put targets or sources together
 MOST = 64  # cotangents at a time, where memory allows
 
 
@@ -31,7 +32,7 @@ def vjp(
     progress: bool = True,
     compile: Compile = None,
     **options: object,
-) -> tuple[Any, Pullback]:
+) -> tuple[Structure, Pullback]:
     """The targets of a body, and a function that takes cotangents back to its sources: many for one forward.
 
     ```python
@@ -81,7 +82,7 @@ def jvp(
     progress: bool = True,
     compile: Compile = None,
     **options: object,
-) -> tuple[Any, Any]:
+) -> tuple[Structure, Structure]:
     """The targets of a body, and how they change as its sources do: tangents `(n, *source)` forward to `(n, *target)`.
 
     ```python
@@ -111,7 +112,7 @@ def jacobian(
     progress: bool = True,
     compile: Compile = None,
     **options: object,
-) -> Any:
+) -> Structure:
     """The derivative of each target by each source: `(*target, *source)`, by one forward and a cotangent for each number of the targets.
 
     ```python
@@ -142,7 +143,8 @@ def jacobian(
     whole = _in_chunks(found, "pull", rows, sum(sizes), chunk, progress)
     parts = [x.split(sizes) for x in whole]  # source -> target
     blocks = [
-        found.sources.of([part[t].reshape(*x.shape, *part[t].shape[1:]) for part in parts]) for t, x in enumerate(values)
+        found.sources.of([part[t].reshape(*x.shape, *part[t].shape[1:]) for part in parts])
+        for t, x in enumerate(values)
     ]
     return found.targets.of(blocks)
 
@@ -153,7 +155,7 @@ class Pullback:
     def __init__(self, found: Kept, chunk: int | None, progress: bool):
         self.found, self.chunk, self.progress = found, chunk, progress
 
-    def __call__(self, cotangents: object, *, chunk: int | None = None) -> Any:
+    def __call__(self, cotangents: object, *, chunk: int | None = None) -> Structure:
         """Cotangents `(n, *target)`, in the targets' structure, to gradients `(n, *source)`, in the sources'.
 
         With several targets a row is one cotangent of all of them; `None` for a target is zero.
@@ -163,7 +165,7 @@ class Pullback:
         """
         return self.found.sources.of(self._many("pull", self.found.targets, cotangents, chunk))
 
-    def push(self, tangents: object, *, chunk: int | None = None) -> Any:
+    def push(self, tangents: object, *, chunk: int | None = None) -> Structure:
         """Tangents `(n, *source)`, in the sources' structure, to changes `(n, *target)`, in the targets'."""
         return self.found.targets.of(self._many("push", self.found.sources, tangents, chunk))
 
@@ -178,7 +180,13 @@ class Pullback:
 
 
 def _kept(
-    model: Envoy, fn: Callable, inputs: object, freeze: Collection[str], chunk: int | None, compile: Compile, options: dict
+    model: Envoy,
+    fn: Callable,
+    inputs: object,
+    freeze: Collection[str],
+    chunk: int | None,
+    compile: Compile,
+    options: dict,
 ) -> Kept:
     if chunk is not None and chunk < 1:
         raise ValueError(f"{user_line()}: `chunk` is how many cotangents go together, at least one; it is {chunk}.")
@@ -198,7 +206,11 @@ def _matched(side: Side, given: object, what: str) -> Tensors:
             x = torch.zeros(rows, *shape, dtype=dtype, device=device)
         if not isinstance(x, torch.Tensor) or tuple(x.shape[1:]) != shape or len(x) != rows or not rows:
             got = f"of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)
-            hint = " For a single one say `x.unsqueeze(0)`." if isinstance(x, torch.Tensor) and tuple(x.shape) == shape else ""
+            hint = (
+                " For a single one say `x.unsqueeze(0)`."
+                if isinstance(x, torch.Tensor) and tuple(x.shape) == shape
+                else ""
+            )
             raise ValueError(
                 f"{user_line()}: {what} for `{name}` are of shape (n, {', '.join(map(str, shape))}), n of them, the same n for all; given is {got}.{hint}"
             )

@@ -10,9 +10,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..compat.modes import quiet_vmap
+from ..lines import Line
 from ..passes.frozen import Frozen
-from ..passes.linearize import Begun, check
-from ..plan.plan import InterventionGraph
+from ..passes.linearize import Begun, begin, check
+from ..plan.interleave import TensorInterleaver
+from ..plan.keys import Value
+from ..plan.plan import InterventionGraph, Op
 from ..plan.verbs import Linearize
 
 if TYPE_CHECKING:
@@ -85,8 +88,8 @@ class ByAutograd(Linear):
         return [torch.stack(each) for each in zip(*rows, strict=True)]
 
 
-class Recording:
-    """A forward on hooks whose derivative is kept."""
+class Followed:
+    """Autograd follows a forward on hooks from its sources on."""
 
     def __init__(self, plan: InterventionGraph, root: nn.Module):
         self.plan, self.root, self.begun = plan, root, Begun()
@@ -109,6 +112,31 @@ class Recording:
     def end(self, lines: list, targets: Tensors, sources: Tensors) -> ByAutograd:
         check(self.plan, lines, targets, sources, self.frozen, self.begun)
         return ByAutograd(targets, sources)
+
+
+class Differentiating(TensorInterleaver):
+    """Values are tensors, and of a plan that asks for it the derivative is kept."""
+
+    linear: Linear | None = None
+    following: Followed | None = None
+    lines: list[Line]
+
+    def follow(self, root: nn.Module) -> contextlib.AbstractContextManager:
+        """Around a model that runs on hooks."""
+        if self.plan.linear is None:
+            return contextlib.nullcontext()
+        self.following = Followed(self.plan, root)
+        return self.following.around()
+
+    def source(self, value: Value) -> None:
+        assert self.following is not None
+        begin(self.following.begun, value, self.env[value])
+
+    def linearize(self, n: int, op: Op, verb: Linearize) -> None:
+        assert self.following is not None
+        (targets, sources), _ = self.arguments(op)
+        self.linear = self.following.end(self.lines, list(targets), list(sources))
+        self.stopping = True
 
 
 def padded(x: torch.Tensor, rows: int) -> torch.Tensor:

@@ -18,10 +18,9 @@ from ..capture.marker import active
 from ..capture.markers import Markers
 from ..errors import MissedSiteError, PlanMismatchError
 from ..lines import Line
-from ..passes.linearize import begin
 from ..plan import tree
 from ..plan.ambient import under
-from ..plan.interleave import Firing, Stopped, TensorInterleaver
+from ..plan.interleave import Firing, Stopped
 from ..plan.keys import Outside, Recorded, SizeExpr, TensorSlot, Value
 from ..plan.lifting import name_of
 from ..plan.names import RANDOM_IN_PLACE
@@ -31,7 +30,6 @@ from ..plan.verbs import (
     Apply,
     Call,
     CallModule,
-    Linearize,
     Observation,
     Read,
     RunBackward,
@@ -44,7 +42,7 @@ from ..plan.verbs import (
 from ..tracing.nested import refuse_nested
 from . import recomputed
 from .how import How
-from .linear import Linear, Recording
+from .linear import Differentiating
 from .missed import check, missed_error
 from .offload import Offload
 from .retained import retain
@@ -55,7 +53,7 @@ if TYPE_CHECKING:
     from .captured.capture import Capture
 
 
-class Run(TensorInterleaver):
+class Run(Differentiating):
     """One forward. `call` runs the model and returns its result; `modules` finds a module by path."""
 
     forwards = 1  # none: work on values that the model has given
@@ -84,8 +82,6 @@ class Run(TensorInterleaver):
         self.report: list[str] = []  # why it ran on hooks, where it should not
         self.compiles = self.hits = 0
         self.capture_s = self.compile_s = 0.0  # seconds of this run that went into them
-        self.linear: Linear | None = None  # the derivative of the forward, of a plan that keeps it
-        self.recording = None if plan.linear is None else Recording(plan, next(iter(owner.paths)))
         self.taps = Taps()
         self.offload = Offload()
 
@@ -123,8 +119,7 @@ class Run(TensorInterleaver):
     @contextlib.contextmanager
     def on_hooks(self) -> Iterator[None]:
         """Around a model all of whose sites are live."""
-        kept = contextlib.nullcontext() if self.recording is None else self.recording.around()
-        with live(self, self.everything), kept:
+        with live(self, self.everything), self.follow(next(iter(self.owner.paths))):
             yield
 
     def until(self, plan: InterventionGraph, state: ThreadState) -> Callable[[Recorded], Any]:
@@ -347,16 +342,6 @@ class Run(TensorInterleaver):
 
     def differentiate(self, n: int, op: Op, verb: RunBackward) -> None:
         self.taps.differentiate(self, n, op, verb)
-
-    def source(self, value: Value) -> None:
-        assert self.recording is not None
-        begin(self.recording.begun, value, self.env[value])
-
-    def linearize(self, n: int, op: Op, verb: Linearize) -> None:
-        assert self.recording is not None
-        (targets, sources), _ = self.arguments(op)
-        self.linear = self.recording.end(self.lines, list(targets), list(sources))
-        self.stopping = True
 
     def constant(self, key: Outside) -> Any:
         return self.symbols_value(key.expr) if isinstance(key, SizeExpr) else self.constants[key.slot]

@@ -120,7 +120,9 @@ class Interleaver(ValueKind):
         for n in (*self.plan.touches.get(firing.site, ()), *self.plan.followed.get(firing.site[:2], ())):
             if isinstance(self.plan.ops[n].verb, Observe):  # when everybody is done with the site
                 self.perform(n, firing)
-        for value in self.plan.sources - self.marked if self.plan.sources else ():  # when everybody has changed it who will
+        for value in (
+            self.plan.sources - self.marked if self.plan.sources else ()
+        ):  # when everybody has changed it who will
             if value in self.env:
                 self.marked.add(value)
                 self.source(value)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn as nn
 import transformers as hf
@@ -33,7 +34,14 @@ FAMILIES = {
     "gpt2": Family(
         lambda: hf.GPT2LMHeadModel(
             hf.GPT2Config(
-                n_embd=16, n_layer=2, n_head=2, vocab_size=31, n_positions=8, use_cache=False, bos_token_id=0, eos_token_id=0
+                n_embd=16,
+                n_layer=2,
+                n_head=2,
+                vocab_size=31,
+                n_positions=8,
+                use_cache=False,
+                bos_token_id=0,
+                eos_token_id=0,
             )
         ),
         lambda model: [*model.transformer.h, model.transformer.h[1].mlp, model.transformer.h[0].attn],
@@ -54,7 +62,15 @@ FAMILIES = {
     "t5": Family(
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(
-                d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=1, num_heads=2, vocab_size=31, feed_forward_proj="gated-gelu", use_cache=False
+                d_model=16,
+                d_kv=8,
+                d_ff=24,
+                num_layers=2,
+                num_decoder_layers=1,
+                num_heads=2,
+                vocab_size=31,
+                feed_forward_proj="gated-gelu",
+                use_cache=False,
             )
         ),
         lambda model: [model.encoder.block[0], model.encoder.block[1].layer[1], model.decoder.block[0].layer[2]],
@@ -66,6 +82,22 @@ FAMILIES = {
         target="cls",
     ),
 }
+
+
+ENGINES = ("hooks", "eager", "aot_eager")
+
+
+def rows_of(cases: list[tuple]) -> list:
+    """`(id, family, ...)` on each engine. What takes long is left to `make test-slow`: captured, the others than GPT-2 and Llama."""
+    return [
+        pytest.param(
+            *(name, *more, engine),
+            id=f"{row}-{engine}",
+            marks=[pytest.mark.slow] if engine != "hooks" and name not in ("gpt2", "llama") else [],
+        )
+        for row, name, *more in cases
+        for engine in ENGINES
+    ]
 
 
 def built(name: str, dtype: torch.dtype = torch.double) -> nn.Module:

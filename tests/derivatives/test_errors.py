@@ -22,7 +22,12 @@ def test_a_source_that_no_target_depends_on(engine):
     text = "the target `blocks.0.output` does not depend on the source `blocks.1.output`"
     refused(model, late, NotConnectedError, here + text)
     part = lambda tracer: (model.head.output, model.blocks[1].output[0][:, -1])  # noqa: E731
-    refused(model, part, NotConnectedError, r"the target `head.output` does not depend on the source that .*test_errors.py:\d+ computes")
+    refused(
+        model,
+        part,
+        NotConnectedError,
+        r"the target `head.output` does not depend on the source that .*test_errors.py:\d+ computes",
+    )
     several = lambda tracer: ((model.blocks[0].output[0], model.embed.output), model.head.output)  # noqa: E731
     text = "none of the targets `blocks.0.output`, `embed.output` depends on the source `head.output`"
     refused(model, several, NotConnectedError, text)
@@ -32,7 +37,9 @@ def test_a_source_that_no_target_depends_on(engine):
 def test_integers(engine):
     model = wrap(net(), engine)
     body = lambda tracer: (model.head.output, model.embed.input)  # noqa: E731
-    refused(model, body, NotRecordableError, r"test_errors.py:\d+: the source `embed.input` is int64, and has no derivative")
+    refused(
+        model, body, NotRecordableError, r"test_errors.py:\d+: the source `embed.input` is int64, and has no derivative"
+    )
     body = lambda tracer: (model.head.output.argmax(-1), model.embed.output)  # noqa: E731
     refused(model, body, NotRecordableError, r"the target .* is int64")
 
@@ -56,7 +63,13 @@ def test_a_source_that_the_model_changes_in_place(engine, lower):
         first = [model.first.output] if lower else []
         return model.b.output, [*first, model.a.output]
 
-    refused(model, body, NotConnectedError, r"test_errors.py:\d+: .*source.* is changed in place behind its site", torch.ones(2, 4))
+    refused(
+        model,
+        body,
+        NotConnectedError,
+        r"test_errors.py:\d+: .*source.* is changed in place behind its site",
+        torch.ones(2, 4),
+    )
     model.vjp(lambda tracer: (model.b.output, model.act.output), torch.ones(2, 4))
 
 
@@ -71,28 +84,49 @@ def test_a_site_that_is_not_reached(engine):
             return self.b(self.a(x))
 
     model = wrap(Twice(), engine)
-    refused(model, lambda tracer: (model.b.output, model.c.output), MissedSiteError, r"test_errors.py:\d+", torch.ones(2, 4))
+    refused(
+        model, lambda tracer: (model.b.output, model.c.output), MissedSiteError, r"test_errors.py:\d+", torch.ones(2, 4)
+    )
 
 
 def test_names_to_freeze():
     model = NNsight(net())
     body = lambda tracer: (model.head.output, model.embed.output)  # noqa: E731
-    refused(model, body, ValueError, r"test_errors.py:\d+: `freeze` knows no part `norm`; did you mean `norms`\?", freeze={"norm"})
+    refused(
+        model,
+        body,
+        ValueError,
+        r"test_errors.py:\d+: `freeze` knows no part `norm`; did you mean `norms`\?",
+        freeze={"norm"},
+    )
 
 
 @engines
 def test_a_frozen_part_that_is_not_there(engine):
     model = wrap(net(), engine)
     body = lambda tracer: (model.head.output, model.embed.output)  # noqa: E731
-    for name, looked in (("attention", "a softmax whose result"), ("norms", "`layer_norm`"), ("gates", "the activation of one")):
-        refused(model, body, NotConnectedError, rf'test_errors.py:\d+: `freeze=\{{"{name}"\}}`, and there is nothing.*Looked for: {looked}', freeze=name)
+    for name, looked in (
+        ("attention", "a softmax whose result"),
+        ("norms", "`layer_norm`"),
+        ("gates", "the activation of one"),
+    ):
+        refused(
+            model,
+            body,
+            NotConnectedError,
+            rf'test_errors.py:\d+: `freeze=\{{"{name}"\}}`, and there is nothing.*Looked for: {looked}',
+            freeze=name,
+        )
 
 
 def test_cotangents_of_another_shape():
     model = NNsight(net())
     body = lambda tracer: (model.head.output, {"a": model.embed.output, "b": model.blocks[0].output[0]})  # noqa: E731
     _, pull = model.vjp(body, X)
-    with pytest.raises(ValueError, match=r"test_errors.py:\d+: cotangents for `head.output` are of shape \(n, 2, 3, 5\).*say `x.unsqueeze\(0\)`"):
+    with pytest.raises(
+        ValueError,
+        match=r"test_errors.py:\d+: cotangents for `head.output` are of shape \(n, 2, 3, 5\).*say `x.unsqueeze\(0\)`",
+    ):
         pull(torch.ones(2, 3, 5))
     with pytest.raises(ValueError, match=r"given is of shape \(4, 2, 3, 4\)"):
         pull(torch.ones(4, 2, 3, 4))
@@ -106,8 +140,15 @@ def test_cotangents_of_another_shape():
 
 def test_bodies():
     model = NNsight(net())
-    refused(model, lambda tracer: model.head.output, NotRecordableError, r"test_errors.py:\d+: the body of a derivative returns two things")
-    refused(model, lambda tracer: (model.head.output, torch.ones(3)), NotRecordableError, "a source is a recorded value")
+    refused(
+        model,
+        lambda tracer: model.head.output,
+        NotRecordableError,
+        r"test_errors.py:\d+: the body of a derivative returns two things",
+    )
+    refused(
+        model, lambda tracer: (model.head.output, torch.ones(3)), NotRecordableError, "a source is a recorded value"
+    )
     refused(model, lambda tracer: (model.head.output, []), NotRecordableError, "gives no source")
 
     def looks(tracer):

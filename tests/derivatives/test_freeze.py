@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nnsight_fx import NNsight
-from tests.derivatives.families import FAMILIES, built, by_hand, looped, read
+from tests.derivatives.families import FAMILIES, built, by_hand, looped, read, rows_of
 from tests.derivatives.test_vjp import engines, wrap
 
 PARTS = ("attention", "norms", "gates")
@@ -27,8 +27,14 @@ def still_attention(module, query, key, value, attention_mask, **kwargs):
     scores = query @ key.transpose(2, 3) * scaling
     cap = kwargs.get("softcap")
     scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    if kwargs.get("position_bias") is not None:
+        scores = scores + kwargs["position_bias"]
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, -torch.inf) if attention_mask.dtype is torch.bool else scores + attention_mask
+        scores = (
+            scores.masked_fill(~attention_mask, -torch.inf)
+            if attention_mask.dtype is torch.bool
+            else scores + attention_mask
+        )
     elif kwargs.get("is_causal", getattr(module, "is_causal", False)):
         n = scores.shape[-1]
         scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
@@ -54,7 +60,8 @@ def rms_norm(self, x):
 def gated(self, x):
     act = self.act_fn if hasattr(self, "act_fn") else self.act
     gate, up, down = (
-        getattr(self, a, None) or getattr(self, b) for a, b in (("gate_proj", "wi_0"), ("up_proj", "wi_1"), ("down_proj", "wo"))
+        getattr(self, a, None) or getattr(self, b)
+        for a, b in (("gate_proj", "wi_0"), ("up_proj", "wi_1"), ("down_proj", "wo"))
     )
     return down(act(gate(x)).detach() * up(x))
 
@@ -92,8 +99,10 @@ CASES = [(name, (part,)) for name in FAMILIES for part in PARTS if part != "gate
 CASES += [("gpt2", ("attention", "norms")), ("llama", PARTS)]
 
 
-@engines
-@pytest.mark.parametrize(("name", "freeze"), CASES, ids=[f"{name}-{'-'.join(parts)}" for name, parts in CASES])
+ROWS = rows_of([(f"{name}-{'-'.join(freeze)}", name, freeze) for name, freeze in CASES])
+
+
+@pytest.mark.parametrize(("name", "freeze", "engine"), ROWS)
 def test_families(name, freeze, engine):
     target, sources = by_hand(name, by_hand_frozen(built(name), freeze))
     cotangents = torch.randn(3, *target.shape, dtype=torch.double)
@@ -182,8 +191,14 @@ GATES = {
     "silu": (lambda a, b, x: F.silu(a) * b, lambda a, b, x: F.silu(a).detach() * b),
     "the other way round": (lambda a, b, x: b * torch.sigmoid(a), lambda a, b, x: b * torch.sigmoid(a).detach()),
     "written out": (lambda a, b, x: new_gelu(a) * b, lambda a, b, x: new_gelu(a).detach() * b),
-    "swish": (lambda a, b, x: a * torch.sigmoid(1.7 * a) * b, lambda a, b, x: (a * torch.sigmoid(1.7 * a)).detach() * b),
-    "gpt-oss": (lambda a, b, x: (b + 1) * (a * torch.sigmoid(a)), lambda a, b, x: (b + 1) * (a * torch.sigmoid(a)).detach()),
+    "swish": (
+        lambda a, b, x: a * torch.sigmoid(1.7 * a) * b,
+        lambda a, b, x: (a * torch.sigmoid(1.7 * a)).detach() * b,
+    ),
+    "gpt-oss": (
+        lambda a, b, x: (b + 1) * (a * torch.sigmoid(a)),
+        lambda a, b, x: (b + 1) * (a * torch.sigmoid(a)).detach(),
+    ),
     "squared": (lambda a, b, x: F.relu(a).square() * b, lambda a, b, x: F.relu(a).square().detach() * b),
     "halves": (
         lambda a, b, x: F.silu((c := a.chunk(2, -1))[0]) * c[1],
@@ -222,11 +237,17 @@ PATTERNS = {
         lambda a, b, x: (a @ b.T).softmax(-1).detach() @ x,
     ),
     "cast and dropped": (
-        lambda a, b, x: F.dropout(F.softmax(a @ b.T, dim=-1, dtype=torch.float64).to(x.dtype), 0.5, False)[None] @ x[None],
+        lambda a, b, x: (
+            F.dropout(F.softmax(a @ b.T, dim=-1, dtype=torch.float64).to(x.dtype), 0.5, False)[None] @ x[None]
+        ),
         lambda a, b, x: ((a @ b.T).softmax(-1).detach() @ x)[None],
     ),
 }
-KINDS = [(part, kind, *pair) for part, kinds in (("gates", GATES), ("norms", NORMS), ("attention", PATTERNS)) for kind, pair in kinds.items()]
+KINDS = [
+    (part, kind, *pair)
+    for part, kinds in (("gates", GATES), ("norms", NORMS), ("attention", PATTERNS))
+    for kind, pair in kinds.items()
+]
 
 
 @pytest.mark.parametrize("engine", ["hooks", "eager"])

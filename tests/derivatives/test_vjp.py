@@ -8,9 +8,8 @@ import torch
 import torch.nn as nn
 
 from nnsight_fx import NNsight, assert_no_fallback
-from tests.derivatives.families import FAMILIES, IDS, built, by_hand, looped, read
+from tests.derivatives.families import ENGINES, FAMILIES, IDS, built, by_hand, looped, read, rows_of
 
-ENGINES = ["hooks", "eager", "aot_eager"]
 engines = pytest.mark.parametrize("engine", ENGINES)
 with_inductor = pytest.mark.parametrize(
     "engine", [*ENGINES, pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])]
@@ -86,8 +85,7 @@ def output_of(n, module):
 # -- families --------------------------------------------------------------------------------------------------------------
 
 
-@engines
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "engine"), rows_of([(name, name) for name in FAMILIES]))
 def test_families(name, engine):
     module = built(name)
     target, sources = by_hand(name, module)
@@ -165,7 +163,9 @@ def test_jvp_is_the_jacobian_times_the_tangents(engine):
     model = wrap(module, engine)
     h = output_of(0, module)
     tangents = torch.randn(5, *h.shape, dtype=torch.double)
-    values, moved = model.jvp(lambda tracer: (model.head.output, model.blocks[0].output[0]), X, tangents, chunk=2, progress=False)
+    values, moved = model.jvp(
+        lambda tracer: (model.head.output, model.blocks[0].output[0]), X, tangents, chunk=2, progress=False
+    )
     whole = torch.func.jacrev(from_block(0, module))(h)  # torch's own jvp warns of the TorchScript that it loads
     want = torch.einsum("btvcld,ncld->nbtv", whole, tangents)
     torch.testing.assert_close(moved, want, rtol=1e-10, atol=1e-12)
@@ -255,7 +255,9 @@ def test_the_backward_ends_at_the_lowest_source(engine):
     module = Below().double().eval()
     model = wrap(module, engine)
     got = model.jacobian(lambda tracer: (model.head.output, model.blocks[0].output[0]), X)
-    torch.testing.assert_close(got, torch.func.jacrev(from_block(0, module))(output_of(0, module)), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        got, torch.func.jacrev(from_block(0, module))(output_of(0, module)), rtol=1e-10, atol=1e-12
+    )
 
 
 @engines

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.fx as fx
 
 from ... import compat
 from ...passes.linearize import Derivative
@@ -52,14 +50,14 @@ class ByGraph(Linear):
         """The graph of one cotangent as a graph of as many as are given."""
         mode = compat.fakes.FakeTensorMode(allow_non_fake_inputs=True)
         context, compiles = compat.graphs.new_context(mode)
-        fakes = [mode.from_tensor(x.detach()) for x in (*tensors, *given)]
+        fakes: Tensors = [mode.from_tensor(x.detach()) for x in (*tensors, *given)]
         of, kept = self.of.graph, self.kept
 
         def whole(held: Tensors) -> list:
             rest = iter(held)
             return [next(rest) if isinstance(x, torch.Tensor) else x for x in kept]
 
-        def single(*args: torch.Tensor) -> Any:
+        def single(*args: torch.Tensor) -> Tensors:
             return of(*whole(list(args[: len(tensors)])), *args[len(tensors) :])
 
         with mode, torch.no_grad(), compat.modes.quiet_vmap():
@@ -71,7 +69,7 @@ class ByGraph(Linear):
         with compiles, torch.no_grad():
             return self.builder.build(traced, lambda: fakes, self.report)
 
-    def _transposed(self, pull: Callable[..., Any], held: Tensors) -> Callable[..., Any]:
+    def _transposed(self, pull: Callable[..., Tensors], held: Tensors) -> Callable[..., Tensors]:
         """The backward is linear in its cotangents, so its own derivative by them is the transpose."""
         values = [torch.empty_like(x, device=x.device) for x in self.values]
         table = compat.graphs.written_out(self.of.graph.graph)

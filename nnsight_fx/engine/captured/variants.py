@@ -17,7 +17,6 @@ from ...capture.marker import WHOLE, is_marker, marker_of, supply
 from ...capture.segment import Segment
 from ...compat.tensors import memory, whole
 from ...errors import PlanMismatchError
-from ...passes.linearize import Derivative
 from ...passes.job import (
     CutSite,
     Job,
@@ -28,6 +27,7 @@ from ...passes.job import (
     TakesMemory,
     Unfit,
 )
+from ...passes.linearize import Derivative
 from ...plan import ambient
 from ...plan.keys import Value
 from ...plan.lifting import EXACT
