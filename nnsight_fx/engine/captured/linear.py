@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 
 from ... import compat
+from ...errors import NotRecordableError
+from ...lines import user_line
 from ...passes.linearize import Derivative
 from ..linear import Linear, Tensors, padded
 from .builder import Builder
@@ -27,7 +29,15 @@ class ByGraph(Linear):
         return self._run("pull", cotangents)
 
     def push(self, tangents: Tensors) -> Tensors:
-        return self._run("push", tangents)
+        try:
+            return self._run("push", tangents)
+        except RuntimeError as error:
+            if "no autograd formula" not in str(error) and "is not implemented" not in str(error):
+                raise
+            raise NotRecordableError(
+                f"{user_line()}: tangents go forward by the derivative of the backward, and the model's has an operation that has none: {error}. Take "
+                "`compile=False`, or rows of the identity back by `pull`."
+            ) from error
 
     def _run(self, way: str, given: Tensors) -> Tensors:
         """Many at once, by the graph of the fewest that are enough."""
