@@ -114,4 +114,6 @@ def test_it_forgets_what_is_gone():
 
 def test_it_works_on_fakes():
     x = torch.ones(2, 4)
-    assert traced_by(lambda x: [torch.relu(x)], [x]).graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
+    assert traced_by(lambda x: [torch.relu(x)], [x]).graph.find_nodes(
+        op="call_function", target=torch.ops.aten.relu.default
+    )

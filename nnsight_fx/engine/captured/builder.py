@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -29,6 +31,14 @@ class Builder:
             further = products.chosen({"fallback_random": True, **further})  # draws as eager's
             self.few_rows = products.FewRows in map(type, further.values())
         self.compiler = compat.dynamo.backend(options.backend, options.mode, further or None, options.dynamic)
+
+    @functools.cached_property
+    def plain(self) -> Builder:
+        """The compiler without `products`: in a derivative, weights are views, which its kernels do not take."""
+        if not self.few_rows:
+            return self
+        further = {**dict(self.options.options), "post_grad_custom_post_pass": None}
+        return Builder(replace(self.options, options=tuple(sorted(further.items()))), self.told)
 
     def build(self, gm: torch.fx.GraphModule, inputs: Callable[[], list], report: list[str]) -> Callable:
         """A rewritten segment, compiled; where its compiler fails by `aot_eager`, and where that fails the graph as it is."""

@@ -120,7 +120,7 @@ class SplicedRun(Run):
                 with torch.no_grad():
                     outputs = found.call(*inputs)
                 if found.linear is not None:
-                    self.linear = ByGraph(found.linear, inputs, list(outputs), self.capture.builder, self.report)
+                    self.linear = ByGraph(found.linear, inputs, list(outputs), self.capture.builder.plain, self.report)
                     outputs = outputs[: found.linear.own]
                 outputs = gradients.settle(found, inputs, outputs)
             self._go_past(found, outputs)

@@ -260,9 +260,10 @@ def _built(
     segment: Segment, run: SplicedRun, gm: fx.GraphModule, job: Job, fakes: list, args: tuple, inputs: Callable
 ) -> Callable:
     """A rewritten segment, compiled: by blocks where it has equal ones."""
-    if not run.capture.options.by_regions:
+    if not run.capture.options.by_regions or job.linear is not None:
+        builder = run.capture.builder if job.linear is None else run.capture.builder.plain
         compat.graphs.as_dynamos(gm)
-        return run.capture.builder.build(gm, inputs, run.report)
+        return builder.build(gm, inputs, run.report)
     cut = compat.graphs.copied(gm)
     twins = dict(zip(gm.graph.nodes, cut.graph.nodes, strict=True))
     try:
