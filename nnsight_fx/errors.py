@@ -60,6 +60,10 @@ class NotRecordableError(NNsightFXError, RuntimeError):
     """Something a recorded value cannot do, because it has no data until the model runs."""
 
 
+class NotConnectedError(NNsightFXError, RuntimeError):
+    """A value by which nothing can be differentiated: no target depends on it, or what was to be held constant is not there."""
+
+
 class PaddedLengthUnknown(NNsightFXError, RuntimeError):
     """Python asked for the padded length of a batch whose prompts are not all known yet."""
 

@@ -24,6 +24,7 @@ from .expose import expose
 from .functionalize import functionalize
 from .job import CutSite, Job, Progress
 from .lift_constants import lift_constants
+from .linearize import linearize
 from .narrow import narrow
 from .prune import prune
 from .read_positions import read_positions
@@ -35,14 +36,14 @@ Pass = Callable[[fx.GraphModule, Job], int]
 
 PIPELINE: tuple[Pass, ...] = (
     *(skip, splice, truncate, narrow, lift_constants, expose),
-    *(blocks, erase, prune, read_positions, conditional, batch_linears, differentiate),
+    *(blocks, erase, prune, read_positions, conditional, batch_linears, differentiate, linearize),
 )
 
 # These round differently: the backends `eager` and `aot_eager`, which keep the model's bits, go without them.
 ROUNDS = frozenset({"read_positions", "batch_linears"})
 
 # Without these a plan would not take effect, or not run. All others can be left out.
-NEEDED = frozenset({"splice", "lift_constants", "expose", "conditional", "differentiate"})
+NEEDED = frozenset({"splice", "lift_constants", "expose", "conditional", "differentiate", "linearize"})
 OPTIONAL = frozenset({step.__name__ for step in PIPELINE} | {"demand", "causal"}) - NEEDED
 
 
@@ -107,6 +108,7 @@ __all__ = [
     "expose",
     "functionalize",
     "lift_constants",
+    "linearize",
     "narrow",
     "pipeline",
     "prune",

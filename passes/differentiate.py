@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -41,14 +42,25 @@ def differentiate(gm: fx.GraphModule, job: Job) -> int:
         return 0
     assert job.inputs is not None
     flow = Flow(gm, job.blocks)
-    fakes = job.inputs()
-    # As AOTAutograd traces: without the Python dispatcher C++ expands to no symbolic size.
-    with detect_fake_mode(fakes) or contextlib.nullcontext(), torch.enable_grad(), enable_python_dispatcher():
-        traced = make_fx(flow.values)(*fakes)
+    traced = traced_by(flow.values, job.inputs())
     job.requires = flow.requires
     job.accumulates = flow.accumulates
     if job.keeps_graph(passes[-1]) and any(flow.requires[job.own :]):
         raise NotDifferentiable("`retain_graph=True`, and a saved value can still be differentiated")
+    become(gm, traced)
+    job.blocks = flow.begin(traced.graph)
+    return len(passes)
+
+
+def traced_by(function: Callable[..., list], fakes: list) -> fx.GraphModule:
+    """What a function does with fakes, in aten operations."""
+    # As AOTAutograd traces: without the Python dispatcher C++ expands to no symbolic size.
+    with detect_fake_mode(fakes) or contextlib.nullcontext(), torch.enable_grad(), enable_python_dispatcher():
+        return make_fx(function)(*fakes)
+
+
+def become(gm: fx.GraphModule, traced: fx.GraphModule) -> None:
+    """Put a traced graph, of the same inputs, in the place of a graph."""
     for name, value in [*traced.named_buffers(), *vars(traced).items()]:
         if name.startswith("_tensor_constant"):
             setattr(gm, name, value)
@@ -60,8 +72,6 @@ def differentiate(gm: fx.GraphModule, job: Job) -> int:
         if "tensor_dict" in old.meta:  # of a parameter, say, which stays where it is
             new.meta["tensor_dict"] = old.meta["tensor_dict"]
     gm.graph = traced.graph
-    job.blocks = flow.begin(traced.graph)
-    return len(passes)
 
 
 def _leaf(x: object) -> bool:

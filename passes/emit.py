@@ -14,11 +14,37 @@ from nnsight_fx.compat.modes import SET_GRAD, enter_autocast, exit_autocast
 from nnsight_fx.plan.interleave import Cut, Firing, Interleaver
 from nnsight_fx.plan.keys import NumberSlot, Outside, Recorded, SizeExpr, TensorSlot, Value
 from nnsight_fx.plan.plan import Op, fx_target
-from nnsight_fx.plan.verbs import Call, CallModule, Observation, Read, RunBackward, Site, Skip, StopRun, Visit
+from nnsight_fx.plan.verbs import (
+    Call,
+    CallModule,
+    Linearize,
+    Observation,
+    Read,
+    RunBackward,
+    Site,
+    Skip,
+    StopRun,
+    Visit,
+)
 
 from ..plan.skips import skip_of
 from .calls import FunctionCall, LeafOf, ModuleCall, paths, printable
-from .job import Job, backward, constant, fetch, gradient, parameter, put_rows, rows, select, set_gradient, settled, tap
+from .job import (
+    Job,
+    backward,
+    constant,
+    fetch,
+    gradient,
+    linear,
+    parameter,
+    put_rows,
+    rows,
+    select,
+    set_gradient,
+    settled,
+    source,
+    tap,
+)
 
 if TYPE_CHECKING:
     from ..plan.ambient import Ambient
@@ -168,6 +194,13 @@ class Emitter(Interleaver):
             if new is not own or (m, 0) in self.plan.changed:
                 self._emit("call_function", set_gradient, (got, self.put_rows(got, new, *part) if part else new))
         self._emit("call_function", settled, (back,))
+
+    def source(self, value: Value) -> None:
+        self._emit("call_function", source, (self.env[value], *value))
+
+    def linearize(self, n: int, op: Op, verb: Linearize) -> None:
+        (targets, sources), _ = self.arguments(op)
+        self._emit("call_function", linear, (targets, sources, verb.freeze))
 
     def _make(self, value: Value, node: object) -> None:
         """A value is there, as a node."""

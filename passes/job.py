@@ -91,6 +91,7 @@ class Job:
     differentiates: bool = False  # may a backward be part of this graph
     requires: list[bool] | None = None  # which outputs eager would have on the autograd graph that a backward has freed
     accumulates: list[int] = field(default_factory=list)  # of which inputs the further outputs are gradients
+    linear: Any = None  # the derivative, of a plan that keeps it: `passes.linearize.Derivative`
     blocks: list[fx.Node] = field(default_factory=list)  # the nodes with which the model's equal blocks begin
     whole: str | None = None  # why it was compiled in one piece, where blocks could have been
     own: int = 0  # how many outputs are the segment's own
@@ -132,6 +133,16 @@ def set_gradient(got: object, new: object) -> object:
 def settled(back: object) -> object:
     """The end of what runs while a backward does, before `differentiate`."""
     raise RuntimeError("lowered by differentiate")
+
+
+def source(x: object, op: int, leaf: int) -> object:
+    """A value by which the forward is differentiated, where the model goes on with it, before `linearize`."""
+    raise RuntimeError("lowered by linearize")
+
+
+def linear(targets: tuple, sources: tuple, freeze: tuple[str, ...]) -> object:
+    """Where the derivative of the forward is kept, before `linearize`."""
+    raise RuntimeError("lowered by linearize")
 
 
 def constant(slot: int, kind: str) -> Any:

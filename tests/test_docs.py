@@ -63,6 +63,15 @@ def test_the_page_on_sweeps_runs(tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"scale", "acts"}
 
 
+def test_the_page_on_derivatives_runs():
+    page = (ROOT / "docs" / "gradients.md").read_text()
+    names: dict = {"__name__": "gradients"}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(compile(block, "gradients.md", "exec"), names)
+    assert [tuple(g.shape) for g in names["grads"]] == [(3, 1, 8, 32)] * 3
+    assert names["jacobian"].shape == (32, 1, 8, 32) and names["changes"].shape == (5, 32)
+
+
 def test_the_walk_of_the_design_page_is_what_runs():
     """Each function that the page names for `h += v` is called, in that order, in a trace seen before and in a first one."""
     text = (ROOT / "docs" / "design.md").read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,15 @@ from ..plan import tree
 from ..plan.tree import PLAIN
 from ..scan.scan import callee, scan
 
-_known: weakref.WeakKeyDictionary[object, str | None] = weakref.WeakKeyDictionary()
+
+class Effect(NamedTuple):
+    """What a forward does, in words: was it seen to draw numbers or to change a tensor of the model's, and whatever counts as that."""
+
+    seen: str | None
+    why: str | None
+
+
+_known: weakref.WeakKeyDictionary[object, Effect] = weakref.WeakKeyDictionary()
 
 
 def effects(host: object, signature: object, fn: str | None) -> str | None:
@@ -24,14 +32,23 @@ def effects(host: object, signature: object, fn: str | None) -> str | None:
     Python's own state is compared by the attributes of the modules. What no fake forward gets through counts as doing
     something.
     """
+    return _effect(host, signature, fn).why
+
+
+def moves(host: object, signature: object, fn: str | None) -> str | None:
+    """In words, the random draws and changes of the model's tensors that were seen; what is not known, and plain attributes, count as none."""
+    return _effect(host, signature, fn).seen
+
+
+def _effect(host: object, signature: object, fn: str | None) -> Effect:
     if signature not in _known:
         _known[signature] = _look(host, signature, fn)
     return _known[signature]
 
 
-def _look(host: Any, signature: Any, fn: str | None) -> str | None:
+def _look(host: Any, signature: Any, fn: str | None) -> Effect:
     if signature.scan.ended is not None:
-        return "the model cannot be scanned, so what its forward does is not known"
+        return Effect(None, "the model cannot be scanned, so what its forward does is not known")
     scanner = host.scanner
     copied = scanner.skeleton()
     args, kwargs = signature.inputs()
@@ -49,10 +66,10 @@ def _look(host: Any, signature: Any, fn: str | None) -> str | None:
     finally:
         scanner.shapes.guessing = False
     if watch.found is None and ended is not None:
-        return "the model cannot be scanned, so what its forward does is not known"
+        return Effect(None, "the model cannot be scanned, so what its forward does is not known")
     after = dict(_attributes(copied))
     moved = [name for name in before.keys() | after.keys() if not _same(before.get(name), after.get(name))]
-    return watch.found or (f"the model sets `{min(moved)}`" if moved else None)
+    return Effect(watch.found, watch.found or (f"the model sets `{min(moved)}`" if moved else None))
 
 
 class Effects(TorchDispatchMode):

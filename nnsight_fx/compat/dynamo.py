@@ -25,6 +25,10 @@ _LOOKUP = Name(
     "torch._dynamo.backends.registry.lookup_backend",
     "graphs are compiled by `torch.compile`, which captures them once more",
 )
+_RESTART = Name(
+    "torch._dynamo.exc.TensorifyScalarRestartAnalysis",
+    "a graph in which a float has become a constant is compiled by `aot_eager`",
+)
 _FLOATS = Name("torch._dynamo.config.specialize_float", "a model's float that changes is captured again")
 _LIMIT = Name("torch._dynamo.config.recompile_limit", "Dynamo gives up after as many captures as it is set to")
 _TOTAL = Name(
@@ -53,6 +57,12 @@ _UNDO = Name(
 def cannot_trace(error: Exception) -> bool:
     """Did Dynamo refuse to trace something, as it does under `fullgraph=True`?"""
     return _is(error, _UNSUPPORTED)
+
+
+def restarts(error: BaseException) -> bool:
+    """Does a compiler ask to be called once more: a float was a constant in the graph, which it knows from here on?"""
+    found = _RESTART()
+    return found is not None and isinstance(error, found)
 
 
 def fails(error: Exception) -> bool:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 OpOverload = type(torch.ops.aten.add.Tensor)  # an operation of aten's, as it stands in a graph
 make_fx = needed("torch.fx.experimental.proxy_tensor.make_fx")
 get_proxy_mode = needed("torch.fx.experimental.proxy_tensor.get_proxy_mode")
+_DECOMPOSITIONS = Name(
+    "torch._decomp.get_decompositions", "a backward that torch cannot differentiate once more is not transposed"
+)
 _CONTEXT = Name("torch._guards.TracingContext", "variants are compiled without Dynamo's context")
 _TRACING = Name("torch._guards.tracing", "variants are compiled without Dynamo's context")
 _SETTINGS = Name(
@@ -64,6 +67,13 @@ def as_dynamos(gm: torch.fx.GraphModule) -> None:
     gm._param_name_to_source = {}  # type: ignore[assignment]
     for node in gm.graph.find_nodes(op="placeholder"):
         node._dynamo_source = source(node.name)
+
+
+def written_out(graph: torch.fx.Graph) -> dict:
+    """Of the fused backwards in a graph, which autograd cannot go through: what they are made of."""
+    backwards = {n.target for n in graph.nodes if isinstance(n.target, OpOverload) and "backward" in n.target.__name__}
+    found = _DECOMPOSITIONS()
+    return {} if found is None else found(list(backwards))
 
 
 class Context:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ _AUTOCAST = Name("torch._C._is_any_autocast_enabled", "autocast is asked for by 
 _SET_GRAD = Name("torch._C._set_grad_enabled", "how torch sets the grad mode is found by watching it")
 _ENTER = Name("torch.amp.autocast_mode._enter_autocast", "autocast in a graph is a call of our own")
 _EXIT = Name("torch.amp.autocast_mode._exit_autocast", "autocast in a graph is a call of our own")
+
+_SLOW_VMAP = Name(
+    "torch._C._functorch._set_vmap_fallback_warning_enabled", "torch warns of operations that a `vmap` does one by one"
+)
 
 NoTorchFunction, TorchFunction = needed("torch._C.DisableTorchFunction"), needed("torch._C._EnableTorchFunction")
 TorchDispatchMode = needed("torch.utils._python_dispatch.TorchDispatchMode")
@@ -54,6 +59,20 @@ def _grad_setter() -> Any:
 
 
 SET_GRAD = _SET_GRAD() or _grad_setter()
+
+
+@contextlib.contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """torch says nothing of operations without a batching rule, which it does one by one."""
+    switch = _SLOW_VMAP()
+    if switch is None:
+        yield
+        return
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)
 
 
 def transforms() -> int | None:

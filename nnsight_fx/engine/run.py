@@ -20,16 +20,29 @@ from ..errors import MissedSiteError, PlanMismatchError
 from ..lines import Line
 from ..plan import tree
 from ..plan.ambient import under
-from ..plan.interleave import Firing, Stopped, TensorInterleaver
+from ..plan.interleave import Firing, Stopped
 from ..plan.keys import Outside, Recorded, SizeExpr, TensorSlot, Value
 from ..plan.lifting import name_of
 from ..plan.names import RANDOM_IN_PLACE
 from ..plan.plan import InterventionGraph, Op
 from ..plan.skips import check_skips, gather
-from ..plan.verbs import Apply, Call, CallModule, Observation, Read, RunBackward, Site, Skip, Sync, Write, place_of_site
+from ..plan.verbs import (
+    Apply,
+    Call,
+    CallModule,
+    Observation,
+    Read,
+    RunBackward,
+    Site,
+    Skip,
+    Sync,
+    Write,
+    place_of_site,
+)
 from ..tracing.nested import refuse_nested
 from . import recomputed
 from .how import How
+from .linear import Differentiating
 from .missed import check, missed_error
 from .offload import Offload
 from .retained import retain
@@ -40,7 +53,7 @@ if TYPE_CHECKING:
     from .captured.capture import Capture
 
 
-class Run(TensorInterleaver):
+class Run(Differentiating):
     """One forward. `call` runs the model and returns its result; `modules` finds a module by path."""
 
     forwards = 1  # none: work on values that the model has given
@@ -101,7 +114,13 @@ class Run(TensorInterleaver):
 
     def around(self) -> contextlib.AbstractContextManager:
         """Around the model: what makes its sites call `pass_site`."""
-        return live(self, self.everything)
+        return self.on_hooks()
+
+    @contextlib.contextmanager
+    def on_hooks(self) -> Iterator[None]:
+        """Around a model all of whose sites are live."""
+        with live(self, self.everything), self.follow(next(iter(self.owner.paths))):
+            yield
 
     def until(self, plan: InterventionGraph, state: ThreadState) -> Callable[[Recorded], Any]:
         """Run as far as the plan's last operation, a sync, needs; returns the look-up of values."""

@@ -6,15 +6,15 @@ import dis
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn as nn
 
 from ..batching.session import Session
+from ..derivatives.verbs import jacobian, jvp, vjp
 from ..engine.request import Compile
 from ..envoys.envoy import Envoy, path_of
 from ..errors import NestedTraceError, UnknownModuleError, nearest
-from ..harvest.activations import Activations
 from ..harvest.harvest import harvest
 from ..lines import user_line
 from ..report.explain import Explanation
@@ -31,6 +31,19 @@ from .host import ModelHost
 from .inputs import ModuleInputs
 from .program import Program
 from .tree import EnvoyTree
+
+F = TypeVar("F", bound=Callable)
+
+
+def _verb(function: F) -> F:
+    """`function(model, ...)` as a method, which tells a misspelt keyword."""
+
+    @keywords.shows(function)
+    def method(self: NNsight, *args: object, **options: object) -> object:
+        self._check_options(function.__name__, function, options)
+        return function(self, *args, **options)
+
+    return method  # type: ignore[return-value]
 
 
 class NNsight(Edits, Envoy):
@@ -205,10 +218,8 @@ class NNsight(Edits, Envoy):
         self._check_options("sweep", sweep, options)
         return sweep(self, fn, inputs, over, **options)
 
-    @keywords.shows(harvest)
-    def harvest(self, dataset: Iterable, sites: object, out: Any, **options: Any) -> Activations:
-        self._check_options("harvest", harvest, options)
-        return harvest(self, dataset, sites, out, **options)
+    harvest = _verb(harvest)
+    vjp, jvp, jacobian = _verb(vjp), _verb(jvp), _verb(jacobian)
 
     def program(self, fn: Callable[..., object], *, stop: bool = False, **options: object) -> Program:
         """`fn(tracer, *args)` as a function `program(inputs, *args)`, recorded once for each kind of input; see `Program`.

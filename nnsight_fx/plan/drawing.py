@@ -36,6 +36,7 @@ STYLES: dict[str, Style] = {
     verbs.Grad.name: _BOX | {"fillcolor": "#f7d5ea"},
     verbs.SetGrad.name: _BOX | {"fillcolor": "#f7d5ea", "penwidth": "2"},
     verbs.RunBackward.name: {"shape": "invhouse", "style": "filled", "fillcolor": "#f7d5ea"},
+    verbs.Linearize.name: {"shape": "invhouse", "style": "filled,dashed", "fillcolor": "#f7d5ea"},
     "cond": {"shape": "diamond", "style": "filled", "fillcolor": "#ffffff"},
     "constant": {"shape": "note", "style": "filled", "fillcolor": "#fbf7e6"},
 }

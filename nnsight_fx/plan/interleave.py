@@ -22,6 +22,7 @@ from .verbs import (
     Barrier,
     Batched,
     Grad,
+    Linearize,
     Live,
     Observation,
     Observe,
@@ -104,6 +105,7 @@ class Interleaver(ValueKind):
             Value, tuple
         ] = {}  # the leaf, invoke and rows that a value is a part of: its gradient is that leaf's
         self.replaced: dict[int, object] = {}  # gradients that the plan sets, until the backward comes by
+        self.marked: set[Value] = set()  # the sources of a derivative that are there
         self.visiting: set[int] = set()  # invokes at a site inside a module that they call themselves
 
     # The schedule.
@@ -118,6 +120,12 @@ class Interleaver(ValueKind):
         for n in (*self.plan.touches.get(firing.site, ()), *self.plan.followed.get(firing.site[:2], ())):
             if isinstance(self.plan.ops[n].verb, Observe):  # when everybody is done with the site
                 self.perform(n, firing)
+        for value in (
+            self.plan.sources - self.marked if self.plan.sources else ()
+        ):  # when everybody has changed it who will
+            if value in self.env:
+                self.marked.add(value)
+                self.source(value)
 
     def work(self, firing: Firing | None) -> None:
         """Advance every invoke as far as it can go."""
@@ -155,6 +163,12 @@ class Interleaver(ValueKind):
     def differentiate(self, n: int, op: Op, verb: RunBackward) -> None:
         """Run a backward."""
         raise NotImplementedError
+
+    def source(self, value: Value) -> None:
+        """A value by which the forward is differentiated is there, and the model goes on with it."""
+
+    def linearize(self, n: int, op: Op, verb: Linearize) -> None:
+        """Keep the derivative of the forward so far."""
 
     @staticmethod
     def _here(verb: AtSite, firing: Firing | None) -> bool:
@@ -218,6 +232,8 @@ class Interleaver(ValueKind):
             case RunBackward() as verb:
                 self.differentiate(n, op, verb)
                 self.flow()
+            case Linearize() as verb:
+                self.linearize(n, op, verb)
             case Visit() as verb:
                 self._visit(n, op, verb)
             case Save() | Barrier():

@@ -22,6 +22,7 @@ from .verbs import (
     AtSite,
     Call,
     Grad,
+    Linearize,
     Observe,
     Reach,
     Read,
@@ -212,6 +213,16 @@ class InterventionGraph:
     def backs(self) -> frozenset[int]:
         """The backward passes of the body."""
         return frozenset(n for n, _, _ in self.of_kind(RunBackward))
+
+    @cached_property
+    def linear(self) -> int | None:
+        """The operation that keeps the derivative of the forward."""
+        return next((n for n, _, _ in self.of_kind(Linearize)), None)
+
+    @cached_property
+    def sources(self) -> frozenset[Value]:
+        """The values by which the forward is differentiated: autograd follows them from their site on."""
+        return frozenset(v for _, op, _ in self.of_kind(Linearize) for v in references(op.args.items[1]))
 
     @cached_property
     def tapped(self) -> frozenset[Value]:

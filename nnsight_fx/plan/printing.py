@@ -27,6 +27,7 @@ from .verbs import (
     Call,
     CallModule,
     Grad,
+    Linearize,
     Reach,
     Read,
     ReadObject,
@@ -158,6 +159,9 @@ class Printer:
             case RunBackward(returns):
                 rest = self._arguments(op, 1)
                 return (f"torch.autograd.grad({first}, {rest})" if returns else f"{first}.backward({rest})"), False
+            case Linearize(freeze):
+                frozen = f", freeze={set(freeze)!r}" if freeze else ""
+                return f"linearize({self._arguments(op)}{frozen})", False
             case CallModule(path):
                 return f"{module_name(path)}({self._arguments(op)})", True
             case Apply():

@@ -222,6 +222,17 @@ class StopRun(Changes):
 
 
 @dataclass(frozen=True, slots=True)
+class Linearize(Changes):
+    """The forward ends here, and its derivative is kept: from some values, the sources, to others, the targets.
+
+    `freeze` names the parts of the model that are constants in it.
+    """
+
+    freeze: tuple[str, ...] = ()
+    name = "linearize"
+
+
+@dataclass(frozen=True, slots=True)
 class Barrier(Changes):
     """Invokes wait for one another here."""
 

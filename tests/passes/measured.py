@@ -141,6 +141,10 @@ def differentiates(m: Any) -> None:
         m.output.sum().backward()
 
 
+def linearizes(m: Any) -> None:
+    m.vjp(lambda tracer: (m.output, m[2].output), X)
+
+
 def reads_the_last_logits(m: Any) -> None:
     with m.trace(IDS):
         m.lm_head.output[:, -1].save()
@@ -190,6 +194,7 @@ EFFECTS = {
     "conditional": Effect(decides, stack, "a condition that does not hold, around a matrix product"),
     "batch_linears": Effect(lens, gpt2, "a logit lens", "matrix products run"),
     "differentiate": Effect(differentiates, stack, "a gradient of a block's output"),
+    "linearize": Effect(linearizes, stack, "the derivative of the output by a block's"),
     "demand": Effect(patches, gpt2, "a session: 6 layers x 3 positions patched, one logit read", "FLOPs"),
     "causal": Effect(patches, gpt2, "a session: 6 layers x 3 positions patched, one logit read", "FLOPs"),
 }

@@ -50,7 +50,7 @@ model.compile(backend="aot_eager", passes=(..., fold))
 with torch.no_grad(), model.trace(torch.randn(2, 4)):
     model[1].output[:, 0] = 0
     out = model.output.save()
-print(model.explain())  # ... pass 14 fold: 3 rewrites ...
+print(model.explain())  # ... pass 15 fold: 3 rewrites ...
 """
 
 TEXT = """# Passes

@@ -34,6 +34,7 @@ ROOMS = [
     "generation",
     "harvest",
     "sweep",
+    "derivatives",
     "stored",
     "model",
     "analysis",

@@ -102,6 +102,11 @@ VERBS = (
         "P3, R15, backward",
         (*killers("12-*"), "equivalence/test_gradients.py::*"),
     ),
+    Verb(
+        "`model.vjp`, `model.jvp`, `model.jacobian`, `freeze=`",
+        "torch.func, attribution graphs",
+        ("derivatives/*::*",),
+    ),
     Verb("training through a trace", "R15", (*programs("train_a_vector", "no_grad_inside"), *killers("11-*"))),
     Verb(
         "modules called on values",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -30,6 +32,14 @@ class Builder:
             self.few_rows = products.FewRows in map(type, further.values())
         self.compiler = compat.dynamo.backend(options.backend, options.mode, further or None, options.dynamic)
 
+    @functools.cached_property
+    def plain(self) -> Builder:
+        """The compiler without `products`: in a derivative, weights are views, which its kernels do not take."""
+        if not self.few_rows:
+            return self
+        further = {**dict(self.options.options), "post_grad_custom_post_pass": None}
+        return Builder(replace(self.options, options=tuple(sorted(further.items()))), self.told)
+
     def build(self, gm: torch.fx.GraphModule, inputs: Callable[[], list], report: list[str]) -> Callable:
         """A rewritten segment, compiled; where its compiler fails by `aot_eager`, and where that fails the graph as it is."""
         if self.options.backend == "eager":
@@ -42,6 +52,13 @@ class Builder:
         spare = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
         try:
             with compat.inductor.keeping_draws():
+                further = 0 if self.options.backend == "aot_eager" else give_out(gm)
+                try:
+                    return without(self._compiled(gm, inputs()), further)
+                except Exception as error:
+                    if not compat.dynamo.restarts(error):
+                        raise
+                gm = torch.fx.GraphModule(spare, copy.deepcopy(spare.graph))
                 further = 0 if self.options.backend == "aot_eager" else give_out(gm)
                 return without(self._compiled(gm, inputs()), further)
         except torch.OutOfMemoryError:

@@ -75,7 +75,7 @@ class Entrance:
             if ours(error) is not None:
                 self.capture.told.warn(run.report[-1])
         self.on_hooks, run.segments_run = True, 0
-        with live(run, run.everything):
+        with run.on_hooks():
             return self.plain()
 
     def _tell(self, why: NotDifferentiable | Untraceable) -> None:

@@ -24,6 +24,7 @@ from ..run import Run
 from . import cuda_graphs, gradients
 from .entrance import Entrance, Unread
 from .entries import EntryPoint
+from .linear import ByGraph
 from .variants import Variant, extras, variant
 
 if TYPE_CHECKING:
@@ -118,6 +119,9 @@ class SplicedRun(Run):
             else:
                 with torch.no_grad():
                     outputs = found.call(*inputs)
+                if found.linear is not None:
+                    self.linear = ByGraph(found.linear, inputs, list(outputs), self.capture.builder.plain, self.report)
+                    outputs = outputs[: found.linear.own]
                 outputs = gradients.settle(found, inputs, outputs)
             self._go_past(found, outputs)
             if found.ends:

@@ -27,6 +27,7 @@ from ...passes.job import (
     TakesMemory,
     Unfit,
 )
+from ...passes.linearize import Derivative
 from ...plan import ambient
 from ...plan.keys import Value
 from ...plan.lifting import EXACT
@@ -58,6 +59,7 @@ class Variant:
     )  # the tail's inputs: a place in the outputs, or ("leaf", i)
     report: list[tuple[str, int, int]] = field(default_factory=list)
     requires: list[bool] | None = None  # of a graph with its own backward: the outputs that require grad in eager
+    linear: Derivative | None = None  # of a plan that keeps it: what it takes are the last outputs
     accumulates: list[int] = field(default_factory=list)  # the inputs whose gradients are further outputs
     ends: bool = False  # does the run end with it: the plan stops the model here
     whole: bool = False  # is the one leaf of the cut site its value
@@ -221,6 +223,8 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
     job.skeleton = job.inputs = None  # they know the run, and the variant, which knows the job, outlives that
     if job.differentiates and not run.plan.backs <= job.exit.done:
         raise NotDifferentiable("the loss is not in the first captured segment")
+    if run.plan.linear is not None and run.plan.linear not in job.exit.done:
+        raise NotDifferentiable("a target or a source is not in the first captured segment")
     with (
         compat.graphs.tracing(segment.context),
         torch.set_grad_enabled(torch.is_grad_enabled() and job.requires is None),
@@ -246,6 +250,7 @@ def _compile(segment: Segment, run: SplicedRun, fakes: list, args: tuple, aliase
         unread=job.unread and job.cut is None,
         fresh=run.closed and not (run.counts or run.env or run.done or aliases),
         requires=job.requires,
+        linear=job.linear,
         accumulates=job.accumulates,
         constants=following.following(run, fakes, job.takes),
     )
@@ -255,9 +260,10 @@ def _built(
     segment: Segment, run: SplicedRun, gm: fx.GraphModule, job: Job, fakes: list, args: tuple, inputs: Callable
 ) -> Callable:
     """A rewritten segment, compiled: by blocks where it has equal ones."""
-    if not run.capture.options.by_regions:
+    if not run.capture.options.by_regions or job.linear is not None:
+        builder = run.capture.builder if job.linear is None else run.capture.builder.plain
         compat.graphs.as_dynamos(gm)
-        return run.capture.builder.build(gm, inputs, run.report)
+        return builder.build(gm, inputs, run.report)
     cut = compat.graphs.copied(gm)
     twins = dict(zip(gm.graph.nodes, cut.graph.nodes, strict=True))
     try:
@@ -351,7 +357,7 @@ NUMBERS = {"int": torch.int64, "float": torch.float64} | {name: dtype for dtype,
 
 def raw_numbers(run: SplicedRun) -> bool:
     """Are lifted numbers given as they are? A graph that is traced once more, for its backward, would keep the first ones."""
-    return run.capture.options.backend == "eager" and not run.plan.backs
+    return run.capture.options.backend == "eager" and not run.plan.backs and run.plan.linear is None
 
 
 def number(take: TakesConstant, value: object) -> torch.Tensor:
