@@ -239,7 +239,11 @@ def _rms_norm(
     return _scaled(wide, torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps), weight, None, x.dtype)
 
 
-def _normalize(func: Function, x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Tensor:
+def _normalize(
+    func: Function, x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Tensor:
+    if out is not None:  # which autograd refuses, too
+        return func(x, p, dim, eps, out=out)
     return x / x.detach().norm(p, dim, keepdim=True).clamp_min(eps)
 
 

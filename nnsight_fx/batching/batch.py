@@ -85,12 +85,12 @@ def _forward(cells: list[Pending]) -> Run:
         run.finish(merged.plan)
     else:
         inputs = [x for x in tree.flatten((batch.args, batch.kwargs))[0] if isinstance(x, torch.Tensor)]
-        run.follow = Rows(
+        run.proof = Rows(
             batch.rows, inputs, {n for t in (*inputs, *first.host.module.parameters()) for n in t.shape[1:]}
         )
         run.everything = True
         run.finish(merged.plan)
-        if not run.follow.decides and not run.stopping:
+        if not run.proof.decides and not run.stopping:
             proofs[signature] = run.flags
     shares = merged.shares(run)
     if any(share.unfinished() and not share.stopping for share in shares):
@@ -212,7 +212,7 @@ class Flagged(Firing):
 class BatchedRun(Run):
     """A forward in which each plan has its rows."""
 
-    follow: Rows | None = None
+    proof: Rows | None = None
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -223,7 +223,7 @@ class BatchedRun(Run):
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
-        with super().around(), self.follow or contextlib.nullcontext():
+        with super().around(), self.proof or contextlib.nullcontext():
             yield
 
     @property
@@ -231,7 +231,7 @@ class BatchedRun(Run):
         return self.plan.skips
 
     def pass_site(self, path: str, kind: str, value: object) -> object:
-        follow = self.follow
+        follow = self.proof
         if follow is None:
             return super().pass_site(path, kind, value)
         leaves = tree.flatten(value)[0]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import atomic
+from ..tracing.saving import save
 from ..viz.heatmap import heatmap, load_matplotlib
 from .demo import DemoError, blocks, load
 
@@ -131,7 +132,7 @@ def _means(model: LanguageModel, layers: list[int], texts: Sequence[str]) -> tor
     for text in texts:
         with torch.no_grad(), model.trace(text, compile=False):
             outputs = [found[n].output for n in layers]
-            last = torch.stack([(x[0] if isinstance(x, tuple) else x)[0, -1] for x in outputs]).save()
+            last = save(torch.stack([(x[0] if isinstance(x, tuple) else x)[0, -1] for x in outputs]))
         total.append(last)
     return torch.stack(total).mean(0)
 
@@ -145,5 +146,5 @@ def _score(model: LanguageModel, text: str) -> float:
         )
     with torch.no_grad(), model.trace(JUDGE.format(text=text), compile=False):
         logits = model.lm_head.output[0, -1]
-        odds = (logits[good] - logits[bad]).save()
+        odds = save(logits[good] - logits[bad])
     return odds.item()

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Model: TypeAlias = Any  # the envoy of a whole model, which has `trace`
 
 ROWS = 32  # of a loop: on two cores a wider one costs as much a row
-IDLE = 8  # rows that nobody has asked for
+IDLE = 16  # rows that nobody has asked for
 SINGLE = {  # options by which rows are no longer one generation each, or end by more than their own tokens
     "assistant_model": "an assistant model drafts its tokens",
     "prompt_lookup_num_tokens": "its tokens are drafted",
@@ -222,9 +222,10 @@ class Grid:
         sizes = {n for part in parts if hasattr(part, "__dict__") for n in vars(part).values() if isinstance(n, int)}
         sizes |= {n for p in self.host.module.parameters() for n in p.shape[1:]}
         steps = option(self.host.module, batches[0].kwargs, "max_new_tokens") or 0
-        lengths = set(range(2, steps + 2)) if length is None else set(range(length, length + steps + 1))
+        starts = {1 if length is None or getattr(config, "is_encoder_decoder", False) else length, length or 1}
+        lengths = {start + n for start in starts for n in range(steps + 1)}
         rows = sum(batch.rows for batch in batches)
-        for avoided in (sizes | lengths, sizes):
+        for avoided in (sizes | lengths, sizes | starts | {start + 1 for start in starts}):
             idle: list = []
             while rows + batches[0].rows * len(idle) in avoided:
                 idle.append(batches[0])
@@ -276,14 +277,14 @@ class Grid:
             inputs = [x for x in held if x.dim() > 1 and len(x) == self.rows]
             sizes = {n for t in (*inputs, *host.module.parameters()) for n in t.shape[1:]}
             masks = [x for name, x in kwargs.items() if name.endswith("mask") and any(x is y for y in inputs)]
-            run.follow = Rows(self.rows, inputs, sizes, masks, numbered=self.numbered)
+            run.proof = Rows(self.rows, inputs, sizes, masks, numbered=self.numbered)
             run.everything = True
         try:
             run.finish(merged.plan)
         except Mixed as why:
             proofs[signature] = str(why)
             raise
-        if run.follow is not None and not run.follow.decides:
+        if run.proof is not None and not run.proof.decides:
             self.flags[signature] = run.flags
         for body, share in zip(self.bodies, merged.shares(run), strict=False):
             if body.waiting:
