@@ -1,6 +1,6 @@
 """A grid of steered generations, against loops of them and against transformers' `generate` with all rows batched by hand.
 
-    python -m bench.generation [--layers 30] [--tokens 32] [--strengths 8] [--prompts 4] [--rounds 5] [--out bench/results/generation.json]
+    python -m bench.generation [--layers 30] [--tokens 32] [--strengths 8] [--prompts 4] [--rounds 3] [--out bench/results/generation.json]
 
 A model of SmolLM2's shape with random weights. A cell adds a strength times a vector to what one of 4 layers returns, at every step, on
 one prompt of 12 tokens, greedy. All have their turn in each round: `ours` is `model.sweep(..., generate=)` on hooks, recording
@@ -131,9 +131,9 @@ def measure(layers: int, tokens: int, strengths: int, prompts: int, rounds: int)
         calls[who], cells[who] = peer.timed(1), len(some)
         seconds = {name: [s / cells[name] for s in each] for name, each in interleaved(calls, rounds).items()}
     widths = {}
-    for name, chosen in {"8": (1, 1), "32": (1, STEERED), str(len(grid.cells)): (prompts, STEERED)}.items():
-        taken = statistics.median([timed(lambda chosen=chosen: grid.ours(*chosen))[1] for _ in range(3)])
-        widths[name] = chosen[0] * chosen[1] * strengths * tokens / taken
+    for chosen in (1, STEERED):
+        taken = statistics.median([timed(lambda chosen=chosen: grid.ours(1, chosen))[1] for _ in range(3)])
+        widths[str(chosen * strengths)] = chosen * strengths * tokens / taken
     more = [(a - b) / tokens * 1e3 for a, b in zip(seconds["ours"], seconds[HAND], strict=True)]
     return {
         "workload": f"{STEERED} layers x {strengths} strengths x {prompts} prompts of {LENGTH} tokens, {tokens} new ones, {layers} layers of SmolLM2's shape",
@@ -157,7 +157,7 @@ def measure(layers: int, tokens: int, strengths: int, prompts: int, rounds: int)
 
 
 def main() -> None:
-    args = arguments(__doc__, "generation", layers=30, tokens=32, strengths=8, prompts=4, rounds=5).parse_args()
+    args = arguments(__doc__, "generation", layers=30, tokens=32, strengths=8, prompts=4, rounds=3).parse_args()
     write(measure(args.layers, args.tokens, args.strengths, args.prompts, args.rounds), args.out)
 
 
