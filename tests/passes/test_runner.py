@@ -34,11 +34,11 @@ def test_the_order_and_the_report():
     assert report is job.report
     assert [name for name, _, _ in report] == [
         "skip", "splice", "truncate", "narrow", "lift_constants", "expose", "blocks", "erase", "prune", "read_positions",
-        "conditional", "batch_linears", "differentiate",
+        "conditional", "batch_linears", "differentiate", "linearize",
     ]  # fmt: skip
     assert {name: rewrites for name, rewrites, _ in report} == {
         "skip": 0, "splice": 2, "truncate": 0, "narrow": 0, "lift_constants": 1, "expose": 1, "blocks": 0, "erase": 6,
-        "prune": 0, "read_positions": 0, "conditional": 0, "batch_linears": 0, "differentiate": 0
+        "prune": 0, "read_positions": 0, "conditional": 0, "batch_linears": 0, "differentiate": 0, "linearize": 0
     }  # fmt: skip
     assert report[-1][2] == len(gm.graph.nodes)
 
@@ -58,6 +58,7 @@ def test_a_pass_can_be_left_out():
         "conditional",
         "batch_linears",
         "differentiate",
+        "linearize",
     ]
     assert constant in targets(gm) and not job.takes
 

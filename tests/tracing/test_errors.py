@@ -499,6 +499,7 @@ PARENTS = {
     "InvokeError": (ValueError,),
     "UnsavedValueError": (ValueError,),
     "NotRecordableError": (RuntimeError,),
+    "NotConnectedError": (RuntimeError,),
     "PaddedLengthUnknown": (RuntimeError,),
     "SkipError": (ValueError,),
     "PlanError": (ValueError,),
