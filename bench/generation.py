@@ -93,12 +93,6 @@ class Grid:
         return torch.stack(made)
 
 
-def peak(call: Any) -> float:
-    """GiB that the process holds behind a call."""
-    call()
-    return psutil.Process().memory_info().rss / 2**30
-
-
 def measure(layers: int, tokens: int, strengths: int, prompts: int, rounds: int) -> dict[str, Any]:
     grid = Grid(layers, tokens, strengths, prompts)
     some = grid.cells[:: max(1, len(grid.cells) // SAMPLE)][:SAMPLE]
@@ -107,9 +101,10 @@ def measure(layers: int, tokens: int, strengths: int, prompts: int, rounds: int)
         HAND: grid.by_hand,
         LOOP: lambda: grid.one_by_one(some),
     }
-    values, first = {}, {}
+    values, first, held = {}, {}, {}
     for who, call in calls.items():
         values[who], first[who] = timed(call)
+        held[who] = psutil.Process().memory_info().rss / 2**30
     at = [grid.cells.index(cell) for cell in some]
     cells = {"ours": len(grid.cells), HAND: len(grid.cells), LOOP: len(some)}
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +139,7 @@ def measure(layers: int, tokens: int, strengths: int, prompts: int, rounds: int)
         "widths": widths,
         "python_ms_a_token": statistics.median(more),
         "first_s": first,
-        "resident_gib": {who: peak(call) for who, call in calls.items() if who in ("ours", HAND)},
+        "resident_gib": held,
         "cells_that_differ": {
             who: sum(
                 not torch.equal(values["ours"][n], row)
