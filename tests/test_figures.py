@@ -15,7 +15,7 @@ from bench.setting import FIELDS, ROOT, setting
 
 FILES = tables.read()
 # Measured before each file kept all of its setting. `make bench-figures` takes a name off; none comes on.
-EARLIER = {"check", "first", "harvest", "memory", "products", "recording", "suite", "sweep"}
+EARLIER = {"check", "first", "harvest", "memory", "products", "recording", "suite"}
 
 MEASURED_IN_PROSE = re.compile(
     r"\b\d[\d.,]* ?(?:ms|us|µs|s|seconds|MiB|GiB|tokens a second)\b"
