@@ -136,6 +136,7 @@ def _together(
         found = grid.run()
     except Exception as error:  # alone it is its own generation's
         if out_of_memory(error) and len(piece) > 1:
+            report.notes.append(f"out of memory with {len(piece)} generations in a loop: halved")
             halves = [list(half) for half in chunks(piece, -(-len(piece) // 2))]
             return {n: m for half in halves for n, m in _together(model, cells, batches, half, report).items()}
         together = str(error) if isinstance(error, Mixed) else f"together they failed: {type(error).__name__}: {error}"
