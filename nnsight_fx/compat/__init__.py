@@ -8,6 +8,7 @@ modes, `make_fx`, `Tensor._version`, the swap that makes a recorded tensor the r
 
 from . import (
     autograd,
+    checkpoints,
     dynamo,
     fakes,
     frames,
@@ -27,6 +28,7 @@ from .probe import missing
 
 __all__ = [
     "autograd",
+    "checkpoints",
     "dynamo",
     "fakes",
     "frames",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,21 @@ _FRESH = Name(
 )
 
 
+@functools.cache
+def _own() -> frozenset[str]:
+    """What torch itself keeps on a fake tensor."""
+    with FakeTensorMode():
+        return frozenset(vars(torch.empty(0)))
+
+
+def attributes(x: torch.Tensor) -> list[str]:
+    """The attributes that somebody has put on a tensor, a fake one or not."""
+    found = vars(x)
+    if not found or isinstance(x, torch.nn.Parameter):
+        return []
+    return [name for name in found if name not in _own() and not name.startswith("_dynamo_")]
+
+
 class _Never(RuntimeError):
     """An error that this torch does not raise."""
 
@@ -56,6 +72,7 @@ __all__ = [
     "UnsupportedOperatorException",
     "as_input",
     "as_leaf",
+    "attributes",
     "detect_fake_mode",
     "enable_python_dispatcher",
     "fake_like",

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 import torch
 
+from ..compat import checkpoints
 from ..compat.tensors import hook, version
 from ..errors import NotRecordableError
-
-
-def checkpointed() -> str | None:
-    """Does the caller run in a checkpointed block? The name of torch's function around it."""
-    module = sys.modules.get("torch.utils.checkpoint")
-    frame: FrameType | None = sys._getframe(1) if module is not None else None
-    while frame is not None:
-        if frame.f_code.co_filename == module.__file__:  # type: ignore[union-attr]
-            return frame.f_code.co_name
-        frame = frame.f_back
-    return None
 
 
 def versions(leaves: list) -> list:
@@ -29,11 +18,13 @@ def versions(leaves: list) -> list:
     return [version(x) if isinstance(x, torch.Tensor) and not x.is_inference() else None for x in leaves]
 
 
-def refuse_backward(within: str, leaves: list, what: str, gradients: Callable[[], bool]) -> None:
-    """Something was changed at a site in a checkpointed block (`within`): a backward through it is an error.
+def refuse_backward(within: list[FrameType], leaves: list, what: str, gradients: Callable[[], bool]) -> None:
+    """Something was changed at a site in checkpointed blocks (`within`, torch's frames around them): a backward through them is
+    an error.
 
-    torch runs the block again for it, and would take its gradients from values that are not changed. `gradients`: may the
-    block have some even where what was changed has none.
+    torch runs a block again for it, and would take its gradients from values that are not changed: also those of parameters
+    behind the site, for which no gradient passes what was changed. `gradients`: may the block have some even where what was
+    changed has none.
     """
 
     def refuse(*_: object) -> NoReturn:
@@ -44,7 +35,11 @@ def refuse_backward(within: str, leaves: list, what: str, gradients: Callable[[]
         )
 
     through = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
-    if within == "forward" or (not through and gradients()):  # reentrant: nothing in it has a gradient yet
+    if any(map(checkpoints.reentrant, within)) or (
+        not through and gradients()
+    ):  # reentrant: nothing has a gradient yet
         refuse()
+    for frame in within:
+        checkpoints.never_again(frame, refuse)
     for x in through:
         hook(x, refuse)

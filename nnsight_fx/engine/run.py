@@ -216,8 +216,8 @@ class Run(Differentiating):
 
     def _changed(self, site: Site, old: list, leaves: list) -> None:
         """Something other than reading took place at a site."""
-        within = recomputed.checkpointed()
-        if within is None:
+        within = compat.checkpoints.running()
+        if not within:
             return
         where = f"`{place_of_site(site)}`"
         what = f"{where} is changed" if self.changing is None else f"{self.lines[self.changing]}: {where} is changed"

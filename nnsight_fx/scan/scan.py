@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from ..capture import operations, source, streams
 from ..capture.hook_tables import override, put, take
-from ..compat.fakes import FakeCopyMode, FakeTensorMode
+from ..compat.fakes import FakeCopyMode, FakeTensorMode, attributes
 from ..compat.frames import compiled_from
 from ..compat.modes import TorchDispatchMode
 from ..compat.modules import library_of
@@ -25,7 +25,7 @@ from ..plan import tree
 from ..plan.interleave import Firing, Stopped, TensorInterleaver
 from ..plan.skips import gather
 from ..plan.tree import PLAIN
-from ..plan.verbs import Site
+from ..plan.verbs import Site, place_of_site
 from ..tracing.steps import Missing, Opaque, SiteMeta
 
 
@@ -106,6 +106,7 @@ class Scan:
         self.stop_site: Site | None = None
         self.deciders: set[str] = set()  # the modules whose Python looks at values, which the scan guesses
         self.called: dict = {}  # what each operation inside a module called first
+        self.attributes: str | None = None  # which the model put on a tensor that passes a site, the first of them
 
     def decided(self, path: str | None) -> bool:
         """Do values decide how often a module is called? `None`: any module."""
@@ -169,6 +170,9 @@ def scan(
         described = tuple(known(x) for x in leaves)
         rows = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and batched(x) for x in leaves)
         like = value if tree.holds(spec, tree.LIKE) else None
+        if found.attributes is None:
+            names = [name for x in leaves if isinstance(x, torch.Tensor) for name in attributes(x)]
+            found.attributes = f"`{names[0]}` on `{place_of_site(site)}`" if names else None
         found.sites[site] = SiteMeta(spec, described, rows, clock.tick(depth), unsure(), like, _same(leaves))
         if plan is not None and plan.stopping:
             found.stop_site = site

@@ -309,3 +309,51 @@ def test_a_graph_gives_out_what_is_saved_and_nothing_else(engine):
     (capture,) = model._host.captures.values()
     ((variant,),) = capture.segments[0].variants.values()
     assert len(variant.gives) == 1 and saved.shape == (2, 8)
+
+
+class Told(nn.Module):
+    """A module that puts something on an activation, and one behind a border that looks for it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.first, self.second = kind, nn.Linear(8, 8), Listens()
+
+    def forward(self, x):
+        given = x
+        x = self.first(x)
+        if self.kind == "flag":
+            x.flag = True
+        elif self.kind == "tensor":
+            x.shift = x.mean(0, keepdim=True)
+        elif self.kind == "the input's":
+            x.flag = getattr(given, "flag", False)
+        return self.second(x)
+
+
+class Listens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.linear(x)
+        if getattr(x, "flag", False):
+            y = y + 100
+        return y + x.shift if hasattr(x, "shift") else y
+
+
+@engines
+@pytest.mark.parametrize("kind", ["flag", "tensor", "the input's", "none"])
+def test_what_the_model_puts_on_an_activation(kind, engine):
+    """A marker gives another tensor, which has none of it: told, and run on hooks."""
+    torch.manual_seed(0)
+    module, x = Told(kind).requires_grad_(False), torch.randn(4, 8)
+    if kind == "the input's":
+        x.flag = True
+    model = wrap(module, engine)
+    with model.trace(x) as tracer:
+        out = nnsight_fx.save(tracer.result)
+        inner = model.second.linear.output.save()
+    torch.testing.assert_close(out, module(x))
+    torch.testing.assert_close(inner, module.second.linear(module.first(x)))
+    assert ("would be lost" in str(model.explain())) == (engine != "hooks" and kind != "none")

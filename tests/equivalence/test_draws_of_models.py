@@ -280,3 +280,56 @@ def test_a_value_without_a_gradient_in_a_checkpointed_block() -> None:
     model._module.requires_grad_(False)
     with model.trace(X):
         written(model, "l.1.0", lambda h: torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize("asked", ["parameters behind", "parameters of the place", "what was changed", "a later block"])
+def test_gradients_of_a_checkpointed_block_that_pass_nothing_that_was_changed(asked: str) -> None:
+    """Behind a changed place torch runs the block again, unchanged, for its parameters' gradients alone, too."""
+    module = Deep().train()
+    model = NNsight(copy.deepcopy(module))
+    with model.trace(X):
+        model.first.output = model.first.output * 3
+        changed, out = model.first.output.save(), model.output.save()
+
+    wanted = copy.deepcopy(module)
+    wanted.checkpoints = False
+    kept = []
+    wanted.first.register_forward_hook(lambda m, args, output: kept.append(output * 3) or kept[0])
+    want = wanted(X)
+    targets = {
+        "parameters behind": (model._module.second.weight, wanted.second.weight),
+        "parameters of the place": (model._module.first.weight, wanted.first.weight),
+        "what was changed": (changed, kept[0]),
+        "a later block": (model._module.last.weight, wanted.last.weight),
+    }
+    mine, its = targets[asked]
+    (expected,) = torch.autograd.grad(want.square().sum(), [its])
+    if asked == "a later block":
+        torch.testing.assert_close(torch.autograd.grad(out.square().sum(), [mine])[0], expected)
+    else:
+        with pytest.raises(
+            NotRecordableError, match="`first.output` is changed in a block that `torch.utils.checkpoint`"
+        ):
+            torch.autograd.grad(out.square().sum(), [mine])
+
+
+class Deep(torch.nn.Module):
+    """A block in a block of `torch.utils.checkpoint`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third, self.last = (torch.nn.Linear(8, 8) for _ in range(4))
+        self.checkpoints = True
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).tanh()).tanh()
+
+    def outer(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.run(self.inner, x)).tanh()
+
+    def run(self, function: Callable, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(function, x, use_reentrant=False) if self.checkpoints else function(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.run(self.outer, x))
