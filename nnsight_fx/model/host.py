@@ -240,7 +240,7 @@ class ModelHost:
 
         def stop_at() -> tuple[str, str, int] | None:
             values = request.constants[len(request.tape.constants) :]
-            return request.sites.replay(request.tape, plan, values).stop_site
+            return request.sites.stop_site(request.tape, plan, values)
 
         def entry(half: InterventionGraph | None) -> EntryPoint:
             return capture.entry(self.module, fn, half, frames, self.scanner.collects)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,6 +22,7 @@ from ..compat.symbols import (
 )
 from ..compat.transformers import collects
 from ..plan import ambient, tree
+from ..plan.plan import InterventionGraph
 from ..plan.tree import PLAIN
 from ..plan.verbs import Site
 from ..tracing.steps import Missing, SiteMeta, Step
@@ -46,6 +48,7 @@ class Signature:
         self.past: dict[object, int] = {}  # symbols of sizes that grow with a cache, and what each is beyond its length
         self.holds: Callable[[list], bool] = lambda values: True  # is it the scan for such lengths
         self.rescans: OrderedDict[Step, Scan] = OrderedDict()
+        self.stops: weakref.WeakKeyDictionary[InterventionGraph, Site] = weakref.WeakKeyDictionary()
         self.symbols: tuple = (None, None)  # of rows and length, in a scan over unknown sizes
         self.metas: dict[tuple, SiteMeta | Missing] = {}
         self.grown: tuple[int, dict[Site, SiteMeta | Missing]] = (-1, {})  # the sites behind a cache of one length

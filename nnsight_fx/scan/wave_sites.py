@@ -11,17 +11,18 @@ import torch
 import torch.nn as nn
 
 from ..capture.odd import odd
+from ..compat.fakes import on_symbols
 from ..compat.symbols import (
     free_unbacked_symbols,
 )
 from ..lines import BELOW
 from ..plan.ambient import under
-from ..plan.interleave import TensorInterleaver
+from ..plan.interleave import Firing, TensorInterleaver
 from ..plan.plan import Groups, InterventionGraph, Op
 from ..plan.verbs import Call, CallModule, Grad, RunBackward, Site, Skip, StopRun
 from ..tracing.steps import Missing, SiteMeta
-from ..tracing.tape import Tape
-from .scan import Scan
+from ..tracing.tape import Tape, quiet_fakes
+from .scan import Mended, Scan
 from .scanner import SIGNATURES, Scanner, Signature, faked
 
 
@@ -140,15 +141,45 @@ class WaveSites:
 
         `plan` is the part of it that one of several forwards runs; the `values` of earlier ones are constants of this one.
         """
-        plan = plan or tape.plan(Groups((), 0))
+        interleaver = self._interleaver(tape, plan or tape.plan(Groups((), 0)), values)
+        args, kwargs = self.signature.inputs()
+        return self.scanner.run(self.scanner.skeleton(), self.signature.fn, args, kwargs, self.signature, interleaver)
+
+    def _interleaver(self, tape: Tape, plan: InterventionGraph, values: Sequence) -> FakeInterleaver:
         plan = InterventionGraph.of(plan.ops, Groups((None,) * len(plan.workers), 0), plan.recapture, plan.specs)
         constants = [
             tape.operands.fake_at(i) if isinstance(c, torch.Tensor) else c for i, c in enumerate(tape.constants)
         ]
         constants += [faked(self.scanner.fakes, x) for x in values]
-        interleaver = FakeInterleaver(plan, constants, self)
-        args, kwargs = self.signature.inputs()
-        return self.scanner.run(self.scanner.skeleton(), self.signature.fn, args, kwargs, self.signature, interleaver)
+        return FakeInterleaver(plan, constants, self)
+
+    def stop_site(self, tape: Tape, plan: InterventionGraph, values: Sequence) -> Site | None:
+        """Where a plan stops the model, if a scan can tell."""
+        found = self.signature.stops.get(plan)
+        if found is None:
+            found = self._passed(tape, plan, values) or self.replay(tape, plan, values).stop_site
+        if found is not None:
+            self.signature.stops[plan] = found
+        return found
+
+    def _passed(self, tape: Tape, plan: InterventionGraph, values: Sequence) -> Site | None:
+        """The same without the model, for a plan behind which it passes the sites that it passed in the scan."""
+        scan = self.signature.scan
+        if scan.ended is not None or scan.deciders or plan.recapture == "changes" or plan.skips:
+            return None
+        try:
+            with self.scanner.fakes, on_symbols(), quiet_fakes(), Mended():
+                interleaver = self._interleaver(tape, plan, values)
+                interleaver.work(None)
+                for site, meta in sorted(scan.sites.items(), key=lambda passed: passed[1].order):
+                    if site in plan.touches:  # clones: what the plan changes in place is the scan's
+                        leaves = [x.clone() if isinstance(x, torch.Tensor) else x for x in meta.leaves]
+                        interleaver.fire(Firing(site, leaves, meta.spec))
+                    if interleaver.stopping:
+                        return site
+        except Exception:  # the model's own run says what is wrong
+            return None
+        return None
 
     def _sized(self, meta: SiteMeta | Missing, rows: object) -> SiteMeta | Missing:
         """A site's metadata for one invoke: the symbols of the scan replaced by what this trace knows."""
