@@ -74,6 +74,9 @@ class ModuleInputs:
         """What a generation calls the model with: as it is."""
         return Batch(args, kwargs, rows, text)
 
+    def check_generated(self, kwargs: dict) -> None:
+        """Raise where the model has no place for what a generation has come to, before its forward runs."""
+
     def collate(self, batches: list[Batch], pad_to: int | None = None) -> Batch:
         """Several inputs as one: tensors are concatenated on dimension 0."""
         if len(batches) == 1:

@@ -15,7 +15,7 @@ from ..plan import tree
 from ..scan.past import growing
 from . import tokens
 from .inputs import Batch, ModuleInputs
-from .padding import Padding, padding_of
+from .padding import Padding, Positions, padding_of, positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ class PromptInputs(ModuleInputs):
     def __init__(self, host: ModelHost, tokenizer: PreTrainedTokenizerBase | None):
         super().__init__(host)
         self.tokenizer = tokenizer
-        self._known: tuple[object, Padding] | None = None  # which module tree was looked at, and what it takes
+        self._known: tuple[object, Padding, Positions | None] | None = None  # of which module tree, and what it takes
 
     def has_input(self, kwargs: dict) -> bool:
         return any(name in SOURCES or isinstance(value, torch.Tensor) for name, value in kwargs.items())
@@ -54,8 +54,28 @@ class PromptInputs(ModuleInputs):
         if given.get("attention_mask") is None and not _is_filled(cache_among(given)):
             ones = [torch.ones(n, dtype=torch.long, device=main.device) for n in lengths]
             given["attention_mask"] = tokens.sequences("attention_mask", ones, 0, self.left)[0]
+        if given.get("position_ids") is None:
+            self.check_length(max(lengths))
         batch = super().prepare((), {source: main, "attention_mask": None} | given)
         return dataclasses.replace(batch, rows=len(lengths), text=text, length=main.shape[1])
+
+    def check_generated(self, kwargs: dict) -> None:
+        table, cache = self.positions, cache_among(kwargs)
+        ids = next(
+            (x for n in ("decoder_input_ids", "input_ids") if isinstance(x := kwargs.get(n), torch.Tensor)), None
+        )
+        if (
+            table is None or ids is None or getattr(cache, "is_compileable", False)
+        ):  # a static cache would have to be read
+            return
+        length = ids.shape[1] + (int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0)
+        if length > table.count and isinstance(kwargs.get("position_ids"), torch.Tensor):  # less where there is padding
+            length = int(kwargs["position_ids"].max()) + 1
+        if length > table.count:
+            raise PromptError(
+                f"a generation has come to {length} tokens, and this model has {table.count} positions (`{table.path}`). Give a "
+                "shorter prompt, or a smaller `max_new_tokens`."
+            )
 
     def collate(self, batches: list[Batch], pad_to: int | None = None) -> Batch:
         lengths = [n for b in batches if (n := self.length(b)) is not None]
@@ -126,10 +146,27 @@ class PromptInputs(ModuleInputs):
     @property
     def padding(self) -> Padding:
         """On which side the model takes padding: looked at once for a module tree."""
+        return self._looked_at()[1]
+
+    @property
+    def positions(self) -> Positions | None:
+        """The model's learned table of positions: looked at once for a module tree."""
+        return self._looked_at()[2]
+
+    def _looked_at(self) -> tuple[object, Padding, Positions | None]:
         markers = self.host.markers  # of one module tree
         if self._known is None or self._known[0] is not markers:
-            self._known = (markers, padding_of(self.host.module))
-        return self._known[1]
+            self._known = (markers, padding_of(self.host.module), positions_of(self.host.module))
+        return self._known
+
+    def check_length(self, length: int) -> None:
+        """A prompt has so many tokens."""
+        table = self.positions
+        if table is not None and length > table.count:
+            raise PromptError(
+                f"a prompt has {length} tokens, and this model has {table.count} positions (`{table.path}`). Give a shorter prompt; "
+                "`max_length=` cuts those of a harvest."
+            )
 
     def check_padding(self, lengths: list[int]) -> None:
         """Prompts of these lengths are to be padded."""
