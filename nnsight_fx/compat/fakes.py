@@ -34,6 +34,9 @@ _FRESH = Name(
 )
 
 
+_TORCHS = {"_specialize_on", "_is_inductor_static", "_is_frozen_param", "_is_param"}  # what torch puts on a tensor for itself
+
+
 @functools.cache
 def _own() -> frozenset[str]:
     """What torch itself keeps on a fake tensor."""
@@ -46,7 +49,7 @@ def attributes(x: torch.Tensor) -> list[str]:
     found = vars(x)
     if not found or isinstance(x, torch.nn.Parameter):
         return []
-    return [name for name in found if name not in _own() and not name.startswith("_dynamo_")]
+    return [name for name in found if name not in _own() and "dynamo" not in name and name not in _TORCHS]
 
 
 class _Never(RuntimeError):

@@ -87,6 +87,12 @@ class Made(NamedTuple):
     tokens: torch.Tensor
 
 
+class Failed(NamedTuple):
+    """A cell whose body or generation raised, while others have their results."""
+
+    error: Exception
+
+
 def why_apart(module: torch.nn.Module, kwargs: dict) -> str | None:
     """Why generations with these options cannot be rows of one, if they cannot."""
     if beams(module, kwargs) > 1:
@@ -96,23 +102,27 @@ def why_apart(module: torch.nn.Module, kwargs: dict) -> str | None:
     return next((why for name, why in SINGLE.items() if option(module, kwargs, name) not in (None, False, [])), None)
 
 
-def run(model: Model, cells: Sequence[GridCell], report: Report) -> list[Made]:
-    """Run the generations of a grid: those with inputs of one shape as rows of one loop, where rows cannot meet."""
+def run(model: Model, cells: Sequence[GridCell], report: Report) -> list[Made | Failed]:
+    """Run the generations of a grid: those with inputs of one shape as rows of one loop, where rows cannot meet.
+
+    An error is raised at once where no cell has a result yet; later it is that cell's, and the others go on.
+    """
     host = host_of(model)
     batches = [host.inputs.prepare(cell.args, dict(cell.kwargs)) for cell in cells]
     alike: dict[object, list[int]] = {}
     for n, batch in enumerate(batches):
         shapes = tuple((x.shape[1:], x.dtype) for x in batch.flat[0] if isinstance(x, torch.Tensor))
         alike.setdefault(shapes, []).append(n)
-    made: dict[int, Made] = {}
+    made: dict[int, Made | Failed] = {}
     for group in alike.values():
         why = why_apart(host.module, cells[group[0]].kwargs) or _why_not(host, cells[group[0]])
         widest = max(batches[n].rows for n in group)
         pieces = [group] if why else chunks(group, max(1, ROWS // widest))
         for piece in pieces:
-            made.update(
-                _alone(model, cells, piece, why, report) if why else _together(model, cells, batches, piece, report)
-            )
+            if why:
+                _alone(model, cells, piece, why, report, made)
+            else:
+                _together(model, cells, batches, piece, report, made)
     return [made[n] for n in range(len(cells))]
 
 
@@ -127,9 +137,9 @@ def _why_not(host: Host, cell: GridCell) -> str | None:
 
 
 def _together(
-    model: Model, cells: Sequence[GridCell], batches: list, piece: list[int], report: Report
-) -> dict[int, Made]:
-    """Some cells as the rows of one loop; what cannot be one runs alone, and is told."""
+    model: Model, cells: Sequence[GridCell], batches: list, piece: list[int], report: Report, made: dict
+) -> None:
+    """Some cells as the rows of one loop; what cannot be one runs alone, and is told. Their results go to `made`."""
     told = Group("batched", [])
     try:
         grid = Grid(model, [cells[n] for n in piece], [batches[n] for n in piece])
@@ -137,23 +147,25 @@ def _together(
     except Exception as error:  # alone it is its own generation's
         if out_of_memory(error) and len(piece) > 1:
             report.notes.append(f"out of memory with {len(piece)} generations in a loop: halved")
-            halves = [list(half) for half in chunks(piece, -(-len(piece) // 2))]
-            return {n: m for half in halves for n, m in _together(model, cells, batches, half, report).items()}
+            for half in chunks(piece, -(-len(piece) // 2)):
+                _together(model, cells, batches, list(half), report, made)
+            return
         together = str(error) if isinstance(error, Mixed) else f"together they failed: {type(error).__name__}: {error}"
-        return _alone(model, cells, piece, together.partition("\n")[0], report)
-    made = {n: one for n, one in zip(piece, found, strict=True) if isinstance(one, Made)}
+        _alone(model, cells, piece, together.partition("\n")[0], report, made)
+        return
+    ran = {n: one for n, one in zip(piece, found, strict=True) if isinstance(one, Made)}
+    made.update(ran)
     told.lines, told.forwards = [body.line for body in grid.bodies if body.made is not None], grid.loop.calls
-    if made:
+    if ran:
         report.add(told)
     for n, one in zip(piece, found, strict=True):
         if not isinstance(one, Made):
-            made.update(_alone(model, cells, [n], one, report))
-    return made
+            _alone(model, cells, [n], one, report, made)
 
 
-def _alone(model: Model, cells: Sequence[GridCell], piece: list[int], why: str, report: Report) -> dict[int, Made]:
+def _alone(model: Model, cells: Sequence[GridCell], piece: list[int], why: str, report: Report, made: dict) -> None:
     """Cells one by one, each a generation of its own."""
-    host, made = host_of(model), {}
+    host = host_of(model)
     for n in piece:
         cell, ran = cells[n], Report()
 
@@ -165,11 +177,13 @@ def _alone(model: Model, cells: Sequence[GridCell], piece: list[int], why: str, 
                 made[n] = played(model, cell, begins)
         except Exception as error:
             error.add_note(f"nnsight_fx: in the sweep's cell {cell.name}")
-            raise
+            if out_of_memory(error) or not any(isinstance(one, Made) for one in made.values()):
+                raise
+            made[n] = Failed(error)
+            continue
         for group in ran.groups:
             group.why = why
             report.add(group)
-    return made
 
 
 def _draws(model: Model, cell: GridCell, rows: int) -> list[torch.Generator]:

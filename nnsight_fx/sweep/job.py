@@ -16,7 +16,7 @@ from ..draws import draw_for, own_draws
 from ..engine.captured.capture import Capture
 from ..envoys.envoy import host_of
 from ..errors import NotRecordableError
-from ..generation.grid import GridCell, Returned
+from ..generation.grid import Failed, GridCell, Made, Returned
 from ..generation.grid import run as generations
 from ..lines import user_line
 from ..plan import tree
@@ -37,14 +37,16 @@ PROMPT = "prompt"  # the axis of a list of inputs
 class Done(NamedTuple):
     """What a chunk gave: each cell's results by name, on the CPU, a digest of its plan where the job is `stored`, how it ran."""
 
-    results: list[dict[str, torch.Tensor]]
+    results: list[dict[str, torch.Tensor] | None]  # `None`: it failed
     plans: list[str]
     report: Report
+    failed: tuple[Exception, ...] = ()
 
     def joined(self, other: Done) -> Done:
         """Both, told as one."""
         self.report.take(other.report)
-        return Done([*self.results, *other.results], [*self.plans, *other.plans], self.report)
+        failed = (*self.failed, *other.failed)
+        return Done([*self.results, *other.results], [*self.plans, *other.plans], self.report, failed)
 
 
 @dataclass
@@ -173,10 +175,20 @@ class SweepJob:
             with own_draws(self.model), torch.no_grad(), self._engine():
                 made = generations(self.model, cells, report)
         self.by_step |= {
-            name for each in made for name, value in each.returned.items() if not isinstance(value, torch.Tensor)
+            name
+            for each in made
+            if isinstance(each, Made)
+            for name, value in each.returned.items()
+            if not isinstance(value, torch.Tensor)
         }
-        results = [{**stacked(each.returned, self.steps), TOKENS: padded(each.tokens, self.steps)} for each in made]
-        return Done(results, [plans[cell] for cell in chunk] if self.stored else [], report)
+        results = [
+            {**stacked(each.returned, self.steps), TOKENS: padded(each.tokens, self.steps)}
+            if isinstance(each, Made)
+            else None
+            for each in made
+        ]
+        failed = tuple(each.error for each in made if isinstance(each, Failed))
+        return Done(results, [plans.get(cell, "") for cell in chunk] if self.stored else [], report, failed)
 
     @contextlib.contextmanager
     def _told(self, cell: int) -> Iterator[None]:

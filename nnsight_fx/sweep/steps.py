@@ -37,6 +37,13 @@ def stacked(returned: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], steps
     return found
 
 
+def missing(like: torch.Tensor) -> torch.Tensor:
+    """What stands for a value of a cell that has none: NaN, where that is a number of its kind, else -1 (of flags `False`)."""
+    if like.dtype is torch.bool:
+        return torch.zeros_like(like)
+    return torch.full_like(like, math.nan if like.is_floating_point() or like.is_complex() else NONE)
+
+
 def texts(tokenizer: Any, tokens: torch.Tensor) -> numpy.ndarray:
     """The text of each row of new tokens, as an array of the dimensions in front of the steps; without special tokens."""
     import numpy

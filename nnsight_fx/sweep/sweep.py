@@ -20,7 +20,7 @@ from .choice import Choice, checked
 from .executors import Executor, Serial, chosen
 from .job import PROMPT, SweepJob, is_dataset, look
 from .results import Results
-from .steps import TOKENS, texts
+from .steps import TOKENS, missing, texts
 from .store import LONG, Store, manifest
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def sweep(
 
     Gradients are off. Returns `Results`: on the CPU, first the axes' dimensions, then those of one result.
 
+    Whatever ends a sweep, an interrupt of yours, too, has as `.results` what the finished cells gave.
+
     Raises:
         StoreError: `store` holds another sweep, model, input or body.
         NotRecordableError: `fn` returns no recorded value.
@@ -142,21 +144,41 @@ def sweep(
     with as_one(model, "sweep", user_line()) as report:
         here = type(runner) is Serial
         choice = Choice(job, engine, report, here, None if kept is None else kept.manifest.get("ran"))
-        found = _run(job, job.chunks(chunk or CHUNK), kept, choice if here else runner, progress, report)
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        try:
+            failed = _run(job, job.chunks(chunk or CHUNK), kept, choice if here else runner, progress, report, found)
+            if failed:
+                raise failed[0]
+        except BaseException as error:  # the user's interrupt, too
+            if found:
+                error.results = _results(model, job, axes, items, kept, found)  # type: ignore[attr-defined]
+                many_of = f"{len(found)} of the sweep's {len(job.cells)} cells"
+                error.add_note(f"nnsight_fx: {many_of} have their results: they are in this error's `.results`.")
+            raise
         choice.settle()
         about = f"{len(job.cells)} cells" + ("" if here else f", with the executor {type(runner).__name__}")
         report.notes = [about, *report.notes]
-    stacked = {name: torch.stack([found[i][name] for i in range(len(found))]) for name in found[0]}
+    results = _results(model, job, axes, items, kept, found)
+    return results.mean(PROMPT) if reduce else results
+
+
+def _results(
+    model: Envoy, job: SweepJob, axes: dict[str, list], items: list, kept: Store | None, found: dict[int, dict]
+) -> Results:
+    """What the cells gave, as arrays of the grid's shape. Where a cell has nothing stands NaN, or -1."""
+    nothing = {name: missing(value) for name, value in next(iter(found.values())).items()}
+    every = [found.get(i, nothing) for i in range(len(job.cells))]
+    stacked = {name: torch.stack([each[name] for each in every]) for name in nothing}
     shape = [len(values) for values in axes.values()]
     values = {name: rows.reshape(*shape, *rows.shape[1:]) for name, rows in stacked.items()}
     prompts = [textwrap.shorten(item, LONG, placeholder="...") for item in items if isinstance(item, str)]
-    labels = {PROMPT: prompts} if many and len(prompts) == len(items) else {}
+    labels = {PROMPT: prompts} if job.many and len(prompts) == len(items) else {}
     results = Results(axes, values, kept.manifest if kept else {}, labels=labels)
-    if generate is not None:
+    if job.generate is not None:
         results.steps = job.by_step | {TOKENS}
         tokenizer = getattr(model, "tokenizer", None)
         results.text = None if tokenizer is None else texts(tokenizer, values[TOKENS])
-    return results.mean(PROMPT) if reduce else results
+    return results
 
 
 def _generation(model: Envoy, given: Mapping[str, object] | None, stop: bool) -> dict | None:
@@ -187,9 +209,10 @@ def _run(
     runner: Executor | Choice,
     progress: bool,
     report: Report,
-) -> dict[int, dict]:
-    """The results of all cells, by number."""
-    found: dict[int, dict[str, torch.Tensor]] = {}
+    found: dict[int, dict[str, torch.Tensor]],
+) -> list[Exception]:
+    """Put the results of all cells into `found`, by number; the errors of those that failed while others did not."""
+    failed: list[Exception] = []
     plans: dict[int, str] = {}
     for cells, results, digests in kept.load() if kept else ():
         found.update({i: {name: rows[n] for name, rows in results.items()} for n, i in enumerate(cells)})
@@ -213,19 +236,22 @@ def _run(
         ending.callback(getattr(runs, "close", lambda: None))  # workers end now, whatever is wrong with what they gave
         for cells, done in runs:
             report.take(done.report)
+            failed += done.failed
             for cell, results in zip(cells, done.results, strict=True):
+                if results is None:
+                    continue
                 found[cell] = results
                 _check(job, cell, results, next(iter(found.values())), next(iter(found)))
-            if kept is not None:
+            if kept is not None and not done.failed:
                 if isinstance(runner, Choice) and runner.ran is not None and "ran" not in kept.manifest:
                     kept.folder.write(ran=runner.ran)
-                rows = {name: torch.stack([r[name] for r in done.results]) for name in done.results[0]}
+                rows = {name: torch.stack([found[cell][name] for cell in cells]) for name in found[cells[0]]}
                 kept.put(cells, rows, done.plans)
                 plans.update(zip(cells, done.plans, strict=True))
             bar.update(len(cells) * each)
-    if kept is not None:
+    if kept is not None and not failed:
         kept.finish([plans[cell] for cell in range(total)])
-    return found
+    return failed
 
 
 def _check(job: SweepJob, cell: int, results: dict, first: dict, of: int) -> None:

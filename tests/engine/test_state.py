@@ -357,3 +357,12 @@ def test_what_the_model_puts_on_an_activation(kind, engine):
     torch.testing.assert_close(out, module(x))
     torch.testing.assert_close(inner, module.second.linear(module.first(x)))
     assert ("would be lost" in str(model.explain())) == (engine != "hooks" and kind != "none")
+
+
+def test_what_torch_puts_on_a_tensor_is_no_attribute_of_the_models():
+    x, model = torch.randn(4, 8), wrap(net(), "eager")
+    for mark in (torch._dynamo.mark_dynamic, torch._dynamo.maybe_mark_dynamic, torch._dynamo.mark_static):
+        mark(x, 0)
+    with assert_no_fallback(), model.trace(x):
+        out = model[0].output.save()
+    torch.testing.assert_close(out, model._module[0](x))
