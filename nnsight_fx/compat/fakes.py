@@ -34,7 +34,12 @@ _FRESH = Name(
 )
 
 
-_TORCHS = {"_specialize_on", "_is_inductor_static", "_is_frozen_param", "_is_param"}  # what torch puts on a tensor for itself
+_TORCHS = {
+    "_specialize_on",
+    "_is_inductor_static",
+    "_is_frozen_param",
+    "_is_param",
+}  # what torch puts on a tensor for itself
 
 
 @functools.cache
