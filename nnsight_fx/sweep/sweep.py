@@ -240,8 +240,9 @@ def _run(
             for cell, results in zip(cells, done.results, strict=True):
                 if results is None:
                     continue
+                if found:
+                    _check(job, cell, results, next(iter(found.values())), next(iter(found)))
                 found[cell] = results
-                _check(job, cell, results, next(iter(found.values())), next(iter(found)))
             if kept is not None and not done.failed:
                 if isinstance(runner, Choice) and runner.ran is not None and "ran" not in kept.manifest:
                     kept.folder.write(ran=runner.ran)
