@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..compat.fakes import with_attributes
 from ..compat.tensors import version
 from ..engine.captured.capture import Capture
 from ..errors import OutOfOrderError
@@ -146,6 +147,8 @@ def why_now(tracer: Tracer) -> str | None:
     inputs = [x for leaves in batches for x in leaves]
     if any(not isinstance(x, (torch.Tensor, *PLAIN)) for x in inputs):
         return "an object is among its inputs"
+    if with_attributes(inputs):
+        return "a tensor among its inputs has attributes"
     if tape.base.grad and _differentiable(host, [*inputs, *tape.constants]):
         return "its values are differentiable: put the session under `torch.no_grad()`, or freeze the parameters"
     return effects(host, wave.tape.sites.signature, tracer.fn)

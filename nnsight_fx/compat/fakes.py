@@ -57,6 +57,11 @@ def attributes(x: torch.Tensor) -> list[str]:
     return [name for name in found if name not in _own() and "dynamo" not in name and name not in _TORCHS]
 
 
+def with_attributes(leaves: list) -> str | None:
+    """The name of an attribute on one of the tensors among some values, if there is one."""
+    return next((name for x in leaves if isinstance(x, torch.Tensor) for name in attributes(x)), None)
+
+
 class _Never(RuntimeError):
     """An error that this torch does not raise."""
 
@@ -81,6 +86,7 @@ __all__ = [
     "as_input",
     "as_leaf",
     "attributes",
+    "with_attributes",
     "detect_fake_mode",
     "enable_python_dispatcher",
     "fake_like",

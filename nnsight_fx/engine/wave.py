@@ -193,7 +193,7 @@ class ForwardWave:
         self._gather()
         try:
             inputs = (self.batch.args, self.batch.kwargs)
-            call = steady(inputs, self.tape.constants, self.tape.lines, self.host.markers.own())
+            call = steady(inputs, self.batch.flat[0], self.tape.constants, self.tape.lines, self.host.markers.own())
         except NotCaptured:
             return False
         self.run = cast(Any, call)  # it has what is asked of a run that is over

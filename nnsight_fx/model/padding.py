@@ -19,15 +19,7 @@ from ..compat.transformers import is_transformers
 RECURRENT = frozenset({"rwkv", "recurrent_gemma", "xlstm"})
 MIXING = frozenset({"convbert", "fnet", "funnel", "mobilebert", "nystromformer", "reformer", "squeezebert", "yoso"})
 COUNTS = "create_position_ids_from_input_ids"  # RoBERTa and its kin count positions from the pad tokens themselves
-TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
 ABSOLUTE = re.compile(r"(^|[._])(pos|position|positions|wpe|positional)([._]|$)")
-
-
-class Positions(NamedTuple):
-    """A learned table of positions."""
-
-    path: str
-    count: int  # how many tokens a prompt has at most
 
 
 class Padding(NamedTuple):
@@ -59,23 +51,6 @@ def padding_of(module: nn.Module) -> Padding:
     if reached or not _absolute(inner, rotary=True):
         return Padding(positions=reached, reads_last=causal)
     return Padding(f"`{type(module).__name__}` does not hand `position_ids` on to `{name}`", reads_last=causal)
-
-
-def positions_of(module: nn.Module) -> Positions | None:
-    """A language model's learned table of positions, where its size is what the configuration says. `None` for rotary models, and
-    for tables that grow."""
-    inner, _ = innermost(module)
-    config = getattr(inner, "config", None)
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    for path, table in module.named_modules():
-        if not isinstance(table, nn.Embedding) or not isinstance(most, int):
-            continue
-        if "Sinusoidal" in type(table).__name__ or not TABLE.search(path):
-            continue
-        begin = table.padding_idx + 1 if table.padding_idx is not None else table.num_embeddings - most
-        if 0 <= begin <= 2:
-            return Positions(path, table.num_embeddings - begin)
-    return None
 
 
 def innermost(module: nn.Module) -> tuple[nn.Module, bool]:

@@ -271,7 +271,7 @@ class RecordedBody:
         """Run it as a call; `NotCaptured`, before anything ran, where it is none any more."""
         assert self.steady is not None
         hooks = host_of(program.model).markers.own()
-        run = self.steady((batch.args, batch.kwargs), self._lifted(program, leaves), self.lines, hooks)
+        run = self.steady((batch.args, batch.kwargs), batch.flat[0], self._lifted(program, leaves), self.lines, hooks)
         self.ran = None
         return self._given(run)
 

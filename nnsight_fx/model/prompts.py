@@ -15,7 +15,8 @@ from ..plan import tree
 from ..scan.past import growing
 from . import tokens
 from .inputs import Batch, ModuleInputs
-from .padding import Padding, Positions, padding_of, positions_of
+from .longest import Positions, positions_of
+from .padding import Padding, padding_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

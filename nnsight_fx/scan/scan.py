@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from ..capture import operations, source, streams
 from ..capture.hook_tables import override, put, take
-from ..compat.fakes import FakeCopyMode, FakeTensorMode, attributes
+from ..compat.fakes import FakeCopyMode, FakeTensorMode, with_attributes
 from ..compat.frames import compiled_from
 from ..compat.modes import TorchDispatchMode
 from ..compat.modules import library_of
@@ -171,8 +171,8 @@ def scan(
         rows = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and batched(x) for x in leaves)
         like = value if tree.holds(spec, tree.LIKE) else None
         if found.attributes is None:
-            names = [name for x in leaves if isinstance(x, torch.Tensor) for name in attributes(x)]
-            found.attributes = f"`{names[0]}` on `{place_of_site(site)}`" if names else None
+            name = with_attributes(leaves)
+            found.attributes = f"`{name}` on `{place_of_site(site)}`" if name else None
         found.sites[site] = SiteMeta(spec, described, rows, clock.tick(depth), unsure(), like, _same(leaves))
         if plan is not None and plan.stopping:
             found.stop_site = site

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..compat.fakes import attributes
 from ..draws import draw_for, own_draws
 from ..engine.captured.capture import Capture
 from ..envoys.envoy import host_of
@@ -230,7 +231,12 @@ def _told(value: object) -> str:
 
 def _own(x: object) -> object:
     """An input that a body, or the model, may change in place: the next cell has it as it was."""
-    return x.clone() if isinstance(x, torch.Tensor) else x
+    if not isinstance(x, torch.Tensor):
+        return x
+    made = x.clone()
+    for name in attributes(x):
+        setattr(made, name, getattr(x, name))
+    return made
 
 
 def _saved(result: object) -> dict[str, object]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import pickle
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,6 +38,7 @@ class Worker:
     def work(self, chunk: list[int], wanted: bool) -> tuple[Done, bytes | None]:
         """A chunk's results, and what was compiled for it where that is `wanted`."""
         done = self.job(chunk)
+        done = done._replace(failed=tuple(map(portable, done.failed)))
         made = torch.compiler.save_cache_artifacts() if wanted else None
         return done, None if made is None else made[0]
 
@@ -109,3 +112,13 @@ class Pool:
 def _compiles(job: SweepJob) -> bool:
     capture = job.capture
     return not job.on_hooks and capture is not None and capture.options.backend not in ("eager", "aot_eager")
+
+
+def portable(error: Exception) -> Exception:
+    """An error that another process can have: with where it was raised, and itself if it can be pickled."""
+    error.add_note("nnsight_fx: in a worker\n" + "".join(traceback.format_tb(error.__traceback__)[-3:]))
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -8,14 +8,13 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import traceback
 from multiprocessing.connection import Connection, Pipe, wait
 
 import torch
 
 from ..lines import user_line
 from .job import Done
-from .pool import Lost, Pool, Worker
+from .pool import Lost, Pool, Worker, portable
 
 
 class Devices(Pool):
@@ -100,17 +99,7 @@ def main(fd: int) -> None:
                         worker = Worker(file.read(), artifacts, threads, device)
                 answer = True, worker.work(chunk, wanted)
             except Exception as error:
-                answer = False, _portable(error)
+                answer = False, portable(error)
             _send(connection, answer)
     except (EOFError, ConnectionError):
         pass
-
-
-def _portable(error: Exception) -> Exception:
-    """An error that another process can have: with where it was raised, and itself if it can be pickled."""
-    error.add_note("nnsight_fx: in a worker\n" + "".join(traceback.format_tb(error.__traceback__)[-3:]))
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")

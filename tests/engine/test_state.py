@@ -366,3 +366,32 @@ def test_what_torch_puts_on_a_tensor_is_no_attribute_of_the_models():
     with assert_no_fallback(), model.trace(x):
         out = model[0].output.save()
     torch.testing.assert_close(out, model._module[0](x))
+
+
+@pytest.mark.parametrize("engine", ["hooks", "eager", "symbolic"])
+def test_an_input_that_gets_an_attribute_later(engine):
+    """Also where a plan has been seen so often that it runs as a call, in programs, sessions and sweeps."""
+    torch.manual_seed(0)
+    module = nn.Sequential(Listens(), nn.Linear(8, 8)).requires_grad_(False)
+    model, x = wrap(module, engine), torch.randn(4, 8)
+    y = x.clone()
+    y.flag = True
+
+    def traced(value):
+        with model.trace(value):
+            return model.get("1").output.save()
+
+    program = model.program(lambda tracer: model.get("1").output)
+    for run in (traced, program):
+        for value in (x, x, x, y, x, y):
+            torch.testing.assert_close(run(value), module(value))
+    found = []
+    with model.session():
+        for value in (x, y, x, y):
+            with model.trace(value):
+                found.append(model.get("1").output.save())
+    for got, value in zip(found, (x, y, x, y), strict=True):
+        torch.testing.assert_close(got, module(value))
+    swept = model.sweep(lambda tracer, n: model.get("1").output * n, [x, y], over={"n": [1.0, 2.0]}, progress=False)
+    for row, value in zip(swept["result"], (x, y), strict=True):
+        torch.testing.assert_close(row, torch.stack([module(value), 2 * module(value)]))

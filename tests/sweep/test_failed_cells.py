@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nnsight_fx import LanguageModel, NNsight
+from nnsight_fx.sweep.executors import Devices
 
 from ..generation.test_generate import llama
 
@@ -117,3 +118,48 @@ def test_other_sweeps(engine: str) -> None:
     results = told.value.results  # type: ignore[attr-defined]
     torch.testing.assert_close(results["result"][:4], want["result"])
     assert results["result"][4:].isnan().all()
+
+
+def test_an_interrupt_keeps_what_is_done() -> None:
+    torch.manual_seed(0)
+    model, x = NNsight(nn.Linear(8, 4).requires_grad_(False)), torch.randn(3, 8)
+
+    def body(tracer: Any, n: int) -> Any:
+        if n == 4:
+            raise KeyboardInterrupt
+        return model.output.sum() * n
+
+    with pytest.raises(KeyboardInterrupt) as told:
+        model.sweep(body, x, over={"n": [1, 2, 3, 4]}, progress=False, chunk=2)
+    results = told.value.results  # type: ignore[attr-defined]
+    torch.testing.assert_close(results["result"][:2], model._module(x).sum() * torch.tensor([1.0, 2.0]))
+    assert results["result"][2:].isnan().all()
+
+
+class Unportable(Exception):
+    """An error that no other process can have."""
+
+    def __init__(self, what: str):
+        super().__init__(what)
+        self.held = lambda: what
+
+
+def test_errors_of_workers() -> None:
+    module = llama()
+
+    def failing(n: int) -> None:
+        if n == 3:
+            raise Unportable("not this one")
+
+    model = LanguageModel(module)
+
+    def steer(tracer: Any, n: int) -> None:
+        failing(n)
+        for _step in tracer.iter[:]:
+            model.model.layers[1].output[:] += n
+
+    workers = Devices(["cpu"], threads=1)
+    with pytest.raises(RuntimeError, match="Unportable: not this one") as told:
+        model.sweep(steer, [PROMPT], over={"n": [0, 1, 2, 3, 4]}, generate=OPTIONS, executor=workers, progress=False)
+    results = told.value.results  # type: ignore[attr-defined]
+    assert (results["tokens"][0, 3] == -1).all() and (results["tokens"][0, [0, 1, 2, 4]] >= 0).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...capture.markers import Markers
-from ...compat.fakes import attributes
+from ...compat.fakes import with_attributes
 from ...plan.plan import InterventionGraph
 from ...plan.verbs import CallModule
 from ...scan.wave_sites import WaveSites
@@ -20,8 +20,8 @@ def refusal(
     own = next((type(x) for x in inputs if isinstance(x, torch.Tensor) and type(x) not in _PLAIN), None)
     if own is not None:
         return f"hook engine: the model is called with a {own.__name__}, a tensor of a class of its own"
-    named = next((name for x in inputs if isinstance(x, torch.Tensor) for name in attributes(x)), None)
-    put = sites.signature.scan.attributes if named is None else f"`{named}` on an input"
+    named = with_attributes(inputs)
+    put = f"`{named}` on an input" if named else sites.signature.scan.attributes
     if put is not None:
         return f"hook engine: a tensor has an attribute, which behind a module's border would be lost: {put}"
     if plan.sees_objects:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from ... import compat
 from ...capture.marker import active
 from ...capture.segment import Segment
+from ...compat.fakes import with_attributes
 from ...lines import Line
 from ...plan.keys import Recorded, Value
 from ...plan.verbs import Call, CallModule, Read, Save, Write
@@ -52,9 +53,9 @@ class Steady:
         whole = found.requires is None and found.cut is None and plan.saved <= set(found.gives)
         return cls(run) if one and plain and found.fresh and whole else None
 
-    def __call__(self, inputs: tuple, constants: list, lines: list[Line], hooks: tuple) -> SteadyCall:
-        """A run on other inputs and lifted values; `NotCaptured`, before anything ran, where it is no such run."""
-        if hooks != self.hooks or not self.entry.whole:
+    def __call__(self, inputs: tuple, leaves: list, constants: list, lines: list[Line], hooks: tuple) -> SteadyCall:
+        """A run on other inputs, whose tensors are among `leaves`, and lifted values; `NotCaptured`, before anything ran, where it is no such run."""
+        if hooks != self.hooks or not self.entry.whole or with_attributes(leaves):
             raise compat.dynamo.NotCaptured
         call, outer = SteadyCall(self, constants, lines), getattr(active, "run", None)
         active.run = call
