@@ -146,3 +146,48 @@ def test_the_models_own_error_is_its_own():
             _quietly(model, more_rows)
     line = more_rows.__code__.co_firstlineno + 1
     assert any(f"`first.output` was written at {__file__}:{line}" in note for note in found.value.__notes__)
+
+
+_LIBRARY.define("halved(Tensor x) -> Tensor")
+_LIBRARY.impl("halved", lambda x: x / 2, "CPU")
+
+
+def _refuse_dynamo(x):
+    if torch._guards.TracingContext.try_get() is not None:
+        raise RuntimeError("no compiler may see it")
+    return torch.empty_like(x)
+
+
+_LIBRARY.impl("halved", _refuse_dynamo, "Meta")
+
+
+class Hidden(Net):
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(torch.ops.nnsight_fx_field.halved(h))
+
+
+@pytest.mark.parametrize("around", ["a stop", "a handler of the user's", "both"])
+def test_what_was_being_handled_has_nothing_to_do_with_it(around):
+    """The end of a stopped body, or an error that the user's code handles, is the context of Dynamo's."""
+    torch.manual_seed(0)
+    model = wrap(Hidden().requires_grad_(False), "eager")
+
+    def traced() -> torch.Tensor:
+        with torch.no_grad(), model.trace(torch.ones(2, 4)) as tracer:
+            found = model.last.output.save()
+            if around != "a handler of the user's":
+                tracer.stop()
+        return found
+
+    if around == "a stop":
+        got = traced()
+    else:
+        try:
+            raise ZeroDivisionError("the user's own")
+        except ZeroDivisionError:
+            got = traced()
+    line = Hidden.forward.__code__.co_firstlineno + 2
+    assert f"could not trace the model itself at {__file__}:{line}" in reason(model)
+    assert "no compiler may see it" in reason(model) and "its own fault" not in reason(model)
+    same(got, model._module(torch.ones(2, 4)), True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -30,6 +31,8 @@ BART = {
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
 }
+PROPHET = {"hidden_size": 16, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_encoder_attention_heads": 2}
+PROPHET |= {"num_decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
 SPECIAL = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
 
 MODELS = {  # and how many tokens it has places for
@@ -38,6 +41,11 @@ MODELS = {  # and how many tokens it has places for
     "bert": (lambda: BertModel(BertConfig(**SIZES, max_position_embeddings=16)), 16),
     "roberta": (lambda: RobertaModel(RobertaConfig(**SIZES, max_position_embeddings=18, pad_token_id=1)), 16),
     "bart": (lambda: BartForConditionalGeneration(BartConfig(vocab_size=40, **BART, max_position_embeddings=16)), 16),
+    "mpnet": (lambda: hf.MPNetModel(hf.MPNetConfig(**SIZES, max_position_embeddings=18)), 16),
+    "longformer": (lambda: hf.LongformerModel(hf.LongformerConfig(**SIZES, attention_window=[4, 4], max_position_embeddings=18)), 16),
+    "gpt_bigcode": (lambda: hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16)), 16),
+    "prophetnet": (lambda: hf.ProphetNetModel(hf.ProphetNetConfig(vocab_size=40, **PROPHET, max_position_embeddings=16)), None),  # it clamps them
+    "deberta": (lambda: hf.DebertaV2Model(hf.DebertaV2Config(**SIZES, relative_attention=True, position_biased_input=False, max_position_embeddings=16)), None),
     "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=16, **SPECIAL)), None),
 }  # fmt: skip
 engines = pytest.mark.parametrize("engine", ["hooks", "eager"])
@@ -59,18 +67,19 @@ def prompt(length: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_prompts(name: str, engine: str) -> None:
     model, most = wrapped(name, engine), MODELS[name][1]
+    decodes = {"decoder_input_ids": prompt(4)} if model._module.config.is_encoder_decoder else {}
     for length in (16, 20):
         if most is None or length <= most:
-            with torch.no_grad(), model.trace(prompt(length)) as tracer:
+            with torch.no_grad(), model.trace(prompt(length), **decodes) as tracer:
                 found = tracer.result[0].save()
-            assert found.shape[:2] == (1, length)
+            assert found.shape[:2] == (1, 4 if decodes else length)
             continue
         with pytest.raises(
             PromptError, match=r"test_too_long.*: a prompt has 20 tokens, and this model has 16 positions"
         ):
-            model.trace(prompt(length), trace=False)
+            model.trace(prompt(length), trace=False, **decodes)
         with pytest.raises((IndexError, RuntimeError)):  # as the model says it
-            model._module(prompt(length))
+            model._module(prompt(length), **decodes)
 
 
 @engines

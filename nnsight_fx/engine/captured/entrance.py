@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ class Entrance:
 
     def __call__(self) -> object:
         """The model's result, or its own exception."""
-        run = self.run
+        run, handled = self.run, sys.exception()
         self.half = self.plan if self.plan.recapture and not run.removes else None
         try:
             return self._captured(self.entry_of(self.half))
@@ -71,8 +72,8 @@ class Entrance:
             if not self._captures_nothing(error):
                 self._blamed(error)
                 raise
-            run.fall_back(untraceable(error, run))
-            if ours(error) is not None:
+            run.fall_back(untraceable(error, handled, run))
+            if ours(error, handled) is not None:
                 self.capture.told.warn(run.report[-1])
         self.on_hooks, run.segments_run = True, 0
         with run.on_hooks():

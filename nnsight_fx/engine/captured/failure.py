@@ -15,26 +15,29 @@ if TYPE_CHECKING:
 _FROM = re.compile(r'File "([^"]+)", line (\d+)')
 
 
-def ours(error: BaseException) -> str | None:
-    """The line of this package that raised, `file:line`, if one did. Dynamo keeps the traceback of what it wraps."""
-    frames = [f for e in _chain(error) for f in traceback.extract_tb(e.__traceback__)[-1:]]
+def ours(error: BaseException, handled: BaseException | None) -> str | None:
+    """The line of this package that raised, `file:line`, if one did. Dynamo keeps the traceback of what it wraps.
+
+    `handled`: what was being handled when the model was called, which has nothing to do with it.
+    """
+    frames = [f for e in _chain(error, handled) for f in traceback.extract_tb(e.__traceback__)[-1:]]
     own = (f for f in frames if f.filename.startswith(OURS) and f.name != "execute")  # which calls what a body wrote
     return next((f"{f.filename}:{f.lineno}" for f in own), None)
 
 
-def _chain(error: BaseException | None) -> list[BaseException]:
+def _chain(error: BaseException | None, handled: BaseException | None) -> list[BaseException]:
     found: list[BaseException] = []
-    while error is not None and error not in found:
+    while error is not None and error is not handled and error not in found:
         found.append(error)
         error = error.__cause__ or error.__context__
     return found
 
 
-def untraceable(error: Exception, run: SplicedRun) -> str:
+def untraceable(error: Exception, handled: BaseException | None, run: SplicedRun) -> str:
     """Why a model runs on hooks that Dynamo failed on, in one line."""
-    cause = _chain(error)[-1]
+    cause = _chain(error, handled)[-1]
     reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
-    line = ours(error)
+    line = ours(error, handled)
     if line is not None:
         return f"hook engine: nnsight_fx failed at {line} while Dynamo traced the model, which is its own fault ({reason}). Please report it"
     told = _FROM.findall(str(error).partition("from user code")[2])
