@@ -35,9 +35,8 @@ def refuse_backward(within: list[FrameType], leaves: list, what: str, gradients:
         )
 
     through = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
-    if any(map(checkpoints.reentrant, within)) or (
-        not through and gradients()
-    ):  # reentrant: nothing has a gradient yet
+    untold = not through and gradients()
+    if untold or any(map(checkpoints.reentrant, within)):  # reentrant: nothing has a gradient yet
         refuse()
     for frame in within:
         checkpoints.never_again(frame, refuse)

@@ -44,7 +44,7 @@ class Loop:
     def __init__(
         self, host: Host, args: tuple, kwargs: dict, state: ThreadState, draws: Sequence[torch.Generator] | None = None
     ):
-        self.module, self.inputs_of = host.module, host.inputs
+        self.module, self.check_generated = host.module, host.inputs.check_generated
         self.args, self.kwargs = args, {"disable_compile": True, **kwargs}  # captured by us, or not at all
         if beams(self.module, kwargs) == 1:
             self.kwargs["streamer"] = Streamer(self, kwargs.get("streamer"))
@@ -105,7 +105,7 @@ class Loop:
     def _called(self, path: str, /, *args: object, **kwargs: object) -> object:
         """A module is called: wait for the plan of this forward, and run it."""
         self.restore()
-        self.inputs_of.check_generated(kwargs)
+        self.check_generated(kwargs)
         self.path, self.inputs, self.run = path, (args, kwargs), None
         self.first = self.first if self.calls else len(self.given)
         self.calls += 1

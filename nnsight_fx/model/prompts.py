@@ -33,7 +33,8 @@ class PromptInputs(ModuleInputs):
     def __init__(self, host: ModelHost, tokenizer: PreTrainedTokenizerBase | None):
         super().__init__(host)
         self.tokenizer = tokenizer
-        self._known: tuple[object, Padding, Positions | None] | None = None  # of which module tree, and what it takes
+        self._known: tuple[object, Padding] | None = None  # which module tree was looked at, and what it takes
+        self._table: tuple[object, Positions | None] | None = None  # the same for its table of positions
 
     def has_input(self, kwargs: dict) -> bool:
         return any(name in SOURCES or isinstance(value, torch.Tensor) for name, value in kwargs.items())
@@ -56,22 +57,25 @@ class PromptInputs(ModuleInputs):
             ones = [torch.ones(n, dtype=torch.long, device=main.device) for n in lengths]
             given["attention_mask"] = tokens.sequences("attention_mask", ones, 0, self.left)[0]
         if given.get("position_ids") is None:
-            self.check_length(max(lengths))
+            self.check_length(max(lengths), given.get("attention_mask"))
         batch = super().prepare((), {source: main, "attention_mask": None} | given)
         return dataclasses.replace(batch, rows=len(lengths), text=text, length=main.shape[1])
 
     def check_generated(self, kwargs: dict) -> None:
         table, cache = self.positions, cache_among(kwargs)
-        ids = next(
-            (x for n in ("decoder_input_ids", "input_ids") if isinstance(x := kwargs.get(n), torch.Tensor)), None
-        )
-        if (
-            table is None or ids is None or getattr(cache, "is_compileable", False)
-        ):  # a static cache would have to be read
+        ids = kwargs.get("decoder_input_ids", kwargs.get("input_ids"))
+        static = getattr(
+            cache, "is_compileable", False
+        )  # its length would have to be read from the device at each step
+        if table is None or not isinstance(ids, torch.Tensor) or static:
             return
         length = ids.shape[1] + (int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0)
-        if length > table.count and isinstance(kwargs.get("position_ids"), torch.Tensor):  # less where there is padding
-            length = int(kwargs["position_ids"].max()) + 1
+        if length > table.count:  # with its padding
+            positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+            if isinstance(positions, torch.Tensor):
+                length = int(positions.max()) + 1
+            elif isinstance(mask, torch.Tensor) and mask.dim() == 2 and ids is kwargs.get("input_ids"):
+                length = int(mask.sum(1).max())
         if length > table.count:
             raise PromptError(
                 f"a generation has come to {length} tokens, and this model has {table.count} positions (`{table.path}`). Give a "
@@ -147,23 +151,27 @@ class PromptInputs(ModuleInputs):
     @property
     def padding(self) -> Padding:
         """On which side the model takes padding: looked at once for a module tree."""
-        return self._looked_at()[1]
+        markers = self.host.markers  # of one module tree
+        if self._known is None or self._known[0] is not markers:
+            self._known = (markers, padding_of(self.host.module))
+        return self._known[1]
 
     @property
     def positions(self) -> Positions | None:
         """The model's learned table of positions: looked at once for a module tree."""
-        return self._looked_at()[2]
+        markers = self.host.markers
+        if self._table is None or self._table[0] is not markers:
+            self._table = (markers, positions_of(self.host.module))
+        return self._table[1]
 
-    def _looked_at(self) -> tuple[object, Padding, Positions | None]:
-        markers = self.host.markers  # of one module tree
-        if self._known is None or self._known[0] is not markers:
-            self._known = (markers, padding_of(self.host.module), positions_of(self.host.module))
-        return self._known
-
-    def check_length(self, length: int) -> None:
-        """A prompt has so many tokens."""
+    def check_length(self, length: int, mask: object) -> None:
+        """A prompt has so many tokens, with the padding that the user gave it."""
         table = self.positions
-        if table is not None and length > table.count:
+        if table is None or length <= table.count:
+            return
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            length = int(mask.sum(1).max())
+        if length > table.count:
             raise PromptError(
                 f"a prompt has {length} tokens, and this model has {table.count} positions (`{table.path}`). Give a shorter prompt; "
                 "`max_length=` cuts those of a harvest."

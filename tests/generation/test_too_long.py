@@ -104,3 +104,25 @@ def test_generations(name: str, engine: str) -> None:
     with model.generate(prompt(12), max_new_tokens=5, **options) as tracer:  # nothing is left of it
         again = tracer.result.save()
     assert torch.equal(again, tokens)
+
+
+@engines
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_padding_takes_no_position(name: str, engine: str) -> None:
+    """Rows of 12 tokens with two of padding in front: the width passes the table's end, the positions do not."""
+    model, options = wrapped(name, engine), {"do_sample": False, "pad_token_id": 1}
+    ids = torch.cat([torch.ones(2, 2, dtype=torch.long), prompt(12).repeat(2, 1)], 1)
+    mask = torch.cat([torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 12, dtype=torch.long)], 1)
+    wide, marked = torch.cat([ids[:, :2], ids], 1), torch.cat([mask[:, :2], mask], 1)
+    wide, marked = torch.cat([wide, prompt(4).repeat(2, 1)], 1), torch.cat([marked, mask[:, -4:]], 1)
+    with torch.no_grad(), model.trace(wide, attention_mask=marked):  # 20 wide, 16 of them tokens
+        assert model.output[0].save().shape[1] == 20
+    want = model._module.generate(ids, attention_mask=mask, max_new_tokens=5, **options)
+    with model.generate(ids, attention_mask=mask, max_new_tokens=5, **options) as tracer:
+        got = tracer.result.save()
+    assert torch.equal(got, want) and got.shape[1] == 19
+    with (
+        pytest.raises(PromptError, match="a generation has come to 17 tokens"),
+        model.generate(ids, attention_mask=mask, max_new_tokens=6, **options) as tracer,
+    ):
+        tracer.result.save()
