@@ -34,6 +34,7 @@ _FRESH = Name(
 )
 
 
+_PACKAGE = __name__.partition(".")[0] + "."
 _TORCHS = {
     "_specialize_on",
     "_is_inductor_static",
@@ -52,9 +53,15 @@ def _own() -> frozenset[str]:
 def attributes(x: torch.Tensor) -> list[str]:
     """The attributes that somebody has put on a tensor, a fake one or not."""
     found = vars(x)
-    if not found or isinstance(x, torch.nn.Parameter):
+    if not found or isinstance(x, torch.nn.Parameter) or _ours(x):
         return []
-    return [name for name in found if name not in _own() and "dynamo" not in name and name not in _TORCHS]
+    names = [name for name, value in found.items() if not _ours(value)]
+    return [name for name in names if name not in _own() and "dynamo" not in name and name not in _TORCHS]
+
+
+def _ours(thing: object) -> bool:
+    """Is it of a class of this package: a recorded value, or the `save` that a tensor of a body has?"""
+    return type(thing).__module__.startswith(_PACKAGE)
 
 
 def with_attributes(leaves: list) -> str | None:
